@@ -1,0 +1,47 @@
+# Everything a person types. `make demo` and `make test` need Python 3.11+ and nothing else of ours.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= demo
+DATA ?=
+
+.PHONY: help setup demo test test-long test-peers lint clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+.venv/.product: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "arcline needs Python 3.11 or newer; say which with: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "the venv module is missing: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --progress-bar on -e .
+	@touch $@
+
+.venv/.test: .venv/.product
+	$(BIN)/python -m pip install --progress-bar on -e '.[test]'
+	@touch $@
+
+setup: .venv/.test  ## make .venv with everything that the product and its tests need
+
+demo: .venv/.product  ## faces -> shards -> training -> evaluation -> ONNX -> report  (OUT=DIR, DATA=DIR)
+	$(BIN)/python -m launch.demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)")
+
+test: .venv/.test  ## the tests (within ten minutes on two cores)
+	$(BIN)/python -m pytest -n 2 -m "not long and not peers"
+
+test-long: .venv/.test  ## what takes minutes each
+	$(BIN)/python -m pytest -m "long"
+
+test-peers: .venv/.test .venv-peers/.installed  ## real MXNet reads what we write, and we what it writes
+	$(BIN)/python -m pytest -m "peers"
+
+.venv-peers/.installed:
+	@python3.11 -c '' || { echo "MXNet 1.9.1 needs Python 3.11 or older: install python3.11"; exit 1; }
+	python3.11 -m venv .venv-peers
+	.venv-peers/bin/python -m pip install mxnet==1.9.1 "numpy<1.24" opencv-python-headless==4.8.1.78
+	@touch $@
+
+lint: .venv/.test  ## style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:  ## remove the environments and caches, not the runs
+	rm -rf .venv .venv-peers build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

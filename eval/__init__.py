@@ -1,0 +1,1 @@
+"""Evaluation: protocols that turn embeddings into published numbers."""

@@ -1,0 +1,1 @@
+"""What a person runs: training, export, the demo, benchmarks."""

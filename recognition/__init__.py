@@ -1,0 +1,1 @@
+"""Training: the sharded, sampled classification head, the margin losses, the trainer."""
