@@ -1,0 +1,277 @@
+"""Every collective of training, each with its backward stated. No other file calls one.
+
+One rule explains all gradients here: the loss is the mean over the global batch and is computed alike on
+every rank; DistributedDataParallel averages the backbone's gradients. So the gather's backward multiplies
+by W, and the gradient of the class rows, which live on one rank only, is never scaled.
+
+Letters: W ranks, b rows of this rank, B rows of all ranks, D embedding.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+# torch 2.13 renamed both; the old names warn there, the new ones are absent before.
+_all_gather: Callable = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
+
+
+def world_group() -> ProcessGroup:
+    """The default process group; a group of this process alone where none was initialised."""
+    return dist.group.WORLD if dist.is_initialized() else _lone_group()
+
+
+@functools.cache
+def _lone_group() -> ProcessGroup:
+    atexit.register(_lone_group.cache_clear)  # its threads must end before the interpreter does
+    store = dist.HashStore()
+    group = dist.ProcessGroup(store, 0, 1)
+    backend = dist.ProcessGroupGloo(store, 0, 1, timedelta(minutes=5))
+    for device in ("cpu", "cuda"):
+        group._register_backend(torch.device(device), dist.ProcessGroup.BackendType.GLOO, backend)
+    return group
+
+
+# --- The head -------------------------------------------------------------------------------------
+
+
+def gather_rows(
+    local_x: Tensor, rows_per_rank: Sequence[int] | None, group: ProcessGroup
+) -> Tensor:
+    """The embeddings of all ranks: [b, D] -> [B, D], in rank order.
+
+    Forward: one all-gather. Backward: one reduce-scatter (sum), times W. Bytes: B * D elements each way.
+    rows_per_rank: b of every rank; None means that all are equal. Ranks with fewer rows are padded.
+    """
+    return _GatherRows.apply(local_x, _counts(local_x, rows_per_rank, group), group)
+
+
+def gather_labels(
+    labels: Tensor, rows_per_rank: Sequence[int] | None, group: ProcessGroup
+) -> Tensor:
+    """The labels of all ranks: int64 [b] -> int64 [B] in the host's memory.
+
+    Forward: one all-gather of 8 * B bytes on the device that holds the labels: labels in host memory
+    need a group with a CPU backend and cost the GPU no synchronisation. No backward.
+    """
+    return _gather(labels, _counts(labels, rows_per_rank, group), group).cpu()
+
+
+def share_rows(values: Tensor, group: ProcessGroup) -> Tensor:
+    """Values per batch row that one rank holds, known to all: [B, k] with zeros elsewhere -> [B, k].
+
+    Forward: one all-reduce (sum) of B * k elements. Backward: none; the gradient passes unchanged, so it
+    reaches the graph of the rank that holds the value and dies in the zeros of the others.
+    """
+    return _ShareRows.apply(values, group)
+
+
+def merge_log_sum_exp(local: Tensor, group: ProcessGroup) -> Tensor:
+    """log(sum over ranks of exp(local)): [B] -> [B]; -inf (a rank without a class) is neutral.
+
+    Forward: one all-gather of W * B elements. Backward: none; rank r's share is exp(lse_r - LSE).
+    """
+    return _MergeLogSumExp.apply(local, group)
+
+
+class _GatherRows(Function):
+    @staticmethod
+    def forward(ctx, local_x: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        return _gather(local_x, counts, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        counts, rank, world = ctx.counts, ctx.group.rank(), ctx.group.size()
+        padded = grad.new_zeros(world, max(counts), *grad.shape[1:])
+        for source, rows in zip(padded, grad.split(counts), strict=True):
+            source[: len(rows)] = rows
+        local = torch.empty_like(padded[0])
+        _reduce_scatter(local, padded.flatten(0, 1), group=ctx.group)
+        return local[: counts[rank]] * world, None, None
+
+
+class _ShareRows(Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, group: ProcessGroup) -> Tensor:
+        shared = values.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(shared, group=group)
+        return shared
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+class _MergeLogSumExp(Function):
+    @staticmethod
+    def forward(ctx, local: Tensor, group: ProcessGroup) -> Tensor:
+        every = local.new_empty(group.size(), *local.shape)
+        _all_gather(every.flatten(), local.contiguous(), group=group)
+        total = torch.logsumexp(every, 0)
+        # -inf - -inf: no rank has a class for this row, nothing to share out.
+        ctx.save_for_backward((local - total).exp_().nan_to_num_(0.0))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (share,) = ctx.saved_tensors
+        return grad * share, None
+
+
+def _counts(x: Tensor, rows_per_rank: Sequence[int] | None, group: ProcessGroup) -> list[int]:
+    counts = [len(x)] * group.size() if rows_per_rank is None else [int(n) for n in rows_per_rank]
+    if len(counts) != group.size() or counts[group.rank()] != len(x):
+        raise ValueError(
+            f"rows_per_rank={counts} does not describe this batch: {group.size()} ranks, "
+            f"{len(x)} rows on rank {group.rank()}"
+        )
+    return counts
+
+
+def _gather(local: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    most = max(counts)
+    padded = local.detach().contiguous()
+    if len(local) < most:
+        padded = torch.cat([padded, padded.new_zeros(most - len(local), *local.shape[1:])])
+    every = padded.new_empty(group.size() * most, *local.shape[1:])
+    _all_gather(every, padded, group=group)
+    if min(counts) == most:
+        return every
+    return torch.cat([rows[:n] for rows, n in zip(every.split(most), counts, strict=True)])
+
+
+# --- The backbone ---------------------------------------------------------------------------------
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the rows of all ranks, of any number per rank, on the CPU too.
+
+    Equal to torch's BatchNorm on the concatenated batch. Forward: one all-gather of 2 * channels + 1
+    statistics per rank. Backward: one all-reduce of 2 * channels sums. In eval mode: none.
+    """
+
+    group: ProcessGroup
+
+    @classmethod
+    def convert(cls, module: nn.Module, group: ProcessGroup) -> nn.Module:
+        """`module` with every BatchNorm replaced; names, parameters and buffers stay the same."""
+        for name, child in module.named_children():
+            setattr(module, name, cls.convert(child, group))
+        if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            return module
+        new = cls(module.num_features, module.eps, module.momentum, module.affine)
+        new._parameters, new._buffers = module._parameters, module._buffers
+        new.training, new.group = module.training, group
+        return new
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:  # [b, channels, ...]
+        if not self.training:
+            return super().forward(input)
+        output, mean, var, count = _SyncBatchNorm.apply(
+            input, self.weight, self.bias, self.eps, self.group
+        )
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = var * (count / (count - 1).clamp_min(1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return output
+
+
+class _SyncBatchNorm(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: ProcessGroup):
+        dims = [0, *range(2, x.dim())]
+        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        local_var, local_mean = torch.var_mean(wide, dims, correction=0)  # [channels]
+        count = local_mean.new_full((1,), x.numel() // x.shape[1])
+        local = torch.cat([local_mean, local_var, count])
+        every = local.new_empty(group.size() * len(local))
+        _all_gather(every, local, group=group)
+        means, variances, counts = every.view(group.size(), -1).split([x.shape[1]] * 2 + [1], dim=1)
+        total = counts.sum()
+        mean = (means * counts).sum(0) / total
+        var = ((variances + (means - mean).square()) * counts).sum(0) / total
+        inverse_std = (var + eps).rsqrt()
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        scale = inverse_std * weight
+        output = wide * scale.view(shape) + (bias - mean * scale).view(shape)
+        ctx.save_for_backward(x, weight, mean, inverse_std, total)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean, var, total)
+        return output.to(x.dtype), mean, var, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_: None):
+        x, weight, mean, inverse_std, total = ctx.saved_tensors
+        dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+        wide = grad.to(mean.dtype)
+        unit = (x.to(mean.dtype) - mean.view(shape)) * inverse_std.view(shape)
+        local = torch.stack([wide.sum(dims), (wide * unit).sum(dims)])  # [2, channels]
+        sums = local.clone()
+        dist.all_reduce(sums, group=ctx.group)
+        from_mean, from_var = (sums / total).unbind()
+        grad_x = wide - from_mean.view(shape) - unit * from_var.view(shape)
+        grad_x *= (inverse_std * weight).view(shape)
+        # Weight and bias see this rank's rows only: DistributedDataParallel adds up the others'.
+        return grad_x.to(x.dtype), local[1].to(weight.dtype), local[0].to(weight.dtype), None, None
+
+
+# --- The loop -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def average_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Replace each tensor by its mean over the ranks. One all-reduce of all their elements."""
+    if tensors:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat, group=group)
+        flat /= group.size()
+        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def sum_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over the ranks, the same on all. One all-reduce of values.numel() elements."""
+    total = values.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def largest_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
+    """The maximum over the ranks, the same on all: how ranks agree on what one may decide alone."""
+    largest = values.detach().clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return largest
+
+
+def gather_objects(value: object, group: ProcessGroup) -> list:
+    """Every rank's value, small and picklable, in rank order. Ranks trust each other."""
+    values: list = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def gather_parts(local: Tensor, rows_per_rank: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Rows of all ranks, [n_r, ...] -> [sum n_r, ...], without gradient. One all-gather."""
+    return _gather(local, rows_per_rank, group)

@@ -1,0 +1,186 @@
+"""Learning rates, the optimisers of the sampled class rows, and the fp16 loss scale.
+
+Letters: C_r classes of this rank, S sampled, K sub-centres, D embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recognition.head import PartialFC
+
+_PIECE_ELEMENTS = 4 << 20  # rows are updated in pieces, so the temporaries stay small
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a pure function of the step."""
+
+    kind: str  # "polynomial" | "step" | "cosine"
+    lr: float  # after the warm-up
+    total_steps: int
+    warmup_steps: int = 0
+    power: float = 1.0  # of the polynomial
+    milestones: Sequence[int] = ()  # steps after which "step" multiplies by gamma
+    gamma: float = 0.1
+
+    def lr_at(self, step: int) -> float:
+        """The rate of the optimiser step that follows `step` completed ones.
+
+        Linear warm-up to lr over warmup_steps; then lr * (1 - p)^power, lr * (1 + cos(pi p)) / 2, or
+        lr * gamma^(milestones passed), with p the share done of the steps after the warm-up.
+        """
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        after = max(self.total_steps - self.warmup_steps, 1)
+        done = min((step - self.warmup_steps) / after, 1.0)
+        if self.kind == "polynomial":
+            return self.lr * (1.0 - done) ** self.power
+        if self.kind == "cosine":
+            return self.lr * (1.0 + math.cos(math.pi * done)) / 2
+        return self.lr * self.gamma ** sum(step >= milestone for milestone in self.milestones)
+
+
+class _RowOptimizer:
+    """Steps the sampled rows of a head; every other row and its state stay as they are, bit by bit."""
+
+    state_names: tuple[str, ...] = ()
+
+    def __init__(self, head: PartialFC, weight_decay: float) -> None:
+        self.head = head
+        self.weight_decay = weight_decay
+        self.state: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def step(
+        self,
+        lr: float,
+        grad_scale: Tensor | None = None,  # [] the gradients are this much too large
+        found_inf: Tensor | None = None,  # [] not 0: change nothing
+    ) -> None:
+        """Update the rows that the head sampled since the last step, and end the head's step."""
+        sampled = self.head.end_step()
+        gradient = sampled.gradient().flatten(1)  # [S, K * D]
+        weight = self.head.weight.detach().flatten(1)  # [C_r, K * D]
+        size = max(_PIECE_ELEMENTS // max(weight.shape[1], 1), 1)
+        for start in range(0, len(gradient), size):
+            where = slice(start, start + size)
+            rows = where if sampled.index is None else sampled.index[where]
+            grad = gradient[where]
+            if grad_scale is not None:
+                grad = grad / grad_scale.to(grad.dtype)
+            tensors = {"weight": weight} | {k: v.flatten(1) for k, v in self.state.items()}
+            before = {name: tensor[rows] for name, tensor in tensors.items()}
+            after = self._update(grad, lr, **before)
+            for name, tensor in tensors.items():
+                new = after[name]
+                if found_inf is not None:
+                    new = torch.where(found_inf > 0, before[name], new)
+                tensor[rows] = new
+
+    def _update(self, grad: Tensor, lr: float, **rows: Tensor) -> dict[str, Tensor]:
+        """New values of the weight and the state of some rows [n, K * D]."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State of this rank's classes; row i belongs to class head.shard[0] + i."""
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if set(state) != set(self.state):
+            raise KeyError(f"row state {sorted(state)}, expected {sorted(self.state)}")
+        for name, tensor in self.state.items():
+            tensor.copy_(state[name])
+
+
+class RowSGD(_RowOptimizer):
+    """SGD with momentum on the sampled rows: v = momentum v + g + decay w;  w = w - lr v.
+
+    Momentum and decay of a row act only in the steps that sample it (lazy, as in Partial FC of 2021).
+    """
+
+    def __init__(
+        self, head: PartialFC, momentum: float = 0.9, weight_decay: float = 5e-4
+    ) -> None:
+        super().__init__(head, weight_decay)
+        self.momentum = momentum
+        self.state = {"momentum": torch.zeros_like(head.weight.detach())}
+
+    def _update(self, grad: Tensor, lr: float, **rows: Tensor) -> dict[str, Tensor]:
+        velocity = rows["momentum"] * self.momentum
+        velocity += grad
+        velocity.add_(rows["weight"], alpha=self.weight_decay)
+        return {"weight": rows["weight"] - lr * velocity, "momentum": velocity}
+
+
+class RowAdamW(_RowOptimizer):
+    """AdamW (arXiv:1711.05101 algorithm 2) on the sampled rows, with a step count for every row.
+
+    The count corrects the bias of a row by the steps that it took part in: a row seen for the first time
+    late in training is not divided by a correction that others have outgrown.
+    """
+
+    def __init__(
+        self,
+        head: PartialFC,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 5e-4,
+    ) -> None:
+        super().__init__(head, weight_decay)
+        self.betas, self.eps = betas, eps
+        weight = head.weight.detach()
+        self.state = {
+            "exp_avg": torch.zeros_like(weight),
+            "exp_avg_sq": torch.zeros_like(weight),
+            "steps": weight.new_zeros(len(weight), 1),
+        }
+
+    def _update(self, grad: Tensor, lr: float, **rows: Tensor) -> dict[str, Tensor]:
+        beta1, beta2 = self.betas
+        steps = rows["steps"] + 1  # [n, 1]
+        mean = rows["exp_avg"].lerp(grad, 1 - beta1)
+        square = rows["exp_avg_sq"] * beta2 + (1 - beta2) * grad.square()
+        unbiased = mean / (1 - beta1**steps)
+        deviation = (square / (1 - beta2**steps)).sqrt() + self.eps
+        weight = rows["weight"] * (1 - lr * self.weight_decay) - lr * unbiased / deviation
+        return {"weight": weight, "exp_avg": mean, "exp_avg_sq": square, "steps": steps}
+
+
+class LossScaler:
+    """The fp16 loss scale: halved when any rank finds a non-finite gradient, doubled after a run of
+    good steps. torch's GradScaler decides on each rank alone, so replicas drift apart; here `found_inf`
+    is handed in after the ranks have agreed on it."""
+
+    def __init__(
+        self, device: torch.device, initial: float = 65536.0, growth_interval: int = 2000
+    ) -> None:
+        self.scale = torch.tensor(initial, dtype=torch.float32, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
+        self.growth_interval = growth_interval
+
+    def update(self, found_inf: Tensor) -> None:  # [] not 0: this step was skipped
+        """The next step's scale, without a host synchronisation."""
+        torch._amp_update_scale_(
+            self.scale, self.good_steps, found_inf, 2.0, 0.5, self.growth_interval
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.scale.copy_(state["scale"])
+        self.good_steps.copy_(state["good_steps"])
+
+
+def non_finite(tensors: Iterator[Tensor], device: torch.device) -> Tensor:
+    """1.0 if any tensor holds an inf or a nan, else 0.0: float32 [] on the device, no host sync."""
+    norms = torch._foreach_norm([t.detach() for t in tensors], torch.inf)
+    if not norms:
+        return torch.zeros((), device=device)
+    return (~torch.stack([n.float() for n in norms]).isfinite().all()).float()
