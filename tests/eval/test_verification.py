@@ -182,8 +182,8 @@ def test_the_two_rules_differ_where_the_nearest_far_is_above_the_target():
 
 
 def test_collinear_points_are_dropped_before_the_nearest_is_taken():
-    # Impostors 0.8 .. 0.5 lie in one horizontal run from FAR 0 to 0.8. Its inner points are dropped,
-    # so the nearest point to 0.41 is the far end of the run, where TAR is already 1.
+    # Impostors 0.8 .. 0.5 lie in one horizontal run from FAR 0 to 0.8. Its inner points are
+    # dropped, so the nearest point to 0.41 is the far end of the run, where TAR is already 1.
     scores = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
     labels = [1, 0, 0, 0, 0, 1, 0]
     far, tar, _ = verification.roc(scores, labels)

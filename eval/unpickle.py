@@ -1,0 +1,143 @@
+"""The pickle inside a verification .bin, read without obeying it.
+
+A pickle is a program that may call anything. Here only the instructions that build lists, tuples,
+bytes, bools and integers are known, and the few names that NumPy arrays and Python-2 strings need
+stand for the functions below: nothing that a file names is imported or called. Python's own
+interpreter of pickles is used, not the C one, because that one allocates whatever memo index
+(up to 2^32 slots) and bytearray length a file claims; here no allocation exceeds the file by more
+than the pointers of its lists.
+"""
+
+import mmap
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+_ALLOWED = (
+    "PROTO FRAME MARK STOP POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG "
+    "LONG1 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE "
+    "SHORT_BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS GET "
+    "BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE"
+)
+
+
+class Array:
+    """A NumPy array of one-byte elements: dtype "u1" or "b1", its shape and its raw bytes."""
+
+    def __init__(self) -> None:
+        self.dtype, self.shape, self.data = "u1", (0,), b""
+
+    def build(self, state: tuple) -> None:
+        _, shape, dtype, _, data = state
+        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
+            raise ValueError("a NumPy array whose elements are not plain bytes")
+        size = 1
+        for length in shape:
+            size *= length
+        if size != len(data):
+            raise ValueError(f"a NumPy array of shape {shape} with {len(data)} bytes of data")
+        self.dtype, self.shape, self.data = dtype.name, tuple(shape), bytes(data)
+
+
+class _Dtype:
+    def __init__(self, name: str | bytes, *_: object) -> None:
+        self.name = name.decode("ascii") if isinstance(name, bytes) else name
+        if self.name not in ("u1", "b1"):
+            raise ValueError(f"a NumPy array of type {self.name!r}; only uint8 and bool are read")
+
+    def build(self, state: tuple) -> None:
+        """Byte order and alignment say nothing of single bytes."""
+
+
+def _reconstruct(*_: object) -> Array:
+    return Array()  # shape and content follow in build()
+
+
+def _frombuffer(buffer: bytes, dtype: _Dtype, shape: tuple, _order: str) -> Array:
+    array = Array()
+    array.build((1, shape, dtype, False, buffer))
+    return array
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> bool | int:
+    (value,) = data
+    return bool(value) if dtype.name == "b1" else value
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", b"latin1"):
+        raise ValueError(f"text in the encoding {encoding!r}")
+    return text.encode("latin1")  # how protocol 2 of Python 3 spells bytes
+
+
+def _empty_bytes() -> bytes:
+    return b""
+
+
+_GLOBALS = {
+    "numpy.ndarray": Array,  # only named, as an argument of _reconstruct
+    "numpy.dtype": _Dtype,
+    "numpy.core.multiarray._reconstruct": _reconstruct,
+    "numpy._core.multiarray._reconstruct": _reconstruct,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _frombuffer,
+    "numpy._core.numeric._frombuffer": _frombuffer,
+    "_codecs.encode": _latin1,
+    "__builtin__.bytes": _empty_bytes,
+    "builtins.bytes": _empty_bytes,
+}
+
+
+class _Interpreter(pickle._Unpickler):
+    stack: list[Any]
+    append: Callable[[object], None]
+    read: Callable[[int], bytes]
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: pickle._Unpickler.dispatch[code]
+        for code in (getattr(pickle, name)[0] for name in _ALLOWED.split())
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        if f"{module}.{name}" not in _GLOBALS:
+            raise ValueError(f"the pickle asks for the forbidden global {module}.{name}")
+        return _GLOBALS[f"{module}.{name}"]
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], Array | _Dtype):
+            raise ValueError(f"the pickle sets the state of a {type(self.stack[-1]).__name__}")
+        self.stack[-1].build(state)
+
+    def load_bytearray8(self) -> None:
+        self.append(self.read(int.from_bytes(self.read(8), "little")))
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+
+def load(path: str | Path) -> object:
+    """The object in the pickle at `path`, made of list, tuple, bytes, str, bool, int and Array.
+
+    Python-2 strings come back as bytes.
+
+    Raises:
+        ValueError: the file is truncated, damaged, or asks for anything else; the message names the
+            file and the forbidden global.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        if file.seek(0, 2) == 0:
+            raise ValueError(f"{path}: an empty file, not a pickle")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            try:
+                return _Interpreter(mapped, encoding="bytes").load()
+            except EOFError as error:
+                raise ValueError(f"{path}: the pickle ends early; is the file whole?") from error
+            except KeyError as error:  # of `dispatch`
+                raise ValueError(
+                    f"{path}: the pickle uses the forbidden instruction {chr(error.args[0])!r}"
+                ) from error
+            except Exception as error:  # damaged bytes can fail anywhere in the interpreter
+                raise ValueError(f"{path}: not a verification pickle: {error}") from error
