@@ -1,0 +1,354 @@
+"""RecordIO, the `.rec` / `.idx` pair of MXNet: bytes only, no images.
+
+A `.rec` is a run of records, each starting on a multiple of 4 bytes, little-endian:
+
+    u32 magic 0xCED7230A | u32 cflag << 29 | length | payload | zeros up to a multiple of 4
+
+A record that holds the magic at a multiple of 4 is cut there into pieces (the magic itself is not
+stored): cflag 0 is a whole record, 1 the first piece, 2 a middle one, 3 the last. The record of an
+image is
+
+    u32 flag | f32 label | u64 id | u64 id2 | flag x f32 | the encoded image
+
+with flag = 0 for a scalar label, and flag = n, label = 0 for n labels after the header.
+A `.idx` holds a line `key<TAB>byte offset<LF>` per record. What is written here is byte for byte
+what MXNet 1.9.1 writes (`make test-peers`).
+"""
+
+import contextlib
+import mmap
+import numbers
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+MAGIC = 0xCED7230A
+MAX_RECORD = (1 << 29) - 1  # bytes: the length field has 29 bits
+WHOLE, FIRST, MIDDLE, LAST = range(4)  # cflag
+
+_MAGIC = struct.pack("<I", MAGIC)
+_FRAME = struct.Struct("<II")
+_HEADER = struct.Struct("<IfQQ")
+_IDX_LINES = re.compile(rb"(?:[0-9]{1,18}+\t[0-9]{1,18}+\n)*+")
+_IDX_BLOCK = 1 << 24  # bytes of .idx text parsed at a time
+_HEADER_WORDS = 9  # of a frame, a header and the first of the array labels
+_HEADER_BLOCK = 1 << 20  # records whose headers are gathered at a time
+
+
+class Header(NamedTuple):
+    """The head of an image record; an array label stands for `flag` labels."""
+
+    flag: int
+    label: float | np.ndarray  # float, or float32 [flag]
+    id: int
+    id2: int
+
+
+def pack_record(header: Header, payload: bytes) -> bytes:
+    """Header, labels and image as one record, unframed.
+
+    As in MXNet a scalar label forces flag 0, an array label flag = its length, whatever was given.
+    Raises: ValueError for an id or a label that its field cannot hold.
+    """
+    if isinstance(header.label, numbers.Number):
+        flag, label, labels = 0, float(header.label), b""
+    else:
+        values = np.asarray(header.label, dtype="<f4")
+        flag, label, labels = values.size, 0.0, values.tobytes()
+    try:
+        return _HEADER.pack(flag, label, header.id, header.id2) + labels + payload
+    except (struct.error, OverflowError) as error:
+        raise ValueError(f"{header} does not fit u32, f32, u64, u64: {error}") from error
+
+
+def unpack_record(record: bytes, where: str) -> tuple[Header, bytes]:
+    """The header and the image bytes of a record.
+
+    Raises: ValueError naming `where` if the record is shorter than its header and labels.
+    """
+    if len(record) < _HEADER.size:
+        raise ValueError(f"{where}: a record of {len(record)} bytes has no 24-byte header")
+    flag, label, id_, id2 = _HEADER.unpack_from(record)
+    if flag == 0:
+        return Header(0, label, id_, id2), record[_HEADER.size :]
+    start = _HEADER.size + 4 * flag
+    if len(record) < start:
+        raise ValueError(f"{where}: {len(record)} bytes cannot hold the {flag} labels it announces")
+    labels = np.frombuffer(record, dtype="<f4", count=flag, offset=_HEADER.size)
+    return Header(flag, labels, id_, id2), record[start:]
+
+
+def frame(record: bytes) -> bytes:
+    """The record as it stands in the file: cut at aligned magics, framed, padded.
+
+    Raises: ValueError if the record has 2^29 bytes or more.
+    """
+    if len(record) > MAX_RECORD:
+        raise ValueError(f"a record has {len(record)} bytes; the format ends at {MAX_RECORD}")
+    cuts: list[int] = []
+    at = record.find(_MAGIC)
+    while at >= 0:
+        if at % 4 == 0:
+            cuts.append(at)
+        at = record.find(_MAGIC, at + 1)
+    parts: list[bytes] = []
+    start = 0
+    for at in cuts:
+        cflag = MIDDLE if parts else FIRST
+        parts.append(_FRAME.pack(MAGIC, cflag << 29 | at - start) + record[start:at])
+        start = at + 4
+    cflag = LAST if parts else WHOLE
+    parts.append(_FRAME.pack(MAGIC, cflag << 29 | len(record) - start) + record[start:])
+    parts.append(bytes(-len(record) % 4))
+    return b"".join(parts)
+
+
+class RecordFile:
+    """A mapped `.rec` file: reads the record at an offset. Safe in threads, over fork, pickled."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with open(self.path, "rb") as file:
+            self.size = file.seek(0, 2)  # bytes
+            # An empty file is a valid one of no records, but cannot be mapped.
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
+
+    def __reduce__(self) -> tuple[type["RecordFile"], tuple[Path]]:
+        return RecordFile, (self.path,)
+
+    def where(self, offset: int) -> str:
+        """The place of a record, for messages."""
+        return f"{self.path}: byte {offset}"
+
+    def read(self, offset: int) -> tuple[bytes, int]:
+        """The record that starts at `offset`, its pieces joined, and the offset where it ends.
+
+        Raises: ValueError naming file and byte: no magic, length past the end, pieces out of order.
+        """
+        pieces: list[bytes] = []
+        at = offset
+        while True:
+            cflag, start, stop, end = self._piece(at)
+            if cflag in (WHOLE, FIRST) and pieces:
+                raise ValueError(
+                    f"{self.where(at)}: a new record (flag {cflag}) starts before the one at byte "
+                    f"{offset} ends; the file is damaged there"
+                )
+            if cflag in (MIDDLE, LAST) and not pieces:
+                raise ValueError(
+                    f"{self.where(at)}: a continuation (flag {cflag}) where a record should start"
+                )
+            pieces.append(self._data[start:stop])
+            at = end
+            if cflag in (WHOLE, LAST):
+                return _MAGIC.join(pieces), end
+
+    def _piece(self, at: int) -> tuple[int, int, int, int]:
+        """Of the piece framed at `at`: cflag, start and stop of its bytes, end of its padding."""
+        if at < 0 or at % 4:
+            raise ValueError(f"{self.where(at)}: not an offset of a record (a multiple of 4)")
+        if at + _FRAME.size > self.size:
+            raise ValueError(
+                f"{self.where(at)}: no record: the file ends at byte {self.size}; it is cut short, "
+                f"or its .idx belongs to another file"
+            )
+        magic, lrec = _FRAME.unpack_from(self._data, at)
+        if magic != MAGIC:
+            raise ValueError(f"{self.where(at)}: 0x{magic:08X} is not the magic 0x{MAGIC:08X}")
+        cflag, length = lrec >> 29, lrec & MAX_RECORD
+        if cflag > LAST:
+            raise ValueError(f"{self.where(at)}: unknown continuation flag {cflag}")
+        start = at + _FRAME.size
+        end = start + length + -length % 4
+        if end > self.size:
+            raise ValueError(
+                f"{self.where(at)}: the record goes on to byte {end}, but the file ends at byte "
+                f"{self.size}: it is cut short, or damaged here"
+            )
+        return cflag, start, start + length, end
+
+    def scan(self) -> Iterator[int]:
+        """The offset of every record in file order, found by walking the file."""
+        at = 0
+        while at < self.size:
+            yield at
+            _, at = self.read(at)
+
+    def first_labels(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Flag uint32 [n] and first label float32 [n] of the records at `offsets` [n].
+
+        Vectorised: it touches one page per record and holds no Python object per record.
+        Raises: ValueError naming file and byte for what is not a record with a header.
+        """
+        flags = np.zeros(len(offsets), np.uint32)
+        labels = np.zeros(len(offsets), np.float32)
+        plain = np.zeros(
+            len(offsets), bool
+        )  # whole records whose header and first label we can see
+        if self.size >= 4 * _HEADER_WORDS:
+            words = np.frombuffer(self._data, dtype="<u4", count=self.size // 4)
+            for start in range(0, len(offsets), _HEADER_BLOCK):
+                some = offsets[start : start + _HEADER_BLOCK]
+                block = slice(start, start + len(some))
+                at = np.clip(some // 4, 0, len(words) - _HEADER_WORDS)  # [m] the frame's first word
+                lrec = words[at + 1]
+                plain[block] = (
+                    (at * 4 == some)
+                    & (words[at] == MAGIC)
+                    & (lrec >> 29 == WHOLE)
+                    & (lrec >= 4 * (_HEADER_WORDS - 2))
+                    & (at * 4 + 8 + lrec.astype(np.int64) <= self.size)
+                )
+                flags[block] = words[at + 2]
+                column = np.where(flags[block] == 0, words[at + 3], words[at + 8])
+                labels[block] = column.view(np.float32)
+        for i in np.flatnonzero(~plain):  # cut in pieces, very short, or damaged: the plain way
+            offset = int(offsets[i])
+            header, _ = unpack_record(self.read(offset)[0], self.where(offset))
+            flags[i] = header.flag
+            labels[i] = np.ravel(header.label)[0]
+        return flags, labels
+
+    def close(self) -> None:
+        if isinstance(self._data, mmap.mmap):
+            self._data.close()
+
+
+class IndexedReader:
+    """Random access to a `.rec` by the keys of its `.idx`: `reader[key] -> (Header, image bytes)`.
+
+    `keys` and `offsets` are int64 [n] in file order. Without a `.idx` (None) the file is walked and
+    the keys are 0 .. n-1. Safe in threads, over fork, pickled.
+
+    Raises: ValueError for a damaged or foreign .idx; at access, KeyError for an unknown key.
+    """
+
+    def __init__(self, idx_path: str | Path | None, rec_path: str | Path) -> None:
+        self.idx_path = None if idx_path is None else Path(idx_path)
+        self.file = RecordFile(rec_path)
+        if self.idx_path is None:
+            self.offsets = np.fromiter(self.file.scan(), np.int64)
+            self.keys = np.arange(len(self.offsets), dtype=np.int64)
+        else:
+            self.keys, self.offsets = read_idx(self.idx_path)
+            self._check_offsets()
+        ascending = bool((self.keys[1:] > self.keys[:-1]).all())
+        self._order = None if ascending else np.argsort(self.keys, kind="stable")
+        self._sorted = self.keys if self._order is None else self.keys[self._order]
+        twice = np.flatnonzero(self._sorted[1:] == self._sorted[:-1])
+        if len(twice):
+            key = self._sorted[twice[0]]
+            raise ValueError(
+                f"{self.idx_path}: key {key} stands on two lines (and {len(twice) - 1} more)"
+            )
+
+    def _check_offsets(self) -> None:
+        beyond = np.flatnonzero(self.offsets >= self.file.size)
+        if len(beyond):
+            key, offset = self.keys[beyond[0]], self.offsets[beyond[0]]
+            raise ValueError(
+                f"{self.idx_path}: key {key} points to byte {offset}, but {self.file.path} ends at "
+                f"byte {self.file.size}; {len(beyond)} of {len(self.keys)} keys do: the .rec is "
+                f"cut short, or the .idx belongs to another file"
+            )
+        if (self.offsets[1:] < self.offsets[:-1]).any():
+            order = np.argsort(self.offsets, kind="stable")
+            self.keys, self.offsets = self.keys[order], self.offsets[order]
+
+    def __reduce__(self) -> tuple[type["IndexedReader"], tuple[Path | None, Path]]:
+        return IndexedReader, (self.idx_path, self.file.path)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __contains__(self, key: int) -> bool:
+        at = int(np.searchsorted(self._sorted, key))
+        return at < len(self._sorted) and int(self._sorted[at]) == key
+
+    def position(self, key: int) -> int:
+        """Where the key stands in `keys`. Raises: KeyError naming the file."""
+        at = int(np.searchsorted(self._sorted, key))
+        if at == len(self._sorted) or int(self._sorted[at]) != key:
+            known = f"{self._sorted[0]} .. {self._sorted[-1]}" if len(self) else "none"
+            place = self.idx_path or self.file.path
+            raise KeyError(f"{place}: no record has the key {key}; its {len(self)} keys: {known}")
+        return at if self._order is None else int(self._order[at])
+
+    def raw(self, key: int) -> bytes:
+        """The record's own bytes: header, labels and image, pieces joined."""
+        return self.file.read(int(self.offsets[self.position(key)]))[0]
+
+    def __getitem__(self, key: int) -> tuple[Header, bytes]:
+        offset = int(self.offsets[self.position(key)])
+        return unpack_record(self.file.read(offset)[0], f"{self.file.where(offset)}, key {key}")
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> "IndexedReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read_idx(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and offsets, int64 [n] each, in the order of the lines.
+
+    Raises: ValueError naming file, line and byte of the first line that is not `key<TAB>offset`.
+    """
+    blocks = [np.empty(0, np.int64)]
+    done, lines = 0, 0  # bytes and lines parsed
+    with open(path, "rb") as file:
+        while block := file.read(_IDX_BLOCK):
+            block += file.readline()
+            text = block.replace(b"\r\n", b"\n")
+            if not text.endswith(b"\n"):
+                text += b"\n"
+            if not _IDX_LINES.fullmatch(text):
+                raise ValueError(f"{path}: {_first_bad_line(block, done, lines)}")
+            blocks.append(np.fromstring(text, dtype=np.int64, sep=" "))
+            done += len(block)
+            lines += len(blocks[-1]) // 2
+    pairs = np.concatenate(blocks).reshape(-1, 2)
+    return np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
+
+
+def _first_bad_line(block: bytes, done: int, lines: int) -> str:
+    for line in block.split(b"\n"):
+        lines += 1
+        if not _IDX_LINES.fullmatch(line.removesuffix(b"\r") + b"\n"):
+            break
+        done += len(line) + 1
+    return f"byte {done}, line {lines}: {line[:60]!r} is not key<TAB>offset"
+
+
+class Writer:
+    """Writes a `.rec` and its `.idx`, replacing both: `writer.write(key, header, payload)`."""
+
+    def __init__(self, idx_path: str | Path, rec_path: str | Path) -> None:
+        with contextlib.ExitStack() as stack:
+            self._rec = stack.enter_context(open(rec_path, "wb"))
+            self._idx = stack.enter_context(open(idx_path, "w", encoding="ascii", newline="\n"))
+            self._files = stack.pop_all()
+        self.offset = 0  # bytes written to the .rec so far: where the next record starts
+
+    def write(self, key: int, header: Header, payload: bytes) -> None:
+        """Append a record. Raises: ValueError if it has 2^29 bytes or more, OSError of the disk."""
+        framed = frame(pack_record(header, payload))
+        self._rec.write(framed)
+        self._idx.write(f"{int(key)}\t{self.offset}\n")
+        self.offset += len(framed)
+
+    def close(self) -> None:
+        self._files.close()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
