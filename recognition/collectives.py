@@ -1,8 +1,9 @@
 """Every collective of training, each with its backward stated. No other file calls one.
 
-One rule explains all gradients here: the loss is the mean over the global batch and is computed alike on
-every rank; DistributedDataParallel averages the backbone's gradients. So the gather's backward multiplies
-by W, and the gradient of the class rows, which live on one rank only, is never scaled.
+One rule explains all gradients here: the loss is the mean over the global batch and is computed
+alike on every rank; DistributedDataParallel averages the backbone's gradients. So the gather's
+backward multiplies by W, and the gradient of the class rows, which live on one rank only, is
+never scaled.
 
 Letters: W ranks, b rows of this rank, B rows of all ranks, D embedding.
 """
@@ -13,6 +14,7 @@ import atexit
 import functools
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,7 @@ _reduce_scatter: Callable = (
 
 def world_group() -> ProcessGroup:
     """The default process group; a group of this process alone where none was initialised."""
-    return dist.group.WORLD if dist.is_initialized() else _lone_group()
+    return dist.distributed_c10d._get_default_group() if dist.is_initialized() else _lone_group()
 
 
 @functools.cache
@@ -52,8 +54,9 @@ def gather_rows(
 ) -> Tensor:
     """The embeddings of all ranks: [b, D] -> [B, D], in rank order.
 
-    Forward: one all-gather. Backward: one reduce-scatter (sum), times W. Bytes: B * D elements each way.
-    rows_per_rank: b of every rank; None means that all are equal. Ranks with fewer rows are padded.
+    Forward: one all-gather. Backward: one reduce-scatter (sum), times W. Bytes: B * D elements
+    each way. rows_per_rank: b of every rank; None means that all are equal. Ranks with fewer rows
+    are padded.
     """
     return _GatherRows.apply(local_x, _counts(local_x, rows_per_rank, group), group)
 
@@ -63,17 +66,19 @@ def gather_labels(
 ) -> Tensor:
     """The labels of all ranks: int64 [b] -> int64 [B] in the host's memory.
 
-    Forward: one all-gather of 8 * B bytes on the device that holds the labels: labels in host memory
-    need a group with a CPU backend and cost the GPU no synchronisation. No backward.
+    Forward: one all-gather of 8 * B bytes on the device that holds the labels: labels in host
+    memory need a group with a CPU backend and cost the GPU no synchronisation. No backward.
     """
     return _gather(labels, _counts(labels, rows_per_rank, group), group).cpu()
 
 
 def share_rows(values: Tensor, group: ProcessGroup) -> Tensor:
-    """Values per batch row that one rank holds, known to all: [B, k] with zeros elsewhere -> [B, k].
+    """Values per batch row that one rank holds, known to all: [B, k] with zeros elsewhere -> [B,
+    k].
 
-    Forward: one all-reduce (sum) of B * k elements. Backward: none; the gradient passes unchanged, so it
-    reaches the graph of the rank that holds the value and dies in the zeros of the others.
+    Forward: one all-reduce (sum) of B * k elements. Backward: none; the gradient passes
+    unchanged, so it reaches the graph of the rank that holds the value and dies in the zeros of
+    the others.
     """
     return _ShareRows.apply(values, group)
 
@@ -88,13 +93,13 @@ def merge_log_sum_exp(local: Tensor, group: ProcessGroup) -> Tensor:
 
 class _GatherRows(Function):
     @staticmethod
-    def forward(ctx, local_x: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, local_x: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
         ctx.counts, ctx.group = counts, group
         return _gather(local_x, counts, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         counts, rank, world = ctx.counts, ctx.group.rank(), ctx.group.size()
         padded = grad.new_zeros(world, max(counts), *grad.shape[1:])
         for source, rows in zip(padded, grad.split(counts), strict=True):
@@ -106,20 +111,20 @@ class _GatherRows(Function):
 
 class _ShareRows(Function):
     @staticmethod
-    def forward(ctx, values: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, values: Tensor, group: ProcessGroup) -> Tensor:
         shared = values.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(shared, group=group)
         return shared
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None
 
 
 class _MergeLogSumExp(Function):
     @staticmethod
-    def forward(ctx, local: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, local: Tensor, group: ProcessGroup) -> Tensor:
         every = local.new_empty(group.size(), *local.shape)
         _all_gather(every.flatten(), local.contiguous(), group=group)
         total = torch.logsumexp(every, 0)
@@ -129,7 +134,7 @@ class _MergeLogSumExp(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (share,) = ctx.saved_tensors
         return grad * share, None
 
@@ -162,8 +167,8 @@ def _gather(local: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the rows of all ranks, of any number per rank, on the CPU too.
 
-    Equal to torch's BatchNorm on the concatenated batch. Forward: one all-gather of 2 * channels + 1
-    statistics per rank. Backward: one all-reduce of 2 * channels sums. In eval mode: none.
+    Equal to torch's BatchNorm on the concatenated batch. Forward: one all-gather of 2 * channels
+    + 1 statistics per rank. Backward: one all-reduce of 2 * channels sums. In eval mode: none.
     """
 
     group: ProcessGroup
@@ -189,6 +194,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         output, mean, var, count = _SyncBatchNorm.apply(
             input, self.weight, self.bias, self.eps, self.group
         )
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        assert self.running_mean is not None and self.running_var is not None
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
@@ -199,7 +206,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 class _SyncBatchNorm(Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: ProcessGroup):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: ProcessGroup
+    ) -> tuple[Tensor, ...]:
         dims = [0, *range(2, x.dim())]
         wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         local_var, local_mean = torch.var_mean(wide, dims, correction=0)  # [channels]
@@ -222,7 +231,7 @@ class _SyncBatchNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, *_: None):
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse_std, total = ctx.saved_tensors
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         wide = grad.to(mean.dtype)

@@ -14,7 +14,12 @@ from torch.distributed import ProcessGroup
 
 from recognition import collectives
 from recognition.losses.margin import Margin, Rows
-from recognition.losses.reduction import Targets, negatives_log_sum_exp, target_cosines
+from recognition.losses.reduction import (
+    Targets,
+    full_precision,
+    negatives_log_sum_exp,
+    target_cosines,
+)
 from recognition.rows import SampledRows, merge_gradients, unit
 from recognition.sampling import hash_words, sample, shard_range
 
@@ -25,16 +30,17 @@ _INIT_BLOCK = 1024  # classes drawn by one generator, so that the start is the s
 class PartialFC(nn.Module):
     """Margin softmax over sharded, sampled classes (Partial FC, arXiv:2203.15565).
 
-    `loss = head(local_embeddings, local_labels)` is the mean over the global batch, the same number on
-    every rank, and the gradients are those of the dense layer restricted to the sampled classes, at
-    every number of ranks. After `loss.backward()`:
+    `loss = head(local_embeddings, local_labels)` is the mean over the global batch, the same
+    number on every rank, and the gradients are those of the dense layer restricted to the sampled
+    classes, at every number of ranks. After `loss.backward()`:
         head.sampled_classes  int64 [S], global ids of this rank's sampled classes
         head.sampled_grad     [S, (K,) D], gradient of the loss with respect to their rows
     Over micro-steps the two are union and sum. `weight` never gets a .grad: the row optimisers of
     recognition/optim.py step the sampled rows alone, end the step and clear the two.
 
-    sample_rate: share of the classes drawn as negatives each step; the batch's own classes always take
-    part. The draw depends on (seed, step) only; `step` counts the optimiser steps and is saved.
+    sample_rate: share of the classes drawn as negatives each step; the batch's own classes always
+    take part. The draw depends on (seed, step) only; `step` counts the optimiser steps and is
+    saved.
     """
 
     def __init__(
@@ -77,7 +83,12 @@ class PartialFC(nn.Module):
         rows_per_rank: Sequence[int] | None = None,  # b of every rank; None: all equal
     ) -> Tensor:
         self._check(local_x, local_labels)
-        local_x = local_x.to(self.weight.dtype)
+        with full_precision(local_x):
+            return self._loss(local_x.to(self.weight.dtype), local_labels, rows_per_rank)
+
+    def _loss(
+        self, local_x: Tensor, local_labels: Tensor, rows_per_rank: Sequence[int] | None
+    ) -> Tensor:
         x = collectives.gather_rows(local_x, rows_per_rank, self.group)  # [B, D]
         labels = collectives.gather_labels(local_labels, rows_per_rank, self.group)  # [B], host
 
@@ -88,7 +99,7 @@ class PartialFC(nn.Module):
         held = held.index_fill_(0, targets.row, True)
         batch = Rows(
             cos_target=collectives.share_rows(cos_target, self.group),
-            norm=torch.where(held, norm[:, 0], norm[:, 0].detach()),
+            norm=_gradient_where(held, norm[:, 0]),
             label=labels.to(x.device, non_blocking=True),
         )
         target = self.margin.scale * self.margin.target(batch)  # [B]
@@ -170,6 +181,11 @@ class PartialFC(nn.Module):
             f"shard={self.shard}, sample_rate={self.sample_rate}, "
             f"num_subcenters={self.num_subcenters}"
         )
+
+
+def _gradient_where(held: Tensor, values: Tensor) -> Tensor:
+    """`values` [B], their gradient only in the rows whose class this rank holds: it counts once."""
+    return torch.where(held, values, values.detach())
 
 
 def _initial_rows(shard: tuple[int, int], num_subcenters: int, size: int, seed: int) -> Tensor:

@@ -32,8 +32,8 @@ class Schedule:
     def lr_at(self, step: int) -> float:
         """The rate of the optimiser step that follows `step` completed ones.
 
-        Linear warm-up to lr over warmup_steps; then lr * (1 - p)^power, lr * (1 + cos(pi p)) / 2, or
-        lr * gamma^(milestones passed), with p the share done of the steps after the warm-up.
+        Linear warm-up to lr over warmup_steps; then lr * (1 - p)^power, lr * (1 + cos(pi p)) / 2,
+        or lr * gamma^(milestones passed), with p the share done of the steps after the warm-up.
         """
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
@@ -47,7 +47,8 @@ class Schedule:
 
 
 class _RowOptimizer:
-    """Steps the sampled rows of a head; every other row and its state stay as they are, bit by bit."""
+    """Steps the sampled rows of a head; every other row and its state stay as they are, bit by
+    bit."""
 
     state_names: tuple[str, ...] = ()
 
@@ -101,12 +102,11 @@ class _RowOptimizer:
 class RowSGD(_RowOptimizer):
     """SGD with momentum on the sampled rows: v = momentum v + g + decay w;  w = w - lr v.
 
-    Momentum and decay of a row act only in the steps that sample it (lazy, as in Partial FC of 2021).
+    Momentum and decay of a row act only in the steps that sample it (lazy, as in Partial FC of
+    2021).
     """
 
-    def __init__(
-        self, head: PartialFC, momentum: float = 0.9, weight_decay: float = 5e-4
-    ) -> None:
+    def __init__(self, head: PartialFC, momentum: float = 0.9, weight_decay: float = 5e-4) -> None:
         super().__init__(head, weight_decay)
         self.momentum = momentum
         self.state = {"momentum": torch.zeros_like(head.weight.detach())}
@@ -121,8 +121,8 @@ class RowSGD(_RowOptimizer):
 class RowAdamW(_RowOptimizer):
     """AdamW (arXiv:1711.05101 algorithm 2) on the sampled rows, with a step count for every row.
 
-    The count corrects the bias of a row by the steps that it took part in: a row seen for the first time
-    late in training is not divided by a correction that others have outgrown.
+    The count corrects the bias of a row by the steps that it took part in: a row seen for the
+    first time late in training is not divided by a correction that others have outgrown.
     """
 
     def __init__(
@@ -154,8 +154,8 @@ class RowAdamW(_RowOptimizer):
 
 class LossScaler:
     """The fp16 loss scale: halved when any rank finds a non-finite gradient, doubled after a run of
-    good steps. torch's GradScaler decides on each rank alone, so replicas drift apart; here `found_inf`
-    is handed in after the ranks have agreed on it."""
+    good steps. torch's GradScaler decides on each rank alone, so replicas drift apart; here
+    `found_inf` is handed in after the ranks have agreed on it."""
 
     def __init__(
         self, device: torch.device, initial: float = 65536.0, growth_interval: int = 2000

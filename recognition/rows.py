@@ -18,8 +18,8 @@ def unit(x: Tensor) -> tuple[Tensor, Tensor]:
 class SampledRows:
     """The centres of the sampled classes, read from the weight when asked for, never copied whole.
 
-    The gradient of the loss with respect to the raw rows is collected here, one tensor [S, K, D] for
-    both of its sources (targets and negatives), so autograd never adds two of that size.
+    The gradient of the loss with respect to the raw rows is collected here, one tensor [S, K, D]
+    for both of its sources (targets and negatives), so autograd never adds two of that size.
     """
 
     def __init__(self, weight: Tensor, index: Tensor | None) -> None:

@@ -18,7 +18,8 @@ _MASK = (1 << 64) - 1
 
 
 def shard_range(num_classes: int, world: int, rank: int) -> tuple[int, int]:
-    """The classes [start, stop) that `rank` holds: contiguous, the first C mod W ranks hold one more."""
+    """The classes [start, stop) that `rank` holds: contiguous, the first C mod W ranks hold one
+    more."""
     size, remainder = divmod(num_classes, world)
     start = rank * size + min(rank, remainder)
     return start, start + size + (rank < remainder)
@@ -44,10 +45,10 @@ def sample(
 ) -> Sample:
     """All positives of the shard, and a draw of negatives that depends on (seed, step) alone.
 
-    The class axis, rotated by a keyed offset, is cut into n = ceil(sample_rate * C) cells; a keyed hash
-    picks one class in each; a rank keeps those it holds. Every class is drawn with probability n / C.
-    The drawn classes come first, then the positives that the draw missed, both ascending.
-    Work and memory are O(S + B log B).
+    The class axis, rotated by a keyed offset, is cut into n = ceil(sample_rate * C) cells; a
+    keyed hash picks one class in each; a rank keeps those it holds. Every class is drawn with
+    probability n / C. The drawn classes come first, then the positives that the draw missed, both
+    ascending. Work and memory are O(S + B log B).
     """
     start, stop = shard
     owned = np.flatnonzero((labels >= start) & (labels < stop))
@@ -82,10 +83,12 @@ class _Cells:
         self.offset = hash_words(self.key, _MASK) % num_classes
 
     def segments(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Cells [first, last) whose picks are classes of [start, stop), and the shift from u to class.
+        """Cells [first, last) whose picks are classes of [start, stop), and the shift from u to
+        class.
 
-        At most two runs (the rotation wraps once), in the order of the class ids. Only the two cells at
-        the ends of a run can reach over its border; their picks decide whether they belong.
+        At most two runs (the rotation wraps once), in the order of the class ids. Only the two
+        cells at the ends of a run can reach over its border; their picks decide whether they
+        belong.
         """
         if self.num == 0:
             return []

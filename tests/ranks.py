@@ -1,7 +1,8 @@
 """A pool of gloo workers, one per world size, spawned once: run(world, function, *arguments).
 
-The function is called on every rank of a default process group of that size, and must be importable by
-name. Its results come back in rank order; an exception on any rank is raised here with its traceback.
+The function is called on every rank of a default process group of that size, and must be
+importable by name. Its results come back in rank order; an exception on any rank is raised here
+with its traceback.
 """
 
 from __future__ import annotations

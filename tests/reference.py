@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Target = Callable[[Tensor], Tensor]  # target cosine [B] -> what replaces it [B]
+# Target cosine [B] and embedding norm [B] -> what replaces the target cosine [B].
+Target = Callable[[Tensor, Tensor], Tensor]
 
 
 def partial_fc(
@@ -26,10 +27,11 @@ def partial_fc(
     """Mean cross-entropy over the sampled classes, and its gradients: (loss, dx, dweight)."""
     x = x.detach().double().clone().requires_grad_()
     weight = weight.detach().double().clone().requires_grad_()
+    norm = x.pow(2).sum(1).sqrt()
     centres = weight if weight.dim() == 3 else weight[:, None]
     cos = torch.stack(
         [
-            (x / x.pow(2).sum(1, keepdim=True).sqrt())
+            (x / norm[:, None])
             @ (centres[:, k] / centres[:, k].pow(2).sum(1, keepdim=True).sqrt()).T
             for k in range(centres.shape[1])
         ]
@@ -40,7 +42,7 @@ def partial_fc(
         logits = torch.where(cos.detach() > threshold, torch.zeros_like(cos), cos)
     rows = torch.arange(len(x))
     is_target = torch.nn.functional.one_hot(labels, len(weight)).bool()
-    logits = scale * torch.where(is_target, target(cos[rows, labels])[:, None], logits)
+    logits = scale * torch.where(is_target, target(cos[rows, labels], norm)[:, None], logits)
     absent = torch.ones(len(weight), dtype=torch.bool)
     absent[classes] = False
     logits = logits.masked_fill(absent[None], -math.inf)
@@ -49,31 +51,37 @@ def partial_fc(
     return loss.detach(), x.grad, weight.grad
 
 
-def softmax(cos: Tensor) -> Tensor:
+def softmax(cos: Tensor, norm: Tensor) -> Tensor:
     return cos
 
 
-def cosface(cos: Tensor, m: float) -> Tensor:
+def cosface(cos: Tensor, norm: Tensor, m: float) -> Tensor:
     return cos - m
 
 
-def arcface(cos: Tensor, m: float) -> Tensor:
+def arcface(cos: Tensor, norm: Tensor, m: float) -> Tensor:
     return torch.cos(torch.arccos(cos) + m)
 
 
-def combined(cos: Tensor, m1: float, m2: float, m3: float) -> Tensor:
+def combined(cos: Tensor, norm: Tensor, m1: float, m2: float, m3: float) -> Tensor:
     return torch.cos(m1 * torch.arccos(cos) + m2) - m3
 
 
-def fallback(cos: Tensor, m: float) -> Tensor:
+def fallback(cos: Tensor, norm: Tensor, m: float) -> Tensor:
     """ArcFace of 2018: past t + m = pi the straight line cos t - m sin m."""
-    return torch.where(cos > math.cos(math.pi - m), arcface(cos, m), cos - m * math.sin(m))
+    inside = cos > math.cos(math.pi - m)
+    return torch.where(inside, arcface(cos, norm, m), cos - m * math.sin(m))
 
 
-def easy(cos: Tensor, m: float) -> Tensor:
-    return torch.where(cos > 0, arcface(cos, m), cos)
+def easy(cos: Tensor, norm: Tensor, m: float) -> Tensor:
+    return torch.where(cos > 0, arcface(cos, norm, m), cos)
+
+
+def by_norm(cos: Tensor, norm: Tensor) -> Tensor:
+    """No published loss: a target that moves with the embedding's norm, as MagFace's does."""
+    return cos - 0.02 * norm
 
 
 def straight_through(target: Target) -> Target:
     """The value of `target` with the slope of the identity."""
-    return lambda cos: target(cos.detach()) + cos - cos.detach()
+    return lambda cos, norm: target(cos.detach(), norm) + cos - cos.detach()

@@ -1,5 +1,10 @@
 """The margin losses by the names that recipes use."""
 
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 from recognition.losses.margin import (
     ArcFace,
     CombinedMargin,
@@ -10,7 +15,7 @@ from recognition.losses.margin import (
     SphereFace,
 )
 
-MARGINS = {
+MARGINS: dict[str, type[Margin]] = {
     "softmax": Softmax,
     "arcface": ArcFace,
     "cosface": CosFace,
@@ -18,4 +23,27 @@ MARGINS = {
     "combined": CombinedMargin,
 }
 
-__all__ = ["MARGINS", "Margin", "Rows"]
+__all__ = ["MARGINS", "Margin", "Rows", "make_margin"]
+
+
+def make_margin(name: str, arguments: Mapping[str, Any]) -> Margin:
+    """MARGINS[name](**arguments), with errors that name the recipe's keys.
+
+    Raises:
+        KeyError: no such margin, or an argument that it does not take; the message names the
+        nearest. TypeError, ValueError: an argument of the wrong type or out of range.
+    """
+    if name not in MARGINS:
+        raise KeyError(f"margin={name!r}: one of {', '.join(MARGINS)}")
+    parameters = inspect.signature(MARGINS[name]).parameters
+    taken = {parameter.name: parameter.default for parameter in parameters.values()}
+    for argument, value in arguments.items():
+        if argument not in taken:
+            near = difflib.get_close_matches(argument, taken, 1)
+            raise KeyError(
+                f"margin_args.{argument}: {name} takes {', '.join(taken)}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+        if isinstance(taken[argument], float) and not isinstance(value, int | float):
+            raise TypeError(f"margin_args.{argument}={value!r}: expected a number")
+    return MARGINS[name](**arguments)

@@ -1,8 +1,9 @@
 """What a margin loss is: a small formula on cosines. And the margins that are fixed numbers.
 
-A margin sees values, never a rank, a column or a process group. The head (recognition/head.py) gives
-it the cosine of every row to its own class, and the cosines of every row to the other classes in
-pieces, and turns what it answers into the softmax cross-entropy over all sampled classes.
+A margin sees values, never a rank, a column or a process group. The head (recognition/head.py)
+gives it the cosine of every row to its own class, and the cosines of every row to the other
+classes in pieces, and turns what it answers into the softmax cross-entropy over all sampled
+classes.
 
 Letters: B rows of the global batch, n classes of a piece.
 """
@@ -20,8 +21,8 @@ Overflow = Literal["none", "fallback", "easy"]
 
 
 class Rows(NamedTuple):
-    """What every rank knows of the global batch. A field carries gradient only on the rank that holds
-    the row's class, so what is computed from it counts once."""
+    """What every rank knows of the global batch. A field carries gradient only on the rank that
+    holds the row's class, so what is computed from it counts once."""
 
     cos_target: Tensor  # [B] cosine to the own class
     norm: Tensor  # [B] norm of the embedding
@@ -29,10 +30,12 @@ class Rows(NamedTuple):
 
 
 class Margin(nn.Module):
-    """The logits of a row: scale * target(rows) for its class, scale * negatives(cos, rows) elsewhere.
+    """The logits of a row: scale * target(rows) for its class, scale * negatives(cos, rows)
+    elsewhere.
 
-    interclass_filtering_threshold: negatives with a cosine above it get the logit 0 and no gradient:
-    conflicting or duplicate identities are left in peace (arXiv:2203.15565 section 3.2). 0: off.
+    interclass_filtering_threshold: negatives with a cosine above it get the logit 0 and no
+    gradient: conflicting or duplicate identities are left in peace (arXiv:2203.15565 section
+    3.2). 0: off.
     """
 
     def __init__(self, scale: float, interclass_filtering_threshold: float = 0.0) -> None:
@@ -41,8 +44,8 @@ class Margin(nn.Module):
             raise ValueError(f"scale={scale}: give a positive number, 64 is usual")
         if not 0.0 <= interclass_filtering_threshold <= 1.0:
             raise ValueError(
-                f"interclass_filtering_threshold={interclass_filtering_threshold}: a cosine in (0, 1] "
-                "(0.4 is usual), or 0 for off"
+                f"interclass_filtering_threshold={interclass_filtering_threshold}: a cosine "
+                "in (0, 1], 0.4 is usual, or 0 for off"
             )
         self.scale = scale
         self.interclass_filtering_threshold = interclass_filtering_threshold
@@ -52,7 +55,8 @@ class Margin(nn.Module):
         raise NotImplementedError
 
     def negatives(self, cos: Tensor, rows: Rows) -> Tensor:  # [B, n] -> [B, n]
-        """What replaces the cosines to other classes; `rows` is a constant here. Default: nothing."""
+        """What replaces the cosines to other classes; `rows` is a constant here. Default:
+        nothing."""
         return cos
 
     def filtered_negatives(self, cos: Tensor, rows: Rows) -> Tensor:  # [B, n] -> [B, n]
@@ -75,13 +79,13 @@ class Softmax(Margin):
 class CombinedMargin(Margin):
     """z_y = s (cos(m1 t_y + m2) - m3), z_j = s cos t_j (ArcFace, arXiv:1801.07698 eq. 4).
 
-    The paper's settings (m1, m2, m3): SphereFace (1.35, 0, 0), ArcFace (1, 0.5, 0), CosFace (1, 0, 0.35),
-    CM1 (1, 0.3, 0.2), CM2 (0.9, 0.4, 0.15). InsightFace's PyTorch class ignores m1 and m2 where m3 > 0
-    and refuses m1 != 1; here all three act.
+    The paper's settings (m1, m2, m3): SphereFace (1.35, 0, 0), ArcFace (1, 0.5, 0), CosFace (1,
+    0, 0.35), CM1 (1, 0.3, 0.2), CM2 (0.9, 0.4, 0.15). InsightFace's PyTorch class ignores m1 and
+    m2 where m3 > 0 and refuses m1 != 1; here all three act.
 
-    gradient: "exact" is the derivative of the formula; "straight_through" takes the slope 1 in its place
-    (dz_y / dcos t_y = s), as InsightFace has done since December 2022.
-    overflow, where the angle m1 t + m2 passes pi and the cosine turns up again:
+    gradient: "exact" is the derivative of the formula; "straight_through" takes the slope 1 in
+    its place (dz_y / dcos t_y = s), as InsightFace has done since December 2022. overflow, where
+    the angle m1 t + m2 passes pi and the cosine turns up again:
         "none"      as the formula says (the paper states no rule);
         "fallback"  cos t - m2 sin m2 in place of cos(t + m2), ArcFace's code of 2018; m1 = 1 only;
         "easy"      cos(m1 t + m2) for cos t > 0 only, cos t elsewhere ("easy margin").
@@ -138,24 +142,65 @@ class CombinedMargin(Margin):
 
 
 class ArcFace(CombinedMargin):
-    """z_y = s cos(t_y + m) (arXiv:1801.07698 eq. 3)."""
+    """z_y = s cos(t_y + m) (arXiv:1801.07698 eq. 3). gradient, overflow: as in CombinedMargin."""
 
-    def __init__(self, scale: float = 64.0, margin: float = 0.5, **options) -> None:
-        super().__init__(scale, m2=margin, **options)
+    def __init__(
+        self,
+        scale: float = 64.0,
+        margin: float = 0.5,
+        *,
+        gradient: Gradient = "exact",
+        overflow: Overflow = "none",
+        interclass_filtering_threshold: float = 0.0,
+    ) -> None:
+        super().__init__(
+            scale,
+            m2=margin,
+            gradient=gradient,
+            overflow=overflow,
+            interclass_filtering_threshold=interclass_filtering_threshold,
+        )
 
 
 class CosFace(CombinedMargin):
-    """z_y = s (cos t_y - m) (arXiv:1801.09414 eq. 4). Its slope is 1: both gradients are the same."""
+    """z_y = s (cos t_y - m) (arXiv:1801.09414 eq. 4). Its slope is 1: both gradients are the
+    same."""
 
-    def __init__(self, scale: float = 64.0, margin: float = 0.4, **options) -> None:
-        super().__init__(scale, m3=margin, **options)
+    def __init__(
+        self,
+        scale: float = 64.0,
+        margin: float = 0.4,
+        *,
+        gradient: Gradient = "exact",
+        interclass_filtering_threshold: float = 0.0,
+    ) -> None:
+        super().__init__(
+            scale,
+            m3=margin,
+            gradient=gradient,
+            interclass_filtering_threshold=interclass_filtering_threshold,
+        )
 
 
 class SphereFace(CombinedMargin):
     """z_y = s cos(m1 t_y), the form that ArcFace compares with (arXiv:1801.07698 table 2)."""
 
-    def __init__(self, scale: float = 64.0, m1: float = 1.35, **options) -> None:
-        super().__init__(scale, m1=m1, **options)
+    def __init__(
+        self,
+        scale: float = 64.0,
+        m1: float = 1.35,
+        *,
+        gradient: Gradient = "exact",
+        overflow: Overflow = "none",
+        interclass_filtering_threshold: float = 0.0,
+    ) -> None:
+        super().__init__(
+            scale,
+            m1,
+            gradient=gradient,
+            overflow=overflow,
+            interclass_filtering_threshold=interclass_filtering_threshold,
+        )
 
 
 def angle_of(cos: Tensor) -> Tensor:

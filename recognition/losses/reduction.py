@@ -9,7 +9,7 @@ D embedding, m rows of the batch whose class is on this rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +33,12 @@ class Targets(NamedTuple):
 
 
 def target_cosines(x: Tensor, weight: Tensor, rows: SampledRows, targets: Targets) -> Tensor:
-    """Cosine of each row to its own class, the nearest of K sub-centres: [B], 0 where not held here.
+    """Cosine of each row to its own class, the nearest of K sub-centres: [B], 0 where not held
+    here.
 
-    x: unit rows [B, D]. The gradient of the centres goes to rows.grad, none to `weight`, which only
-    ties the result to the graph when x needs no gradient.
+    x: unit rows [B, D]. Call it, and the next, outside autocast. The gradient of the centres goes
+    to rows.grad, none to `weight`, which only ties the result to the graph when x needs no
+    gradient.
     """
     return _TargetCosines.apply(x, weight, rows, targets)
 
@@ -60,14 +62,15 @@ def negatives_log_sum_exp(
 
 
 def piece_size(x: Tensor, num_subcenters: int) -> int:
-    """Classes of a piece: as many as make its logits _PIECE_BYTES, and not fewer than _LEAST_PIECE."""
+    """Classes of a piece: as many as make its logits _PIECE_BYTES, and not fewer than
+    _LEAST_PIECE."""
     row_bytes = max(len(x), 1) * num_subcenters * x.element_size()
     return max(_PIECE_BYTES.get(x.device.type, 4 << 20) // row_bytes, _LEAST_PIECE)
 
 
 class _TargetCosines(Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, rows: SampledRows, targets: Targets) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: SampledRows, targets: Targets) -> Tensor:
         centres, _ = unit(rows.read(targets.place))  # [m, K, D]
         cos, nearest = torch.einsum("md,mkd->mk", x[targets.row], centres).max(1)
         ctx.save_for_backward(x, nearest)
@@ -76,7 +79,7 @@ class _TargetCosines(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # [B]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # [B]
         x, nearest = ctx.saved_tensors
         rows, (row, place, _) = ctx.rows, ctx.targets
         centres, _ = unit(rows.read(place))
@@ -90,28 +93,36 @@ class _TargetCosines(Function):
 
 class _NegativesLogSumExp(Function):
     @staticmethod
-    def forward(ctx, x, weight, rows, targets, margin, batch, size) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        rows: SampledRows,
+        targets: Targets,
+        margin: Margin,
+        batch: Rows,
+        size: int,
+    ) -> Tensor:
         total = x.new_full((len(x),), -torch.inf)
-        with _full_precision(x):
-            for where, own in _pieces(rows, targets, size):
-                centres, _ = unit(rows.read(where))
-                cos, _ = _nearest(x, centres)
-                z = margin.scale * margin.filtered_negatives(cos, batch)
-                z[own] = -torch.inf
-                total = torch.logaddexp(total, torch.logsumexp(z, 1))
+        for where, own in _pieces(rows, targets, size):
+            centres, _ = unit(rows.read(where))
+            cos, _ = _nearest(x, centres)
+            z = margin.scale * margin.filtered_negatives(cos, batch)
+            z[own] = -torch.inf
+            total = torch.logaddexp(total, torch.logsumexp(z, 1))
         ctx.save_for_backward(x, total)
         ctx.arguments = rows, targets, margin, batch, size
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # [B]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # [B]
         x, total = ctx.saved_tensors
         rows, targets, margin, batch, size = ctx.arguments
         grad_x = torch.zeros_like(x)
         rows.gradient()  # a rank without a single sampled class has one too
         total = total.nan_to_num(neginf=0.0)[:, None]  # a row without negatives: exp(-inf - 0) = 0
-        with _full_precision(x):
+        with full_precision(x):
             for where, own in _pieces(rows, targets, size):
                 centres, _ = unit(rows.read(where))
                 cos, nearest = _nearest(x, centres)
@@ -160,6 +171,6 @@ def _spread(grad: Tensor, nearest: Tensor | None, num_subcenters: int) -> Tensor
     return wide.scatter_(2, nearest[..., None], grad[..., None]).flatten(1)
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
-    """Logits of scale 64 need fp32: bf16 ones are off by a quarter."""
+def full_precision(x: Tensor) -> torch.autocast:
+    """Autocast off: logits of scale 64 need fp32, bf16 ones are off by a quarter."""
     return torch.autocast(x.device.type, enabled=False)

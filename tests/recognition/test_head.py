@@ -9,13 +9,27 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import recognition.head
+from recognition import collectives
 from recognition.head import PartialFC
-from recognition.losses import MARGINS
+from recognition.losses import MARGINS, Margin
 from tests import ranks, reference
 
 C, D = 103, 16  # C divides by no world size above 1
 
+
+class ByNorm(Margin):
+    """reference.by_norm: the one case here whose gradient flows through Rows.norm."""
+
+    def __init__(self) -> None:
+        super().__init__(scale=64.0)
+
+    def target(self, rows):
+        return rows.cos_target - 0.02 * rows.norm
+
+
 MARGIN_CASES = {
+    "bynorm": ({}, reference.by_norm),
     "softmax": ({}, reference.softmax),
     "cosface": ({"margin": 0.35}, functools.partial(reference.cosface, m=0.35)),
     "arcface": ({}, functools.partial(reference.arcface, m=0.5)),
@@ -48,7 +62,12 @@ def step(margin, arguments, rows, sample_rate, num_subcenters=1, owned_by_first=
     x, labels, weight = draw(rows, num_subcenters, owned_by_first)
     rank = dist.get_rank()
     head = PartialFC(
-        MARGINS[margin](**arguments), D, C, sample_rate, num_subcenters, seed=5
+        (MARGINS | {"bynorm": ByNorm})[margin](**arguments),
+        D,
+        C,
+        sample_rate,
+        num_subcenters,
+        seed=5,
     ).double()
     head.piece = piece
     head.weight.data.copy_(weight[slice(*head.shard)])
@@ -146,3 +165,196 @@ def test_any_piece_size_gives_the_same(piece):
 def test_the_sample_is_the_same_at_every_world_size():
     samples = [check(world, "cosface", 0.3, rows=[12 // world] * world) for world in (1, 2, 3, 4)]
     assert all(s.sort().values.tolist() == samples[0].sort().values.tolist() for s in samples)
+
+
+def test_the_start_is_the_same_at_every_world_size():
+    starts = [torch.cat(ranks.run(world, initial_weight)) for world in (1, 2, 4)]
+    assert torch.equal(starts[0], starts[1]) and torch.equal(starts[0], starts[2])
+    assert starts[0].std() == pytest.approx(0.01, rel=0.02)
+    assert len(starts[0].unique(dim=0)) == 3000
+
+
+def initial_weight():
+    return PartialFC(MARGINS["softmax"](), D, 3000, seed=1).weight.detach()
+
+
+# Bugs that leave the loss exact and break a gradient: the comparison above must see each.
+
+
+def averaged_gather(ctx, grad):
+    local, *rest = _gather_backward(ctx, grad)
+    return local / ctx.group.size(), *rest
+
+
+def reduced_target(ctx, grad):
+    grad = grad.clone()
+    dist.all_reduce(grad)
+    return grad, None
+
+
+_gather_backward = collectives._GatherRows.backward
+
+MUTANTS = {
+    "the norm's gradient flows on every rank": (
+        recognition.head, "_gradient_where", lambda held, values: values,
+    ),
+    "the target's backward adds up over the ranks": (
+        collectives._ShareRows, "backward", staticmethod(reduced_target),
+    ),
+    "the gather's backward averages": (
+        collectives._GatherRows, "backward", staticmethod(averaged_gather),
+    ),
+}  # fmt: skip
+
+
+def mutated_step(mutant, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*MUTANTS[mutant])
+        return step(*arguments)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_planted_gradient_bug_is_seen_though_the_loss_is_exact(mutant):
+    rows = [6, 6]
+    results = ranks.run(2, mutated_step, mutant, "bynorm", {}, rows, 0.3)
+    x, labels, weight = draw(rows)
+    loss, grad_x, grad_weight = reference.partial_fc(
+        x, weight, labels, torch.cat([r[2] for r in results]), reference.by_norm
+    )
+    assert abs(results[0][0] - loss) < 1e-12 * abs(loss)
+    error_x = (torch.cat([r[1] for r in results]) / 2 - grad_x).abs().max()
+    got = torch.zeros_like(grad_weight)
+    got[torch.cat([r[2] for r in results])] = torch.cat([r[3] for r in results])
+    error_weight = (got - grad_weight).abs().max()
+    assert max(error_x, error_weight) > 1e-3
+
+
+# Bad input, edges of the number range, and memory.
+
+
+@pytest.mark.parametrize(
+    "labels, error, words",
+    [
+        ([0, C], ValueError, f"label {C} at row 1 is outside"),
+        ([-1, 0], ValueError, "label -1 at row 0 is outside"),
+        ([0, 1, 2], ValueError, "labels of shape"),
+        ([0.0, 1.0], TypeError, "float32"),
+    ],
+)
+def test_bad_labels_are_refused_by_name(labels, error, words):
+    head = PartialFC(MARGINS["cosface"](), D, C)
+    with pytest.raises(error, match=words):
+        head(torch.randn(2, D), torch.tensor(labels))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"sample_rate": 1.5}, "sample_rate=1.5"),
+        ({"num_classes": 0}, "0 classes cannot be sharded"),
+        ({"num_subcenters": 0}, "num_subcenters=0"),
+    ],
+)
+def test_bad_arguments_are_refused(change, words):
+    arguments = {"margin": MARGINS["cosface"](), "embedding_size": D, "num_classes": C} | change
+    with pytest.raises(ValueError, match=words):
+        PartialFC(**arguments)
+
+
+def test_rows_per_rank_must_describe_the_batch():
+    head = PartialFC(MARGINS["cosface"](), D, C)
+    with pytest.raises(ValueError, match="rows_per_rank"):
+        head(torch.randn(2, D), torch.tensor([0, 1]), [3])
+
+
+def test_more_ranks_than_classes_is_refused_on_every_rank():
+    assert ranks.run(4, too_few_classes) == ["3 classes cannot be sharded over 4 ranks"] * 4
+
+
+def too_few_classes():
+    try:
+        PartialFC(MARGINS["cosface"](), D, 3)
+    except ValueError as error:
+        return str(error).split(":")[0]
+
+
+@pytest.mark.parametrize("gradient", ["exact", "straight_through"])
+@pytest.mark.parametrize("margin", ["arcface", "sphereface", "combined", "cosface"])
+@pytest.mark.parametrize("cos", [1.0, -1.0, 0.0])
+def test_finite_at_the_ends_of_the_cosine(cos, margin, gradient):
+    arguments = {"m2": 0.5} if margin == "combined" else {}
+    head = PartialFC(MARGINS[margin](gradient=gradient, **arguments), D, C, seed=2)
+    centre = head.weight[7].detach()
+    x = (torch.stack([centre * cos, centre * 0]) * 40).requires_grad_()  # the second has norm 0
+    loss = head(x, torch.tensor([7, 7]))
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all() and head.sampled_grad.isfinite().all()
+
+
+def test_the_loss_does_not_saturate():
+    """arcface_torch's clamp of the probability at 1e-30 reports at most 69.08."""
+    head = PartialFC(MARGINS["cosface"](scale=256.0, margin=0.5), D, 2, seed=2)
+    direction = torch.nn.functional.normalize(torch.randn(D), dim=0)
+    head.weight.data = torch.stack([direction, -direction])
+    loss = head(-direction[None], torch.tensor([0]))
+    assert loss.item() == pytest.approx(256 * 2.5, rel=1e-6)
+
+
+def test_one_class_alone_costs_nothing():
+    head = PartialFC(MARGINS["arcface"](), D, 1)
+    x = torch.randn(3, D, requires_grad=True)
+    loss = head(x, torch.zeros(3, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0 and x.grad.abs().max() == 0
+
+
+def test_a_frozen_backbone_still_trains_the_centres():
+    head = PartialFC(MARGINS["arcface"](), D, C)
+    head(torch.randn(4, D), torch.arange(4)).backward()
+    assert head.sampled_grad.abs().max() > 0
+
+
+def test_autocast_does_not_reach_the_logits():
+    head = PartialFC(MARGINS["arcface"](), D, C, seed=1)
+    x, labels = torch.randn(8, D), torch.arange(8)
+    plain = head(x, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(x, labels), plain)
+
+
+def test_the_backward_uses_the_weights_of_its_forward():
+    """An evaluation in between, under no_grad, leaves nothing behind."""
+    head = PartialFC(MARGINS["arcface"](), D, C, 0.3)
+    x, labels = torch.randn(4, D), torch.arange(4)
+    loss = head(x, labels)
+    with torch.no_grad():
+        head(torch.randn(9, D), torch.arange(9) + 50)
+    loss.backward()
+    assert len(head.sampled_classes) < 31 + 4 + 1
+
+
+def test_no_memory_grows_with_batch_times_classes():
+    """Peak bytes of a step, less one gradient of the rows, at two class counts and one piece
+    size."""
+    beyond = [peak_beyond_the_rows(num_classes) for num_classes in (20_000, 80_000)]
+    logits = 256 * (80_000 - 20_000) * 4  # what a [B, C] tensor would add
+    assert beyond[1] - beyond[0] < 0.02 * logits
+
+
+def peak_beyond_the_rows(num_classes):
+    head = PartialFC(MARGINS["cosface"](), 64, num_classes, seed=1)
+    head.piece = 1000
+    x, labels = torch.randn(256, 64, requires_grad=True), torch.arange(256)
+    with torch.profiler.profile(profile_memory=True, with_stack=False) as profile:
+        head(x, labels).backward()
+    live = peak = 0
+    for event in sorted(_memory_events(profile), key=lambda e: e[0]):
+        live += event[1]
+        peak = max(peak, live)
+    return peak - head.sampled_grad.numel() * 4
+
+
+def _memory_events(profile):
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            yield event.start_ns(), event.nbytes()

@@ -1,0 +1,72 @@
+"""Train a face-recognition network: one command for one process, many, and many machines.
+
+    python launch/train.py RECIPE key=value ...
+    torchrun --nproc-per-node 8 launch/train.py launch/configs/ms1mv2_r50_arcface.py rec=DIR
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \\
+        launch/train.py RECIPE key=value ...        (the same line on every machine)
+
+It uses GPUs (nccl) where there are any and the CPU (gloo) elsewhere. `output=` names the run
+directory; started again with the same output it continues from the newest checkpoint, at any
+number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+
+from data_tools import shards
+from recognition import build, config, runtime, trainer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="a Python file that defines `config`; see launch/configs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
+    args = parser.parse_args(arguments)
+    with contextlib.ExitStack() as stack:
+        try:
+            cfg = config.load(args.recipe, args.overrides)
+            cfg = _without_missing_targets(cfg, args.overrides)
+            state = build.build(cfg, stack.enter_context(runtime.start()))
+        except (ValueError, KeyError, TypeError, OSError) as error:  # a mistake in what was asked
+            return _fail(error)
+        try:
+            trainer.train(state)
+        except (
+            FloatingPointError,
+            OSError,
+        ) as error:  # the run's own; others show where they arose
+            return _fail(error)
+    return 0
+
+
+def _fail(error: Exception) -> int:
+    message = error.args[0] if isinstance(error, KeyError) else error
+    print(f"error (rank {os.environ.get('RANK', 0)}): {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _without_missing_targets(cfg: config.Config, overrides: list[str]) -> config.Config:
+    """A recipe's val_targets that the data set lacks are left out with a warning; typed ones
+    stay."""
+    if any(text.startswith("val_targets=") for text in overrides):
+        return cfg
+    there = []
+    for name in cfg.val_targets:
+        try:
+            shards.bin_path(cfg.rec, name)
+            there.append(name)
+        except FileNotFoundError:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"warning: no {name}.bin in {cfg.rec}: not verified on", file=sys.stderr)
+    return dataclasses.replace(cfg, val_targets=there)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""What a run is made of: build(cfg, runtime) puts data, network, head and optimisers together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW, Optimizer
+
+from data_tools import shards
+from eval import lfw
+from recognition import checkpoint, collectives
+from recognition.backbones import BACKBONES
+from recognition.config import Config
+from recognition.finite import FiniteGuard
+from recognition.head import PartialFC
+from recognition.losses import Margin, make_margin
+from recognition.optim import LossScaler, RowAdamW, RowSGD, Schedule
+from recognition.run_dir import commit, initial_weights, resume_point
+from recognition.runtime import Runtime, bf16_is_fast
+from recognition.sampling import hash_words
+
+
+@dataclass
+class TrainState:
+    """A run in progress. `step` and `samples_seen` say where; the rest is what moves."""
+
+    cfg: Config
+    runtime: Runtime
+    data: shards.Shards
+    val_sets: list[lfw.PairSet]
+    precision: str
+    model: DistributedDataParallel
+    parts: checkpoint.Parts
+    schedule: Schedule
+    guard: FiniteGuard
+    facts: dict[str, Any]  # what config.json says beside the configuration
+    step: int = 0  # completed optimiser steps
+    samples_seen: int = 0
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.parts.backbone
+
+    @property
+    def head(self) -> PartialFC:
+        return self.parts.head
+
+
+def build(cfg: Config, runtime: Runtime) -> TrainState:
+    """Data, network, head and optimisers, at the start of the run or at the checkpoint it resumes.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: a mistake in the configuration or the data.
+    """
+    resumed_from = resume_point(cfg)
+    data = shards.open(cfg.rec)
+    _check_counts(cfg, data, runtime.world)
+    val_sets = [lfw.load_bin(data.bin_path(name)) for name in cfg.val_targets]
+    precision = cfg.precision
+    if precision == "auto":
+        precision = "bf16" if bf16_is_fast(runtime.device) else "fp32"
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+
+    torch.manual_seed(hash_words(cfg.seed) >> 1)  # every rank starts from the same network
+    backbone = _make_backbone(cfg)
+    if cfg.init_from and resumed_from is None:
+        checkpoint.load_state(backbone, initial_weights(cfg.init_from), cfg.init_from)
+    if cfg.sync_bn:
+        backbone = collectives.SyncBatchNorm.convert(backbone, runtime.group)
+    backbone = backbone.to(runtime.device, dtype)
+    backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = _distribute(backbone, runtime)
+    head = PartialFC(
+        _make_margin(cfg),
+        cfg.embedding_size,
+        data.num_classes,
+        cfg.sample_rate,
+        cfg.num_subcenters,
+        runtime.group,
+        cfg.seed,
+    ).to(runtime.device, dtype)
+    optimizer, row_optimizer = _make_optimizers(cfg, backbone, head)
+    scaler = LossScaler(runtime.device) if precision == "fp16" else None
+    parts = checkpoint.Parts(backbone, optimizer, head, row_optimizer, scaler)
+    state = TrainState(
+        cfg, runtime, data, val_sets, precision, model, parts,
+        _make_schedule(cfg, len(data), runtime.world),
+        FiniteGuard(runtime.group, runtime.device),
+        facts={
+            "commit": commit(), "world": runtime.world, "precision": precision,
+            "num_classes": data.num_classes, "num_image": data.num_images,
+        },
+    )  # fmt: skip
+    if resumed_from is not None:
+        manifest = checkpoint.load(resumed_from, parts)
+        state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
+    return state
+
+
+def _make_backbone(cfg: Config) -> nn.Module:
+    if cfg.network not in BACKBONES:
+        raise KeyError(f"network={cfg.network!r}: one of {', '.join(BACKBONES)}")
+    return BACKBONES[cfg.network](embedding_size=cfg.embedding_size)
+
+
+def _make_margin(cfg: Config) -> Margin:
+    arguments = dict(cfg.margin_args)
+    if cfg.interclass_filtering_threshold:
+        arguments["interclass_filtering_threshold"] = cfg.interclass_filtering_threshold
+    return make_margin(cfg.margin, arguments)
+
+
+def _distribute(backbone: nn.Module, runtime: Runtime) -> DistributedDataParallel:
+    """The backbone under DDP, its buckets in their final order.
+
+    DDP reorders its buckets after the first backward, and the order of a sum over three or more
+    ranks follows. One backward before the first step lets a resumed run add in the order of the
+    unbroken one.
+    """
+    ids = [runtime.device.index] if runtime.device.type == "cuda" else None
+    model = DistributedDataParallel(
+        backbone,
+        device_ids=ids,
+        process_group=runtime.group,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+    before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    parameter = next(backbone.parameters())
+    model(
+        torch.zeros(2, 3, 112, 112, dtype=parameter.dtype, device=runtime.device)
+    ).sum().backward()
+    model.zero_grad(set_to_none=True)
+    for name, buffer in backbone.named_buffers():
+        buffer.copy_(before[name])
+    return model
+
+
+def _make_optimizers(
+    cfg: Config, backbone: nn.Module, head: PartialFC
+) -> tuple[Optimizer, RowSGD | RowAdamW]:
+    parameters = [p for p in backbone.parameters() if p.requires_grad]
+    if cfg.optimizer == "adamw":
+        backbone_optimizer: Optimizer = AdamW(
+            parameters, cfg.lr, weight_decay=cfg.weight_decay, fused=True
+        )
+        return backbone_optimizer, RowAdamW(head, weight_decay=cfg.weight_decay)
+    backbone_optimizer = SGD(
+        parameters, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=True
+    )
+    return backbone_optimizer, RowSGD(head, cfg.momentum, cfg.weight_decay)
+
+
+def _make_schedule(cfg: Config, num_images: int, world: int) -> Schedule:
+    steps_per_epoch = num_images / cfg.global_batch(world)
+    return Schedule(
+        cfg.schedule,
+        cfg.lr,
+        total_steps=cfg.total_steps(num_images, world),
+        warmup_steps=round(cfg.warmup_epochs * steps_per_epoch),
+        power=cfg.lr_power,
+        milestones=[round(epoch * steps_per_epoch) for epoch in cfg.lr_milestones],
+        gamma=cfg.lr_gamma,
+    )
+
+
+def _check_counts(cfg: Config, data: shards.Shards, world: int) -> None:
+    for name, said, true in [
+        ("num_classes", cfg.num_classes, data.num_classes),
+        ("num_image", cfg.num_image, data.num_images),
+    ]:
+        if said is not None and said != true:
+            raise ValueError(f"{name}={said}, but {cfg.rec} has {true}: leave {name} out")
+    least = cfg.global_batch(world) // (world * cfg.accumulation)
+    if least < 2:
+        raise ValueError(
+            f"a global batch of {cfg.global_batch(world)} over {world} processes and "
+            f"{cfg.accumulation} micro-steps leaves {least} images for one: BatchNorm needs 2"
+        )
+    if data.image_size is not None and tuple(data.image_size) != (112, 112):
+        raise ValueError(f"{cfg.rec} holds {data.image_size} images, the networks take 112x112")

@@ -1,0 +1,345 @@
+"""Checkpoints by global class id: complete or absent, loaded at any number of ranks.
+
+    checkpoints/step-N/
+        manifest.json                     format, step, samples seen, config, sha256 of every
+        file; last model.safetensors                 the backbone's state optimizer.safetensors
+        the backbone's optimiser: "<state>/<parameter>", loss scale
+        rows-<start>-<stop>.safetensors   class rows and their optimiser state, one file per rank
+
+Nothing in it is a pickle. Every rank writes its rows, rank 0 the rest; when all have reported,
+rank 0 writes the manifest and renames the directory from step-N.partial.
+
+Letters: W ranks, C classes, K sub-centres, D embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import BufferedRandom, BufferedReader
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from recognition.backbones import BACKBONES
+from recognition.collectives import gather_objects
+from recognition.head import PartialFC
+from recognition.optim import LossScaler, RowAdamW, RowSGD
+
+FORMAT = 1
+_DIRECTORY = "checkpoints"
+
+
+@dataclass
+class Parts:
+    """What a checkpoint holds, as the run uses it."""
+
+    backbone: nn.Module
+    optimizer: Optimizer
+    head: PartialFC
+    row_optimizer: RowSGD | RowAdamW
+    scaler: LossScaler | None
+
+
+def save(run_dir: str, parts: Parts, facts: Mapping[str, Any], keep: int) -> str:
+    """Write checkpoints/step-<facts["step"]> and return its path; the `keep` newest stay.
+
+    facts: JSON for the manifest, `step` among it. Called by every rank of the head's group.
+
+    Raises:
+        OSError: some rank could not write. No trace of the attempt stays, older checkpoints do.
+    """
+    group = parts.head.group
+    path = os.path.join(run_dir, _DIRECTORY, f"step-{facts['step']}")
+    partial = path + ".partial"
+    _together(group, "prepare", lambda: _prepare(partial) if group.rank() == 0 else None)
+    try:
+        written = _together(group, "write", lambda: _write_parts(partial, parts))
+        files = {name: entry for entries in written for name, entry in entries.items()}
+
+        def finish() -> None:
+            if group.rank() == 0:
+                _finish(partial, path, files, parts, facts, keep)
+
+        _together(group, "complete", finish)
+    except BaseException:
+        if group.rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return path
+
+
+def load(path: str, parts: Parts) -> dict[str, Any]:
+    """Fill `parts` from the checkpoint at `path`, saved at any number of ranks; return its facts.
+
+    Raises:
+        ValueError: the checkpoint is of another network or class count; the message lists what
+        differs. OSError: a file of it is missing or damaged.
+    """
+    manifest = read_manifest(path)
+    head = parts.head
+    _check_shape(path, manifest, head)
+    load_state(parts.backbone, _read(path, "model.safetensors", manifest), path)
+    _load_optimizer(parts, _read(path, "optimizer.safetensors", manifest), path)
+    rows = {"weight": head.weight.detach()} | parts.row_optimizer.state_dict()
+    _read_rows(path, manifest, rows, head.shard)
+    head.step = manifest["head_step"]
+    return manifest
+
+
+def newest(run_dir: str) -> str | None:
+    """The newest complete checkpoint of a run directory, None where there is none."""
+    steps = _complete(run_dir)
+    return os.path.join(run_dir, _DIRECTORY, f"step-{steps[-1]}") if steps else None
+
+
+def read_manifest(path: str) -> dict[str, Any]:
+    """The facts of a checkpoint directory.
+
+    Raises:
+        FileNotFoundError: not a complete checkpoint.
+        ValueError: written by a newer version.
+    """
+    name = os.path.join(path, "manifest.json")
+    if not os.path.isfile(name):
+        raise FileNotFoundError(f"{path} is not a complete checkpoint: it has no manifest.json")
+    with open(name, encoding="utf-8") as file:
+        manifest = json.load(file)
+    if manifest["format"] > FORMAT:
+        raise ValueError(f"{path} has format {manifest['format']}, this version reads {FORMAT}")
+    return manifest
+
+
+def load_backbone(path: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a run directory (its newest checkpoint) or checkpoint directory, and its
+    config.
+
+    The module is on the CPU, in fp32 and eval mode.
+    """
+    checkpoint = path if os.path.isfile(os.path.join(path, "manifest.json")) else newest(path)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{path} is neither a checkpoint nor a run directory with one")
+    manifest = read_manifest(checkpoint)
+    config = manifest["config"]
+    module = BACKBONES[config["network"]](embedding_size=config["embedding_size"])
+    load_state(module, _read(checkpoint, "model.safetensors", manifest), checkpoint)
+    return module.float().eval(), config
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load `state` into `module`, every name and shape of it.
+
+    Raises:
+        ValueError: listing the names that are missing, unexpected, or of another shape.
+    """
+    own = module.state_dict()
+    problems = [f"missing {name}" for name in own if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in own]
+    problems += [
+        f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        listed = "\n  ".join(problems[:12]) + ("\n  ..." if len(problems) > 12 else "")
+        raise ValueError(f"{source} does not fit this network ({len(problems)} names):\n  {listed}")
+    module.load_state_dict(dict(state))
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def _together(group: ProcessGroup, what: str, action: Callable[[], Any]) -> list:
+    """Every rank's result of `action`; if it failed anywhere, the same OSError on every rank."""
+    result, failure = None, None
+    try:
+        result = action()
+    except OSError as error:
+        failure = f"rank {group.rank()}: {error}"
+    outcomes = gather_objects((result, failure), group)
+    failures = [failure for _, failure in outcomes if failure]
+    if failures:
+        raise OSError(f"cannot {what} the checkpoint: " + "; ".join(failures))
+    return [result for result, _ in outcomes]
+
+
+def _prepare(partial: str) -> None:
+    root = os.path.dirname(partial)
+    os.makedirs(root, exist_ok=True)
+    for name in os.listdir(root):
+        if name.endswith(".partial"):  # left by a killed save
+            shutil.rmtree(os.path.join(root, name))
+    os.mkdir(partial)
+
+
+def _write_parts(partial: str, parts: Parts) -> dict[str, dict[str, Any]]:
+    """Write this rank's files; {name: size and hash}."""
+    if not os.path.isdir(partial):
+        raise OSError(f"{partial} is not there: all ranks must share the output file system")
+    head = parts.head
+    start, stop = head.shard
+    rows = {"weight": head.weight.detach()} | parts.row_optimizer.state_dict()
+    files = {f"rows-{start}-{stop}.safetensors": rows}
+    if head.group.rank() == 0:
+        files["model.safetensors"] = parts.backbone.state_dict()
+        files["optimizer.safetensors"] = _optimizer_tensors(parts)
+    return {name: _write(os.path.join(partial, name), tensors) for name, tensors in files.items()}
+
+
+def _write(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write one file through to the disk; its size and hash."""
+    try:
+        safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+        return {"bytes": os.path.getsize(path), "sha256": _sha256(file)}
+
+
+def _finish(
+    partial: str, path: str, files: dict, parts: Parts, facts: Mapping[str, Any], keep: int
+) -> None:
+    """Manifest, rename, and the end of checkpoints beyond `keep`."""
+    missing = [name for name in files if not os.path.isfile(os.path.join(partial, name))]
+    if missing:
+        raise OSError(f"{missing[0]} is not in {partial}: all ranks must share the output")
+    head = parts.head
+    manifest = {
+        "format": FORMAT,
+        **facts,
+        "num_classes": head.num_classes,
+        "embedding_size": head.embedding_size,
+        "num_subcenters": head.num_subcenters,
+        "head_step": head.step,
+        "world": head.group.size(),
+        "files": files,
+    }
+    with open(os.path.join(partial, "manifest.json"), "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    if os.path.isdir(path):  # the same step of an earlier try
+        shutil.rmtree(path)
+    os.rename(partial, path)
+    parent = os.open(os.path.dirname(path), os.O_RDONLY)
+    os.fsync(parent)
+    os.close(parent)
+    run_dir = os.path.dirname(os.path.dirname(path))
+    for step in _complete(run_dir)[:-keep]:
+        shutil.rmtree(os.path.join(run_dir, _DIRECTORY, f"step-{step}"))
+
+
+def _complete(run_dir: str) -> list[int]:
+    """Steps of the complete checkpoints, ascending."""
+    root = os.path.join(run_dir, _DIRECTORY)
+    names = os.listdir(root) if os.path.isdir(root) else []
+    steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", name))]
+    return sorted(
+        s for s in steps if os.path.isfile(os.path.join(root, f"step-{s}", "manifest.json"))
+    )
+
+
+def _sha256(file: BufferedReader | BufferedRandom) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+def _check_shape(path: str, manifest: Mapping[str, Any], head: PartialFC) -> None:
+    names = ("num_classes", "embedding_size", "num_subcenters")
+    wrong = [f"{n} {manifest[n]} there, {getattr(head, n)} here" for n in names
+             if manifest[n] != getattr(head, n)]  # fmt: skip
+    if wrong:
+        raise ValueError(
+            f"cannot resume from {path}: {', '.join(wrong)}. To start a new run from its network, "
+            "use init_from= and another output"
+        )
+
+
+def _verified(path: str, name: str, manifest: Mapping[str, Any]) -> str:
+    """The path of a file of the checkpoint, its content as the manifest says."""
+    full = os.path.join(path, name)
+    try:
+        with open(full, "rb") as file:
+            if _sha256(file) != manifest["files"][name]["sha256"]:
+                raise OSError(f"{full} is damaged: its sha256 is not the manifest's")
+    except (FileNotFoundError, KeyError) as error:
+        raise OSError(f"{path} lacks {name}") from error
+    return full
+
+
+def _read(path: str, name: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(_verified(path, name, manifest))
+
+
+def _read_rows(
+    path: str, manifest: Mapping[str, Any], rows: dict[str, Tensor], shard: tuple[int, int]
+) -> None:
+    """Fill this rank's rows from the files whose class ranges overlap its own."""
+    start, stop = shard
+    filled = 0
+    for name in manifest["files"]:
+        found = re.fullmatch(r"rows-(\d+)-(\d+)\.safetensors", name)
+        if not found:
+            continue
+        first, last = int(found[1]), int(found[2])
+        low, high = max(start, first), min(stop, last)
+        if low >= high:
+            continue
+        with safe_open(_verified(path, name, manifest), "pt") as file:
+            if set(file.keys()) != set(rows):
+                raise ValueError(
+                    f"cannot resume from {path}: its rows hold {sorted(file.keys())}, this run's "
+                    f"optimizer needs {sorted(rows)}"
+                )
+            for key, tensor in rows.items():
+                tensor[low - start : high - start] = file.get_slice(key)[low - first : high - first]
+        filled += high - low
+    if filled != stop - start:
+        raise OSError(f"{path} lacks {stop - start - filled} of the classes {start} to {stop - 1}")
+
+
+# --- The backbone's optimiser ---------------------------------------------------------------------
+
+
+def _optimizer_tensors(parts: Parts) -> dict[str, Tensor]:
+    names = [name for name, p in parts.backbone.named_parameters() if p.requires_grad]
+    state = parts.optimizer.state_dict()["state"]
+    tensors = {
+        f"{key}/{names[index]}": torch.as_tensor(value)
+        for index, entries in state.items()
+        for key, value in entries.items()
+        if value is not None
+    }
+    if parts.scaler is not None:
+        tensors |= {f"scaler/{key}": value for key, value in parts.scaler.state_dict().items()}
+    return tensors
+
+
+def _load_optimizer(parts: Parts, tensors: dict[str, Tensor], path: str) -> None:
+    names = [name for name, p in parts.backbone.named_parameters() if p.requires_grad]
+    scaler = {key.removeprefix("scaler/"): tensors.pop(key) for key in list(tensors)
+              if key.startswith("scaler/")}  # fmt: skip
+    if parts.scaler is not None and scaler:
+        parts.scaler.load_state_dict(scaler)
+    state: dict[int, dict[str, Tensor]] = {}
+    index = {name: i for i, name in enumerate(names)}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if name not in index:
+            raise ValueError(f"cannot resume from {path}: optimiser state of unknown {name}")
+        state.setdefault(index[name], {})[kind] = value
+    groups = parts.optimizer.state_dict()["param_groups"]
+    parts.optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,221 @@
+"""The schema of a run: every key, its default and its unit; and load(), which holds recipes to it.
+
+A recipe is a Python file that defines `config`, an EasyDict with the deltas from these defaults.
+`key=value` on the command line passes the same checks.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import math
+import os
+import runpy
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _between(default: Any, low: float, high: float = math.inf) -> Any:
+    """A field with an inclusive range."""
+    return field(default=default, metadata={"range": (low, high)})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. Lengths are in epochs, steps are optimiser steps."""
+
+    # Data
+    rec: str  # directory of shards, or a classic InsightFace directory
+    val_targets: list[str] = field(default_factory=list)  # <name>.bin files in rec
+    num_classes: int | None = None  # checked against rec; read from it when absent
+    num_image: int | None = None  # likewise
+    num_workers: int = _between(2, 1)  # decoding threads per process
+    loader: Literal["cpu"] = "cpu"
+
+    # Network and loss
+    network: str = "r50"
+    embedding_size: int = _between(512, 1)
+    margin: str = "arcface"
+    margin_args: dict = field(default_factory=dict)  # as recognition.losses.MARGINS[margin] takes
+    interclass_filtering_threshold: float = _between(0.0, 0.0, 1.0)  # cosine; 0: off
+    sample_rate: float = _between(1.0, 0.0, 1.0)  # share of the classes drawn as negatives
+    num_subcenters: int = _between(1, 1)
+    init_from: str | None = None  # backbone to start from: run directory, .safetensors or .pt
+
+    # Optimisation
+    batch_size: int | None = _between(None, 1)  # images per process and micro-step
+    global_batch_size: int | None = _between(None, 1)  # images per step over all processes
+    accumulation: int = _between(1, 1)  # micro-steps per step
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = _between(0.1, 0.0)
+    momentum: float = _between(0.9, 0.0, 1.0)
+    weight_decay: float = _between(5e-4, 0.0)
+    schedule: Literal["polynomial", "step", "cosine"] = "polynomial"
+    lr_power: float = _between(1.0, 0.0)  # of the polynomial; InsightFace's tables used 2
+    lr_milestones: list[float] = field(default_factory=list)  # epochs of the step schedule
+    lr_gamma: float = _between(0.1, 0.0, 1.0)  # factor at each milestone
+    warmup_epochs: float = _between(0.0, 0.0)
+    num_epochs: float | None = _between(None, 0.0)  # 20 when max_steps is absent too
+    max_steps: int | None = _between(None, 1)
+    clip_norm: float | None = _between(5.0, 0.0)  # of the backbone's gradient; None: off
+
+    # Numerics
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"  # auto: bf16 where fast
+    sync_bn: bool = False
+    seed: int = _between(0, 0)
+
+    # The run
+    output: str = "runs/default"
+    resume: str | None = "auto"  # newest checkpoint of output; none: start anew; or a directory
+    log_every: int = _between(10, 1)  # steps
+    verify_every: int = _between(2000, 1)  # steps; also before the first and after the last
+    checkpoint_every: int = _between(2000, 1)  # steps; also after the last
+    keep_checkpoints: int = _between(3, 1)  # newest ones kept
+
+    def global_batch(self, world: int) -> int:
+        """Images of one optimiser step."""
+        if self.global_batch_size is not None:
+            return self.global_batch_size
+        return (self.batch_size or 128) * world * self.accumulation
+
+    def total_steps(self, num_images: int, world: int) -> int:
+        if self.max_steps is not None:
+            return self.max_steps
+        epochs = 20 if self.num_epochs is None else self.num_epochs
+        return max(math.ceil(epochs * num_images / self.global_batch(world)), 1)
+
+
+# Two keys that say the same thing: at most one of them in one place.
+_ALTERNATIVES = [("batch_size", "global_batch_size"), ("max_steps", "num_epochs")]
+
+# Keys of arcface_torch: what to write instead.
+_RENAMED = {
+    "num_epoch": "num_epochs",
+    "warmup_epoch": "warmup_epochs",
+    "gradient_acc": "accumulation",
+    "fp16": 'precision="fp16"',
+    "dali": 'loader="dali"',
+    "verbose": "verify_every",
+    "frequent": "log_every",
+    "save_all_states": "checkpoint_every (every checkpoint resumes)",
+}
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The recipe at `path` (.py) with `key=value` overrides, checked.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        KeyError: an unknown key; the message names the nearest.
+        TypeError, ValueError: a value of the wrong type or out of its range.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no recipe at {path}")
+    recipe = runpy.run_path(path).get("config")
+    if not isinstance(recipe, Mapping):
+        raise TypeError(
+            f"{path} defines no `config`: it must hold an EasyDict with the keys it sets"
+        )
+    values = _translate(dict(recipe), path)
+    if "output" not in values:
+        values["output"] = os.path.join("runs", os.path.splitext(os.path.basename(path))[0])
+    typed = _translate(_parse(overrides), "the command line")
+    for pair in _ALTERNATIVES:
+        if any(key in typed for key in pair):
+            values = {key: value for key, value in values.items() if key not in pair}
+    for key in [key for key in typed if key.startswith("margin_args.")]:
+        name = key.removeprefix("margin_args.")
+        typed["margin_args"] = {**values.get("margin_args", {}), **typed.get("margin_args", {})}
+        typed["margin_args"][name] = typed.pop(key)
+    if "margin" in typed and "margin_args" not in typed and typed["margin"] != values.get("margin"):
+        values.pop("margin_args", None)  # they belong to the recipe's margin
+    return make(values | typed)
+
+
+def make(values: Mapping[str, Any]) -> Config:
+    """A Config of `values`, every one checked for name, type and range."""
+    hints = typing.get_type_hints(Config)
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    checked = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise KeyError(_unknown(key, fields))
+        checked[key] = _checked(key, value, hints[key], fields[key].metadata.get("range"))
+    if "rec" not in checked:
+        raise KeyError("rec is missing: say which data set to train on, rec=DIRECTORY")
+    return Config(**checked)
+
+
+def _translate(values: dict[str, Any], place: str) -> dict[str, Any]:
+    """arcface_torch's margin_list taken, its other keys refused by their new name."""
+    for key in values:
+        if key in _RENAMED:
+            raise KeyError(f"{key} in {place} is called {_RENAMED[key]} here")
+    for pair in _ALTERNATIVES:
+        if all(values.get(key) is not None for key in pair):
+            raise ValueError(f"{place} sets both {pair[0]} and {pair[1]}: keep one")
+    if "margin_list" in values:
+        margins = values.pop("margin_list")
+        if "margin" in values or "margin_args" in values:
+            raise ValueError(f"{place} sets margin_list beside margin or margin_args: keep one")
+        if not isinstance(margins, list | tuple) or len(margins) != 3:
+            raise ValueError(f"margin_list={margins!r} in {place}: expected (m1, m2, m3)")
+        m1, m2, m3 = margins
+        values |= {"margin": "combined", "margin_args": {"m1": m1, "m2": m2, "m3": m3}}
+    return values
+
+
+def _parse(overrides: Sequence[str]) -> dict[str, Any]:
+    typed: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{override!r} is not key=value")
+        if key in typed:
+            raise ValueError(f"{key} is given twice on the command line")
+        try:
+            typed[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            typed[key] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    return typed
+
+
+def _checked(key: str, value: Any, hint: Any, bounds: tuple[float, float] | None) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = options[0]
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError(f"{key}={value!r}: one of {', '.join(typing.get_args(kind))}")
+        return value
+    if typing.get_origin(kind) is list:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise TypeError(f"{key}={value!r}: expected a list")
+        return [_checked(key, item, typing.get_args(kind)[0], None) for item in items]
+    if kind is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{key}={value!r}: expected a dict")
+        return dict(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and isinstance(value, int | float):
+        value = str(value)  # a directory called 2024, typed on the command line
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"{key}={value!r} is {type(value).__name__}: expected {kind.__name__}")
+    if bounds and not bounds[0] <= value <= bounds[1]:
+        limit = f"at least {bounds[0]}" if bounds[1] == math.inf else f"{bounds[0]} to {bounds[1]}"
+        raise ValueError(f"{key}={value}: expected {limit}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{key}={value}: expected a finite number")
+    return value
+
+
+def _unknown(key: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(key, known, 1)
+    return f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else "")

@@ -1,0 +1,89 @@
+"""What a run says: one readable line, one JSON object and TensorBoard scalars from the same
+record."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Logger:
+    """metrics.jsonl, TensorBoard events and the console of rank 0; silent on the other ranks.
+
+    A resumed run continues the files: what they say of steps after `step`, which are about to be
+    done again, is removed.
+    """
+
+    def __init__(self, run_dir: str, rank: int, step: int) -> None:
+        self._file = self._writer = None
+        if rank == 0:
+            os.makedirs(run_dir, exist_ok=True)
+            path = os.path.join(run_dir, "metrics.jsonl")
+            _forget_after(path, step)
+            self._file = open(path, "a", encoding="utf-8")
+            self._writer = SummaryWriter(os.path.join(run_dir, "events"), purge_step=step + 1)
+
+    def record(self, record: Mapping[str, Any], line: str) -> None:
+        """One object of metrics.jsonl, its numbers to TensorBoard, and `line` on the console.
+
+        `step` must be there; nested objects become names with slashes in TensorBoard.
+        """
+        if self._file is None or self._writer is None:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in _flat(record):
+            if name not in ("step", "epoch"):
+                self._writer.add_scalar(name, value, record["step"])
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        if self._file is not None:
+            print(line, flush=True)
+
+    def warn(self, line: str) -> None:
+        if self._file is not None:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None and self._writer is not None:
+            self._file.close()
+            self._writer.close()
+
+
+def _forget_after(path: str, step: int) -> None:
+    """Drop the records after `step`, and a last line that a killed run left unfinished."""
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step and line.endswith("\n"):
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+    with open(path + ".new", "w", encoding="utf-8") as out:
+        out.writelines(kept)
+    os.replace(path + ".new", path)
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    pairs = []
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            pairs.append((prefix + name, float(value)))
+    return pairs

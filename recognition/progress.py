@@ -1,0 +1,48 @@
+"""How fast a run goes, and the record and line that say so."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from data_tools.loader import BatchSource
+
+
+class Stopwatch:
+    """Steps, seconds and seconds of waiting for data since the last reading, pauses left out."""
+
+    def __init__(self, source: BatchSource, step: int) -> None:
+        self._source = source
+        self._last = (step, time.perf_counter(), source.wait_seconds)
+
+    def read(self, step: int) -> tuple[int, float, float]:
+        now = (step, time.perf_counter(), self._source.wait_seconds)
+        before, self._last = self._last, now
+        return now[0] - before[0], now[1] - before[1], now[2] - before[2]
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        step, then, waited = self._last
+        self._last = (step, then + time.perf_counter() - began, waited)
+
+
+def speed(reading: tuple[int, float, float], global_batch: int) -> dict[str, float]:
+    """images/s over all processes, and the share of the time spent waiting for data."""
+    steps, seconds, waited = reading
+    seconds = max(seconds, 1e-9)
+    return {"images_per_second": steps * global_batch / seconds, "data_wait": waited / seconds}
+
+
+def line(record: dict[str, Any], total_steps: int, global_batch: int) -> str:
+    """One readable line of a step's record."""
+    left = int((total_steps - record["step"]) * global_batch / record["images_per_second"])
+    return (
+        f"step {record['step']}/{total_steps}  epoch {record['epoch']:.2f}  "
+        f"loss {record['loss']:.4f}  lr {record['lr']:.5f}  "
+        f"{record['images_per_second']:.0f} images/s  data wait {100 * record['data_wait']:.0f} %  "
+        f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    )

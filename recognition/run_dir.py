@@ -1,0 +1,83 @@
+"""A run directory before and around training: where to resume, what to start from, what was
+asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from recognition import checkpoint
+from recognition.config import Config
+
+_SOURCE_DIR = os.path.dirname(os.path.abspath(__file__))
+
+
+def resume_point(cfg: Config) -> str | None:
+    """The checkpoint directory that this run continues from, None for a new run.
+
+    Raises:
+        FileNotFoundError: resume= names no checkpoint.
+        FileExistsError: a new run is asked for where one lies already.
+    """
+    if cfg.resume == "auto":
+        return checkpoint.newest(cfg.output)
+    if cfg.resume is None:
+        if checkpoint.newest(cfg.output):
+            raise FileExistsError(
+                f"{cfg.output} holds a run already: choose another output=, or resume=auto"
+            )
+        return None
+    if os.path.isfile(os.path.join(cfg.resume, "manifest.json")):
+        return cfg.resume
+    found = checkpoint.newest(cfg.resume)
+    if found is None:
+        raise FileNotFoundError(f"resume={cfg.resume}: no complete checkpoint there")
+    return found
+
+
+def initial_weights(path: str) -> Mapping[str, Tensor]:
+    """The backbone's state to start from: a run or checkpoint directory, .safetensors, or .pt/.pth.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: the file holds something else than tensors by name.
+    """
+    if os.path.isdir(path):
+        return checkpoint.load_backbone(path)[0].state_dict()
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"init_from={path}: no such file or directory")
+    if path.endswith(".safetensors"):
+        return safetensors.torch.load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"init_from={path} is not a state dict: expected tensors by name")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def write_config(cfg: Config, facts: Mapping[str, Any]) -> None:
+    """config.json of the run: every key as resolved, and `facts` (world, precision, data...)."""
+    os.makedirs(cfg.output, exist_ok=True)
+    path = os.path.join(cfg.output, "config.json")
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        json.dump({**dataclasses.asdict(cfg), **facts}, file, indent=1)
+    os.replace(path + ".new", path)
+
+
+def commit() -> str | None:
+    """The git commit of the code that runs, with '+' after it where files differ from it."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+            cwd=_SOURCE_DIR, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,63 @@
+"""One process of a run: its device, its place among the others, and how they reach each other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+class Runtime(NamedTuple):
+    device: torch.device
+    group: ProcessGroup
+    rank: int
+    world: int
+
+
+@contextlib.contextmanager
+def start(timeout_seconds: float = 600.0) -> Iterator[Runtime]:
+    """The process group of torchrun, or of this process alone where torchrun did not start it.
+
+    Tensors in host memory travel by gloo, tensors on a GPU by nccl. The group is left without
+    ceremony when the body fails: the other ranks must not wait for one that will not come.
+
+    Raises:
+        RuntimeError: more processes on this machine than it has GPUs.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = _device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    place = (
+        {"init_method": "env://"}
+        if "RANK" in os.environ
+        else {"store": dist.HashStore(), "rank": rank, "world_size": world}
+    )
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **place)
+    yield Runtime(device, dist.distributed_c10d._get_default_group(), rank, world)
+    dist.destroy_process_group()
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware: Ampere and newer, AMX or AVX-512."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise RuntimeError(
+            f"process {local_rank} of this machine has no GPU of its own, there are {count}: "
+            f"start at most --nproc-per-node {count}"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,251 @@
+"""The training loop: train(state) runs a state that build.py made to its last step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_tools.loader import Batch, Loader, normalise
+from data_tools.order import rank_slice
+from eval import lfw
+from recognition import checkpoint, collectives, progress
+from recognition.build import TrainState
+from recognition.logger import Logger
+from recognition.run_dir import write_config
+from recognition.sampling import hash_words
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_LOADERS = {"cpu": Loader}
+_VERIFY_BATCH = 64  # images
+
+
+def train(state: TrainState) -> dict[str, Any]:
+    """Run to the last step; the last verification's results by set.
+
+    Raises:
+        FloatingPointError: a non-finite loss or gradient, named.
+    """
+    cfg, runtime = state.cfg, state.runtime
+    total = state.schedule.total_steps
+    if runtime.rank == 0:
+        write_config(cfg, state.facts)
+    results: dict[str, Any] = {}
+    with Logger(cfg.output, runtime.rank, state.step) as logger, _make_loader(state) as loader:
+        _announce(state, logger)
+        if state.step == 0:
+            results = verify(state, logger)
+        batches = iter(loader)
+        watch = progress.Stopwatch(loader, state.step)
+        while state.step < total:
+            loss, grad_norm = _take_step(state, batches)
+            if runtime.device.type == "cpu" or _due(state.step, cfg.log_every, total):
+                state.guard.raise_if_found()
+            if _due(state.step, cfg.log_every, total):
+                _log(state, logger, loss, grad_norm, watch)
+            verifying = _due(state.step, cfg.verify_every, total)
+            saving = _due(state.step, cfg.checkpoint_every, total)
+            if verifying or saving:
+                state.guard.raise_if_found()
+                with watch.paused():
+                    if saving:
+                        save(state)
+                    if verifying:
+                        results = verify(state, logger)
+    return results
+
+
+def save(state: TrainState) -> str:
+    """Write a checkpoint of the present step; its path."""
+    facts = {
+        "step": state.step,
+        "samples_seen": state.samples_seen,
+        "epoch": state.samples_seen / len(state.data),
+        "config": dataclasses.asdict(state.cfg) | state.facts,
+    }
+    return checkpoint.save(state.cfg.output, state.parts, facts, state.cfg.keep_checkpoints)
+
+
+@torch.no_grad()
+def verify(state: TrainState, logger: Logger) -> dict[str, Any]:
+    """Ten-fold accuracy on every val_target, the images spread over the ranks."""
+    rank, world, group = state.runtime.rank, state.runtime.world, state.runtime.group
+    state.backbone.eval()
+    results = {}
+    for pairs in state.val_sets:
+        counts = [stop - start for start, stop in _shares(len(pairs.encoded), world)]
+        start, stop = rank_slice(len(pairs.encoded), world, rank)
+        local = lfw.embed(
+            lambda images: embed(state, images),
+            pairs.encoded[start:stop],
+            _VERIFY_BATCH,
+            pairs.name,
+        )
+        sums, norms = (
+            collectives.gather_parts(torch.from_numpy(part), counts, group) for part in local
+        )
+        results[pairs.name] = lfw.score(sums.numpy(), norms.numpy(), pairs.issame)
+    state.backbone.train()
+    if results:
+        short = {
+            name: {key: score[key] for key in ("accuracy_mean", "accuracy_std", "xnorm")}
+            for name, score in results.items()
+        }
+        line = "  ".join(
+            f"{name} {100 * score['accuracy_mean']:.2f} +- {100 * score['accuracy_std']:.2f} %"
+            for name, score in short.items()
+        )
+        record = {"step": state.step, "verification": short}
+        logger.record(record, f"step {state.step}  verification  {line}")
+    return results
+
+
+def embed(state: TrainState, images: np.ndarray) -> np.ndarray:  # uint8 [n, 112, 112, 3] -> [n, D]
+    """Embeddings of the network as it stands, float32."""
+    device = state.runtime.device
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device, non_blocking=True)
+    unflipped = torch.zeros(len(pixels), dtype=torch.bool, device=device)
+    with _autocast(state):
+        embeddings = state.backbone(normalise(pixels, unflipped, _dtype(state)))
+    return embeddings.float().cpu().numpy()
+
+
+# --- One step -------------------------------------------------------------------------------------
+
+
+def _take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+    """One optimiser step: (loss [], gradient norm of the backbone []), both on the device."""
+    cfg, parts, runtime = state.cfg, state.parts, state.runtime
+    global_batch = cfg.global_batch(runtime.world)
+    lr = state.schedule.lr_at(state.step)
+    parts.optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=runtime.device)
+    looked_at: dict[str, Tensor] = {}
+    for micro in range(cfg.accumulation):
+        first, last = rank_slice(global_batch, cfg.accumulation, micro)
+        counts = [stop - start for start, stop in _shares(last - first, runtime.world)]
+        share = (last - first) / global_batch
+        synchronise = micro == cfg.accumulation - 1
+        with contextlib.nullcontext() if synchronise else state.model.no_sync():
+            micro_loss, local_x = _forward(state, next(batches), micro, counts)
+            scaled = micro_loss * share
+            if parts.scaler is not None:
+                scaled = scaled * parts.scaler.scale
+            scaled.backward()
+        loss = loss + micro_loss.detach() * share
+        looked_at[f"embeddings of micro-step {micro}"] = local_x
+    grad_norm = _update(state, lr, looked_at | {"loss": loss})
+    state.step += 1
+    state.samples_seen += global_batch
+    return loss, grad_norm
+
+
+def _forward(
+    state: TrainState, batch: Batch, micro: int, counts: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The loss of a micro-batch, and this rank's embeddings."""
+    cfg, runtime = state.cfg, state.runtime
+    # Dropout's draw is a function of its place in the run, not of what was drawn before it.
+    torch.manual_seed(hash_words(cfg.seed, state.step, micro, runtime.rank) >> 1)
+    pixels = batch.images.to(runtime.device, non_blocking=True)
+    flip = batch.flip.to(runtime.device, non_blocking=True)
+    with _autocast(state):
+        local_x = state.model(normalise(pixels, flip, _dtype(state)))
+    return state.head(local_x, batch.labels, counts), local_x
+
+
+def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tensor:
+    """Clip, step both optimisers unless something is not finite, and average BatchNorm's
+    statistics."""
+    cfg, parts = state.cfg, state.parts
+    scale = None if parts.scaler is None else parts.scaler.scale
+    named = [(name, p) for name, p in parts.backbone.named_parameters() if p.grad is not None]
+    grads = [p.grad for _, p in named if p.grad is not None]
+    if scale is not None:
+        torch._foreach_mul_(grads, scale.reciprocal())
+    looked_at = looked_at | {"gradient of the class rows": parts.head.sampled_grad}
+    looked_at |= {f"gradient of {name}": grad for (name, _), grad in zip(named, grads, strict=True)}
+    found = state.guard.look(looked_at, state.step + 1, tolerate=parts.scaler is not None)
+
+    grad_norm = nn.utils.get_total_norm(grads)
+    if cfg.clip_norm is not None:
+        nn.utils.clip_grads_with_norm_([p for _, p in named], cfg.clip_norm, grad_norm)
+    for group in parts.optimizer.param_groups:
+        group["lr"] = lr
+    # The fused step reads the attribute: no change where it is 1.
+    setattr(parts.optimizer, "found_inf", found)  # noqa: B010
+    parts.optimizer.step()
+    parts.row_optimizer.step(lr, scale, found)
+    if parts.scaler is not None:
+        parts.scaler.update(found)
+    if not cfg.sync_bn:
+        statistics = [b for b in parts.backbone.buffers() if b.is_floating_point()]
+        collectives.average_(statistics, state.runtime.group)
+    return grad_norm
+
+
+# --- Small parts ----------------------------------------------------------------------------------
+
+
+def _make_loader(state: TrainState) -> Loader:
+    cfg, runtime = state.cfg, state.runtime
+    return _LOADERS[cfg.loader](
+        state.data,
+        seed=cfg.seed,
+        global_batch=cfg.global_batch(runtime.world),
+        world=runtime.world,
+        rank=runtime.rank,
+        accumulation=cfg.accumulation,
+        samples_seen=state.samples_seen,
+        workers=cfg.num_workers,
+        pin_memory=runtime.device.type == "cuda",
+    )
+
+
+def _shares(count: int, world: int) -> list[tuple[int, int]]:
+    return [rank_slice(count, world, rank) for rank in range(world)]
+
+
+def _dtype(state: TrainState) -> torch.dtype:
+    return torch.float64 if state.precision == "fp64" else torch.float32
+
+
+def _autocast(state: TrainState) -> torch.autocast:
+    dtype = _AUTOCAST.get(state.precision)
+    return torch.autocast(state.runtime.device.type, dtype, enabled=dtype is not None)
+
+
+def _due(step: int, every: int, total: int) -> bool:
+    return step % every == 0 or step == total
+
+
+def _announce(state: TrainState, logger: Logger) -> None:
+    cfg, runtime = state.cfg, state.runtime
+    logger.say(
+        f"{cfg.network} + {cfg.margin} on {cfg.rec}: {len(state.data)} images, "
+        f"{state.data.num_classes} classes; {runtime.world} x {runtime.device.type}, "
+        f"{state.precision}, batch {cfg.global_batch(runtime.world)}, "
+        f"{state.schedule.total_steps} steps -> {cfg.output}"
+    )
+
+
+def _log(
+    state: TrainState, logger: Logger, loss: Tensor, grad_norm: Tensor, watch: progress.Stopwatch
+) -> None:
+    global_batch = state.cfg.global_batch(state.runtime.world)
+    record = {
+        "step": state.step,
+        "epoch": state.samples_seen / len(state.data),
+        "loss": loss.item(),
+        "lr": state.schedule.lr_at(state.step - 1),
+        **progress.speed(watch.read(state.step), global_batch),
+        "grad_norm": grad_norm.item(),
+    }
+    if state.parts.scaler is not None:
+        record["loss_scale"] = state.parts.scaler.scale.item()
+    logger.record(record, progress.line(record, state.schedule.total_steps, global_batch))

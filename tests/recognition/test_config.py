@@ -1,0 +1,169 @@
+"""Recipes and overrides: what is taken, what is refused, and how the error reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pathlib
+import re
+import textwrap
+
+import pytest
+
+from recognition import config
+from recognition.losses import MARGINS, make_margin
+
+ROOT = pathlib.Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "launch" / "configs").glob("*.py"))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(body):
+        path = tmp_path / "my_recipe.py"
+        head = "from easydict import EasyDict as edict\nconfig = edict()\n"
+        path.write_text(head + textwrap.dedent(body))
+        return str(path)
+
+    return write
+
+
+def test_deltas_over_defaults(recipe):
+    cfg = config.load(recipe('config.rec = "d"\nconfig.lr = 1\nconfig.val_targets = ["lfw"]'))
+    assert (cfg.rec, cfg.lr, cfg.val_targets, cfg.momentum) == ("d", 1.0, ["lfw"], 0.9)
+    assert cfg.output == "runs/my_recipe"
+
+
+@pytest.mark.parametrize(
+    "typed, key, value",
+    [
+        ("lr=0.5", "lr", 0.5),
+        ("network=mbf", "network", "mbf"),
+        ("sync_bn=true", "sync_bn", True),
+        ("sync_bn=False", "sync_bn", False),
+        ("resume=none", "resume", None),
+        ("clip_norm=none", "clip_norm", None),
+        ("val_targets=lfw,cfp_fp", "val_targets", ["lfw", "cfp_fp"]),
+        ("val_targets=['lfw']", "val_targets", ["lfw"]),
+        ("rec=/a=b", "rec", "/a=b"),
+        ("output=2024", "output", "2024"),
+    ],
+)
+def test_overrides(recipe, typed, key, value):
+    assert getattr(config.load(recipe('config.rec = "d"'), [typed]), key) == value
+
+
+@pytest.mark.parametrize(
+    "typed, error, words",
+    [
+        ("sample_rat=0.1", KeyError, "did you mean 'sample_rate'"),
+        ("lr=fast", TypeError, "lr='fast' is str: expected float"),
+        ("lr=nan", TypeError, "lr='nan'"),
+        ("sample_rate=1.5", ValueError, "0.0 to 1.0"),
+        ("batch_size=0", ValueError, "at least 1"),
+        ("batch_size=2.5", TypeError, "expected int"),
+        ("batch_size=true", TypeError, "expected int"),
+        ("optimizer=lamb", ValueError, "one of sgd, adamw"),
+        ("precision=int8", ValueError, "fp64"),
+        ("lr", ValueError, "not key=value"),
+        ("num_epoch=3", KeyError, "num_epochs"),
+        ("fp16=True", KeyError, 'precision="fp16"'),
+        ("verbose=2000", KeyError, "verify_every"),
+        ("dali=True", KeyError, "loader"),
+        ("margin_list=(1,2)", ValueError, r"expected \(m1, m2, m3\)"),
+    ],
+)
+def test_what_is_refused(recipe, typed, error, words):
+    with pytest.raises(error, match=words):
+        config.load(recipe('config.rec = "d"'), [typed])
+
+
+def test_a_key_typed_twice_is_refused(recipe):
+    with pytest.raises(ValueError, match="twice"):
+        config.load(recipe('config.rec = "d"'), ["lr=1", "lr=2"])
+
+
+@pytest.mark.parametrize(
+    "first, second", [("batch_size", "global_batch_size"), ("max_steps", "num_epochs")]
+)
+def test_alternatives(recipe, first, second):
+    both = f'config.rec = "d"\nconfig.{first} = 8\nconfig.{second} = 16'
+    with pytest.raises(ValueError, match=f"both {first} and {second}"):
+        config.load(recipe(both))
+    with pytest.raises(ValueError, match="command line"):
+        config.load(recipe('config.rec = "d"'), [f"{first}=8", f"{second}=16"])
+    cfg = config.load(recipe(f'config.rec = "d"\nconfig.{first} = 8'), [f"{second}=16"])
+    assert getattr(cfg, first) is None and getattr(cfg, second) == 16
+
+
+def test_batch_and_steps():
+    base = {"rec": "d"}
+    assert config.make(base).global_batch(4) == 512
+    assert config.make(base | {"batch_size": 32, "accumulation": 3}).global_batch(4) == 384
+    assert config.make(base | {"global_batch_size": 100}).global_batch(8) == 100
+    assert config.make(base | {"batch_size": 10, "num_epochs": 3}).total_steps(25, 1) == 8
+    assert config.make(base | {"max_steps": 7}).total_steps(25, 1) == 7
+
+
+def test_margin_list_of_arcface_torch(recipe):
+    cfg = config.load(recipe('config.rec = "d"\nconfig.margin_list = (1.0, 0.5, 0.0)'))
+    assert cfg.margin == "combined"
+    assert cfg.margin_args == {"m1": 1.0, "m2": 0.5, "m3": 0.0}
+    with pytest.raises(ValueError, match="keep one"):
+        config.load(
+            recipe('config.rec = "d"\nconfig.margin = "arcface"\nconfig.margin_list = (1, 0, 0)')
+        )
+
+
+def test_single_margin_arguments_from_the_command_line(recipe):
+    body = 'config.rec = "d"\nconfig.margin = "arcface"\nconfig.margin_args = {"scale": 32.0}'
+    cfg = config.load(recipe(body), ["margin_args.margin=0.3"])
+    assert cfg.margin_args == {"scale": 32.0, "margin": 0.3}
+    assert config.load(recipe(body), ["margin=cosface"]).margin_args == {}
+
+
+def test_missing_recipe_and_missing_rec(recipe, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no recipe"):
+        config.load(str(tmp_path / "absent.py"))
+    with pytest.raises(KeyError, match="rec is missing"):
+        config.load(recipe(""))
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(TypeError, match="defines no `config`"):
+        config.load(str(tmp_path / "empty.py"))
+
+
+@pytest.mark.parametrize(
+    "name, arguments, error, words",
+    [
+        ("arcfase", {}, KeyError, "one of softmax, arcface"),
+        ("arcface", {"margn": 0.5}, KeyError, "did you mean margin"),
+        ("arcface", {"margin": "0.5"}, TypeError, "expected a number"),
+        ("arcface", {"margin": 4.0}, ValueError, "0 <= m2 < pi"),
+        ("arcface", {"scale": -1.0}, ValueError, "positive"),
+        ("arcface", {"gradient": "exakt"}, ValueError, "one of exact, straight_through"),
+        ("sphereface", {"overflow": "fallback"}, ValueError, "m1=1 only"),
+        ("cosface", {"interclass_filtering_threshold": 2.0}, ValueError, "cosine"),
+    ],
+)
+def test_margin_arguments_are_checked(name, arguments, error, words):
+    with pytest.raises(error, match=words):
+        make_margin(name, arguments)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads(path):
+    cfg = config.load(str(path), ["rec=somewhere"])
+    assert cfg.margin in MARGINS
+    make_margin(cfg.margin, cfg.margin_args)
+
+
+def test_every_key_is_read_somewhere():
+    methods = inspect.getsource(config.Config.global_batch)
+    methods += inspect.getsource(config.Config.total_steps)
+    code = methods + "".join(
+        path.read_text()
+        for path in (ROOT / "recognition").rglob("*.py")
+        if path.name != "config.py"
+    )
+    for field in dataclasses.fields(config.Config):
+        assert re.search(rf"(cfg|self)\.{field.name}\b", code), f"nobody reads {field.name}"

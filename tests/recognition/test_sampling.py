@@ -1,0 +1,95 @@
+"""The sample of classes: the same at every world size, even, fresh, and without gaps."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from recognition.sampling import hash_words, sample, shard_range
+
+
+def drawn(num_classes, rate, step, world=1, labels=()):
+    """Global ids of all ranks' samples, in rank order."""
+    parts = []
+    for rank in range(world):
+        shard = shard_range(num_classes, world, rank)
+        got = sample(np.array(labels, np.int64), num_classes, shard, rate, 7, step)
+        parts.append(np.arange(*shard) if got.classes is None else got.classes)
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 103])
+def test_shards_cover_the_classes_and_differ_by_one_at_most(world):
+    shards = [shard_range(103, world, rank) for rank in range(world)]
+    assert [s for s, _ in shards[1:]] == [e for _, e in shards[:-1]]
+    assert (shards[0][0], shards[-1][1]) == (0, 103)
+    sizes = [e - s for s, e in shards]
+    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 103, 1000])
+@pytest.mark.parametrize("rate", [0.0, 0.02, 0.1, 0.3, 0.9, 1.0])
+def test_every_world_size_draws_the_same(num_classes, rate):
+    labels = np.random.default_rng(3).integers(0, num_classes, 9)
+    for step in range(20):
+        alone = drawn(num_classes, rate, step, 1, labels)
+        assert len(np.unique(alone)) == len(alone)
+        assert np.isin(labels, alone).all()
+        for world in (2, 3, 7):
+            assert sorted(drawn(num_classes, rate, step, world, labels)) == sorted(alone)
+
+
+def test_rows_point_at_their_class():
+    labels = np.random.default_rng(0).integers(0, 1000, 64)
+    for rank in range(3):
+        shard = shard_range(1000, 3, rank)
+        got = sample(labels, 1000, shard, 0.1, 1, 2)
+        assert (got.classes[got.position] == labels[got.owned]).all()
+        mine = (labels >= shard[0]) & (labels < shard[1])
+        assert sorted(got.owned) == np.flatnonzero(mine).tolist()
+        assert (np.diff(got.position) >= 0).all()
+
+
+@pytest.mark.parametrize("rate, count", [(0.3, 31), (0.1, 11), (0.5, 52), (30 * 0.1 / 103, 3)])
+def test_as_many_as_the_rate_says(rate, count):
+    assert all(len(drawn(103, rate, step)) == count for step in range(50))
+
+
+def test_every_class_is_drawn_equally_often_and_pairs_are_not_tied():
+    num_classes, rate, steps = 60, 0.25, 20000
+    counts = np.zeros(num_classes)
+    pairs = np.zeros((num_classes, num_classes))
+    for step in range(steps):
+        classes = drawn(num_classes, rate, step)
+        counts[classes] += 1
+        pairs[np.ix_(classes, classes)] += 1
+    expected = math.ceil(rate * num_classes) / num_classes
+    deviation = (expected * (1 - expected) / steps) ** 0.5
+    assert np.abs(counts / steps - expected).max() < 4.5 * deviation  # 60 draws: p < 0.001
+    # Two classes of one cell never meet, those of neighbouring cells do; far pairs are independent.
+    far = [pairs[i, (i + 20) % num_classes] / steps for i in range(num_classes)]
+    assert np.abs(np.array(far) - expected**2).max() < 0.01
+
+
+def test_every_step_and_seed_draws_afresh():
+    first = set(drawn(1000, 0.1, 0))
+    overlaps = [len(first & set(drawn(1000, 0.1, step))) for step in range(1, 200)]
+    assert 5 < np.mean(overlaps) < 15  # chance: 100 * 0.1
+    assert max(overlaps) < 40
+
+
+def test_large_class_counts_do_not_overflow():
+    num_classes = 100_000_000
+    shard = shard_range(num_classes, 1024, 1023)
+    got = sample(np.array([num_classes - 1, 0]), num_classes, shard, 0.1, 1, 5)
+    assert len(got.classes) == pytest.approx(0.1 * num_classes / 1024, rel=0.01)
+    assert got.classes.min() >= shard[0] and got.classes.max() < shard[1]
+    assert got.classes[got.position[0]] == num_classes - 1
+
+
+def test_hash_separates_its_words():
+    seen = {hash_words(a, b) for a in range(100) for b in range(100)}
+    assert len(seen) == 10_000
+    assert hash_words(1, 2) != hash_words(2, 1)
