@@ -15,9 +15,9 @@ def decode(encoded: bytes, size: int = 112, where: str = "") -> np.ndarray:
     """RGB pixels, uint8 [size, size, 3].
 
     Grey becomes three equal channels, transparency is dropped, a square image of another size is
-    resized (bicubic). Raises: ValueError naming `where` for an empty, truncated or unreadable image,
-    or one that is not square: faces are aligned before they come here, and stretching or cropping
-    would misalign them.
+    resized (bicubic).
+    Raises: ValueError naming `where` for an empty, truncated or unreadable image, or one that is
+    not square: faces are aligned before they come here; stretching or cropping would misalign them.
     """
     return _resized(decode_any_size(encoded, where), size, where)
 

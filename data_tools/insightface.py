@@ -1,0 +1,138 @@
+"""An InsightFace data set directory, read in place: `train.rec`, `train.idx`, `property`.
+
+Layout A (the classic one: MS1MV2, Glint360K) has a header record with key 0 and, after the images,
+a record per identity; both have no pixels. The plain layouts (im2rec, shuffle_rec, SeqRecBuilder)
+hold images only. Ranges in the header and the identity records are float32, exact to 2^24 only:
+labels are therefore always taken from the images themselves.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_tools.recordio import Header, IndexedReader, RecordFile, unpack_record
+
+
+class ImageRecords(NamedTuple):
+    """The image records of a directory, n of them, in file order."""
+
+    file: RecordFile
+    idx_path: Path | None
+    keys: np.ndarray  # int64 [n]
+    offsets: np.ndarray  # int64 [n]
+    layout: str  # "A" | "plain"
+    num_identity_records: int  # 0 in the plain layouts
+    property: tuple[int, int, int] | None  # classes, height, width
+
+
+def find_rec(directory: Path) -> Path | None:
+    """`train.rec`, or the only .rec of the directory; None if there is none, or a choice."""
+    found = sorted(directory.glob("*.rec"))
+    train = directory / "train.rec"
+    return train if train in found else found[0] if len(found) == 1 else None
+
+
+def open_directory(directory: Path, rec_path: Path) -> ImageRecords:
+    """The images of an InsightFace directory; without a .idx the .rec is walked.
+
+    Raises: ValueError naming the file for a damaged .rec, .idx or `property`, or no image at all.
+    """
+    idx_path = rec_path.with_suffix(".idx")
+    reader = IndexedReader(idx_path if idx_path.exists() else None, rec_path)
+    keys, offsets = reader.keys, reader.offsets
+    first_identity = _first_identity(reader)
+    if first_identity is not None:
+        image = (keys > 0) & (keys < first_identity)
+        keys, offsets = keys[image], offsets[image]
+    if len(keys) == 0:
+        raise ValueError(f"{rec_path}: no image record among its {len(reader)} records")
+    return ImageRecords(
+        reader.file,
+        reader.idx_path,
+        keys,
+        offsets,
+        "plain" if first_identity is None else "A",
+        0 if first_identity is None else len(reader) - 1 - len(keys),
+        read_property(directory / "property"),
+    )
+
+
+def read_property(path: Path) -> tuple[int, int, int] | None:
+    """Classes, height, width of a `property` file, None where there is none. Raises: ValueError."""
+    if not path.exists():
+        return None
+    line = path.read_bytes().split(b"\n", 1)[0].decode("ascii", "replace").strip()
+    fields = line.split(",")
+    if len(fields) < 3 or not all(field.strip().isdigit() for field in fields[:3]):
+        raise ValueError(f"{path}: {line[:60]!r} is not num_classes,height,width")
+    classes, height, width = (int(field) for field in fields[:3])
+    return classes, height, width
+
+
+def class_label(header: Header, num_classes: int | None, where: str) -> int:
+    """The class of an image: the scalar label, or the first of [class, aligned].
+
+    Raises: ValueError naming `where` if it is not an integer of [0, num_classes).
+    """
+    label = np.ravel(header.label)[:1].astype(np.float32)
+    fault = _bad_label(label, num_classes)
+    if fault.any():
+        raise ValueError(f"{where}: {_label_fault(label[0], num_classes)}")
+    return int(label[0])
+
+
+def class_labels(
+    file: RecordFile, offsets: np.ndarray, num_classes: int | None = None
+) -> np.ndarray:
+    """The class of every image record at `offsets`, int64 [n]; reads headers only.
+
+    Raises: ValueError naming file and byte of the first label outside [0, num_classes).
+    """
+    _, labels = file.first_labels(offsets)
+    wrong = np.flatnonzero(_bad_label(labels, num_classes))
+    if len(wrong):
+        fault = _label_fault(labels[wrong[0]], num_classes)
+        raise ValueError(
+            f"{file.where(int(offsets[wrong[0]]))}: {fault} ({len(wrong)} such records)"
+        )
+    return labels.astype(np.int64)
+
+
+def _bad_label(labels: np.ndarray, num_classes: int | None) -> np.ndarray:
+    # Beyond 2^24 neighbouring classes share a float32.
+    limit = 2**24 + 1 if num_classes is None else num_classes
+    with np.errstate(invalid="ignore"):
+        return ~((labels >= 0) & (labels < limit) & (labels == np.floor(labels)))
+
+
+def _label_fault(label: np.float32, num_classes: int | None) -> str:
+    limit = (
+        "" if num_classes is None else f" below the {num_classes} classes that `property` states"
+    )
+    return f"the label {label} is not a class number from 0{limit}"
+
+
+def _first_identity(reader: IndexedReader) -> int | None:
+    """The key of the first identity record if there is a header (layout A), else None.
+
+    A header has flag 2, no pixels, and a first label that is a key. InsightFace's rule, flag > 0
+    alone, would take the first image of a set with two labels per image for one.
+    """
+    if 0 not in reader or not _no_pixels(reader, 0):
+        return None
+    stated = float(np.ravel(reader[0][0].label)[0])
+    if not 0 < stated < 2.0**62 or int(stated) not in reader:
+        return None
+    # float32 rounds keys above 2^24 to a neighbour: look for the boundary itself around it.
+    slack = int(np.spacing(np.float32(stated))) // 2
+    around = range(int(stated) - slack, int(stated) + slack + 1)
+    return next((key for key in around if key in reader and _no_pixels(reader, key)), None)
+
+
+def _no_pixels(reader: IndexedReader, key: int) -> bool:
+    record = reader.raw(key)
+    if len(record) < 24:
+        return False  # the reader of the images will name it
+    header, image = unpack_record(record, f"{reader.file.path}, key {key}")
+    return header.flag == 2 and len(image) == 0

@@ -1,0 +1,209 @@
+"""A data set: a directory of `.rec` / `.idx` shards described by `index.json`.
+
+    train-00000-of-00008.rec .idx   images in shuffled order; keys 0 .. n-1 in each shard
+    index.json                      counts, classes, image size, sha256 of files, source, options
+    labels.npy    int64 [N]         the class of each image, exact where the record's float32 is not
+    offsets.npy   int64 [N]         where each record starts in its shard: opening parses no text
+    identities.txt                  line c is the name of class c
+    <name>.bin                      verification pairs
+
+`open` reads an InsightFace directory (`train.rec`, `train.idx`, `property`) through the same face.
+"""
+
+import bisect
+import functools
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools import insightface
+from data_tools.recordio import RecordFile, unpack_record
+
+FORMAT = "arcline-shards"
+VERSION = 1
+INDEX = "index.json"
+
+
+class Shards:
+    """A sequence of N images as (class, encoded bytes).
+
+    The shards are mapped: reads are safe in threads and over fork, and it is pickled by its path.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        index: dict[str, Any],
+        files: list[RecordFile],
+        offsets: np.ndarray,  # int64 [N] byte of each record in its file
+        labels: np.ndarray | None,  # int64 [N]; None: they stand in the records only
+    ) -> None:
+        self.path = path
+        self.index = index
+        self.files = files
+        self.offsets = offsets
+        # Shard s holds the images starts[s] .. starts[s + 1] - 1.
+        self.starts = [0, *itertools.accumulate(shard["images"] for shard in index["shards"])]
+        self.num_images: int = index["images"]
+        self.num_classes: int = index["classes"]
+        size = index["image_size"]
+        self.image_size: tuple[int, int] | None = (size[0], size[1]) if size else None  # (h, w)
+        self._labels = labels
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return open, (self.path,)
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """The class of every image, int64 [N]; of an InsightFace directory: from its headers."""
+        if self._labels is not None:
+            return self._labels
+        return insightface.class_labels(self.files[0], self.offsets, self.num_classes)
+
+    @functools.cached_property
+    def identities(self) -> list[str]:
+        """The name of every class; in an InsightFace directory its number."""
+        if "identities" not in self.index:
+            return [str(c) for c in range(self.num_classes)]
+        text = (self.path / self.index["identities"]["file"]).read_bytes()
+        return [os.fsdecode(line) for line in text.split(b"\n")[:-1]]
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """Shard number and byte offset of image i. Raises: IndexError."""
+        if not -self.num_images <= i < self.num_images:
+            raise IndexError(f"{self.path}: image {i} of {self.num_images}")
+        i = int(i) % self.num_images
+        return bisect.bisect_right(self.starts, i) - 1, int(self.offsets[i])
+
+    def where(self, i: int) -> str:
+        """File and byte of image i, for messages."""
+        shard, offset = self.locate(i)
+        return self.files[shard].where(offset)
+
+    def __getitem__(self, i: int) -> tuple[int, bytes]:
+        shard, offset = self.locate(i)
+        file = self.files[shard]
+        header, encoded = unpack_record(file.read(offset)[0], file.where(offset))
+        if self._labels is not None:
+            return int(self._labels[i]), encoded
+        return insightface.class_label(header, self.num_classes, file.where(offset)), encoded
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        return (self[i] for i in range(self.num_images))
+
+    def bin_path(self, name: str) -> Path:
+        """The verification set `<name>.bin`. Raises: FileNotFoundError listing those there are."""
+        path = self.path / f"{name.removesuffix('.bin')}.bin"
+        if not path.is_file():
+            there = ", ".join(bin.stem for bin in self.bin_paths()) or "none"
+            raise FileNotFoundError(f"{path}: no such verification set; there are: {there}")
+        return path
+
+    def bin_paths(self) -> list[Path]:
+        return sorted(self.path.glob("*.bin"))
+
+
+def open(path: str | Path) -> Shards:
+    """The data set in a directory: shards with their index.json, or an InsightFace directory.
+
+    Raises: FileNotFoundError if there is neither; ValueError naming the file that is damaged,
+    missing or disagrees with index.json.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such directory")
+    if (path / INDEX).is_file():
+        return _open_packed(path)
+    rec = insightface.find_rec(path)
+    if rec is None:
+        raise FileNotFoundError(
+            f"{path}: no data set: neither {INDEX} nor train.rec; make one with "
+            f"`python -m data_tools pack SOURCE {path}`"
+        )
+    return _open_insightface(path, rec)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The checked index.json of a directory. Raises: ValueError naming the file and the fault."""
+    place = path / INDEX
+    try:
+        index = json.loads(place.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON: {error}") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"{place}: not the index of a data set: its format is not {FORMAT!r}")
+    if index.get("version") != VERSION:
+        raise ValueError(
+            f"{place}: format version {index.get('version')}; this program reads version {VERSION}"
+        )
+    try:
+        shards = [(shard["name"], shard["images"], shard["bytes"]) for shard in index["shards"]]
+        known = all(isinstance(index[key], int) and index[key] > 0 for key in ("images", "classes"))
+        known &= all(isinstance(n, int) and isinstance(b, int) for _, n, b in shards)
+        known &= all(len(Path(name).parts) == 1 for name, _, _ in shards)
+        known &= sum(n for _, n, _ in shards) == index["images"]
+        known &= index["image_size"] is None or len(index["image_size"]) == 2
+        known &= all(len(Path(index[k]["file"]).parts) == 1 for k in ("labels", "offsets"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{place}: {error} is missing or of a wrong kind") from error
+    if not known:
+        raise ValueError(f"{place}: its counts or names contradict each other; pack again")
+    return index
+
+
+def _open_packed(path: Path) -> Shards:
+    index = read_index(path)
+    files = []
+    for shard in index["shards"]:
+        rec = path / f"{shard['name']}.rec"
+        if not rec.is_file():
+            raise FileNotFoundError(f"{rec}: missing, though {INDEX} lists it")
+        files.append(RecordFile(rec))
+        if files[-1].size != shard["bytes"]:
+            raise ValueError(
+                f"{rec}: {files[-1].size} bytes, but {INDEX} says {shard['bytes']}: the copy is "
+                f"incomplete, or the file was changed"
+            )
+    offsets, labels = (
+        _load_column(path / index[column]["file"], index["images"])
+        for column in ("offsets", "labels")
+    )
+    return Shards(path, index, files, offsets, labels)
+
+
+def _load_column(path: Path, count: int) -> np.ndarray:
+    """A mapped int64 [count] of a .npy file."""
+    try:
+        column = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if column.dtype != np.int64 or column.shape != (count,):
+        raise ValueError(
+            f"{path}: {column.dtype} {list(column.shape)}, but {INDEX} needs int64 [{count}]"
+        )
+    return column.view(np.ndarray)
+
+
+def _open_insightface(path: Path, rec: Path) -> Shards:
+    records = insightface.open_directory(path, rec)
+    if records.property:
+        classes, size = records.property[0], list(records.property[1:])
+    else:
+        labels = insightface.class_labels(records.file, records.offsets)
+        classes, size = int(labels.max()) + 1, None
+    index = {
+        "format": f"insightface-{records.layout}",
+        "images": len(records.offsets),
+        "classes": classes,
+        "image_size": size,
+        "shards": [{"name": rec.stem, "images": len(records.offsets), "bytes": records.file.size}],
+    }
+    return Shards(path, index, [records.file], records.offsets, None)
