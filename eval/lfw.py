@@ -3,6 +3,7 @@
 Letters: P pairs, 2P images (pair i is images 2i and 2i + 1), D embedding size, n images of a batch.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from eval import unpickle, verification
 SIZE = 112  # pixels, both sides
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 
+Image = tuple[str, int]  # a name of the list and the number behind it
 Forward = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # RGB [n, 112, 112, 3] -> [n, D]
 
 
@@ -60,18 +62,19 @@ def load_pairs(pairs_txt: str | Path, image_dir: str | Path) -> PairSet:
     """The pairs of a list in LFW's own format whose images lie in `image_dir`.
 
     A line is `name n1 n2` (same) or `name1 n1 name2 n2` (different); image n of a name is
-    `<name>/<name>_<n as four digits>.jpg` (or .jpeg, .png). A first line of one or two numbers
-    (pairs of a kind; folds and pairs of a kind in each) is checked against what follows. Pairs
-    keep their order, hence LFW's ten folds stay its folds. A pair with an absent image is left
-    out and named in `missing`.
+    `<name>/<name>_<n as four digits>.jpg` (or .jpeg, .png). A first line of numbers, `folds n` of
+    view 2 or `n` of view 1, is checked against what follows: n pairs of each kind in each fold.
+    Pairs keep their order, hence LFW's ten folds stay its folds; but view 1 has no folds, all same
+    pairs come first, and so its pairs are dealt out evenly, else a fold would hold one kind only.
+    A pair with an absent image is left out and named in `missing`.
 
     Raises:
         ValueError: a line of another form, a count that differs from the first line, or not one
             pair with both images.
         OSError: the list or an image cannot be read.
     """
-    pairs = _read_pairs(Path(pairs_txt))
-    files: dict[tuple[str, int], bytes | None] = {}
+    numbers, pairs = _read_list(Path(pairs_txt))
+    files: dict[Image, bytes | None] = {}
     for image in {image for _, *both in pairs for image in both}:
         files[image] = _read_image(Path(image_dir), *image)
     encoded: list[bytes] = []
@@ -90,6 +93,10 @@ def load_pairs(pairs_txt: str | Path, image_dir: str | Path) -> PairSet:
             f"{image_dir}: none of the {len(pairs)} pairs of {pairs_txt} has both images; "
             f"expected e.g. {Path(image_dir) / pairs[0][1][0] / _stem(*pairs[0][1])}.jpg"
         )
+    if len(numbers) == 1:
+        order = _evenly(np.array(issame))
+        encoded = [encoded[2 * i + side] for i in order for side in (0, 1)]
+        issame = [issame[i] for i in order]
     return PairSet(Path(pairs_txt).stem, encoded, np.array(issame), tuple(missing))
 
 
@@ -152,14 +159,13 @@ def _batches(encoded: Sequence[bytes], batch_size: int, where: str) -> Iterator[
             yield images
 
 
-def _read_pairs(path: Path) -> list[tuple[int, tuple[str, int], tuple[str, int]]]:
-    """(line number, (name, n), (name, n)) of each pair."""
+def _read_list(path: Path) -> tuple[list[int], list[tuple[int, Image, Image]]]:
+    """The numbers of the first line, if it holds numbers, and (line number, image, image)."""
     lines = [(i, line.split()) for i, line in enumerate(path.read_text().splitlines(), 1)]
     lines = [(i, fields) for i, fields in lines if fields]
-    expected = None
+    numbers: list[int] = []
     if lines and len(lines[0][1]) <= 2 and all(field.isdecimal() for field in lines[0][1]):
-        expected = 2 * int(np.prod([int(field) for field in lines[0][1]]))
-        lines = lines[1:]
+        numbers = [int(field) for field in lines.pop(0)[1]]
     pairs = []
     for i, fields in lines:
         match fields:
@@ -172,12 +178,22 @@ def _read_pairs(path: Path) -> list[tuple[int, tuple[str, int], tuple[str, int]]
                     f"{path}:{i}: {' '.join(fields)!r} is neither 'name n1 n2' nor "
                     "'name1 n1 name2 n2'"
                 )
-    if not pairs or expected not in (None, len(pairs)):
+    if numbers and len(pairs) != 2 * math.prod(numbers):
         raise ValueError(
-            f"{path}: {len(pairs)} pairs"
-            + (f" where its first line announces {expected}" if expected is not None else "")
+            f"{path}: {len(pairs)} pairs where its first line announces {2 * math.prod(numbers)}"
         )
-    return pairs
+    if not pairs:
+        raise ValueError(f"{path}: no pairs in it")
+    return numbers, pairs
+
+
+def _evenly(issame: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """An order of the pairs [P] in which every stretch holds its share of both kinds."""
+    place = np.empty(len(issame))
+    for kind in (True, False):
+        of_kind = np.flatnonzero(issame == kind)
+        place[of_kind] = (np.arange(len(of_kind)) + 0.5) / len(of_kind)
+    return np.argsort(place, kind="stable")
 
 
 def _read_image(image_dir: Path, name: str, n: int) -> bytes | None:

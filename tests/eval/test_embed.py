@@ -1,0 +1,153 @@
+"""Runs and ONNX files as embedders: what reaches the network, in which batches, what is refused."""
+
+import hashlib
+import json
+
+import numpy as np
+import onnx
+import pytest
+import safetensors.torch
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from eval import embed
+from recognition.backbones import BACKBONES
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 112, 112, 3), dtype=np.uint8)
+
+
+def channel_means(
+    path, batch="n", names=("pool", "flat"), metadata=None, size=112, extra_inputs=()
+):
+    """An ONNX network whose embedding is the mean of each channel as it arrives."""
+    kind = TensorProto.FLOAT
+    image = helper.make_tensor_value_info("data", kind, [batch, 3, size, size])
+    others = [helper.make_tensor_value_info(name, kind, [3]) for name in extra_inputs]
+    graph = helper.make_graph(
+        [
+            helper.make_node("GlobalAveragePool", ["data"], ["p"], name=names[0]),
+            helper.make_node("Flatten", ["p"], ["f"], name=names[1]),
+            helper.make_node("Mul", ["f", "w"], ["fc1"], name="weighted"),
+        ],
+        "means",
+        [image, *others],
+        [helper.make_tensor_value_info("fc1", kind, [batch, 3])],
+        [numpy_helper.from_array(np.ones(3, np.float32), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    for key, value in (metadata or {}).items():
+        model.metadata_props.add(key=key, value=value)
+    onnx.save(model, path)
+    return path
+
+
+def make_run(path, network="mbf_tiny", seed=0):
+    """A run directory with one checkpoint of a network as it was drawn."""
+    torch.manual_seed(seed)
+    module = BACKBONES[network](embedding_size=32)
+    checkpoint = path / "checkpoints" / "step-7"
+    checkpoint.mkdir(parents=True)
+    safetensors.torch.save_file(module.state_dict(), checkpoint / "model.safetensors")
+    sha256 = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+    manifest = {
+        "format": 1,
+        "step": 7,
+        "config": {"network": network, "embedding_size": 32},
+        "files": {"model.safetensors": {"sha256": sha256}},
+    }
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    return module.eval()
+
+
+def means(images, mean=127.5, std=127.5):
+    return (images.reshape(len(images), -1, 3).mean(axis=1) - mean) / std
+
+
+def test_onnx_without_metadata_follows_insightface(tmp_path):
+    embedder = embed.open_embedder(channel_means(tmp_path / "a.onnx"))
+    output = embedder(IMAGES)
+    assert output.dtype == np.float32
+    np.testing.assert_allclose(output, means(IMAGES), atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("Sub_0", "Mul_1"), ("_minusscalar0", "_mulscalar0")])
+def test_onnx_that_normalises_by_itself_gets_raw_pixels(tmp_path, names):
+    embedder = embed.open_embedder(channel_means(tmp_path / "a.onnx", names=names))
+    np.testing.assert_allclose(embedder(IMAGES), means(IMAGES, 0, 1), rtol=1e-5)
+
+
+def test_onnx_metadata_is_obeyed(tmp_path):
+    contract = embed.InputContract(color_order="BGR", mean=100.0, std=64.0)
+    path = channel_means(
+        tmp_path / "a.onnx", names=("Sub_0", "Mul_1"), metadata=contract.metadata()
+    )
+    embedder = embed.open_embedder(path)
+    np.testing.assert_allclose(embedder(IMAGES), means(IMAGES, 100, 64)[:, ::-1], atol=1e-5)
+    assert embedder.facts["input"] == contract._asdict()
+    assert embedder.facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("batch, batch_size", [("n", 1), ("n", 2), ("n", 64), (1, 64), (3, 64)])
+def test_any_number_of_images_through_any_batch(tmp_path, batch, batch_size):
+    path = channel_means(tmp_path / "a.onnx", batch=batch)
+    embedder = embed.open_embedder(path, batch_size=batch_size)
+    for num in (1, 3, 5):
+        np.testing.assert_allclose(embedder(IMAGES[:num]), means(IMAGES[:num]), atol=1e-5)
+
+
+def test_weights_among_the_inputs_are_dropped(tmp_path):
+    path = channel_means(tmp_path / "a.onnx", extra_inputs=("w", "nobody_asks_for_me"))
+    np.testing.assert_allclose(embed.open_embedder(path)(IMAGES), means(IMAGES), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"size": 128}, "takes images of \\[3, 128, 128\\]"),
+        ({"metadata": {"mean": "0.5"}}, "metadata of the input: .*input_size"),
+        (
+            {"metadata": embed.InputContract(color_order="GRB").metadata()},
+            "cannot follow .*GRB",
+        ),
+        ({"metadata": embed.InputContract(std=0.0).metadata()}, "cannot follow .*std=0.0"),
+        ({"metadata": embed.InputContract(size=128).metadata()}, "not \\[3, 112, 112\\]"),
+    ],
+)
+def test_other_onnx_networks_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        embed.open_embedder(channel_means(tmp_path / "a.onnx", **options))
+
+
+def test_files_that_are_no_network(tmp_path):
+    (tmp_path / "a.onnx").write_bytes(b"no protobuf")
+    with pytest.raises(ValueError, match="a.onnx is not an ONNX model"):
+        embed.open_embedder(tmp_path / "a.onnx")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        embed.open_embedder(tmp_path / "absent.onnx")
+    with pytest.raises(FileNotFoundError):
+        embed.open_embedder(tmp_path)
+
+
+@pytest.mark.parametrize("place", [".", "checkpoints/step-7"])
+def test_run_embedder_is_the_network_in_eval_mode(tmp_path, place):
+    module = make_run(tmp_path)
+    embedder = embed.open_embedder(tmp_path / place, batch_size=2)
+    x = torch.from_numpy((IMAGES.transpose(0, 3, 1, 2).astype(np.float64) - 127.5) / 127.5).float()
+    with torch.no_grad():
+        expected = torch.cat([module(row[None]) for row in x]).numpy()
+    output = embedder(IMAGES)
+    assert output.shape == (5, 32) and output.dtype == np.float32
+    np.testing.assert_allclose(output, expected, atol=2e-5 * abs(expected).max())
+    assert embedder.facts["network"] == "mbf_tiny"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_run_embedder_uses_the_gpu(tmp_path):
+    make_run(tmp_path)
+    embedder = embed.open_embedder(tmp_path)
+    assert next(embedder.module.parameters()).is_cuda
+    on_gpu = embedder(IMAGES)
+    embedder.module, embedder.device = embedder.module.cpu(), torch.device("cpu")
+    on_cpu = embedder(IMAGES)
+    np.testing.assert_allclose(on_gpu, on_cpu, atol=5e-3 * abs(on_cpu).max())  # TF32 convolutions
