@@ -37,7 +37,7 @@ class MobileFaceNet(nn.Module):
     """Images [n, 3, 112, 112] in [-1, 1], RGB -> embeddings [n, D], not normalised.
 
     blocks: bottlenecks with a shortcut at 56, 28, 14 and 7 pixels; blocks[0] = 1 means the plain
-        grouped convolution of `mbf` instead of a bottleneck.
+        grouped convolution of `mbf` instead of a bottleneck, 0 nothing.
     width: channels at 56 and 28 pixels, twice that at 14 and 7.
     expansion: channels inside the bottlenecks of 56 and 28 pixels; 2x at 14 and 7, 4x on the
         way from 14 to 7.
