@@ -1,0 +1,157 @@
+"""python -m eval as a person and a script meet it."""
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from eval import __main__ as cli
+from eval import verification
+from tests.eval.test_embed import channel_means, make_run
+from tests.eval.test_report import run_directory
+
+
+def tinted(person, image):
+    """A JPEG whose mean colour says who it is."""
+    rng = np.random.default_rng([person, image])
+    hue = np.uint8([[[(person * 37) % 180, 220, 200]]])
+    color = cv2.cvtColor(hue, cv2.COLOR_HSV2BGR)[0, 0].astype(float)
+    pixels = np.clip(color + rng.normal(0, 10, (112, 112, 3)) + rng.normal(0, 2, 3), 0, 255)
+    return cv2.imencode(".jpg", pixels.astype(np.uint8))[1].tobytes()
+
+
+@pytest.fixture(scope="module")
+def bin_file(tmp_path_factory):
+    images, labels = [], []
+    for i in range(60):
+        other = i if i % 2 == 0 else i + 2
+        images += [tinted(i, 0), tinted(other, 1)]
+        labels.append(i % 2 == 0)
+    path = tmp_path_factory.mktemp("sets") / "colors.bin"
+    path.write_bytes(pickle.dumps((images, labels)))
+    return path
+
+
+@pytest.fixture
+def model(tmp_path):
+    return channel_means(tmp_path / "model.onnx")
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(x) for x in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_table(capsys, model, bin_file):
+    code, out, _ = run(capsys, "lfw", model, bin_file)
+    assert code == 0
+    assert "colors" in out and "±" in out and "fewer than 1000 different pairs" in out
+
+
+def test_json_is_one_last_line_and_says_what_was_measured(capsys, model, bin_file):
+    code, out, _ = run(capsys, "lfw", model, bin_file, "--json", "--batch-size", 7)
+    assert code == 0 and out.count("\n") == 1
+    content = json.loads(out)
+    numbers = content["sets"]["colors"]
+    # The network is the mean colour, which mirroring does not change: the sum is twice the mean.
+    images, labels = pickle.loads(bin_file.read_bytes())
+    pixels = [cv2.imdecode(np.frombuffer(x, np.uint8), cv2.IMREAD_COLOR) for x in images]
+    means = (np.stack(pixels).mean(axis=(1, 2)) - 127.5) / 127.5
+    expected = verification.evaluate(2 * means, labels)
+    assert numbers["accuracy_mean"] == pytest.approx(expected["accuracy_mean"], abs=1e-12)
+    assert numbers["auc"] == pytest.approx(expected["auc"], abs=1e-9)
+    assert numbers["xnorm"] == pytest.approx(np.linalg.norm(means, axis=1).mean(), rel=1e-5)
+    assert numbers["accuracy_mean"] > 0.9
+    assert (numbers["pairs"], numbers["missing"]) == (60, 0)
+    assert content["model"]["path"] == str(model)
+
+
+def test_report_beside_a_run(capsys, tmp_path, bin_file):
+    make_run(tmp_path)
+    run_directory(tmp_path)
+    page = tmp_path / "report.html"
+    code, out, _ = run(capsys, "lfw", tmp_path, bin_file, "--report", page, "--json")
+    assert code == 0 and json.loads(out)["report"] == str(page)
+    assert "Accuracy during training" in page.read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["model"]["network"] == "mbf_tiny"
+    for inside in (tmp_path / "checkpoints" / "step-7", tmp_path / "model.onnx"):
+        assert cli._run_dir(inside) == tmp_path.resolve()
+
+
+def test_pairs_list_with_absent_images(capsys, tmp_path, model):
+    for person in range(12):
+        folder = tmp_path / "images" / f"P{person}"
+        folder.mkdir(parents=True)
+        for n in (1, 2):
+            (folder / f"P{person}_{n:04d}.jpg").write_bytes(tinted(person, n))
+    same = [f"P{i} 1 2" for i in range(12)]
+    different = [f"P{i} 1 P{(i + 5) % 12} 2" for i in range(12)]
+    different[3] = "P3 1 P8 9"
+    (tmp_path / "pairs.txt").write_text("\n".join(["12", *same, *different]))
+    given = f"{tmp_path / 'pairs.txt'}:{tmp_path / 'images'}"
+    code, out, err = run(capsys, "lfw", model, given, "--json")
+    assert code == 0
+    numbers = json.loads(out)["sets"]["pairs"]
+    assert (numbers["pairs"], numbers["missing"]) == (23, 1)
+    assert "1 of 24 pairs left out" in err and "no image P8_0009" in err
+
+
+def malicious(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    return pickle.dumps(([Evil()], [True]))
+
+
+def test_user_errors_are_one_line(capsys, tmp_path, model, bin_file):
+    (tmp_path / "evil.bin").write_bytes(malicious(tmp_path))
+    (tmp_path / "same.bin").write_bytes(pickle.dumps(([tinted(0, 0)] * 40, [True] * 20)))
+    images, labels = pickle.loads(bin_file.read_bytes())
+    (tmp_path / "broken.bin").write_bytes(pickle.dumps(([*images[:-1], b""], labels)))
+    (tmp_path / "few.bin").write_bytes(pickle.dumps((images[:8], labels[:4])))
+    other = tmp_path / "colors.bin"
+    other.write_bytes(bin_file.read_bytes())
+    page = tmp_path / "page.html"
+    for arguments, message in [
+        ((model, tmp_path / "evil.bin"), "evil.bin: .*forbidden global posix.system"),
+        ((model, tmp_path / "same.bin"), "same.bin holds pairs of one kind only"),
+        ((model, tmp_path / "broken.bin"), "broken image 119: .*"),
+        ((model, tmp_path / "few.bin"), "4 pairs cannot be cut into 10 folds"),
+        ((model, tmp_path / "absent.bin"), "absent.bin"),
+        ((tmp_path / "absent", bin_file), "no run directory and no .onnx file at .*absent"),
+        ((tmp_path / "few.bin", bin_file), "few.bin is not an ONNX model"),
+        ((model, bin_file, other), "two sets of one name among colors, colors"),
+        ((model, f"{tmp_path}/absent.txt:{tmp_path}"), "absent.txt"),
+    ]:
+        code, out, err = run(capsys, "lfw", *arguments, "--json", "--report", page)
+        assert code == 1 and out == ""
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "Traceback" not in err
+        assert re.search(message, errors[0]), errors
+        assert not page.exists() and not page.with_suffix(".json").exists()
+    assert not (tmp_path / "ran").exists()
+    code, _, err = run(capsys, "lfw", model, bin_file, "--report", tmp_path / "page.pdf")
+    assert code == 1 and "page.pdf" in err
+
+
+def test_help_and_usage_errors():
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "eval", *arguments], capture_output=True, text=True
+        )
+
+    helped = command("lfw", "--help")
+    assert helped.returncode == 0
+    for word in ("RUN_OR_ONNX", "PAIRS.TXT:IMAGE_DIR", "--report", "--json", "example:"):
+        assert word in helped.stdout
+    assert command("lfw", "model.onnx").returncode == 2
+    wrong = command("lfw", "model.onnx", "a.bin", "--batch-size", "0")
+    assert wrong.returncode == 2 and "0 is not positive" in wrong.stderr
