@@ -138,10 +138,12 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self._finished:
             shutil.rmtree(self.partial)
         os.close(self._lock)
+        if isinstance(error, OSError) and not error.filename:  # of a write: it names no file
+            raise OSError(f"{self.out}: {error}; what was written is removed") from error
 
 
 def file_sha256(path: Path) -> str:

@@ -173,13 +173,13 @@ def _open_packed(path: Path) -> Shards:
                 f"incomplete, or the file was changed"
             )
     offsets, labels = (
-        _load_column(path / index[column]["file"], index["images"])
+        load_column(path / index[column]["file"], index["images"])
         for column in ("offsets", "labels")
     )
     return Shards(path, index, files, offsets, labels)
 
 
-def _load_column(path: Path, count: int) -> np.ndarray:
+def load_column(path: Path, count: int) -> np.ndarray:
     """A mapped int64 [count] of a .npy file."""
     try:
         column = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -1,0 +1,115 @@
+"""`inspect`: what a data set is."""
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools import shards
+
+_BAR = 40  # characters of the longest bar
+_SHARDS_SHOWN = 4
+_KINDS = {
+    shards.FORMAT: "shards with index.json",
+    "insightface-A": "InsightFace, layout A (header and identity records)",
+    "insightface-plain": "InsightFace, plain records (im2rec and others)",
+}
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The facts of a data set directory; reads no image."""
+    data = shards.open(path)
+    sizes = np.bincount(data.labels, minlength=data.num_classes)  # [C] images of each class
+    facts = {
+        "path": str(path),
+        "format": data.index["format"],
+        "images": data.num_images,
+        "classes": data.num_classes,
+        "image_size": data.image_size,
+        "images_per_class": {
+            "min": int(sizes.min()),
+            "median": float(np.median(sizes)),
+            "max": int(sizes.max()),
+        },
+        "histogram": _histogram(sizes),
+        "shards": data.index["shards"],
+        "bytes": sum(shard["bytes"] for shard in data.index["shards"]),
+        "verification": [
+            {"file": file.name, "bytes": file.stat().st_size} for file in data.bin_paths()
+        ],
+        "fingerprint": _fingerprint(data),
+    }
+    for key in ("source", "options", "skipped", "empty_identities", "held_out"):
+        if key in data.index:
+            facts[key] = data.index[key]
+    return facts
+
+
+def _histogram(sizes: np.ndarray) -> list[dict[str, int]]:
+    """Classes by size, in steps that double: 0, 1, 2, 3-4, 5-8, 9-16 ..."""
+    steps = np.ceil(np.log2(np.maximum(sizes, 1))).astype(int) + (sizes > 0)
+    return [
+        {
+            "from": 0 if step == 0 else 1 if step == 1 else 2 ** (step - 2) + 1,
+            "to": 0 if step == 0 else 2 ** (step - 1),
+            "classes": count,
+        }
+        for step, count in enumerate(np.bincount(steps).tolist())
+        if count
+    ]
+
+
+def _fingerprint(data: shards.Shards) -> str:
+    """12 hex digits that tell data sets apart: of index.json, or of the labels and offsets."""
+    if data.index["format"] == shards.FORMAT:
+        content = (data.path / shards.INDEX).read_bytes()
+    else:
+        content = data.labels.tobytes() + data.offsets.tobytes()
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def _print(facts: dict[str, Any]) -> None:
+    size = "x".join(map(str, facts["image_size"])) if facts["image_size"] else "not stated"
+    per_class = facts["images_per_class"]
+    print(f"{facts['path']}")
+    print(f"  format       {_KINDS[facts['format']]}")
+    print(f"  images       {facts['images']}")
+    print(f"  classes      {facts['classes']}")
+    print(f"  image size   {size}")
+    print(f"  fingerprint  {facts['fingerprint']}")
+    if "source" in facts:
+        print(f"  packed from  {facts['source']['path']} ({facts['source']['kind']})")
+        print(f"  options      {', '.join(f'{k}={v}' for k, v in facts['options'].items())}")
+        print(
+            f"  left out     {facts['skipped']['count']} skipped, "
+            f"{len(facts['empty_identities'])} identities without an image, "
+            f"{facts.get('held_out', {}).get('identities', 0)} held out"
+        )
+    print(
+        f"  per class    {per_class['min']} to {per_class['max']} images, "
+        f"median {per_class['median']:g}"
+    )
+    most = max(row["classes"] for row in facts["histogram"])
+    for row in facts["histogram"]:
+        span = f"{row['from']}" if row["from"] == row["to"] else f"{row['from']}-{row['to']}"
+        bar = "#" * max(1, round(_BAR * row["classes"] / most))
+        print(f"    {span:>15} {bar} {row['classes']}")
+    print(f"  shards       {len(facts['shards'])}, {facts['bytes'] / 1e6:.1f} MB")
+    for shard in facts["shards"][:_SHARDS_SHOWN]:
+        print(f"    {shard['name']}  {shard['images']} images, {shard['bytes']} bytes")
+    if len(facts["shards"]) > _SHARDS_SHOWN:
+        print(f"    ... and {len(facts['shards']) - _SHARDS_SHOWN} more")
+    for file in facts["verification"]:
+        print(f"  pairs        {file['file']}, {file['bytes']} bytes")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="a data set directory, or an InsightFace one")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    facts = describe(args.path)
+    _print(facts)
+    return facts

@@ -1,0 +1,185 @@
+"""`pairs`: a verification set `<name>.bin` of the LFW form, from faces that training never sees.
+
+The file is a pickle of (images, issame): 2P encoded images, pair i being images 2i and 2i + 1, and
+P booleans. As in LFW's own list there are ten folds, one after the other, each with its pairs of
+one person first and as many of two people after. A person may appear in several folds, unlike in
+LFW: the folds choose a threshold here, they train nothing.
+"""
+
+import argparse
+import pickle
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.parallel import Advance, run_tasks
+from data_tools.sources import Images, Source, open_source, read_jpegs
+
+FOLDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class PairOptions:
+    """What the pairs depend on, besides the images."""
+
+    num_pairs: int
+    seed: int
+    size: int = 112  # pixels
+    quality: int = 95  # of images that have to be encoded again
+
+
+def draw_pairs(labels: np.ndarray, num_pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct pairs of images as indices int64 [P, 2], and issame bool [P], in folds like LFW's.
+
+    `labels` [n] are the identities of the images. Pairs of one person are dealt round by round, one
+    to each identity that has one left, so that large identities do not fill the set; the others
+    join two identities drawn evenly. The result depends on (labels, num_pairs, seed) only.
+
+    Raises: ValueError if num_pairs is no multiple of 20, or more than there are, saying how many.
+    """
+    if num_pairs <= 0 or num_pairs % (2 * FOLDS):
+        raise ValueError(
+            f"{num_pairs} pairs do not make {FOLDS} folds, half same and half different: take a "
+            f"multiple of {2 * FOLDS}"
+        )
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    groups = np.split(order, starts[1:])  # image indices of each identity
+    sizes = np.array([len(group) for group in groups], dtype=np.int64)
+    half = num_pairs // 2
+    possible_same = int((sizes * (sizes - 1) // 2).sum())
+    possible_different = int((sizes.sum() ** 2 - (sizes**2).sum()) // 2)
+    for name, possible in (("the same", possible_same), ("different", possible_different)):
+        if half > possible:
+            raise ValueError(
+                f"{num_pairs} pairs need {half} of {name} people, but {len(labels)} images of "
+                f"{len(groups)} identities make only {possible}: ask for at most "
+                f"{2 * min(possible_same, possible_different) // 20 * 20} pairs"
+            )
+    random = np.random.default_rng([seed, 2])
+    same = _draw_same(groups, half, random)
+    different = _draw_different(groups, half, random)
+    per_fold = half // FOLDS
+    pairs = np.stack([same.reshape(FOLDS, per_fold, 2), different.reshape(FOLDS, per_fold, 2)], 1)
+    issame = np.tile(np.repeat([True, False], per_fold), FOLDS)
+    return pairs.reshape(-1, 2), issame
+
+
+def _draw_same(groups: list[np.ndarray], count: int, random: np.random.Generator) -> np.ndarray:
+    drawn: list[tuple[int, int]] = []
+    taken: list[set[tuple[int, int]]] = [set() for _ in groups]
+    while True:
+        for g in random.permutation(len(groups)):
+            size = len(groups[g])
+            if len(taken[g]) == size * (size - 1) // 2:
+                continue
+            while True:
+                i, j = sorted(random.choice(size, 2, replace=False).tolist())
+                if (i, j) not in taken[g]:
+                    break
+            taken[g].add((i, j))
+            drawn.append((int(groups[g][i]), int(groups[g][j])))
+            if len(drawn) == count:
+                return np.array(drawn, np.int64)
+
+
+def _draw_different(
+    groups: list[np.ndarray], count: int, random: np.random.Generator
+) -> np.ndarray:
+    drawn: dict[tuple[int, int], None] = {}  # in the order of drawing
+    while len(drawn) < count:
+        g, h = random.choice(len(groups), 2, replace=False)
+        i, j = int(random.choice(groups[g])), int(random.choice(groups[h]))
+        drawn[min(i, j), max(i, j)] = None
+    return np.array(list(drawn), np.int64)
+
+
+def write_bin(path: Path, images: list[bytes], pairs: np.ndarray, issame: np.ndarray) -> None:
+    """Write pairs [P, 2] of `images` as InsightFace's loader reads them; whole or not at all."""
+    bins = [images[i] for i in pairs.ravel().tolist()]
+    aside = path.with_name(path.name + ".partial")
+    try:
+        with open(aside, "wb") as file:
+            # Protocol 4: bytes as such, an image of several pairs once.
+            pickle.dump((bins, [bool(same) for same in issame]), file, protocol=4)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def make_pairs(
+    images: Images,
+    labels: np.ndarray,  # [n] identity of each image
+    path: Path,
+    options: PairOptions,
+    skipped: list[tuple[str, str]],
+    advance: Advance,
+) -> dict[str, Any]:
+    """Draw pairs among the readable images and write them; unreadable ones join `skipped`.
+
+    Raises: ValueError if there are not enough different pairs.
+    """
+    readable = [i for i, _ in read_jpegs(images, options.size, options.quality, skipped, advance)]
+    pairs, issame = draw_pairs(labels[readable], options.num_pairs, options.seed)
+    used, pairs = np.unique(np.array(readable)[pairs], return_inverse=True)
+    jpegs = read_jpegs(images.select(used), options.size, options.quality, skipped, lambda n: None)
+    write_bin(path, [jpeg for _, jpeg in jpegs], pairs.reshape(-1, 2), issame)
+    return {
+        "file": path.name,
+        "pairs": len(issame),
+        "identities": len(np.unique(labels[used])),
+        "images": len(used),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="folder of identities, or a data set directory")
+    parser.add_argument("out", type=Path, help="the file to write: NAME.bin")
+    parser.add_argument("--pairs", type=int, default=3000, help="a multiple of 20 (3000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
+    parser.add_argument("--identities", type=Path, help="take only those named in FILE, one a line")
+    parser.add_argument("--size", type=int, default=112, help="side of the images in pixels (112)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.out.suffix != ".bin":
+        raise ValueError(f"{args.out}: the name of a verification set ends in .bin")
+    if args.out.exists() and not args.overwrite:
+        raise FileExistsError(f"{args.out} exists; --overwrite replaces it")
+    source = open_source(args.source)
+    chosen = np.arange(len(source))
+    if args.identities:
+        chosen = np.flatnonzero(np.isin(source.labels, _numbers_of(source, args.identities)))
+    skipped = list(source.skipped)
+    options = PairOptions(args.pairs, args.seed, args.size)
+    (made,) = run_tasks(
+        lambda images, advance: make_pairs(
+            images, source.labels[chosen], args.out, options, skipped, advance
+        ),
+        [source.select(chosen)],
+        workers=1,
+        total=len(chosen),
+        title="reading faces",
+    )
+    for where, reason in skipped:
+        print(f"skipped {where}: {reason}", file=sys.stderr)
+    print(
+        f"{args.out}: {made['pairs']} pairs of {made['images']} images, {made['identities']} people"
+    )
+    return {**made, "file": str(args.out), "skipped": len(skipped)}
+
+
+def _numbers_of(source: Source, path: Path) -> list[int]:
+    number_of = {name: number for number, name in enumerate(source.identities)}
+    names = [name for name in path.read_text(errors="surrogateescape").splitlines() if name]
+    unknown = [name for name in names if name not in number_of]
+    if unknown or not names:
+        raise ValueError(
+            f"{path}: {len(unknown)} of {len(names)} names are no identities of {source.path}"
+            + (f"; the first is {unknown[0]!r}" if unknown else "")
+        )
+    return [number_of[name] for name in names]

@@ -1,0 +1,105 @@
+"""Tasks spread over processes, with one progress bar for all of them."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for_end
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Advance = Callable[[int], None]  # a task calls it with the number of images it has done since
+
+_POLL = 0.1  # seconds between two looks at the workers
+
+
+def run_tasks(
+    function: Callable[[Task, Advance], Result],
+    tasks: list[Task],
+    workers: int,
+    total: int,
+    title: str,
+) -> list[Result]:
+    """`[function(task, advance) for task in tasks]`, by that many processes; in this one for one.
+
+    `total` is what all tasks together advance by. The first exception of a task stops the others at
+    their next `advance` and comes out here; so does an interruption. A worker whose parent was
+    killed ends at once: nobody goes on writing.
+
+    Raises: ChildProcessError if a worker was killed.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task(title, total=total)
+        if workers == 1:
+            return [function(task, lambda n: progress.advance(bar, n)) for task in tasks]
+        context = multiprocessing.get_context("spawn")  # fork would copy OpenCV's threads mid-work
+        done, stop = context.Value("q", 0), context.Event()
+        with ProcessPoolExecutor(
+            min(workers, len(tasks)), context, initializer=_start_worker, initargs=(done, stop)
+        ) as pool:
+            futures = [pool.submit(_call, function, task) for task in tasks]
+            try:
+                _watch(futures, lambda: progress.update(bar, completed=done.value))
+                return [future.result() for future in futures]
+            except BrokenProcessPool as error:
+                raise ChildProcessError(
+                    "a worker process was killed; if memory ran out, use fewer --workers"
+                ) from error
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+
+
+def _watch(futures: list[Future], show: Callable[[], None]) -> None:
+    """Returns when all are done, or raises the first exception."""
+    pending = set(futures)
+    while pending:
+        finished, pending = wait(pending, timeout=_POLL, return_when=FIRST_EXCEPTION)
+        show()
+        for future in finished:
+            future.result()
+
+
+class _Stopped(Exception):
+    """Raised in a worker whose work is no longer wanted."""
+
+
+# Of a worker process, set once by its initializer: values of a pool cannot travel with the tasks.
+_worker: tuple[Synchronized, Event] | None = None
+
+
+def _start_worker(done: Synchronized, stop: Event) -> None:
+    global _worker
+    _worker = done, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted and stops us in order
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait_for_end([parent.sentinel])
+    os._exit(1)
+
+
+def _advance(n: int) -> None:
+    assert _worker is not None
+    done, stop = _worker
+    if stop.is_set():
+        raise _Stopped
+    with done.get_lock():
+        done.value += n
+
+
+def _call(function: Callable[[Any, Advance], Any], task: Any) -> Any:
+    return function(task, _advance)
