@@ -1,4 +1,4 @@
-"""Glint360K (360 232 identities, 17.1 M images), r100, CosFace, a tenth of the classes each step.
+"""Glint360K (360 232 identities, 17.1 M images), r100, CosFace, a tenth of the classes a step.
 
 arcface_torch's glint360k_r100 with the sampling of Partial FC (arXiv:2203.15565). Published:
 all classes MFR-ALL 89.52, IJB-C TAR 97.55 at FAR 1e-4 and 96.38 at 1e-5; sampling a tenth cost
