@@ -1,8 +1,8 @@
 # Everything a person types. `make demo` and `make test` need Python 3.11+ and nothing else of ours.
 PYTHON ?= python3
 BIN := .venv/bin
-OUT ?= demo
 DATA ?=
+OUT ?= $(if $(DATA),demo-$(notdir $(DATA:%/=%)),demo)
 
 .PHONY: help setup demo test test-long test-peers lint clean
 

@@ -18,7 +18,6 @@ import dataclasses
 import os
 import sys
 
-from data_tools import shards
 from recognition import build, config, runtime, trainer
 
 
@@ -57,14 +56,10 @@ def _without_missing_targets(cfg: config.Config, overrides: list[str]) -> config
     stay."""
     if any(text.startswith("val_targets=") for text in overrides):
         return cfg
-    there = []
-    for name in cfg.val_targets:
-        try:
-            shards.bin_path(cfg.rec, name)
-            there.append(name)
-        except FileNotFoundError:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"warning: no {name}.bin in {cfg.rec}: not verified on", file=sys.stderr)
+    there = [name for name in cfg.val_targets if os.path.isfile(f"{cfg.rec}/{name}.bin")]
+    for name in sorted(set(cfg.val_targets) - set(there)):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: no {name}.bin in {cfg.rec}: not verified on", file=sys.stderr)
     return dataclasses.replace(cfg, val_targets=there)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,12 +123,15 @@ def _distribute(backbone: nn.Module, runtime: Runtime) -> DistributedDataParalle
     unbroken one.
     """
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
+    buffers = "forward_sync_buffers"  # torch 2.13's name
+    if buffers not in inspect.signature(DistributedDataParallel).parameters:
+        buffers = "broadcast_buffers"
     model = DistributedDataParallel(
         backbone,
         device_ids=ids,
         process_group=runtime.group,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{buffers: False},
     )
     before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
     parameter = next(backbone.parameters())

@@ -88,7 +88,7 @@ def load(path: str, parts: Parts) -> dict[str, Any]:
     """
     manifest = read_manifest(path)
     head = parts.head
-    _check_shape(path, manifest, head)
+    _check_fit(path, manifest, parts)
     load_state(parts.backbone, _read(path, "model.safetensors", manifest), path)
     _load_optimizer(parts, _read(path, "optimizer.safetensors", manifest), path)
     rows = {"weight": head.weight.detach()} | parts.row_optimizer.state_dict()
@@ -192,7 +192,7 @@ def _write_parts(partial: str, parts: Parts) -> dict[str, dict[str, Any]]:
     files = {f"rows-{start}-{stop}.safetensors": rows}
     if head.group.rank() == 0:
         files["model.safetensors"] = parts.backbone.state_dict()
-        files["optimizer.safetensors"] = _optimizer_tensors(parts)
+        files["optimizer.safetensors"] = optimizer_tensors(parts)
     return {name: _write(os.path.join(partial, name), tensors) for name, tensors in files.items()}
 
 
@@ -222,6 +222,7 @@ def _finish(
         "embedding_size": head.embedding_size,
         "num_subcenters": head.num_subcenters,
         "head_step": head.step,
+        "row_state": sorted(parts.row_optimizer.state_dict()),
         "world": head.group.size(),
         "files": files,
     }
@@ -257,13 +258,17 @@ def _sha256(file: BufferedReader | BufferedRandom) -> str:
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def _check_shape(path: str, manifest: Mapping[str, Any], head: PartialFC) -> None:
-    names = ("num_classes", "embedding_size", "num_subcenters")
-    wrong = [f"{n} {manifest[n]} there, {getattr(head, n)} here" for n in names
-             if manifest[n] != getattr(head, n)]  # fmt: skip
+def _check_fit(path: str, manifest: Mapping[str, Any], parts: Parts) -> None:
+    own = {
+        "num_classes": parts.head.num_classes,
+        "embedding_size": parts.head.embedding_size,
+        "num_subcenters": parts.head.num_subcenters,
+        "row_state": sorted(parts.row_optimizer.state_dict()),  # of another optimizer it differs
+    }
+    wrong = [f"{k} {manifest[k]} there, {own[k]} here" for k in own if manifest[k] != own[k]]
     if wrong:
         raise ValueError(
-            f"cannot resume from {path}: {', '.join(wrong)}. To start a new run from its network, "
+            f"cannot resume from {path}: {'; '.join(wrong)}. To start a new run from its network, "
             "use init_from= and another output"
         )
 
@@ -299,11 +304,6 @@ def _read_rows(
         if low >= high:
             continue
         with safe_open(_verified(path, name, manifest), "pt") as file:
-            if set(file.keys()) != set(rows):
-                raise ValueError(
-                    f"cannot resume from {path}: its rows hold {sorted(file.keys())}, this run's "
-                    f"optimizer needs {sorted(rows)}"
-                )
             for key, tensor in rows.items():
                 tensor[low - start : high - start] = file.get_slice(key)[low - first : high - first]
         filled += high - low
@@ -314,8 +314,9 @@ def _read_rows(
 # --- The backbone's optimiser ---------------------------------------------------------------------
 
 
-def _optimizer_tensors(parts: Parts) -> dict[str, Tensor]:
-    names = [name for name, p in parts.backbone.named_parameters() if p.requires_grad]
+def optimizer_tensors(parts: Parts) -> dict[str, Tensor]:
+    """The state of the backbone's optimiser, "<state>/<parameter>", and of the loss scale."""
+    names = [name for name, _ in _trained(parts.backbone)]
     state = parts.optimizer.state_dict()["state"]
     tensors = {
         f"{key}/{names[index]}": torch.as_tensor(value)
@@ -329,17 +330,26 @@ def _optimizer_tensors(parts: Parts) -> dict[str, Tensor]:
 
 
 def _load_optimizer(parts: Parts, tensors: dict[str, Tensor], path: str) -> None:
-    names = [name for name, p in parts.backbone.named_parameters() if p.requires_grad]
-    scaler = {key.removeprefix("scaler/"): tensors.pop(key) for key in list(tensors)
-              if key.startswith("scaler/")}  # fmt: skip
-    if parts.scaler is not None and scaler:
-        parts.scaler.load_state_dict(scaler)
-    state: dict[int, dict[str, Tensor]] = {}
-    index = {name: i for i, name in enumerate(names)}
+    place = {name: (i, p) for i, (name, p) in enumerate(_trained(parts.backbone))}
+    scaler, state = {}, {}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
-        if name not in index:
+        if kind == "scaler":
+            scaler[name] = value
+            continue
+        if name not in place:
             raise ValueError(f"cannot resume from {path}: optimiser state of unknown {name}")
-        state.setdefault(index[name], {})[kind] = value
+        index, parameter = place[name]
+        if value.shape == parameter.shape:
+            # The fused step walks both in memory order: the state needs the parameter's strides.
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        state.setdefault(index, {})[kind] = value
+    if parts.scaler is not None and scaler:
+        parts.scaler.load_state_dict(scaler)
     groups = parts.optimizer.state_dict()["param_groups"]
     parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _trained(backbone: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters in the order in which the optimiser counts them."""
+    return [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]

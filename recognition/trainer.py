@@ -36,14 +36,14 @@ def train(state: TrainState) -> dict[str, Any]:
     if runtime.rank == 0:
         write_config(cfg, state.facts)
     results: dict[str, Any] = {}
-    with Logger(cfg.output, runtime.rank, state.step) as logger, _make_loader(state) as loader:
+    with Logger(cfg.output, runtime.rank, state.step) as logger, make_loader(state) as loader:
         _announce(state, logger)
         if state.step == 0:
             results = verify(state, logger)
         batches = iter(loader)
         watch = progress.Stopwatch(loader, state.step)
         while state.step < total:
-            loss, grad_norm = _take_step(state, batches)
+            loss, grad_norm = take_step(state, batches)
             if runtime.device.type == "cpu" or _due(state.step, cfg.log_every, total):
                 state.guard.raise_if_found()
             if _due(state.step, cfg.log_every, total):
@@ -118,7 +118,7 @@ def embed(state: TrainState, images: np.ndarray) -> np.ndarray:  # uint8 [n, 112
 # --- One step -------------------------------------------------------------------------------------
 
 
-def _take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
     """One optimiser step: (loss [], gradient norm of the backbone []), both on the device."""
     cfg, parts, runtime = state.cfg, state.parts, state.runtime
     global_batch = cfg.global_batch(runtime.world)
@@ -192,7 +192,7 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
 # --- Small parts ----------------------------------------------------------------------------------
 
 
-def _make_loader(state: TrainState) -> Loader:
+def make_loader(state: TrainState) -> Loader:
     cfg, runtime = state.cfg, state.runtime
     return _LOADERS[cfg.loader](
         state.data,

@@ -7,7 +7,6 @@ with its traceback.
 
 from __future__ import annotations
 
-import atexit
 import os
 import tempfile
 import traceback
@@ -83,7 +82,6 @@ def _work(rank: int, world: int, store: str, pipe) -> None:
             pipe.send((True, traceback.format_exc()))
 
 
-@atexit.register
-def _close_all() -> None:
+def close_all() -> None:
     for pool in list(_pools.values()):
         pool.close()

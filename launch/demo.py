@@ -1,0 +1,106 @@
+"""The whole pipeline in one command: faces, shards, training, ONNX, evaluation, report.
+
+    python -m launch.demo --out demo                  on generated faces
+    python -m launch.demo --out demo --data DIR       on DIR/<identity>/*.jpg
+
+It runs the very commands that it prints; each can be typed alone. What is there already is reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+_ROOT = Path(__file__).resolve().parents[1]
+_IDENTITIES, _IMAGES = 1000, 20  # generated
+_HELD_OUT = 0.2  # share of the identities kept for verification
+_PAIRS = 2000  # of held-out people, half of them same
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="directory for everything")
+    parser.add_argument("--data", type=Path, help="your faces, DIR/<identity>/*.jpg")
+    args = parser.parse_args()
+    out, began = args.out.resolve(), time.time()
+    try:
+        _run_all(out, args.data)
+    except subprocess.CalledProcessError as error:
+        print(f"\nerror: this command failed ({error.returncode}):\n  {_shown(error.cmd)}",
+              file=sys.stderr)  # fmt: skip
+        return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    before, after = _accuracies(out / "run" / "metrics.jsonl")
+    print(
+        f"\nDone in {time.time() - began:.0f} s.\n"
+        f"  verification of people never seen in training: {100 * before:.2f} % before training, "
+        f"{100 * after:.2f} % after\n"
+        f"  run directory  {out / 'run'}\n"
+        f"  ONNX file      {out / 'run' / 'model.onnx'}\n"
+        f"  report         {out / 'run' / 'report.html'}"
+    )
+    return 0
+
+
+def _run_all(out: Path, data: Path | None) -> None:
+    python = [sys.executable, "-m"]
+    faces, shards, run = out / "faces", out / "shards", out / "run"
+    if data is None:
+        _step("draw faces", [
+            *python, "data_tools", "synthesize", str(faces),
+            "--identities", str(_IDENTITIES), "--images", str(_IMAGES), "--seed", "1",
+        ])  # fmt: skip
+    else:
+        faces = data.resolve()
+        if not faces.is_dir():
+            raise NotADirectoryError(f"{data}: expected a directory of identities, each of images")
+    identities = sum(entry.is_dir() for entry in os.scandir(faces))
+    _step("pack them into shards, some people held out", [
+        *python, "data_tools", "pack", str(faces), str(shards), "--shards", "4",
+        "--hold-out", str(max(round(_HELD_OUT * identities), 2)), "--pairs", str(_PAIRS),
+    ])  # fmt: skip
+    processes = torch.cuda.device_count() or 2
+    _step(f"train on {processes} processes", [
+        *python, "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+        str(_ROOT / "launch" / "train.py"), str(_ROOT / "launch" / "configs" / "demo.py"),
+        f"rec={shards}", "val_targets=heldout", f"output={run}",
+    ])  # fmt: skip
+    _step("export to ONNX", [
+        sys.executable, str(_ROOT / "launch" / "export.py"), str(run), str(run / "model.onnx"),
+    ])  # fmt: skip
+    _step("evaluate the ONNX file and report", [
+        *python, "eval", "lfw", str(run / "model.onnx"), str(shards / "heldout.bin"),
+        "--report", str(run / "report.html"),
+    ])  # fmt: skip
+
+
+def _step(title: str, command: list[str]) -> None:
+    print(f"\n=== {title}\n    {_shown(command)}", flush=True)
+    # One thread a process: two processes of many threads each would fight over the cores.
+    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+
+
+def _shown(command: list[str]) -> str:
+    return " ".join("python" if part == sys.executable else part for part in command)
+
+
+def _accuracies(metrics: Path) -> tuple[float, float]:
+    """Mean accuracy on the held-out people at the first and the last verification."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    scores = [r["verification"]["heldout"]["accuracy_mean"] for r in records if "verification" in r]
+    return scores[0], scores[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""What several tests share: a small data set of generated faces, made once per run of the tests."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import ranks
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the cores among processes
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shards_dir(tmp_path_factory):
+    """16 generated people x 8 images in two shards, and held.bin of 4 people beside them."""
+    root = tmp_path_factory.mktemp("faces")
+    command("-m", "data_tools", "synthesize", root / "faces", "--identities", 20, "--images", 8)
+    command(
+        "-m", "data_tools", "pack", root / "faces", root / "shards", "--shards", 2,
+        "--hold-out", 4, "--pairs", 40,
+    )  # fmt: skip
+    return root / "shards"
+
+
+@pytest.fixture(scope="session")
+def real_faces():
+    """Directory of real data sets; its README has their terms."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no real faces at {SHARED}")
+    return SHARED
+
+
+def command(*arguments: object, **options) -> subprocess.CompletedProcess:
+    """Run this Python with `arguments`; its output on failure."""
+    done = run(*arguments, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def run(*arguments: object, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True, text=True, timeout=options.pop("timeout", 240),
+        cwd=pathlib.Path(__file__).parents[1], **options,
+    )  # fmt: skip
+
+
+def pytest_sessionfinish():
+    ranks.close_all()

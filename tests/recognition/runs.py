@@ -1,0 +1,64 @@
+"""Small training runs inside the rank pool, for the tests of trainer and checkpoint."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from recognition import build, checkpoint, config, trainer
+from recognition.runtime import Runtime
+
+BASE = {
+    "network": "mbf_tiny",
+    "embedding_size": 32,
+    "sample_rate": 0.5,
+    "global_batch_size": 12,
+    "lr": 0.05,
+    "max_steps": 6,
+    "log_every": 1,
+    "num_workers": 1,
+    "seed": 3,
+}
+
+
+def here() -> Runtime:
+    world = dist.group.WORLD
+    return Runtime(torch.device("cpu"), world, dist.get_rank(), dist.get_world_size())
+
+
+def run(keys: dict, stop_after: int | None = None) -> dict[str, torch.Tensor]:
+    """Train and return every tensor of the end by name, class rows of all ranks among them.
+
+    stop_after: save a checkpoint after that step and leave, as a killed run would have.
+    """
+    state = build.build(config.make(BASE | keys), here())
+    if stop_after is None:
+        trainer.train(state)
+    else:
+        loader = trainer.make_loader(state)
+        batches = iter(loader)
+        while state.step < stop_after:
+            trainer.take_step(state, batches)
+        loader.close()
+        trainer.save(state)
+    return tensors(state)
+
+
+def tensors(state: build.TrainState) -> dict[str, torch.Tensor]:
+    head, parts = state.head, state.parts
+    named = {f"backbone.{k}": v.clone() for k, v in state.backbone.state_dict().items()}
+    named |= checkpoint.optimizer_tensors(parts)
+    rows = {"rows": head.weight.detach()} | parts.row_optimizer.state_dict()
+    for name, local in rows.items():
+        every: list = [None] * dist.get_world_size()
+        dist.all_gather_object(every, local)
+        named[name] = torch.cat(every)
+    return named
+
+
+def first_loss(keys: dict) -> float:
+    """Loss of the next step of a run, without changing its directory."""
+    state = build.build(config.make(BASE | keys), here())
+    with trainer.make_loader(state) as loader:
+        loss, _ = trainer.take_step(state, iter(loader))
+    return loss.item()

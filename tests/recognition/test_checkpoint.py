@@ -1,0 +1,192 @@
+"""Checkpoints: complete or absent, verified, loaded at any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+
+import pytest
+import torch
+
+from recognition import build, checkpoint, config, trainer
+from tests import ranks
+from tests.recognition import runs
+
+
+@pytest.fixture
+def keys(shards_dir, tmp_path):
+    return {"rec": str(shards_dir), "precision": "fp32", "output": str(tmp_path / "run")}
+
+
+def test_what_a_checkpoint_holds(keys):
+    ranks.run(2, runs.run, keys, 2)
+    path = checkpoint.newest(keys["output"])
+    assert sorted(os.listdir(path)) == [
+        "manifest.json", "model.safetensors", "optimizer.safetensors",
+        "rows-0-8.safetensors", "rows-8-16.safetensors",
+    ]  # fmt: skip
+    manifest = json.load(open(os.path.join(path, "manifest.json")))
+    assert (manifest["step"], manifest["samples_seen"], manifest["world"]) == (2, 24, 2)
+    assert manifest["config"]["network"] == "mbf_tiny"
+    assert set(manifest["files"]) == set(os.listdir(path)) - {"manifest.json"}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_rows_and_their_state_by_class_id(keys, world):
+    """Saved on 4 ranks, each row marked with its class; loaded on `world` ranks."""
+    ranks.run(4, marked, keys)
+    for start, stop, values in ranks.run(world, rows_of, keys):
+        expected = torch.arange(start, stop, dtype=torch.float32)
+        for name, rows in values.items():
+            assert torch.equal(rows, (expected[:, None] + len(name)).expand_as(rows)), name
+
+
+def marked(keys):
+    state = build.build(config.make(runs.BASE | keys), runs.here())
+    start, stop = state.head.shard
+    classes = torch.arange(start, stop, dtype=torch.float32)[:, None]
+    state.head.weight.data[:] = classes + len("weight")
+    state.parts.row_optimizer.state["momentum"][:] = classes + len("momentum")
+    trainer.save(state)
+
+
+def rows_of(keys):
+    state = build.build(config.make(runs.BASE | keys), runs.here())
+    rows = {"weight": state.head.weight.detach()} | state.parts.row_optimizer.state_dict()
+    return *state.head.shard, rows
+
+
+def test_the_newest_ones_are_kept(keys):
+    ranks.run(1, runs.run, keys | {"checkpoint_every": 1, "keep_checkpoints": 2})
+    found = sorted(os.listdir(os.path.join(keys["output"], "checkpoints")))
+    assert found == ["step-5", "step-6"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "rows-0-16.safetensors"])
+def test_a_flipped_bit_is_found_and_named(keys, name):
+    ranks.run(1, runs.run, keys, 1)
+    path = os.path.join(checkpoint.newest(keys["output"]), name)
+    content = bytearray(open(path, "rb").read())
+    content[len(content) // 2] ^= 1
+    open(path, "wb").write(content)
+    kind, message = ranks.run(1, failure, keys)[0]
+    assert kind == "OSError" and f"{name} is damaged" in message
+
+
+def failure(keys):
+    try:
+        build.build(config.make(runs.BASE | keys), runs.here())
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None, ""
+
+
+def test_a_missing_file_is_named(keys):
+    ranks.run(2, runs.run, keys, 1)
+    os.remove(os.path.join(checkpoint.newest(keys["output"]), "rows-8-16.safetensors"))
+    kind, message = ranks.run(1, failure, keys)[0]
+    assert kind == "OSError" and "rows-8-16.safetensors" in message
+
+
+def test_an_unfinished_checkpoint_is_not_one(keys):
+    ranks.run(1, runs.run, keys | {"max_steps": 2}, 1)
+    newer = os.path.join(keys["output"], "checkpoints", "step-9")
+    os.makedirs(newer + ".partial")
+    os.makedirs(newer)
+    assert checkpoint.newest(keys["output"]).endswith("step-1")
+    ranks.run(1, runs.run, keys | {"max_steps": 2})
+    assert not os.path.exists(newer + ".partial")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"embedding_size": 64}, "embedding_size 32 there, 64 here"),
+        ({"num_subcenters": 2}, "num_subcenters 1 there, 2 here"),
+        ({"network": "mbf"}, "does not fit this network"),
+        ({"optimizer": "adamw"}, "row_state ['momentum'] there"),
+    ],
+    ids=str,
+)
+def test_another_model_is_refused(keys, change, words):
+    ranks.run(1, runs.run, keys, 1)
+    kind, message = ranks.run(1, failure, keys | change)[0]
+    assert kind == "ValueError" and words in message
+
+
+def test_a_new_run_does_not_write_into_an_old_one(keys):
+    ranks.run(1, runs.run, keys, 1)
+    kind, message = ranks.run(1, failure, keys | {"resume": None})[0]
+    assert kind == "FileExistsError" and "choose another output" in message
+
+
+def test_a_full_disk_leaves_the_former_checkpoint_and_no_trace(keys):
+    """Every rank gets the error of the rank that could not write."""
+    ranks.run(2, runs.run, keys, 1)
+    before = sorted(os.listdir(os.path.join(keys["output"], "checkpoints")))
+    messages = ranks.run(2, save_on_a_full_disk, keys)
+    assert messages[0] == messages[1]
+    assert "rank 1: " in messages[0] and "rank 0: " not in messages[0]
+    assert sorted(os.listdir(os.path.join(keys["output"], "checkpoints"))) == before == ["step-1"]
+
+
+def save_on_a_full_disk(keys):
+    """Rank 1 may write no more than 100 bytes to a file."""
+    state = build.build(config.make(runs.BASE | keys), runs.here())
+    state.step += 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if state.runtime.rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        trainer.save(state)
+    except OSError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_the_backbone_alone(keys):
+    tensors = ranks.run(2, runs.run, keys)[0]
+    for path in (keys["output"], checkpoint.newest(keys["output"])):
+        module, saved = checkpoint.load_backbone(path)
+        assert not module.training and saved["network"] == "mbf_tiny"
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, tensors[f"backbone.{name}"])
+    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor a run"):
+        checkpoint.load_backbone(os.path.dirname(keys["output"]) + "/nothing")
+
+
+@pytest.mark.parametrize("form", ["run", "safetensors", "pt"])
+def test_a_new_run_starts_from_given_weights(keys, form, tmp_path):
+    ranks.run(1, runs.run, keys, 1)
+    module, _ = checkpoint.load_backbone(keys["output"])
+    source = keys["output"]
+    if form == "safetensors":
+        source = os.path.join(checkpoint.newest(source), "model.safetensors")
+    elif form == "pt":
+        source = str(tmp_path / "backbone.pt")
+        torch.save({f"module.{k}": v for k, v in module.state_dict().items()}, source)
+    start = ranks.run(1, started, keys | {"init_from": source, "output": str(tmp_path / "new")})[0]
+    assert all(torch.equal(value, start[name]) for name, value in module.state_dict().items())
+
+
+def started(keys):
+    return build.build(config.make(runs.BASE | keys), runs.here()).backbone.state_dict()
+
+
+def test_a_pickle_with_code_is_not_run(keys, tmp_path):
+    source = str(tmp_path / "evil.pt")
+    torch.save({"w": Evil(str(tmp_path / "ran"))}, source)
+    kind, _ = ranks.run(1, failure, keys | {"init_from": source})[0]
+    assert kind is not None and not os.path.exists(tmp_path / "ran")
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
