@@ -57,7 +57,7 @@ def export_run(run: str, out: Path) -> dict[str, Any]:
     metadata = {
         "network": config["network"],
         "margin": config["margin"],
-        "commit": config["commit"],
+        "commit": config["commit"] or "unknown",  # trained outside a git checkout
         "alignment": ";".join(f"{x:.4f},{y:.4f}" for x, y in TEMPLATE),  # five points, x,y
     }
     return export_onnx(module, out, metadata=metadata, example_images=images_of(config["rec"]))
