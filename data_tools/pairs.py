@@ -52,10 +52,10 @@ def draw_pairs(labels: np.ndarray, num_pairs: int, seed: int) -> tuple[np.ndarra
     half = num_pairs // 2
     possible_same = int((sizes * (sizes - 1) // 2).sum())
     possible_different = int((sizes.sum() ** 2 - (sizes**2).sum()) // 2)
-    for name, possible in (("the same", possible_same), ("different", possible_different)):
+    for name, possible in (("one person", possible_same), ("two people", possible_different)):
         if half > possible:
             raise ValueError(
-                f"{num_pairs} pairs need {half} of {name} people, but {len(labels)} images of "
+                f"{num_pairs} pairs need {half} of {name}, but {len(labels)} images of "
                 f"{len(groups)} identities make only {possible}: ask for at most "
                 f"{2 * min(possible_same, possible_different) // 20 * 20} pairs"
             )

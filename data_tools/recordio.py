@@ -202,6 +202,7 @@ class RecordFile:
                     & (lrec >> 29 == WHOLE)
                     & (lrec >= 4 * (_HEADER_WORDS - 2))
                     & (at * 4 + 8 + lrec.astype(np.int64) <= self.size)
+                    & (_HEADER.size + 4 * words[at + 2].astype(np.int64) <= lrec)
                 )
                 flags[block] = words[at + 2]
                 column = np.where(flags[block] == 0, words[at + 3], words[at + 8])

@@ -1,0 +1,37 @@
+"""Images and folders made for the tests of this package."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REAL = ROOT.parent / "shared" / "data"  # real faces and records, where a machine has them
+
+
+def real(name: str) -> Path:
+    """A path of the real data; the test is skipped where there is none."""
+    path = REAL / name
+    if not path.exists():
+        pytest.skip(f"no real data at {path}")
+    return path
+
+
+def pixels(seed: int, height: int = 112, width: int | None = None) -> np.ndarray:
+    """uint8 [h, w, 3]: smooth colours, different for every seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    return cv2.resize(coarse, (width or height, height), interpolation=cv2.INTER_LINEAR)
+
+
+def encoded(seed: int, height: int = 112, width: int | None = None, suffix: str = ".jpg") -> bytes:
+    return cv2.imencode(suffix, pixels(seed, height, width))[1].tobytes()
+
+
+def folder(root: Path, sizes: list[int]) -> Path:
+    """`root`/p00/0.jpg ...: identity k with sizes[k] images, all different."""
+    for k, size in enumerate(sizes):
+        (root / f"p{k:02d}").mkdir(parents=True)
+        for j in range(size):
+            (root / f"p{k:02d}" / f"{j}.jpg").write_bytes(encoded(1000 * k + j))
+    return root

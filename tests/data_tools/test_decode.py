@@ -1,0 +1,122 @@
+"""Decoding: the pixels of MXNet, and every cut-off image noticed."""
+
+import struct
+
+import cv2
+import numpy as np
+import pytest
+
+from data_tools.decode import decode, decode_any_size, to_jpeg
+from tests.data_tools.samples import encoded, pixels, real
+
+
+def exif(orientation: int) -> bytes:
+    """An APP1 segment that holds the orientation, and a picture end inside like a thumbnail's."""
+    tiff = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    body = b"Exif\0\0" + tiff + b"\xff\xd8thumbnail\xff\xd9"
+    return b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
+
+
+def test_lossless_pixels_come_back_as_rgb():
+    bgr = pixels(1)
+    image = decode(cv2.imencode(".png", bgr)[1].tobytes())
+    assert image.dtype == np.uint8 and image.flags.c_contiguous
+    np.testing.assert_array_equal(image, bgr[:, :, ::-1])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".webp", ".jpg"])
+def test_grey_becomes_three_equal_channels(suffix):
+    image = decode(cv2.imencode(suffix, pixels(2)[:, :, 0])[1].tobytes())
+    assert image.shape == (112, 112, 3)
+    np.testing.assert_array_equal(image[:, :, 0], image[:, :, 2])
+
+
+def test_transparency_is_dropped_and_16_bits_become_8():
+    bgr = pixels(3)
+    with_alpha = np.dstack([bgr, np.full((112, 112), 7, np.uint8)])
+    deep = bgr.astype(np.uint16) * 257
+    for image in (with_alpha, deep):
+        found = decode(cv2.imencode(".png", image)[1].tobytes())
+        np.testing.assert_array_equal(found, bgr[:, :, ::-1])
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_exif_orientation_is_ignored_as_in_mxnet(orientation):
+    plain = encoded(4)
+    rotated = plain[:2] + exif(orientation) + plain[2:]
+    np.testing.assert_array_equal(decode(rotated), decode(plain))
+    honoured = cv2.imdecode(np.frombuffer(rotated, np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1]
+    assert (honoured != decode(plain)).any()  # the tag is one that OpenCV would follow
+
+
+def test_a_square_of_another_size_is_resized():
+    image = decode(encoded(5, 250, suffix=".png"), 112)
+    expected = cv2.resize(pixels(5, 250), (112, 112), interpolation=cv2.INTER_CUBIC)
+    np.testing.assert_array_equal(image, expected[:, :, ::-1])
+    assert decode(encoded(5), 64).shape == (64, 64, 3)
+    assert decode_any_size(encoded(5, 40, 60)).shape == (40, 60, 3)
+
+
+def test_another_aspect_is_an_error_that_names_the_image():
+    with pytest.raises(ValueError, match=r"a/b\.jpg: 60x40 pixels is not square"):
+        decode(encoded(6, 40, 60), where="a/b.jpg")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".webp"])
+def test_every_cut_is_noticed(suffix):
+    whole = encoded(7, suffix=suffix)
+    decode(whole)
+    step = 1 if len(whole) < 4000 else 37
+    for length in range(0, len(whole) - 1, step):
+        with pytest.raises(ValueError, match=r"x: "):
+            decode(whole[:length], where="x")
+
+
+def test_a_cut_jpeg_with_a_thumbnail_is_noticed():
+    whole = encoded(8)
+    whole = whole[:2] + exif(1) + whole[2:]
+    decode(whole)
+    with pytest.raises(ValueError, match="truncated"):
+        decode(whole[:-40])
+
+
+def test_bytes_after_the_end_are_no_fault():
+    for suffix in (".jpg", ".png"):
+        whole = encoded(9, suffix=suffix)
+        np.testing.assert_array_equal(decode(whole + b"\0" * 7), decode(whole))
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "zero bytes"),
+        (b"\0" * 500, "not a JPEG, PNG, BMP or WebP image"),
+        (b"<html>404</html>", "not a JPEG"),
+        (b"GIF89a" + b"\0" * 50, "not a JPEG"),
+        (b"\xff\xd8\xff\xd9", "truncated"),
+        (b"\xff\xd8\xff\xda\0\2\xff\xd9", "cannot be decoded"),
+        (b"\x89PNG\r\n\x1a\n" + b"IEND\xae\x42\x60\x82", "cannot be decoded"),
+    ],
+)
+def test_what_is_no_image_is_said(content, fault):
+    with pytest.raises(ValueError, match=rf"the place: .*{fault}"):
+        decode(content, where="the place")
+
+
+def test_to_jpeg_keeps_the_bytes_that_fit():
+    jpeg = encoded(10)
+    assert to_jpeg(jpeg, 112, 95) == jpeg
+    for other in (encoded(10, suffix=".png"), encoded(10, 200)):
+        made = to_jpeg(other, 112, 95)
+        assert made != other and made.startswith(b"\xff\xd8")
+        difference = decode(made).astype(int) - decode(other)
+        assert np.abs(difference).mean() < 2  # grey levels: what JPEG loses at quality 95
+    with pytest.raises(ValueError, match="x: truncated"):
+        to_jpeg(jpeg[:-9], 112, 95, "x")
+
+
+def test_real_faces_decode_as_opencv_decodes_them():
+    for path in sorted(real("london112").glob("*/*.jpg"))[:20]:
+        content = path.read_bytes()
+        bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        np.testing.assert_array_equal(decode(content, where=str(path)), bgr[:, :, ::-1])
