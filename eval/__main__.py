@@ -1,155 +1,40 @@
-"""python -m eval: the protocols as commands."""
+"""`python -m eval COMMAND ...`: one module a command, joined here.
+
+A command has `add_arguments(parser)` and `run(args) -> dict`; the dict is what `--json` prints.
+"""
 
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from eval import lfw_command
 
-from eval import lfw, report, verification
-from eval.embed import Embedder, open_embedder
+_COMMANDS = {
+    "lfw": (lfw_command, "verify pairs: LFW, CFP-FP, AgeDB-30, CALFW, CPLFW, sets of your own"),
+}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 if the command did what it says, 1 if not, 2 for a mistyped command line."""
     parser = argparse.ArgumentParser(prog="python -m eval", description="Evaluate a network.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_lfw(commands)
-    args = parser.parse_args(arguments)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print one JSON line, last")
+    args = parser.parse_args(argv)
     try:
-        args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        result = _COMMANDS[args.command][0].run(args)
+    except (ValueError, KeyError, OSError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print("error: " + " ".join(str(text).split()), file=sys.stderr)
         return 1
-    return 0
-
-
-def _add_lfw(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "lfw",
-        help="verification of pairs: LFW, CFP-FP, AgeDB-30, CALFW, CPLFW and sets of your own",
-        description="Verify the pairs of each SET with InsightFace's protocol: ten-fold accuracy, "
-        "TAR at FAR, EER, AUC and the mean embedding norm. Faces must be aligned to 112 x 112.",
-        epilog="example: python -m eval lfw runs/a lfw.bin calfw.bin --report runs/a/report.html",
-    )
-    parser.add_argument(
-        "model",
-        metavar="RUN_OR_ONNX",
-        help="run directory, one of its checkpoint directories, or a recognition .onnx",
-    )
-    parser.add_argument(
-        "sets",
-        metavar="SET",
-        nargs="+",
-        help="a .bin of pairs, or PAIRS.TXT:IMAGE_DIR with a list in LFW's own format",
-    )
-    parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default 64")
-    parser.add_argument(
-        "--report",
-        metavar="FILE.html",
-        help="also write a page with the curves, and FILE.json; training curves are added where "
-        "the model lies in a run directory",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON line, last on stdout")
-    parser.set_defaults(run=_lfw)
-
-
-def _lfw(args: argparse.Namespace) -> None:
-    if args.report is not None and not args.report.endswith(".html"):
-        raise ValueError(f"--report takes an .html file, not {args.report}")
-    sets = [_load(name) for name in args.sets]
-    names = [pairs.name for pairs in sets]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two sets of one name among {', '.join(names)}; rename a file")
-    for pairs in sets:
-        if pairs.missing:
-            print(
-                f"warning: {pairs.name}: {len(pairs.missing)} of "
-                f"{len(pairs.missing) + len(pairs.issame)} pairs left out, the first because: "
-                f"{pairs.missing[0]}",
-                file=sys.stderr,
-            )
-    embedder = open_embedder(args.model, args.batch_size)
-    results = _evaluate(embedder, sets, args.batch_size)
-    console = Console(stderr=args.json)
-    console.print(_table(results))
-    output = {
-        "model": embedder.facts,
-        "sets": {result.name: report.summary(result) for result in results},
-    }
-    if args.report is not None:
-        report.write(args.report, embedder.facts, results, _run_dir(Path(args.model)))
-        output["report"] = args.report
-        console.print(f"report: {args.report}", soft_wrap=True)
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing half-made is left", file=sys.stderr)
+        return 130
     if args.json:
-        print(json.dumps(output, allow_nan=False))
-
-
-def _load(name: str) -> lfw.PairSet:
-    pairs_txt, colon, image_dir = name.rpartition(":")
-    is_list = colon and not name.endswith(".bin")
-    pairs = lfw.load_pairs(pairs_txt, image_dir) if is_list else lfw.load_bin(name)
-    if pairs.issame.all() or not pairs.issame.any():
-        raise ValueError(f"{name} holds pairs of one kind only: there is nothing to tell apart")
-    return pairs
-
-
-def _evaluate(embedder: Embedder, sets: list[lfw.PairSet], batch_size: int) -> list[report.Result]:
-    results = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        for pairs in sets:
-            task = progress.add_task(pairs.name, total=2 * len(pairs.encoded))  # plain and mirrored
-
-            def forward(images, task=task):
-                embeddings = embedder(images)
-                progress.advance(task, len(images))
-                return embeddings
-
-            flip_sum, norms = lfw.embed(forward, pairs.encoded, batch_size, where=pairs.name)
-            results.append(
-                report.Result(
-                    pairs.name,
-                    lfw.score(flip_sum, norms, pairs.issame),
-                    verification.distances(flip_sum),
-                    pairs.issame,
-                    pairs.missing,
-                )
-            )
-    return results
-
-
-def _table(results: list[report.Result]) -> Table:
-    table = Table()
-    for heading in ("set", "pairs", "accuracy", "TAR@FAR=1e-3", "EER", "AUC", "XNorm"):
-        table.add_column(heading, justify="left" if heading == "set" else "right")
-    rows = [report.row(result.name, report.summary(result)) for result in results]
-    for row in rows:
-        table.add_row(*row)
-    if any("*" in cell for row in rows for cell in row):
-        table.caption = "* fewer than 1000 different pairs: TAR without one false accept"
-    return table
-
-
-def _run_dir(model: Path) -> Path | None:
-    """The run directory around a model: itself, that of its ONNX file or of its checkpoint."""
-    around = (model, *model.resolve().parents[:2])
-    return next((path for path in around if (path / "metrics.jsonl").is_file()), None)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
+        print(json.dumps(result, allow_nan=False))
+    return 0
 
 
 if __name__ == "__main__":

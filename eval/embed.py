@@ -25,34 +25,21 @@ class InputContract(NamedTuple):
     mean: float = 127.5
     std: float = 127.5
 
-    def metadata(self) -> dict[str, str]:
-        """The entries that an exported ONNX file carries."""
-        return {
-            "input_size": str(self.size),
-            "color_order": self.color_order,
-            "mean": str(self.mean),
-            "std": str(self.std),
-        }
-
     @classmethod
     def from_metadata(cls, entries: Mapping[str, str]) -> "InputContract":
-        """The contract that `metadata()` wrote.
+        """The contract in an ONNX file that recognition.export wrote.
 
         Raises:
             ValueError: an entry is absent or says nothing that can be followed.
         """
         try:
-            contract = cls(
-                int(entries["input_size"]),
-                entries["color_order"],
-                float(entries["mean"]),
-                float(entries["std"]),
-            )
+            height, width = (int(side) for side in entries["input_size"].split(","))
+            order, mean, std = entries["color_order"], float(entries["mean"]), float(entries["std"])
         except (KeyError, ValueError) as error:
             raise ValueError(f"metadata of the input: {error!r} in {dict(entries)}") from error
-        if contract.color_order not in ("RGB", "BGR") or not contract.std > 0:
-            raise ValueError(f"metadata of the input: cannot follow {contract}")
-        return contract
+        if height != width or order not in ("RGB", "BGR") or not std > 0:
+            raise ValueError(f"metadata of the input cannot be followed: {dict(entries)}")
+        return cls(height, order, mean, std)
 
 
 class Embedder(Protocol):
@@ -144,10 +131,11 @@ class OnnxEmbedder:
         self.batch_size = self.fixed_batch or batch_size
         self.facts: dict[str, object] = {
             "path": str(path),
+            **({"network": entries["network"]} if "network" in entries else {}),
             "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
             "input": self.contract._asdict(),
             "runtime": f"onnxruntime {onnxruntime.__version__}, {self.session.get_providers()[0]}",
-            **({"metadata": dict(entries)} if entries else {}),
+            "metadata": dict(entries),
         }
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

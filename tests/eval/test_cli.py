@@ -13,6 +13,7 @@ import pytest
 
 from eval import __main__ as cli
 from eval import verification
+from eval.lfw_command import run_dir
 from tests.eval.test_embed import channel_means, make_run
 from tests.eval.test_report import run_directory
 
@@ -82,7 +83,7 @@ def test_report_beside_a_run(capsys, tmp_path, bin_file):
     assert "Accuracy during training" in page.read_text()
     assert json.loads((tmp_path / "report.json").read_text())["model"]["network"] == "mbf_tiny"
     for inside in (tmp_path / "checkpoints" / "step-7", tmp_path / "model.onnx"):
-        assert cli._run_dir(inside) == tmp_path.resolve()
+        assert run_dir(inside) == tmp_path.resolve()
 
 
 def test_pairs_list_with_absent_images(capsys, tmp_path, model):
@@ -142,16 +143,29 @@ def test_user_errors_are_one_line(capsys, tmp_path, model, bin_file):
     assert code == 1 and "page.pdf" in err
 
 
-def test_help_and_usage_errors():
-    def command(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "eval", *arguments], capture_output=True, text=True
-        )
-
-    helped = command("lfw", "--help")
-    assert helped.returncode == 0
+def test_help_needs_no_network_library():
+    code = (
+        "import sys; from eval.__main__ import main\n"
+        "try: main(['lfw', '--help'])\n"
+        "finally: print(*(x for x in ('torch', 'matplotlib', 'onnx') if x in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
     for word in ("RUN_OR_ONNX", "PAIRS.TXT:IMAGE_DIR", "--report", "--json", "example:"):
-        assert word in helped.stdout
-    assert command("lfw", "model.onnx").returncode == 2
-    wrong = command("lfw", "model.onnx", "a.bin", "--batch-size", "0")
-    assert wrong.returncode == 2 and "0 is not positive" in wrong.stderr
+        assert word in done.stdout
+    assert done.stdout.splitlines()[-1] == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["lfw", "model.onnx"], "required: SET"),
+        (["lfw", "model.onnx", "a.bin", "--batch-size", "0"], "0 is not positive"),
+        (["lfv", "model.onnx", "a.bin"], "invalid choice: 'lfv'"),
+    ],
+)
+def test_mistyped_command_lines(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

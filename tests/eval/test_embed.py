@@ -12,8 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from eval import embed
 from recognition.backbones import BACKBONES
+from recognition.export import input_facts
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 112, 112, 3), dtype=np.uint8)
+
+METADATA = {"input_size": "112,112", "color_order": "RGB", "mean": "127.5", "std": "127.5"}
 
 
 def channel_means(
@@ -77,13 +80,12 @@ def test_onnx_that_normalises_by_itself_gets_raw_pixels(tmp_path, names):
 
 
 def test_onnx_metadata_is_obeyed(tmp_path):
-    contract = embed.InputContract(color_order="BGR", mean=100.0, std=64.0)
-    path = channel_means(
-        tmp_path / "a.onnx", names=("Sub_0", "Mul_1"), metadata=contract.metadata()
-    )
+    metadata = METADATA | {"color_order": "BGR", "mean": "100.0", "std": "64.0", "network": "r50"}
+    path = channel_means(tmp_path / "a.onnx", names=("Sub_0", "Mul_1"), metadata=metadata)
     embedder = embed.open_embedder(path)
     np.testing.assert_allclose(embedder(IMAGES), means(IMAGES, 100, 64)[:, ::-1], atol=1e-5)
-    assert embedder.facts["input"] == contract._asdict()
+    assert embedder.facts["input"] == {"size": 112, "color_order": "BGR", "mean": 100, "std": 64}
+    assert embedder.facts["network"] == "r50" and embedder.facts["metadata"] == metadata
     assert embedder.facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -105,12 +107,11 @@ def test_weights_among_the_inputs_are_dropped(tmp_path):
     [
         ({"size": 128}, "takes images of \\[3, 128, 128\\]"),
         ({"metadata": {"mean": "0.5"}}, "metadata of the input: .*input_size"),
-        (
-            {"metadata": embed.InputContract(color_order="GRB").metadata()},
-            "cannot follow .*GRB",
-        ),
-        ({"metadata": embed.InputContract(std=0.0).metadata()}, "cannot follow .*std=0.0"),
-        ({"metadata": embed.InputContract(size=128).metadata()}, "not \\[3, 112, 112\\]"),
+        ({"metadata": METADATA | {"mean": "none"}}, "metadata of the input: .*'none'"),
+        ({"metadata": METADATA | {"color_order": "GRB"}}, "cannot be followed: .*GRB"),
+        ({"metadata": METADATA | {"std": "0"}}, "cannot be followed: .*'std': '0'"),
+        ({"metadata": METADATA | {"input_size": "128,128"}}, "not \\[3, 112, 112\\]"),
+        ({"metadata": METADATA | {"input_size": "112,96"}}, "cannot be followed"),
     ],
 )
 def test_other_onnx_networks_are_refused(tmp_path, options, message):
@@ -126,6 +127,12 @@ def test_files_that_are_no_network(tmp_path):
         embed.open_embedder(tmp_path / "absent.onnx")
     with pytest.raises(FileNotFoundError):
         embed.open_embedder(tmp_path)
+
+
+def test_the_entries_of_our_export_are_understood():
+    entries = input_facts()
+    assert embed.InputContract.from_metadata(entries) == embed.InputContract()
+    assert {key: entries[key] for key in METADATA} == METADATA
 
 
 @pytest.mark.parametrize("place", [".", "checkpoints/step-7"])
