@@ -39,6 +39,7 @@ class TrainState:
     schedule: Schedule
     guard: FiniteGuard
     facts: dict[str, Any]  # what config.json says beside the configuration
+    saved_by: int | None = None  # ranks that wrote the checkpoint it continues from
     step: int = 0  # completed optimiser steps
     samples_seen: int = 0
 
@@ -99,6 +100,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     if resumed_from is not None:
         manifest = checkpoint.load(resumed_from, parts)
         state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
+        state.saved_by = manifest["world"]
     return state
 
 
@@ -123,15 +125,15 @@ def _distribute(backbone: nn.Module, runtime: Runtime) -> DistributedDataParalle
     unbroken one.
     """
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-    buffers = "forward_sync_buffers"  # torch 2.13's name
-    if buffers not in inspect.signature(DistributedDataParallel).parameters:
-        buffers = "broadcast_buffers"
+    known = inspect.signature(DistributedDataParallel).parameters
+    new_name = "forward_sync_buffers" in known  # torch 2.13 renamed it
+    buffers: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
     model = DistributedDataParallel(
         backbone,
         device_ids=ids,
         process_group=runtime.group,
         gradient_as_bucket_view=True,
-        **{buffers: False},
+        **buffers,
     )
     before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
     parameter = next(backbone.parameters())

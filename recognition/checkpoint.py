@@ -331,7 +331,8 @@ def optimizer_tensors(parts: Parts) -> dict[str, Tensor]:
 
 def _load_optimizer(parts: Parts, tensors: dict[str, Tensor], path: str) -> None:
     place = {name: (i, p) for i, (name, p) in enumerate(_trained(parts.backbone))}
-    scaler, state = {}, {}
+    scaler: dict[str, Tensor] = {}
+    state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         if kind == "scaler":

@@ -64,7 +64,9 @@ class Config:
     clip_norm: float | None = _between(5.0, 0.0)  # of the backbone's gradient; None: off
 
     # Numerics
-    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"  # auto: bf16 where fast
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = (
+        "auto"  # auto: bf16 on GPUs that have it
+    )
     sync_bn: bool = False
     seed: int = _between(0, 0)
 

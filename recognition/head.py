@@ -20,7 +20,7 @@ from recognition.losses.reduction import (
     negatives_log_sum_exp,
     target_cosines,
 )
-from recognition.rows import SampledRows, merge_gradients, unit
+from recognition.rows import SampledRows, merge_gradients, to_device, unit
 from recognition.sampling import hash_words, sample, shard_range
 
 _INIT_STD = 0.01  # InsightFace's
@@ -144,15 +144,13 @@ class PartialFC(nn.Module):
         )
         device = self.weight.device
         weight = self.weight if self.num_subcenters > 1 else self.weight[:, None]  # [C_r, K, D]
-        index = None
-        if chosen.classes is not None:
-            index = torch.from_numpy(chosen.classes - self.shard[0]).to(device, non_blocking=True)
+        rows = None if chosen.classes is None else chosen.classes - self.shard[0]
         targets = Targets(
-            torch.from_numpy(chosen.owned).to(device, non_blocking=True),
-            torch.from_numpy(chosen.position).to(device, non_blocking=True),
+            to_device(chosen.owned, device),
+            to_device(chosen.position, device),
             chosen.position.tolist(),
         )
-        return SampledRows(weight, index), targets
+        return SampledRows(weight, rows), targets
 
     def _check(self, local_x: Tensor, labels: Tensor) -> None:
         if local_x.dim() != 2 or local_x.shape[1] != self.embedding_size:

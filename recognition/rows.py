@@ -5,6 +5,7 @@ Letters: C_r classes of this rank, S sampled, K sub-centres, D embedding, n clas
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +23,10 @@ class SampledRows:
     for both of its sources (targets and negatives), so autograd never adds two of that size.
     """
 
-    def __init__(self, weight: Tensor, index: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, rows: np.ndarray | None) -> None:
         self.weight = weight.detach()  # [C_r, K, D]
-        self.index = index  # int64 [S], rows of the weight; None: all of them, in order
+        self.rows = rows  # int64 [S] of the weight, on the host; None: all of them, in order
+        self.index = None if rows is None else to_device(rows, weight.device)
         self.grad: Tensor | None = None  # [S, K, D]
 
     def __len__(self) -> int:
@@ -59,12 +61,19 @@ def merge_gradients(parts: list[SampledRows]) -> SampledRows:
     """The parts of several micro-steps as one: union of the rows, sum of their gradients."""
     if len(parts) == 1:
         return parts[0]
-    weight, indices = parts[0].weight, [part.index for part in parts if part.index is not None]
+    weight = parts[0].weight
     grads = [part.gradient() for part in parts]
-    merged = SampledRows(weight, None)
-    if not indices:
+    rows = [part.rows for part in parts if part.rows is not None]
+    if not rows:
+        merged = SampledRows(weight, None)
         merged.grad = torch.stack(grads).sum(0)
         return merged
-    merged.index, place = torch.cat(indices).unique(return_inverse=True)
-    merged.gradient().index_add_(0, place, torch.cat(grads))
+    union, place = np.unique(np.concatenate(rows), return_inverse=True)
+    merged = SampledRows(weight, union)
+    merged.gradient().index_add_(0, to_device(place, weight.device), torch.cat(grads))
     return merged
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device; the host does not wait for the copy."""
+    return torch.from_numpy(array).to(device, non_blocking=True)

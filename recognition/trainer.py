@@ -23,6 +23,7 @@ from recognition.sampling import hash_words
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LOADERS = {"cpu": Loader}
 _VERIFY_BATCH = 64  # images
+_LEAST_SCALE = 2.0**-14  # of fp16; below it nothing is left of the gradient
 
 
 def train(state: TrainState) -> dict[str, Any]:
@@ -232,6 +233,19 @@ def _announce(state: TrainState, logger: Logger) -> None:
         f"{state.precision}, batch {cfg.global_batch(runtime.world)}, "
         f"{state.schedule.total_steps} steps -> {cfg.output}"
     )
+    if state.saved_by is None:
+        return
+    line = f"continues after step {state.step}, saved by {state.saved_by} processes"
+    if state.saved_by == runtime.world:
+        line += ": bit for bit, with the same configuration, on the CPU"
+    elif cfg.sync_bn:
+        line += ": the same samples, classes and statistics, the same curve up to rounding"
+    else:
+        line += (
+            ": the same samples and classes, but BatchNorm takes its statistics per process, so "
+            "the curve is another one of the same kind (sync_bn=true makes them one)"
+        )
+    logger.say(line)
 
 
 def _log(
@@ -248,4 +262,9 @@ def _log(
     }
     if state.parts.scaler is not None:
         record["loss_scale"] = state.parts.scaler.scale.item()
+        if record["loss_scale"] < _LEAST_SCALE:
+            raise FloatingPointError(
+                f"the fp16 loss scale fell to {record['loss_scale']:.1e} by step {state.step}: "
+                "every step overflows. Use precision=bf16 or fp32, or lower lr"
+            )
     logger.record(record, progress.line(record, state.schedule.total_steps, global_batch))

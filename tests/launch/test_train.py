@@ -1,0 +1,145 @@
+"""launch/train.py as a person runs it: real torchrun, one to four agents, and its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import command, run
+
+ROOT = pathlib.Path(__file__).parents[2]
+DEMO = ROOT / "launch" / "configs" / "demo.py"
+SMALL = ["global_batch_size=12", "max_steps=4", "log_every=1", "embedding_size=32", "val_targets="]
+TORCHRUN = ["-m", "torch.distributed.run"]
+
+
+def steps(run_dir):
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for line in lines if "loss" in (record := json.loads(line))]
+
+
+def test_one_process_without_torchrun(shards_dir, tmp_path):
+    done = command("launch/train.py", DEMO, f"rec={shards_dir}", f"output={tmp_path / 'r'}", *SMALL)
+    assert "step 4/4" in done.stdout
+    assert [r["step"] for r in steps(tmp_path / "r")] == [1, 2, 3, 4]
+
+
+def test_torchrun_continues_at_another_world_size(shards_dir, tmp_path):
+    arguments = ["launch/train.py", DEMO, f"rec={shards_dir}", f"output={tmp_path / 'r'}", *SMALL]
+    command(*TORCHRUN, "--standalone", "--nproc-per-node", 2, *arguments)
+    done = command(*TORCHRUN, "--standalone", "--nproc-per-node", 3, *arguments, "max_steps=6")
+    assert "continues" in done.stdout
+    assert [r["step"] for r in steps(tmp_path / "r")] == [1, 2, 3, 4, 5, 6]
+    again = command("launch/train.py", *arguments[1:], "max_steps=6")
+    assert "step 5/6" not in again.stdout
+
+
+def test_four_nodes(shards_dir, tmp_path):
+    """Four agents of one process each on this host, meeting by c10d."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [
+        subprocess.Popen(
+            [
+                sys.executable, *TORCHRUN, "--nnodes", "4", "--nproc-per-node", "1",
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
+                "launch/train.py", str(DEMO), f"rec={shards_dir}", f"output={tmp_path / 'r'}",
+                *SMALL,
+            ],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for _ in range(4)
+    ]  # fmt: skip
+    outputs = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0] * 4, outputs
+    assert len(steps(tmp_path / "r")) == 4
+    found = os.listdir(tmp_path / "r" / "checkpoints" / "step-4")
+    assert sum(name.startswith("rows-") for name in found) == 4
+
+
+@pytest.mark.parametrize(
+    "typed, words",
+    [
+        ("sample_rat=0.1", "did you mean 'sample_rate'"),
+        ("rec=/nowhere", "/nowhere"),
+        ("val_targets=lfw", "heldout"),
+        ("margin_args.margn=1", "did you mean margin"),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_code(shards_dir, tmp_path, typed, words):
+    done = run("launch/train.py", DEMO, f"rec={shards_dir}", f"output={tmp_path / 'r'}", typed)
+    assert done.returncode == 1
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_more_processes_than_classes(shards_dir, tmp_path):
+    (tmp_path / "faces" / "a").mkdir(parents=True)
+    (tmp_path / "faces" / "b").mkdir()
+    command("-m", "data_tools", "synthesize", tmp_path / "two", "--identities", 2, "--images", 4)
+    command("-m", "data_tools", "pack", tmp_path / "two", tmp_path / "shards", "--shards", 1)
+    done = run(
+        *TORCHRUN, "--standalone", "--nproc-per-node", 3, "launch/train.py", DEMO,
+        f"rec={tmp_path / 'shards'}", f"output={tmp_path / 'r'}", *SMALL,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "2 classes cannot be sharded over 3 ranks" in done.stderr
+
+
+def test_a_bad_image_stops_all_ranks_with_its_traceback(shards_dir, tmp_path):
+    """One record of the second shard is cut short: no rank hangs, the image is named."""
+    copy = tmp_path / "shards"
+    shutil.copytree(shards_dir, copy)
+    rec = sorted(copy.glob("*.rec"))[1]
+    content = bytearray(rec.read_bytes())
+    for place in range(200, len(content), 97):
+        content[place] = 0
+    # Headers must stay readable: it is the images that are damaged.
+    original = rec.read_bytes()
+    offsets = [int(line.split()[1]) for line in rec.with_suffix(".idx").read_text().splitlines()]
+    for offset in offsets:
+        content[offset : offset + 40] = original[offset : offset + 40]
+    rec.write_bytes(content)
+    began = time.time()
+    done = run(
+        *TORCHRUN, "--standalone", "--nproc-per-node", 2, "launch/train.py", DEMO,
+        f"rec={copy}", f"output={tmp_path / 'r'}", *SMALL, "global_batch_size=64",
+    )  # fmt: skip
+    assert done.returncode != 0 and time.time() - began < 90
+    assert "Traceback" in done.stderr and rec.name in done.stderr
+
+
+def test_a_killed_rank_takes_the_others_with_it(shards_dir, tmp_path):
+    """And the run continues from its checkpoint afterwards."""
+    output = tmp_path / "r"
+    arguments = [
+        *TORCHRUN, "--standalone", "--nproc-per-node", "2", "launch/train.py", str(DEMO),
+        f"rec={shards_dir}", f"output={output}", *SMALL, "max_steps=100000", "checkpoint_every=2",
+    ]  # fmt: skip
+    agent = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not list(output.glob("checkpoints/step-*/manifest.json")):
+        assert time.time() < deadline and agent.poll() is None
+        time.sleep(0.2)
+    workers = subprocess.run(
+        ["pgrep", "-P", str(agent.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    assert agent.wait(timeout=60) != 0
+    last = max(int(p.parent.name[5:]) for p in output.glob("checkpoints/step-*/manifest.json"))
+    done = command(*arguments[:-2], f"max_steps={last + 2}")
+    assert f"step {last + 2}/{last + 2}" in done.stdout
+    assert f"step {last}/" not in done.stdout

@@ -1,0 +1,63 @@
+"""The step on a CUDA device: the CPU's numbers, and no host synchronisation. Skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recognition.head import PartialFC
+from recognition.losses import MARGINS
+from recognition.optim import RowAdamW, RowSGD
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+C, D, B = 1003, 64, 96
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(B, D, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, C, (B,), generator=generator)
+
+
+def make_head(device, sample_rate=0.3):
+    return PartialFC(MARGINS["arcface"](), D, C, sample_rate, seed=1).to(device, torch.float64)
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
+def test_equals_the_cpu(sample_rate):
+    x, labels = batch()
+    outcomes = []
+    for device in ("cpu", "cuda"):
+        head = make_head(device, sample_rate)
+        local_x = x.to(device).requires_grad_()
+        loss = head(local_x, labels)
+        loss.backward()
+        outcomes.append([loss.detach(), local_x.grad, head.sampled_classes, head.sampled_grad])
+    for cpu, cuda in zip(*outcomes, strict=True):
+        torch.testing.assert_close(cuda.cpu(), cpu, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("micro_steps", [1, 2])
+@pytest.mark.parametrize("optimizer", [RowSGD, RowAdamW])
+def test_a_step_does_not_synchronise_with_the_host(optimizer, micro_steps):
+    x, labels = batch()
+    head = make_head("cuda")
+    row_optimizer = optimizer(head)
+    local_x = x.cuda().requires_grad_()
+    found_inf = torch.zeros((), device="cuda")
+
+    def step():
+        for _ in range(micro_steps):
+            head(local_x, labels).backward()
+        row_optimizer.step(0.1, found_inf=found_inf)
+
+    step()  # the first allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
