@@ -186,7 +186,7 @@ def _decode_rows(shards: Shards, ids: np.ndarray, rows: np.ndarray) -> None:
     size = rows.shape[1]
     for row, image in zip(rows, ids.tolist(), strict=False):
         _, encoded = shards[image]
-        row[:] = decode(encoded, size, f"{shards.path}, image {image}")
+        row[:] = decode(encoded, size, f"{shards.where(image)}, image {image}")
 
 
 def _check_labels(shards: Shards) -> None:

@@ -7,15 +7,17 @@ import threading
 import time
 import traceback
 from concurrent.futures import CancelledError
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from data_tools import order
+from data_tools import order, shards
 from data_tools.augment import flip_mask
 from data_tools.loader import Batch, Loader, normalise
+from data_tools.shard_writer import ShardWriter, write_shard
 
 N = 37
 
@@ -30,7 +32,7 @@ def jpeg(rgb: np.ndarray) -> bytes:
 
 
 class Memory:
-    """A data set in memory: image i has label i % 5; reading can be made slow."""
+    """A data set in memory: image i has label i % 5, and reading takes image-dependent time."""
 
     path = "memory"
 
@@ -43,6 +45,9 @@ class Memory:
 
     def __len__(self) -> int:
         return N
+
+    def where(self, image: int) -> str:
+        return f"memory: byte {100 * image}"
 
     def __getitem__(self, image: int) -> tuple[int, bytes]:
         self.reads += 1
@@ -79,6 +84,34 @@ def test_a_batch_holds_what_the_order_says():
         for row, image in zip(batch.images, want.tolist(), strict=True):
             pixels = row.permute(1, 2, 0).numpy().astype(int)
             assert np.abs(pixels - picture(image)).max() <= 3  # RGB, and nobody else's rows
+
+
+def packed(out: Path, encoded: list[bytes]) -> shards.Shards:
+    """A data set of two shards on the disk; image i has label i % 5."""
+    images = [(i % 5, jpeg) for i, jpeg in enumerate(encoded)]
+    with ShardWriter(out) as writer:
+        halves = [
+            write_shard(writer.partial, "train-00000-of-00002", images[:20]),
+            write_shard(writer.partial, "train-00001-of-00002", images[20:]),
+        ]
+        writer.finish(halves, list("abcde"), (112, 112), {})
+    return shards.open(out)
+
+
+def test_shards_on_the_disk_give_the_same_batches(tmp_path: Path):
+    memory = Memory()
+    disk = packed(tmp_path / "set", memory.encoded)
+    ours = take(Loader(disk, seed=6, global_batch=25, workers=3), 4)
+    theirs = take(Loader(memory, seed=6, global_batch=25, workers=3), 4)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+def test_a_bad_image_in_a_shard_is_named_by_file_and_id(tmp_path: Path):
+    encoded = Memory().encoded
+    encoded[30] = encoded[30][:400]  # cut off
+    with pytest.raises(ValueError, match=r"train-00001-of-00002\.rec: byte \d+, image 30: trunc"):
+        take(Loader(packed(tmp_path / "set", encoded), seed=0, global_batch=N), 1)
 
 
 def test_threads_change_nothing():
@@ -135,7 +168,9 @@ def test_a_bad_image_is_raised_by_next_with_its_traceback_and_its_name():
     loader = Loader(data, seed=0, global_batch=10, prefetch=5)
     next(loader)
     next(loader)
-    with pytest.raises(ValueError, match=f"memory, image {bad}") as caught:
+    with pytest.raises(
+        ValueError, match=f"memory: byte {100 * bad}, image {bad}: .*zero bytes"
+    ) as caught:
         next(loader)
     frames = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
     assert "decode" in frames and "_decode_rows" in frames
