@@ -98,7 +98,10 @@ def _draw_different(
 
 
 def write_bin(path: Path, images: list[bytes], pairs: np.ndarray, issame: np.ndarray) -> None:
-    """Write pairs [P, 2] of `images` as InsightFace's loader reads them; whole or not at all."""
+    """Write pairs [P, 2] of `images` as InsightFace's loader reads them; whole or not at all.
+
+    Raises: OSError naming the file if it cannot be written.
+    """
     bins = [images[i] for i in pairs.ravel().tolist()]
     aside = path.with_name(path.name + ".partial")
     try:
@@ -106,6 +109,8 @@ def write_bin(path: Path, images: list[bytes], pairs: np.ndarray, issame: np.nda
             # Protocol 4: bytes as such, an image of several pairs once.
             pickle.dump((bins, [bool(same) for same in issame]), file, protocol=4)
         aside.replace(path)
+    except OSError as error:
+        raise OSError(f"{path}: {error}; nothing was written") from error
     finally:
         aside.unlink(missing_ok=True)
 

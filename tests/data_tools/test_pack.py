@@ -1,0 +1,456 @@
+"""Packing: every image once, the same bytes at any number of workers, whole or not at all."""
+
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from data_tools import shards, sources
+from data_tools.__main__ import main
+from data_tools.decode import decode
+from data_tools.pack import Options, pack
+from data_tools.recordio import Header, Writer
+from tests.data_tools.samples import ROOT, encoded, folder, real
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Seven identities, 31 images."""
+    return folder(tmp_path / "faces", [5, 2, 7, 1, 4, 9, 3])
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def by_identity(data):
+    """identity name -> the set of its images."""
+    found = {name: set() for name in data.identities}
+    for label, image in data:
+        found[data.identities[label]].add(image)
+    return found
+
+
+def test_every_image_once_and_untouched(source, tmp_path):
+    done = pack(source, tmp_path / "set", Options(shards=3))
+    assert (done["status"], done["images"], done["classes"], done["skipped"]) == (
+        "packed",
+        31,
+        7,
+        0,
+    )
+    data = shards.open(tmp_path / "set")
+    assert data.identities == [f"p{k:02d}" for k in range(7)]  # class ids: lexicographic order
+    for name, images in by_identity(data).items():
+        assert images == {path.read_bytes() for path in (source / name).iterdir()}
+    assert [shard["images"] for shard in data.index["shards"]] == [11, 10, 10]
+    assert np.bincount(data.labels).tolist() == [5, 2, 7, 1, 4, 9, 3]
+    assert data.image_size == (112, 112)
+
+
+def test_the_shuffle_is_global_and_of_the_seed(source, tmp_path):
+    orders = {}
+    for seed in (0, 1):
+        pack(source, tmp_path / f"{seed}", Options(shards=2, seed=seed))
+        orders[seed] = shards.open(tmp_path / f"{seed}").labels.tolist()
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    first_shard = orders[0][:16]
+    assert first_shard != sorted(first_shard) and len(set(first_shard)) > 3
+
+
+def test_the_bytes_do_not_depend_on_the_workers(source, tmp_path):
+    (source / "p02" / "3.jpg").write_bytes(b"")
+    options = Options(shards=4, hold_out=3, pairs=20, seed=4)
+    for workers in (1, 3):
+        pack(source, tmp_path / f"{workers}", options, workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_other_formats_and_sizes_become_jpegs(tmp_path):
+    source = folder(tmp_path / "faces", [1, 1])
+    (source / "p00" / "a.PNG").write_bytes(encoded(1, suffix=".png"))
+    (source / "p00" / "b.jpeg").write_bytes(encoded(2, 200))
+    pack(source, tmp_path / "set", Options(shards=1))
+    kept = (source / "p00" / "0.jpg").read_bytes()
+    for image in by_identity(shards.open(tmp_path / "set"))["p00"] - {kept}:
+        assert image.startswith(b"\xff\xd8")
+        difference = min(
+            np.abs(decode(image).astype(int) - decode(encoded(*made))).mean()
+            for made in ((1, 112), (2, 200))
+        )
+        assert difference < 2  # grey levels: what JPEG loses at quality 95
+    pack(source, tmp_path / "small", Options(shards=1, size=64))
+    data = shards.open(tmp_path / "small")
+    assert data.image_size == (64, 64)
+    assert all(decode(image, 64).shape == (64, 64, 3) and len(image) < 9000 for _, image in data)
+
+
+def test_nothing_is_skipped_in_silence(tmp_path, capsys):
+    source = folder(tmp_path / "faces", [3, 2, 1, 2])
+    one = source / "p00"
+    (one / "zero.jpg").write_bytes(b"")
+    (one / "cut.jpg").write_bytes(encoded(1)[:-50])
+    (one / "text.png").write_text("not an image")
+    (one / "wide.jpg").write_bytes(encoded(2, 80, 90))
+    (one / "broken.jpg").symlink_to("nowhere")
+    (one / "linked.jpg").symlink_to(source / "p01" / "0.jpg")
+    os.mkfifo(one / "pipe.jpg")
+    (one / "deeper").mkdir()
+    (one / "deeper" / "4.jpg").write_bytes(encoded(4))
+    (one / "notes.txt").write_text("ignored")
+    (one / ".hidden.jpg").write_bytes(encoded(5))
+    (source / ".git").mkdir()
+    (source / "stray.jpg").write_bytes(encoded(6))
+    (source / "p02" / "0.jpg").write_bytes(b"")  # now without a readable image
+    (source / "p04").mkdir()  # empty from the start
+    (source / "p05").symlink_to(source / "p03", target_is_directory=True)
+    code = main(["pack", str(source), str(tmp_path / "set"), "--shards", "1", "--workers", "1"])
+    assert code == 0
+    error = capsys.readouterr().err
+    assert "warning: 9 images or folders skipped" in error and "2 identities without" in error
+    lines = (tmp_path / "set" / "skipped.txt").read_text().splitlines()
+    reasons = dict(line.split("\t") for line in lines)
+    expected = {
+        "stray.jpg": "outside any identity folder",
+        "p00/deeper": "a folder inside an identity folder",
+        "p00/zero.jpg": "zero bytes",
+        "p00/cut.jpg": "truncated",
+        "p00/text.png": "not a JPEG",
+        "p00/wide.jpg": "90x80 pixels is not square",
+        "p00/broken.jpg": "No such file",
+        "p00/pipe.jpg": "not a regular file",
+        "p02/0.jpg": "zero bytes",
+    }
+    assert reasons.keys() == expected.keys() and len(lines) == len(expected)
+    for where, reason in expected.items():
+        assert reason in reasons[where]
+    data = shards.open(tmp_path / "set")
+    assert data.identities == ["p00", "p01", "p03", "p05"]  # no class for p02 and p04
+    assert np.bincount(data.labels).tolist() == [4, 2, 2, 2]
+    assert data.index["empty_identities"] == ["p02", "p04"]
+    assert data.index["skipped"] == {"count": 9, "file": "skipped.txt"}
+    assert data.index["ignored_files"] == 3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "arguments", "fault"),
+    [
+        (
+            lambda s: [p.write_bytes(b"") for p in s.glob("*/*.jpg")],
+            [],
+            r"0 of 7 identities have a",
+        ),
+        (lambda s: [shutil.rmtree(p) for p in s.iterdir()], [], r"no images: expected .*/<id"),
+        (lambda s: [shutil.rmtree(p) for p in list(s.iterdir())[1:]], [], "1 of 1 identities"),
+        (lambda s: None, ["--hold-out", "6", "--pairs", "20"], "6 to hold out and 2 to train"),
+        (lambda s: None, ["--hold-out", "2", "--pairs", "21"], "multiple of 20"),
+        (lambda s: None, ["--hold-out", "2"], "3000 pairs need 1500"),
+        (lambda s: None, ["--shards", "32"], "31 images do not fill 32 shards"),
+        (lambda s: None, ["--shards", "0"], "--shards 0: must be 1 or more"),
+        (lambda s: None, ["--seed", "-1"], "--seed -1"),
+        (lambda s: None, ["--quality", "101"], "at most 100"),
+        (lambda s: None, ["--workers", "0"], "--workers 0"),
+        (lambda s: (s / "x\ny").mkdir(), [], "line break"),
+    ],
+)
+def test_mistakes_leave_nothing(source, tmp_path, capsys, spoil, arguments, fault):
+    spoil(source)
+    out = tmp_path / "set"
+    assert main(["pack", str(source), str(out), "--workers", "1", *arguments]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert len(list(tmp_path.iterdir())) == 1, "something was left beside the source"
+    assert re.search(fault, error), error
+
+
+def test_source_and_output_are_kept_apart(source, tmp_path, capsys):
+    for one, other in [
+        (source, source), (source, source / "p00" / "out"), (source / "p00", source),
+        (source, tmp_path),
+    ]:  # fmt: skip
+        assert main(["pack", str(one), str(other), "--overwrite"]) == 1
+        assert "keep source and output apart" in capsys.readouterr().err
+    assert len(list(source.glob("*/*.jpg"))) == 31
+    assert main(["pack", str(tmp_path / "absent"), str(tmp_path / "set")]) == 1
+    assert "absent: no such directory" in capsys.readouterr().err
+
+
+# --- what is there already ---
+
+
+def test_the_same_again_is_reused_and_anything_else_refused(source, tmp_path):
+    out = tmp_path / "set"
+    pack(source, out, Options(shards=2))
+    stamps = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    done = pack(source, out, Options(shards=2), workers=2)
+    assert (done["status"], done["images"]) == ("reused", 31)
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
+    with pytest.raises(FileExistsError, match=r"seed 0 -> 1\); --overwrite replaces it"):
+        pack(source, out, Options(shards=2, seed=1))
+    (source / "p00" / "0.jpg").write_bytes(encoded(77))
+    with pytest.raises(FileExistsError, match=r"sha256 .*--overwrite"):
+        pack(source, out, Options(shards=2))
+    assert pack(source, out, Options(shards=2), overwrite=True)["status"] == "packed"
+    assert encoded(77) in by_identity(shards.open(out))["p00"]
+    next(out.glob("*.rec")).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="7 bytes, but index.json says"):
+        pack(source, out, Options(shards=2))
+    assert pack(source, out, Options(shards=2), overwrite=True)["status"] == "packed"
+
+
+def test_a_directory_of_something_else_is_never_replaced(source, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError):
+            pack(source, home, Options(shards=2), overwrite=overwrite)
+    assert contents(home) == {"thesis.tex": b"years of work"}
+
+
+# --- held-out identities ---
+
+
+def test_held_out_people_are_in_the_pairs_only(source, tmp_path):
+    out = tmp_path / "set"
+    options = Options(shards=2, hold_out=3, pairs=20, seed=4)
+    done = pack(source, out, options)
+    assert (done["held_out_identities"], done["verification"]) == (3, ["heldout.bin"])
+    held = (out / "heldout.txt").read_text().split()
+    data = shards.open(out)
+    assert len(held) == 3 and sorted(held + data.identities) == [f"p{k:02d}" for k in range(7)]
+    bins, issame = pickle.loads(data.bin_path("heldout").read_bytes())
+    name_of = {path.read_bytes(): path.parent.name for path in source.glob("*/*.jpg")}
+    people = [name_of[image] for image in bins]
+    assert set(people) <= set(held)
+    assert [a == b for a, b in zip(people[::2], people[1::2], strict=True)] == issame
+    assert {name_of[image] for _, image in data} == set(data.identities)
+    pack(source, tmp_path / "other", Options(shards=2, hold_out=3, pairs=20, seed=5))
+    assert (tmp_path / "other" / "heldout.txt").read_text().split() != held
+
+
+# --- InsightFace directories ---
+
+
+def test_an_insightface_directory_keeps_its_images_and_bins(tmp_path):
+    labels = [0, 0, 1, 3, 3, 3]  # nobody has class 2
+    rec = tmp_path / "rec"
+    rec.mkdir()
+    images = [encoded(i) for i in range(6)]
+    with Writer(rec / "train.idx", rec / "train.rec") as writer:
+        for key in (3, 1, 5, 0, 2, 4):
+            writer.write(key, Header(0, labels[key], key, 0), images[key])
+    (rec / "property").write_text("4,112,112")
+    (rec / "lfw.bin").write_bytes(b"pairs of lfw")
+    done = pack(rec, tmp_path / "set", Options(shards=2))
+    assert (done["images"], done["classes"], done["empty_identities"]) == (6, 3, 1)
+    data = shards.open(tmp_path / "set")
+    assert data.identities == ["0", "1", "3"]
+    assert data.index["empty_identities"] == ["2"]
+    assert by_identity(data) == {"0": set(images[:2]), "1": {images[2]}, "3": set(images[3:])}
+    assert data.bin_path("lfw").read_bytes() == b"pairs of lfw"
+    assert data.index["verification"][0]["file"] == "lfw.bin"
+
+
+def test_layouts_of_the_same_images_give_the_same_shards(tmp_path):
+    packed = []
+    for name in ("recbuilder", "face2rec2", "seq"):
+        pack(real(f"recordio/london/{name}"), tmp_path / name, Options(shards=2))
+        packed.append({k: v for k, v in contents(tmp_path / name).items() if k != "index.json"})
+    assert packed[0] == packed[1] == packed[2]
+    data = shards.open(tmp_path / "seq")
+    names = sorted(path.name for path in real("london112").iterdir())
+    expected = {
+        str(c): {path.read_bytes() for path in (real("london112") / name).iterdir()}
+        for c, name in enumerate(names)
+    }
+    # MXNet encoded the images again: the same people, other bytes.
+    assert {k: len(v) for k, v in by_identity(data).items()} == {k: 2 for k in expected}
+
+
+def test_shards_can_be_packed_again(source, tmp_path):
+    pack(source, tmp_path / "one", Options(shards=4))
+    pack(tmp_path / "one", tmp_path / "two", Options(shards=1, seed=9))
+    one, two = shards.open(tmp_path / "one"), shards.open(tmp_path / "two")
+    assert by_identity(one) == by_identity(two)
+    assert one.identities == two.identities and len(two.index["shards"]) == 1
+
+
+def test_an_image_without_pixels_is_listed_by_its_byte(tmp_path):
+    rec = tmp_path / "rec"
+    rec.mkdir()
+    with Writer(rec / "train.idx", rec / "train.rec") as writer:
+        for key, image in enumerate([encoded(0), b"", encoded(1), encoded(2)]):
+            writer.write(key, Header(0, key % 2, key, 0), image)
+    done = pack(rec, tmp_path / "set", Options(shards=1))
+    assert (done["images"], done["skipped"]) == (3, 1)
+    line = (tmp_path / "set" / "skipped.txt").read_text()
+    assert line == f"{shards.open(rec).where(1)}\tno image: zero bytes\n"
+
+
+# --- death and full disks ---
+
+
+@pytest.fixture
+def slow_source(tmp_path):
+    """240 images that take some 10 ms each."""
+    source = tmp_path / "slow"
+    big = tmp_path / "big.png"
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)
+    big.write_bytes(cv2.imencode(".png", noise)[1].tobytes())
+    for k in range(8):
+        (source / f"p{k}").mkdir(parents=True)
+        for j in range(30):
+            os.link(big, source / f"p{k}" / f"{j}.png")
+    return source
+
+
+def start_pack(source, out, *arguments, before=None):
+    command = [sys.executable, "-m", "data_tools", "pack", str(source), str(out), *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=before,
+    )  # fmt: skip
+
+
+def descendants(pid):
+    """Process ids below `pid`, from /proc."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *descendants(int(child))]
+    return found
+
+
+def wait_for(condition, what):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen in 60 s"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_killed_in_the_middle(slow_source, tmp_path, workers):
+    out, partial = tmp_path / "set", tmp_path / "set.partial"
+    process = start_pack(slow_source, out, "--shards", "2", "--workers", workers)
+    wait_for(lambda: list(partial.glob("*.rec")), "the first shard")
+    below = descendants(process.pid)
+    assert (len(below) >= 2) == (workers == "2")
+    process.kill()
+    process.communicate()
+    assert not out.exists() and partial.exists()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the workers' end")
+    done = pack(slow_source, out, Options(shards=2, size=16))
+    assert (done["status"], done["images"]) == ("packed", 240)
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_interrupted(slow_source, tmp_path, workers):
+    out, partial = tmp_path / "set", tmp_path / "set.partial"
+    process = start_pack(slow_source, out, "--shards", "2", "--workers", workers)
+    wait_for(lambda: list(partial.glob("*.rec")), "the first shard")
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.splitlines()[-1].startswith("error: interrupted")
+    assert "Traceback" not in error
+    assert not out.exists() and not partial.exists()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_disk_full(source, tmp_path, workers):
+    """The kernel refuses to let any file grow beyond 8 KiB, as a full disk would."""
+    out = tmp_path / "set"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))  # noqa: E731
+    process = start_pack(source, out, "--shards", "2", "--workers", workers, before=limit)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    last = error.splitlines()[-1]
+    assert last.startswith(f"error: {out}: ") and "File too large" in last
+    assert "what was written is removed" in last and "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["faces"]
+
+
+def test_a_worker_that_is_killed_ends_the_pack(slow_source, tmp_path):
+    out = tmp_path / "set"
+    process = start_pack(slow_source, out, "--shards", "2", "--workers", "2")
+    wait_for(lambda: list((tmp_path / "set.partial").glob("*.rec")), "the first shard")
+    workers = [
+        pid for pid in descendants(process.pid)
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]  # fmt: skip
+    os.kill(workers[0], signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "a worker process was killed" in error.splitlines()[-1]
+    assert not out.exists() and not (tmp_path / "set.partial").exists()
+
+
+def test_a_failing_source_disk_stops_the_pack(source, tmp_path, monkeypatch):
+    """An unreadable image is the image's fault; EIO is not, and nobody should train without it."""
+
+    def broken(path, *args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sources, "open", broken, raising=False)
+    with pytest.raises(OSError, match=r"Input/output error: .*p00/0\.jpg"):
+        pack(source, tmp_path / "set", Options(shards=2))
+    assert not (tmp_path / "set").exists() and not (tmp_path / "set.partial").exists()
+
+
+# --- the command ---
+
+
+def test_the_command_prints_one_json_line_last(source, tmp_path):
+    process = start_pack(source, tmp_path / "set", "--shards", "2", "--workers", "1", "--json")
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    done = json.loads(output.splitlines()[-1])
+    seconds = done.pop("seconds")
+    assert 0 < seconds < 60
+    assert done == {
+        "status": "packed",
+        "path": str(tmp_path / "set"),
+        "images": 31,
+        "classes": 7,
+        "shards": 2,
+        "bytes": sum(path.stat().st_size for path in (tmp_path / "set").glob("*.rec")),
+        "skipped": 0,
+        "empty_identities": 0,
+        "held_out_identities": 0,
+        "verification": [],
+    }
+    assert "images" in error and "31/31" in error  # the progress
+
+
+def test_mistyped_commands(capsys):
+    for arguments in ([], ["pakc"], ["pack"], ["pack", "a", "b", "--shards", "x"]):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == 2
+    with pytest.raises(SystemExit) as exit:
+        main(["pack", "--help"])
+    assert exit.value.code == 0
+    assert "--hold-out N" in capsys.readouterr().out
+
+
+def test_real_faces(tmp_path):
+    source = real("lfw112")
+    done = pack(source, tmp_path / "set", Options(shards=4, hold_out=284, pairs=1000), workers=2)
+    assert (done["images"] > 3500, done["classes"], done["skipped"]) == (True, 900, 0)
+    data = shards.open(tmp_path / "set")
+    for i in range(0, len(data), 97):
+        label, image = data[i]
+        folder_of = source / data.identities[label]
+        assert image in {path.read_bytes() for path in folder_of.iterdir()}

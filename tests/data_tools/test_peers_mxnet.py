@@ -1,0 +1,108 @@
+"""Real MXNet 1.9.1, in its own environment (`make test-peers`), reads and writes what we do."""
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools import shards
+from data_tools.decode import decode
+from data_tools.pack import Options, pack
+from data_tools.recordio import Header, IndexedReader, Writer
+from tests.data_tools.samples import REAL, ROOT, encoded, folder
+from tests.data_tools.test_decode import exif
+
+PEER = ROOT / ".venv-peers" / "bin" / "python"
+MAGIC = bytes.fromhex("0a23d7ce")
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.skipif(not PEER.exists(), reason=f"no MXNet at {PEER}: run `make test-peers`"),
+]
+
+
+def mxnet(*arguments: object) -> list:
+    script = Path(__file__).with_name("mxnet_peer.py")
+    done = subprocess.run(
+        [PEER, script, *map(str, arguments)], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def ours(stem: Path) -> list:
+    with IndexedReader(f"{stem}.idx", f"{stem}.rec") as reader:
+        found = []
+        for key in reader.keys.tolist():
+            header, payload = reader[key]
+            label = np.ravel(header.label).tolist()
+            sha256 = hashlib.sha256(payload).hexdigest()
+            found.append([key, header.flag, label, header.id, header.id2, sha256])
+        return found
+
+
+def assert_same_bytes(one: Path, other: Path) -> None:
+    for suffix in (".rec", ".idx"):
+        assert Path(f"{one}{suffix}").read_bytes() == Path(f"{other}{suffix}").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("peers")
+    source = folder(root / "faces", [5, 2, 7, 1, 4])
+    pack(source, root / "set", Options(shards=2))
+    return root / "set"
+
+
+def test_mxnet_reads_every_record_that_we_pack(packed):
+    data = shards.open(packed)
+    records = []
+    for shard in data.index["shards"]:
+        found = mxnet("read", packed / shard["name"])
+        assert found == ours(packed / shard["name"])
+        records += found
+    expected = [[label, hashlib.sha256(image).hexdigest()] for label, image in data]
+    assert [[int(label[0]), sha256] for _, _, label, _, _, sha256 in records] == expected
+
+
+def test_mxnet_writes_the_same_shards_byte_for_byte(packed, tmp_path):
+    for shard in shards.open(packed).index["shards"]:
+        mxnet("copy", packed / shard["name"], tmp_path / "copy")
+        assert_same_bytes(packed / shard["name"], tmp_path / "copy")
+
+
+def test_every_kind_of_record(tmp_path):
+    """Magics at every place and number, odd lengths, labels of both kinds, large ids."""
+    random = np.random.default_rng(0)
+    labels = [0, 1.5, 2**24 + 1, -3, np.array([7.0]), np.array([1, 0.25, 3]), np.zeros(40)]
+    with Writer(tmp_path / "a.idx", tmp_path / "a.rec") as writer:
+        for i, key in enumerate(random.permutation(5000)[:400].tolist()):
+            pieces = [
+                MAGIC if random.random() < 0.3 else random.bytes(int(random.integers(0, 7)))
+                for _ in range(random.integers(0, 12))
+            ]
+            id_ = (key, 0xCED7230A, 2**64 - 1)[i % 3]
+            header = Header(0, labels[i % len(labels)], id_, i % 2)
+            writer.write(key, header, b"".join(pieces))
+    cut = (tmp_path / "a.rec").read_bytes().count(MAGIC)
+    assert cut > 600  # many records are cut in pieces
+    assert mxnet("read", tmp_path / "a") == ours(tmp_path / "a")
+    mxnet("copy", tmp_path / "a", tmp_path / "b")
+    assert_same_bytes(tmp_path / "a", tmp_path / "b")
+
+
+def test_mxnet_decodes_the_same_pixels(tmp_path):
+    stem = tmp_path / "images"
+    images = [encoded(i, suffix=suffix) for i, suffix in enumerate([".jpg", ".png"] * 3)]
+    plain = encoded(7)
+    images.append(plain[:2] + exif(6) + plain[2:])  # rotated, for those who follow EXIF
+    images += [path.read_bytes() for path in sorted(REAL.glob("london112/*/*.jpg"))[:20]]
+    with Writer(f"{stem}.idx", f"{stem}.rec") as writer:
+        for key, image in enumerate(images):
+            writer.write(key, Header(0, 0, key, 0), image)
+    for (key, shape, sha256), image in zip(mxnet("pixels", stem), images, strict=True):
+        assert shape == [112, 112, 3]
+        found = hashlib.sha256(decode(image).tobytes()).hexdigest()
+        assert found == sha256, f"image {key}"
