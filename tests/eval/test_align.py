@@ -41,7 +41,8 @@ def test_similarity_equals_scikit_image(kind):
         expected = SimilarityTransform.from_estimate(points, align.TEMPLATE).params[:2]
         ours = align.similarity(points)
         assert ours.shape == (2, 3)
-        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6 * abs(expected).max())
+        # Far below the 1e-6 to 1e-4 pixels by which float64 arithmetic would differ.
+        np.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["face", "noise", "mirrored"])
@@ -55,6 +56,17 @@ def test_similarity_equals_the_closed_form(kind):
         placed = points @ ours[:, :2].T + ours[:, 2]
         right = points @ expected[:, :2].T + expected[:, 2]
         np.testing.assert_allclose(placed, right, rtol=0, atol=2e-6 * reach)
+
+
+def test_the_template_is_that_of_the_ijb_scripts():
+    # They take the points for 96 x 112 and add 8 to x in float32.
+    narrow = np.float32([30.2946, 65.5318, 48.0252, 33.5493, 62.7299])
+    assert align.TEMPLATE.dtype == np.float32
+    assert align.TEMPLATE[:, 0].tolist() == (narrow + np.float32(8)).tolist()
+    assert (
+        align.TEMPLATE[:, 1].tolist()
+        == np.float32([51.6963, 51.5014, 71.7366, 92.3655, 92.2041]).tolist()
+    )
 
 
 def test_known_similarities_are_recovered():

@@ -103,6 +103,9 @@ def test_equal_scores_count_as_failures_of_tpir_and_by_order_in_ranks():
     result = identification.evaluate(gallery, [0, 1, 2, 3], np.ones((5, 2)), [0, 1, 2, 3, 9])
     assert result["rank1"] == 0.25
     assert result["tpir_at_fpir"] == {0.01: 0.0, 0.1: 0.0}
+    for subject, rank1 in ((0, 1.0), (3, 0.0)):  # the earlier template comes first
+        result = identification.evaluate(gallery, [0, 1, 2, 3], np.ones((1, 2)), [subject])
+        assert result["rank1"] == rank1
     # A mated score that equals the threshold is not above it.
     result = identification.evaluate(np.eye(2), [0, 1], np.eye(2), [0, 9])
     assert result["tpir_at_fpir"][0.1] == 0.0

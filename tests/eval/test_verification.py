@@ -89,6 +89,17 @@ def test_val_uses_the_largest_threshold_within_the_far():
     assert 0 < result["val_mean"] < 1
 
 
+def test_val_allows_a_far_of_exactly_the_target():
+    # Each of two folds: 1000 different pairs, one of them equal vectors, the others at distance 2.
+    east, north = [1.0, 0.0], [0.0, 1.0]
+    different = [east, east] + [east, north] * 999
+    same = [east, east] * 500
+    issame = np.array(([False] * 1000 + [True] * 500) * 2)
+    result = verification.evaluate(np.array((different + same) * 2), issame, folds=2)
+    assert result["val_thresholds"] == [2.0, 2.0]  # the largest that 2.00 is not below
+    assert result["val_mean"] == 1.0 and result["val_far_mean"] == 1e-3
+
+
 def test_rows_of_zeros_and_float32_rows():
     embeddings = np.zeros((40, 4), dtype=np.float32)
     embeddings[0::2, 0] = 5
