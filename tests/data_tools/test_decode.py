@@ -41,7 +41,7 @@ def test_transparency_is_dropped_and_16_bits_become_8():
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_exif_orientation_is_ignored_as_in_mxnet(orientation):
+def test_exif_orientation_is_ignored(orientation):
     plain = encoded(4)
     rotated = plain[:2] + exif(orientation) + plain[2:]
     np.testing.assert_array_equal(decode(rotated), decode(plain))
