@@ -91,7 +91,7 @@ def _cover(pixels: np.ndarray, random: np.random.Generator) -> None:
     colour = (random.random(3) * 255).tolist()
     angle, x, y, long, short = random.random(5) * (2 * np.pi, 1, 1, 30, 14) + (0, 0, 0, 18, 8)
     away = np.array([x - 0.5, y - 0.5])
-    away *= (40 + 12 * short / 14) / (np.hypot(*away) + 1e-6)
+    away *= (40 + 0.86 * short) / (np.hypot(*away) + 1e-6)  # the middle of the face stays free
     centre = (SIZE / 2 + away[0], SIZE / 2 + away[1])
     box = (centre, (2 * long, 2 * short), np.degrees(angle))
     if random.random() < 0.5:
@@ -195,9 +195,7 @@ def _is_made(out: Path, parameters: dict[str, Any]) -> bool:
         raise FileExistsError(f"{out} was made with {was}, not {parameters}: choose another")
     left, total = len(list(out.glob("*/*.jpg"))), parameters["identities"] * parameters["images"]
     if left != total:
-        raise FileExistsError(
-            f"{out} holds {left} of its {total} images: choose another"
-        )
+        raise FileExistsError(f"{out} holds {left} of its {total} images: choose another")
     return True
 
 
