@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data_tools.decode import decode
 from rich.console import Console
 
 from data_tools import shards
+from data_tools.decode import decode
 from eval.align import TEMPLATE
 from recognition.checkpoint import load_backbone
 from recognition.export import ExportError, Images, export_onnx

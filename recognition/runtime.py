@@ -44,8 +44,8 @@ def start(timeout_seconds: float = 600.0) -> Iterator[Runtime]:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bf16 pays: on Ampere and newer GPUs. On a CPU the small networks that one trains there
-    gain nothing (PReLU and depthwise convolutions decide), whatever its matrix units."""
+    """Whether bf16 pays: on Ampere and newer GPUs. The small networks that one trains on a CPU gain
+    nothing (PReLU and depthwise convolutions decide there), whatever its matrix units."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

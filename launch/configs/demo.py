@@ -8,11 +8,9 @@ from easydict import EasyDict as edict
 config = edict()
 config.network = "mbf_tiny"
 config.margin = "cosface"
-config.margin_args = {
-    "scale": 32.0,
-    "margin": 0.2,
-}  # milder than 64 and 0.4: few classes, few steps
+config.margin_args = {"scale": 32.0, "margin": 0.2}  # mild: few classes, few steps
 config.global_batch_size = 128
 config.lr = 0.1
-config.weight_decay = 5e-4
-config.num_epochs = 20
+config.max_steps = 400
+config.verify_every = 200
+config.checkpoint_every = 200

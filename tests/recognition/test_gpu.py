@@ -1,4 +1,4 @@
-"""The step on a CUDA device: the CPU's numbers, and no host synchronisation. Skipped without one."""
+"""The head on a CUDA device: the CPU's numbers, and no host synchronisation in a step."""
 
 from __future__ import annotations
 
