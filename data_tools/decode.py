@@ -6,7 +6,7 @@ import numpy as np
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 _SOI, _EOI, _SOS = b"\xff\xd8", b"\xff\xd9", 0xDA
-_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xae\x42\x60\x82"
+_KINDS = (_SOI, b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF")
 # IGNORE_ORIENTATION: faces were aligned as pixels, and a tag that survived that would turn them
 # away again. MXNet 1.9.1 follows it in `mx.image.imdecode` and ImageRecordIter, not in unpack_img.
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -32,7 +32,7 @@ def decode_any_size(encoded: bytes, where: str = "") -> np.ndarray:
     except cv2.error as error:
         raise ValueError(f"{where or 'image'}: {error.err or error}") from error
     if image is None:
-        raise ValueError(f"{where or 'image'}: the pixels cannot be decoded: a damaged file")
+        raise ValueError(f"{where or 'image'}: the pixels cannot be decoded: cut off or damaged")
     return image
 
 
@@ -62,21 +62,16 @@ def _resized(image: np.ndarray, size: int, where: str) -> np.ndarray:
 
 
 def _fault(encoded: bytes) -> str | None:
-    """What is wrong with the file, if anything: OpenCV silently paints what is cut off grey."""
+    """What is wrong with the file, if it shows without decoding."""
     if not encoded:
         return "no image: zero bytes"
-    if encoded.startswith(_SOI):
-        # An end marker before the scan belongs to an EXIF thumbnail; within it 0xFF is escaped.
-        whole = encoded.rfind(_EOI, _scan(encoded)) >= 0
-    elif encoded.startswith(_PNG):
-        whole = encoded.rfind(_PNG_END) >= 0
-    elif encoded.startswith(b"BM"):
-        whole = len(encoded) >= 6 and int.from_bytes(encoded[2:6], "little") <= len(encoded)
-    elif encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
-        whole = int.from_bytes(encoded[4:8], "little") + 8 <= len(encoded)
-    else:
+    if not encoded.startswith(_KINDS):
         return f"not a JPEG, PNG, BMP or WebP image: it starts with {encoded[:8]!r}"
-    return None if whole else f"truncated: {len(encoded)} bytes and no end of the image"
+    # OpenCV refuses a JPEG that is cut off, but paints over one whose end is zeros or rubbish. An
+    # end marker before the scan is that of an EXIF thumbnail; within the scan 0xFF is escaped.
+    if encoded.startswith(_SOI) and encoded.rfind(_EOI, _scan(encoded)) < 0:
+        return f"truncated: {len(encoded)} bytes and no end of the image"
+    return None
 
 
 def _scan(jpeg: bytes) -> int:

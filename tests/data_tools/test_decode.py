@@ -80,6 +80,16 @@ def test_a_cut_jpeg_with_a_thumbnail_is_noticed():
         decode(whole[:-40])
 
 
+@pytest.mark.parametrize("tail", [b"\0", b"\x5a"])
+def test_a_jpeg_whose_end_never_arrived_is_noticed(tail):
+    """A download that allocated the file first: the right length, the wrong end."""
+    for seed in range(5):
+        whole = encoded(seed)
+        for missing in (2, 10, 100, 1000):
+            with pytest.raises(ValueError, match="truncated"):
+                decode(whole[:-missing] + tail * missing)
+
+
 def test_bytes_after_the_end_are_no_fault():
     for suffix in (".jpg", ".png"):
         whole = encoded(9, suffix=suffix)

@@ -320,7 +320,7 @@ def start_pack(source, out, *arguments, before=None):
     command = [sys.executable, "-m", "data_tools", "pack", str(source), str(out), *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=before,
+        preexec_fn=before, start_new_session=True,
     )  # fmt: skip
 
 
@@ -360,7 +360,7 @@ def test_interrupted(slow_source, tmp_path, workers):
     out, partial = tmp_path / "set", tmp_path / "set.partial"
     process = start_pack(slow_source, out, "--shards", "2", "--workers", workers)
     wait_for(lambda: list(partial.glob("*.rec")), "the first shard")
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to all of them
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert error.splitlines()[-1].startswith("error: interrupted")

@@ -109,6 +109,15 @@ def test_offsets_beyond_4_gib(tmp_path):
     assert reader.file.first_labels(reader.offsets)[1].tolist() == [2.0]
 
 
+def test_first_labels_of_a_cut_record_in_a_large_file(tmp_path):
+    """Its piece's length, with the flag in the top bits, is less than what is left of the file."""
+    idx, rec = write(tmp_path, [(0, Header(0, np.array([5.0]), 0xCED7230A, 0), b"x" * 40)])
+    with open(rec, "r+b") as file:
+        file.truncate(2**30)  # a hole: no disk is used
+    flags, labels = RecordFile(rec).first_labels(np.array([0]))
+    assert (flags.tolist(), labels.tolist()) == ([1], [5.0])
+
+
 # --- keys ---
 
 

@@ -246,9 +246,9 @@ def test_two_labels_on_the_first_image_make_no_header(tmp_path):
     """im2rec --pack-label: key 0 has flag 2, but it has pixels."""
     with Writer(tmp_path / "train.idx", tmp_path / "train.rec") as writer:
         for key in (2, 0, 1):
-            writer.write(key, Header(0, np.array([key, 9]), key, 0), b"pixels")
+            writer.write(key, Header(0, np.array([2 - key, 9]), key, 0), b"pixels")
     data = shards.open(tmp_path)
-    assert data.labels.tolist() == [2, 0, 1]
+    assert data.labels.tolist() == [0, 2, 1]  # that of key 0, 2, is a key: it is no header yet
     assert data.index["format"] == "insightface-plain"
     assert (data.num_classes, data.image_size) == (3, None)
 
