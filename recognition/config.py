@@ -177,8 +177,6 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"{override!r} is not key=value")
-        if key in typed:
-            raise ValueError(f"{key} is given twice on the command line")
         try:
             typed[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -196,7 +194,7 @@ def _checked(key: str, value: Any, hint: Any, bounds: tuple[float, float] | None
             raise ValueError(f"{key}={value!r}: one of {', '.join(typing.get_args(kind))}")
         return value
     if typing.get_origin(kind) is list:
-        items = value.split(",") if isinstance(value, str) else value
+        items = [part for part in value.split(",") if part] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise TypeError(f"{key}={value!r}: expected a list")
         return [_checked(key, item, typing.get_args(kind)[0], None) for item in items]

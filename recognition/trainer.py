@@ -85,7 +85,7 @@ def verify(state: TrainState, logger: Logger) -> dict[str, Any]:
             lambda images: embed(state, images),
             pairs.encoded[start:stop],
             _VERIFY_BATCH,
-            pairs.name,
+            f"{pairs.name}.bin, counted from image {start}:",
         )
         sums, norms = (
             collectives.gather_parts(torch.from_numpy(part), counts, group) for part in local

@@ -45,6 +45,7 @@ def test_deltas_over_defaults(recipe):
         ("clip_norm=none", "clip_norm", None),
         ("val_targets=lfw,cfp_fp", "val_targets", ["lfw", "cfp_fp"]),
         ("val_targets=['lfw']", "val_targets", ["lfw"]),
+        ("val_targets=", "val_targets", []),
         ("rec=/a=b", "rec", "/a=b"),
         ("output=2024", "output", "2024"),
     ],
@@ -78,9 +79,8 @@ def test_what_is_refused(recipe, typed, error, words):
         config.load(recipe('config.rec = "d"'), [typed])
 
 
-def test_a_key_typed_twice_is_refused(recipe):
-    with pytest.raises(ValueError, match="twice"):
-        config.load(recipe('config.rec = "d"'), ["lr=1", "lr=2"])
+def test_the_last_of_a_key_typed_twice_holds(recipe):
+    assert config.load(recipe('config.rec = "d"'), ["lr=1", "lr=2"]).lr == 2.0
 
 
 @pytest.mark.parametrize(
