@@ -260,13 +260,6 @@ def average_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
             tensor.copy_(mean.view_as(tensor))
 
 
-def sum_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum over the ranks, the same on all. One all-reduce of values.numel() elements."""
-    total = values.detach().clone()
-    dist.all_reduce(total, group=group)
-    return total
-
-
 def largest_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
     """The maximum over the ranks, the same on all: how ranks agree on what one may decide alone."""
     largest = values.detach().clone()

@@ -53,3 +53,7 @@ def run(*arguments: object, **options) -> subprocess.CompletedProcess:
 
 def pytest_sessionfinish():
     ranks.close_all()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--renew-golden", action="store_true", help="write tests/golden anew")
