@@ -1,4 +1,4 @@
-"""Loss and gradient norm of a short run, step by step, against a file: a refactor changes no number.
+"""Loss and gradient norm of a short run against a file: a refactor changes no number.
 
 python -m pytest tests/recognition/test_golden.py --renew-golden      writes the file anew
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import pathlib
 
+import cv2
+import numpy as np
 import pytest
 
+from data_tools.recordio import Header, Writer
 from recognition import build, config, trainer
 from tests import ranks
 from tests.recognition import runs
@@ -16,9 +19,22 @@ from tests.recognition import runs
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "mbf_tiny_arcface_2_ranks_fp64.txt"
 
 
-def test_a_short_run_gives_the_numbers_on_file(shards_dir, tmp_path, request):
+def write_noise(directory):
+    """16 classes x 8 images of integer noise, as PNG: the same bytes on every processor."""
+    draw = np.random.Generator(np.random.Philox(7))
+    with Writer(directory / "train.idx", directory / "train.rec") as writer:
+        for key in range(128):
+            coarse = draw.integers(0, 256, (14, 14, 3), dtype=np.uint8)
+            pixels = np.kron(coarse, np.ones((8, 8, 1), np.uint8))
+            png = cv2.imencode(".png", pixels)[1].tobytes()
+            writer.write(key, Header(0, float(key % 16), key, 0), png)
+    (directory / "property").write_text("16,112,112\n")
+
+
+def test_a_short_run_gives_the_numbers_on_file(tmp_path, request):
+    write_noise(tmp_path)
     keys = {
-        "rec": str(shards_dir), "precision": "fp64", "margin": "arcface", "accumulation": 2,
+        "rec": str(tmp_path), "precision": "fp64", "margin": "arcface", "accumulation": 2,
         "global_batch_size": 16, "output": str(tmp_path / "run"),
     }  # fmt: skip
     got = ranks.run(2, curve, keys)[0]
