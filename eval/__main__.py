@@ -1,12 +1,8 @@
-"""`python -m eval COMMAND ...`: one module a command, joined here.
+"""`python -m eval COMMAND ...`: one module a command, joined here."""
 
-A command has `add_arguments(parser)` and `run(args) -> dict`; the dict is what `--json` prints.
-"""
-
-import argparse
-import json
 import sys
 
+from data_tools import commands
 from eval import lfw_command
 
 _COMMANDS = {
@@ -15,26 +11,8 @@ _COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 if the command did what it says, 1 if not, 2 for a mistyped command line."""
-    parser = argparse.ArgumentParser(prog="python -m eval", description="Evaluate a network.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, summary) in _COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=module.__doc__)
-        module.add_arguments(command)
-        command.add_argument("--json", action="store_true", help="print one JSON line, last")
-    args = parser.parse_args(argv)
-    try:
-        result = _COMMANDS[args.command][0].run(args)
-    except (ValueError, KeyError, OSError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print("error: " + " ".join(str(text).split()), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing half-made is left", file=sys.stderr)
-        return 130
-    if args.json:
-        print(json.dumps(result, allow_nan=False))
-    return 0
+    """The exit code, as `commands.main`."""
+    return commands.main("eval", "Evaluate a network.", _COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from data_tools import shards
+from data_tools import commands, shards
 from data_tools.decode import decode
 from eval.align import TEMPLATE
 from recognition.checkpoint import load_backbone
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Console(stderr=True).status(f"exporting {args.run}"):
             report = export_run(args.run, args.out)
-    except (ExportError, OSError, ValueError, KeyError) as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
+    except (ExportError, *commands.USER_ERRORS) as error:
+        print(f"error: {commands.one_line(error)}", file=sys.stderr)
         return 1
     print(
         f"{report['path']}: {report['bytes'] / 2**20:.1f} MiB, opset {report['opset']}, largest "
@@ -70,12 +70,6 @@ def images_of(rec: str) -> Images | None:
     data = shards.open(rec)
     chosen = np.linspace(0, len(data) - 1, NUM_EXAMPLES).astype(int)
     return np.stack([decode(data[i][1], where=f"image {i} of {rec}") for i in chosen])
-
-
-def describe(error: BaseException) -> str:
-    """The message on one line; a KeyError's text without its quotes."""
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split())
 
 
 if __name__ == "__main__":

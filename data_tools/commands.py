@@ -1,0 +1,51 @@
+"""`python -m PACKAGE COMMAND ...`: the parser, the errors and the exit code of such a program.
+
+A command is a module with `add_arguments(parser)` and `run(args) -> dict`; the dict is what
+`--json` prints, and an `ok` of False in it makes the exit code 1.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+USER_ERRORS = (ValueError, KeyError, OSError)  # what was asked cannot be done; others are bugs
+
+
+def main(
+    package: str,
+    description: str,
+    commands: Mapping[str, tuple[ModuleType, str]],  # name -> (module, one line on it)
+    argv: Sequence[str] | None = None,
+) -> int:
+    """The exit code: 0 if the command did what it says, 1 if not, 2 for a mistyped command line."""
+    parser = argparse.ArgumentParser(prog=f"python -m {package}", description=description)
+    choice = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in commands.items():
+        command = choice.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print one JSON line, last")
+    args = parser.parse_args(argv)
+    try:
+        result = commands[args.command][0].run(args)
+    except USER_ERRORS as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing half-made is left", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(result, allow_nan=False))
+    return 0 if result.get("ok", True) else 1
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line; a KeyError's without its quotes."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split())
