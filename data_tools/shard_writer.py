@@ -1,6 +1,5 @@
 """Writes a data set directory (the format of shards.py): complete, or not at all."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_tools.partial import PartialDirectory
 from data_tools.recordio import Header, Writer
 from data_tools.shards import FORMAT, INDEX, VERSION, read_index
 
@@ -58,23 +58,12 @@ class ShardWriter:
 
     def __init__(self, out: str | Path, overwrite: bool = False) -> None:
         self.out = Path(os.path.abspath(out))
-        self.partial = self.out.with_name(self.out.name + ".partial")
         self._replaced = self.out.with_name(self.out.name + ".replaced")
         if self._replaced.exists() and not self.out.exists():
             self._replaced.rename(self.out)  # killed between the two renames of `finish`
-        self._finished = False
         self._check_free(overwrite)
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.partial, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise FileExistsError(f"{self.partial}: another process is writing it") from error
-        except OSError:
-            pass  # a file system without locks: Lustre, some NFS
-        for left_over in self.partial.iterdir():
-            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        self._aside = PartialDirectory(self.out)
+        self.partial = self._aside.path
 
     def _check_free(self, overwrite: bool) -> None:
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
@@ -125,8 +114,7 @@ class ShardWriter:
         )
         if self.out.exists():
             self.out.rename(self._replaced)
-        self.partial.rename(self.out)
-        self._finished = True
+        self._aside.rename()
         _sync(self.out.parent)
         if self._replaced.exists():
             shutil.rmtree(self._replaced)
@@ -139,9 +127,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not self._finished:
-            shutil.rmtree(self.partial)
-        os.close(self._lock)
+        self._aside.close()
         if isinstance(error, OSError) and not error.filename:  # of a write: it names no file
             raise OSError(f"{self.out}: {error}; what was written is removed") from error
 

@@ -8,7 +8,6 @@ counter i + 1. So any picture can be made alone, in any order, by any number of 
 import argparse
 import json
 import os
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -21,7 +20,9 @@ import numpy as np
 from data_tools.canvas import SIZE
 from data_tools.faces import Drawn, Person, Pose, span
 from data_tools.parallel import Advance, run_tasks
+from data_tools.partial import PartialDirectory
 from data_tools.portrait import paint
+from data_tools.wording import count
 
 VERSION = 1  # of the drawing: another version draws other pictures
 PARAMETERS = "synthetic.json"
@@ -154,7 +155,8 @@ def synthesize(out: Path, options: Options, workers: int = 1) -> dict[str, Any]:
 
     An `out` with the same parameters is left as it is (`status` is then "reused").
 
-    Raises: FileExistsError if `out` holds something else; OSError if the disk is full or fails.
+    Raises: FileExistsError if `out` holds something else, or another process is writing it;
+    OSError if the disk is full or fails.
     """
     started = time.monotonic()
     out = Path(os.path.abspath(out))
@@ -163,22 +165,15 @@ def synthesize(out: Path, options: Options, workers: int = 1) -> dict[str, Any]:
     status = "reused"
     if not _is_made(out, parameters):
         status = "made"
-        partial = out.with_name(out.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        try:
-            partial.mkdir(parents=True)
+        with PartialDirectory(out) as aside:
             tasks = [
-                (partial, first, min(first + _PER_TASK, options.identities), options)
+                (aside.path, first, min(first + _PER_TASK, options.identities), options)
                 for first in range(0, options.identities, _PER_TASK)
             ]
             run_tasks(_write, tasks, workers, total, "faces")
-            (partial / PARAMETERS).write_text(json.dumps(parameters) + "\n", encoding="utf-8")
-            if out.exists():
-                out.rmdir()  # empty, or _is_made had refused it
-            partial.rename(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            text = json.dumps(parameters) + "\n"
+            (aside.path / PARAMETERS).write_text(text, encoding="utf-8")
+            aside.rename()
     seconds = round(time.monotonic() - started, 3)
     return {"status": status, "path": str(out), "total": total, **parameters, "seconds": seconds}
 
@@ -226,7 +221,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     options = Options(args.identities, args.images, args.seed)
     done = synthesize(args.out, options, args.workers)
     print(
-        f"{done['status']} {done['path']}: {done['total']} images of {done['identities']} "
-        f"identities, {done['seconds']:.1f} s"
+        f"{done['status']} {done['path']}: {count(done['total'], 'image')} of "
+        f"{count(done['identities'], 'identity', 'identities')}, {done['seconds']:.1f} s"
     )
     return done

@@ -196,3 +196,18 @@ def test_numbers_that_make_no_sense_are_refused(
     assert main(["synthesize", str(tmp_path / "faces"), *line]) == 1
     assert f"--{option} 0: must be 1 or more" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_at_once_leave_one_whole_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out, write = tmp_path / "faces", synthetic._write
+
+    def interfered(*task):
+        with pytest.raises(FileExistsError, match="another process is writing it"):
+            synthesize(out, Options(3, 2))
+        write(*task)
+
+    monkeypatch.setattr(synthetic, "_write", interfered)
+    assert synthesize(out, Options(3, 2))["status"] == "made"
+    assert len(files(tmp_path)) == 3 * 2 + 1
+    monkeypatch.undo()
+    assert synthesize(out, Options(3, 2))["status"] == "reused"
