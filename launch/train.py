@@ -15,10 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 
 from recognition import build, config, runtime, trainer
+from recognition.backbones import BACKBONES
+from recognition.losses import MARGINS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,33 +30,41 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("recipe", help="a Python file that defines `config`; see launch/configs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
+    parser.add_argument("--json", action="store_true", help="one JSON line last, from rank 0")
+    parser.epilog = (
+        f"keys: {', '.join(field.name for field in dataclasses.fields(config.Config))}\n\n"
+        f"network=: {', '.join(BACKBONES)}\n\nmargin=: {', '.join(MARGINS)}\n\n"
+        "recognition/config.py says what each key means and its default."
+    )
     args = parser.parse_args(arguments)
+    # A failed rank leaves by an exception: to end the process group in order, it would have to
+    # wait for ranks that wait for it.
     with contextlib.ExitStack() as stack:
         try:
             cfg = config.load(args.recipe, args.overrides)
             cfg = _without_missing_targets(cfg, args.overrides)
             state = build.build(cfg, stack.enter_context(runtime.start()))
         except (ValueError, KeyError, TypeError, OSError) as error:  # a mistake in what was asked
-            return _fail(error)
+            raise SystemExit(_said(error)) from None
         try:
-            trainer.train(state)
-        except (
-            FloatingPointError,
-            OSError,
-        ) as error:  # the run's own; others show where they arose
-            return _fail(error)
+            results = trainer.train(state)
+        except (FloatingPointError, OSError) as error:  # others show where in the code they arose
+            raise SystemExit(_said(error)) from None
+    if args.json and state.runtime.rank == 0:
+        facts = {"output": state.cfg.output, "step": state.step, "verification": results}
+        print(json.dumps(facts))
     return 0
 
 
-def _fail(error: Exception) -> int:
+def _said(error: Exception) -> int:
+    """The exit code, after one line on stderr."""
     message = error.args[0] if isinstance(error, KeyError) else error
     print(f"error (rank {os.environ.get('RANK', 0)}): {message}", file=sys.stderr, flush=True)
     return 1
 
 
 def _without_missing_targets(cfg: config.Config, overrides: list[str]) -> config.Config:
-    """A recipe's val_targets that the data set lacks are left out with a warning; typed ones
-    stay."""
+    """The recipe's val_targets that rec has, with a warning for the others; typed ones all stay."""
     if any(text.startswith("val_targets=") for text in overrides):
         return cfg
     there = [name for name in cfg.val_targets if os.path.isfile(f"{cfg.rec}/{name}.bin")]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import os
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +27,8 @@ from recognition.optim import LossScaler, RowAdamW, RowSGD, Schedule
 from recognition.run_dir import commit, initial_weights, resume_point
 from recognition.runtime import Runtime, bf16_is_fast
 from recognition.sampling import hash_words
+
+_NETWORK_KEY = 3  # the purpose of this draw, as in sampling.py
 
 
 @dataclass
@@ -59,7 +65,16 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         ValueError, KeyError, FileNotFoundError: a mistake in the configuration or the data.
     """
     resumed_from = resume_point(cfg)
+    cfg = _with_kept_batch(cfg, resumed_from, runtime.world)
     data = shards.open(cfg.rec)
+    _check_same_everywhere(
+        runtime,
+        resumed_from=resumed_from and os.path.basename(resumed_from),
+        val_targets=cfg.val_targets,
+        num_images=data.num_images,
+        num_classes=data.num_classes,
+        labels_crc32=zlib.crc32(np.ascontiguousarray(data.labels).data),
+    )
     _check_counts(cfg, data, runtime.world)
     val_sets = [lfw.load_bin(data.bin_path(name)) for name in cfg.val_targets]
     precision = cfg.precision
@@ -67,7 +82,9 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         precision = "bf16" if bf16_is_fast(runtime.device) else "fp32"
     dtype = torch.float64 if precision == "fp64" else torch.float32
 
-    torch.manual_seed(hash_words(cfg.seed) >> 1)  # every rank starts from the same network
+    torch.manual_seed(
+        hash_words(cfg.seed, _NETWORK_KEY) >> 1
+    )  # every rank starts from the same network
     backbone = _make_backbone(cfg)
     if cfg.init_from and resumed_from is None:
         checkpoint.load_state(backbone, initial_weights(cfg.init_from), cfg.init_from)
@@ -158,6 +175,9 @@ def _make_optimizers(
     backbone_optimizer = SGD(
         parameters, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=True
     )
+    # torch's fused step allocates a momentum unwritten and leaves it so if it is told to skip.
+    for parameter in parameters if cfg.momentum else []:
+        backbone_optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return backbone_optimizer, RowSGD(head, cfg.momentum, cfg.weight_decay)
 
 
@@ -172,6 +192,29 @@ def _make_schedule(cfg: Config, num_images: int, world: int) -> Schedule:
         milestones=[round(epoch * steps_per_epoch) for epoch in cfg.lr_milestones],
         gamma=cfg.lr_gamma,
     )
+
+
+def _with_kept_batch(cfg: Config, resumed_from: str | None, world: int) -> Config:
+    """At another world size a batch per process would be another global one: keep the run's own."""
+    if resumed_from is None or cfg.global_batch_size is not None:
+        return cfg
+    saved = checkpoint.read_manifest(resumed_from)
+    if saved["world"] == world:
+        return cfg
+    return dataclasses.replace(cfg, batch_size=None, global_batch_size=saved["global_batch"])
+
+
+def _check_same_everywhere(runtime: Runtime, **facts: Any) -> None:
+    """Refuse ranks that would train on other data or from another step; on every rank alike."""
+    everywhere = collectives.gather_objects(facts, runtime.group)
+    for name in facts:
+        values = [there[name] for there in everywhere]
+        other = next((r for r, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"the ranks do not see the same: {name} is {values[0]} on rank 0 and "
+                f"{values[other]} on rank {other}. rec and output must be alike on every machine"
+            )
 
 
 def _check_counts(cfg: Config, data: shards.Shards, world: int) -> None:

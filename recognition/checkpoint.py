@@ -1,10 +1,10 @@
 """Checkpoints by global class id: complete or absent, loaded at any number of ranks.
 
     checkpoints/step-N/
-        manifest.json                     format, step, samples seen, config, sha256 of every
-        file; last model.safetensors                 the backbone's state optimizer.safetensors
-        the backbone's optimiser: "<state>/<parameter>", loss scale
-        rows-<start>-<stop>.safetensors   class rows and their optimiser state, one file per rank
+        model.safetensors                the backbone's state
+        optimizer.safetensors            its optimiser: "<state>/<parameter>", the loss scale
+        rows-<start>-<stop>.safetensors  class rows and their optimiser state, one file a rank
+        manifest.json                    step, samples seen, config, sha256 of each file; last
 
 Nothing in it is a pickle. Every rank writes its rows, rank 0 the rest; when all have reported,
 rank 0 writes the manifest and renames the directory from step-N.partial.
@@ -91,7 +91,7 @@ def load(path: str, parts: Parts) -> dict[str, Any]:
     _check_fit(path, manifest, parts)
     load_state(parts.backbone, _read(path, "model.safetensors", manifest), path)
     _load_optimizer(parts, _read(path, "optimizer.safetensors", manifest), path)
-    rows = {"weight": head.weight.detach()} | parts.row_optimizer.state_dict()
+    rows = {"weight": head.weight.detach()} | parts.row_optimizer.state
     _read_rows(path, manifest, rows, head.shard)
     head.step = manifest["head_step"]
     return manifest
@@ -188,7 +188,7 @@ def _write_parts(partial: str, parts: Parts) -> dict[str, dict[str, Any]]:
         raise OSError(f"{partial} is not there: all ranks must share the output file system")
     head = parts.head
     start, stop = head.shard
-    rows = {"weight": head.weight.detach()} | parts.row_optimizer.state_dict()
+    rows = {"weight": head.weight.detach()} | parts.row_optimizer.state
     files = {f"rows-{start}-{stop}.safetensors": rows}
     if head.group.rank() == 0:
         files["model.safetensors"] = parts.backbone.state_dict()
@@ -222,7 +222,7 @@ def _finish(
         "embedding_size": head.embedding_size,
         "num_subcenters": head.num_subcenters,
         "head_step": head.step,
-        "row_state": sorted(parts.row_optimizer.state_dict()),
+        "row_state": sorted(parts.row_optimizer.state),
         "world": head.group.size(),
         "files": files,
     }
@@ -230,15 +230,22 @@ def _finish(
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    _sync(partial)
     if os.path.isdir(path):  # the same step of an earlier try
         shutil.rmtree(path)
     os.rename(partial, path)
-    parent = os.open(os.path.dirname(path), os.O_RDONLY)
-    os.fsync(parent)
-    os.close(parent)
+    _sync(os.path.dirname(path))
     run_dir = os.path.dirname(os.path.dirname(path))
-    for step in _complete(run_dir)[:-keep]:
+    older = [step for step in _complete(run_dir) if step <= manifest["step"]]
+    for step in older[:-keep]:
         shutil.rmtree(os.path.join(run_dir, _DIRECTORY, f"step-{step}"))
+
+
+def _sync(directory: str) -> None:
+    """Write the names in a directory through to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _complete(run_dir: str) -> list[int]:
@@ -263,7 +270,7 @@ def _check_fit(path: str, manifest: Mapping[str, Any], parts: Parts) -> None:
         "num_classes": parts.head.num_classes,
         "embedding_size": parts.head.embedding_size,
         "num_subcenters": parts.head.num_subcenters,
-        "row_state": sorted(parts.row_optimizer.state_dict()),  # of another optimizer it differs
+        "row_state": sorted(parts.row_optimizer.state),  # of another optimizer it differs
     }
     wrong = [f"{k} {manifest[k]} there, {own[k]} here" for k in own if manifest[k] != own[k]]
     if wrong:

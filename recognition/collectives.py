@@ -73,8 +73,7 @@ def gather_labels(
 
 
 def share_rows(values: Tensor, group: ProcessGroup) -> Tensor:
-    """Values per batch row that one rank holds, known to all: [B, k] with zeros elsewhere -> [B,
-    k].
+    """Values per row that one rank holds, known to all: [B, k], zeros elsewhere -> [B, k].
 
     Forward: one all-reduce (sum) of B * k elements. Backward: none; the gradient passes
     unchanged, so it reaches the graph of the rank that holds the value and dies in the zeros of

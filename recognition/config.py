@@ -100,7 +100,7 @@ _RENAMED = {
     "warmup_epoch": "warmup_epochs",
     "gradient_acc": "accumulation",
     "fp16": 'precision="fp16"',
-    "dali": 'loader="dali"',
+    "dali": 'loader, and only "cpu" exists as yet',
     "verbose": "verify_every",
     "frequent": "log_every",
     "save_all_states": "checkpoint_every (every checkpoint resumes)",
@@ -129,12 +129,12 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     for pair in _ALTERNATIVES:
         if any(key in typed for key in pair):
             values = {key: value for key, value in values.items() if key not in pair}
+    if "margin" in typed and typed["margin"] != values.get("margin"):
+        values.pop("margin_args", None)  # they belong to the recipe's margin
     for key in [key for key in typed if key.startswith("margin_args.")]:
         name = key.removeprefix("margin_args.")
         typed["margin_args"] = {**values.get("margin_args", {}), **typed.get("margin_args", {})}
         typed["margin_args"][name] = typed.pop(key)
-    if "margin" in typed and "margin_args" not in typed and typed["margin"] != values.get("margin"):
-        values.pop("margin_args", None)  # they belong to the recipe's margin
     return make(values | typed)
 
 
@@ -147,6 +147,8 @@ def make(values: Mapping[str, Any]) -> Config:
         if key not in fields:
             raise KeyError(_unknown(key, fields))
         checked[key] = _checked(key, value, hints[key], fields[key].metadata.get("range"))
+    if checked.get("clip_norm") == 0:
+        raise ValueError("clip_norm=0 would stop the backbone: a positive number, or none for off")
     if "rec" not in checked:
         raise KeyError("rec is missing: say which data set to train on, rec=DIRECTORY")
     return Config(**checked)
@@ -154,6 +156,8 @@ def make(values: Mapping[str, Any]) -> Config:
 
 def _translate(values: dict[str, Any], place: str) -> dict[str, Any]:
     """arcface_torch's margin_list taken, its other keys refused by their new name."""
+    if values.get("resume") is False:  # arcface_torch's default
+        values["resume"] = None
     for key in values:
         if key in _RENAMED:
             raise KeyError(f"{key} in {place} is called {_RENAMED[key]} here")
@@ -204,7 +208,7 @@ def _checked(key: str, value: Any, hint: Any, bounds: tuple[float, float] | None
         return dict(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if kind is str and isinstance(value, int | float):
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)  # a directory called 2024, typed on the command line
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError(f"{key}={value!r} is {type(value).__name__}: expected {kind.__name__}")
@@ -218,4 +222,5 @@ def _checked(key: str, value: Any, hint: Any, bounds: tuple[float, float] | None
 
 def _unknown(key: str, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(key, known, 1)
-    return f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else "")
+    hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
+    return f"unknown key {key!r}: {hint}"

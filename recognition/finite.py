@@ -23,23 +23,26 @@ class FiniteGuard:
         self._names: list[str] = []
 
     @torch.no_grad()
-    def look(self, tensors: Mapping[str, Tensor], step: int, tolerate: bool = False) -> Tensor:
+    def look(
+        self, tensors: Mapping[str, Tensor], step: int, tolerated: Mapping[str, Tensor]
+    ) -> Tensor:
         """1.0 if any tensor on any rank is not finite, else 0.0: float32 [], equal on all ranks.
 
-        No host synchronisation; one all-reduce of one number. tolerate: the answer is not kept for
-        raise_if_found() (the fp16 loss scale expects to overflow now and then).
+        No host synchronisation; one all-reduce of two numbers. `tolerated` tensors count for the
+        answer but not for raise_if_found(): fp16 gradients overflow now and then. The names must be
+        the same at every step.
         """
-        filled = {name: t.detach().flatten() for name, t in tensors.items() if t.numel()}
-        norms = torch._foreach_norm(list(filled.values()), torch.inf)
-        flags = ~torch.stack([n.to(torch.float32) for n in norms]).isfinite()
-        found = largest_over_ranks(flags.any().float(), self._group)
-        if not tolerate:
-            first = (self._found == 0) & (found > 0)
-            self._flags = flags if self._flags is None else torch.where(first, flags, self._flags)
-            self._step = torch.where(first, step, self._step)
-            self._found = torch.maximum(self._found, found)
-            self._names = list(filled)
-        return found
+        flags, tolerated_flags = _non_finite(tensors), _non_finite(tolerated)
+        local = torch.stack([flags.any(), tolerated_flags.any()]).float()
+        worst = largest_over_ranks(local, self._group)  # [2]
+        if self._flags is None:
+            self._names, self._flags = list(tensors), torch.zeros_like(flags)
+        assert self._names == list(tensors), "the names of the looked-at tensors have changed"
+        first = (self._found == 0) & (worst[0] > 0)
+        self._flags = torch.where(first, flags, self._flags)
+        self._step = torch.where(first, step, self._step)
+        self._found = torch.maximum(self._found, worst[0])
+        return worst.max()
 
     def raise_if_found(self) -> None:
         """One host synchronisation.
@@ -61,3 +64,16 @@ class FiniteGuard:
             + "; ".join(places)
             + ". Lower lr, lengthen warmup_epochs, or look at the data of that step"
         )
+
+
+def _non_finite(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Which tensors hold an inf or a nan: bool [number of tensors]; an empty one does not."""
+    device = next(iter(tensors.values())).device if tensors else None
+    flags = torch.zeros(len(tensors), dtype=torch.bool, device=device)
+    filled = [i for i, tensor in enumerate(tensors.values()) if tensor.numel()]
+    if filled:
+        values = list(tensors.values())
+        norms = torch._foreach_norm([values[i].detach().flatten() for i in filled], torch.inf)
+        index = torch.tensor(filled).to(flags.device, non_blocking=True)
+        flags[index] = ~torch.stack([norm.float() for norm in norms]).isfinite()
+    return flags

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -20,10 +21,11 @@ from recognition.losses.reduction import (
     negatives_log_sum_exp,
     target_cosines,
 )
-from recognition.rows import SampledRows, merge_gradients, to_device, unit
+from recognition.rows import SampledRows, merge, to_device, unit
 from recognition.sampling import hash_words, sample, shard_range
 
 _INIT_STD = 0.01  # InsightFace's
+_INIT_KEY = 2  # the purpose of this draw; the others' are in sampling.py, build.py and trainer.py
 _INIT_BLOCK = 1024  # classes drawn by one generator, so that the start is the same at every W
 
 
@@ -74,7 +76,8 @@ class PartialFC(nn.Module):
         self.shard = shard_range(num_classes, world, rank)
         rows = _initial_rows(self.shard, num_subcenters, embedding_size, seed)
         self.weight = nn.Parameter(rows if num_subcenters > 1 else rows[:, 0])  # [C_r, (K,) D]
-        self._used: list[SampledRows] = []
+        self._open: list[SampledRows] = []  # of forwards since the last optimiser step
+        self._done: SampledRows | None = None  # union and sum of their backwards
 
     def forward(
         self,
@@ -100,15 +103,13 @@ class PartialFC(nn.Module):
         batch = Rows(
             cos_target=collectives.share_rows(cos_target, self.group),
             norm=_gradient_where(held, norm[:, 0]),
-            label=labels.to(x.device, non_blocking=True),
+            label=to_device(labels.numpy(), x.device),
         )
         target = self.margin.scale * self.margin.target(batch)  # [B]
         negatives = collectives.merge_log_sum_exp(
             negatives_log_sum_exp(x, self.weight, rows, targets, self.margin, batch, self.piece),
             self.group,
         )
-        if torch.is_grad_enabled():
-            self._used.append(rows)
         # -log softmax of the target, log(1 + exp(negatives - target)): never saturates.
         return torch.logaddexp(negatives - target, torch.zeros_like(target)).mean()
 
@@ -127,30 +128,52 @@ class PartialFC(nn.Module):
     def end_step(self) -> SampledRows:
         """The rows of this optimiser step with their gradient; the next step draws anew."""
         sampled = self._sampled()
-        self._used.clear()
+        self._open.clear()
+        self._done = None
         self.step += 1
         return sampled
 
     def _sampled(self) -> SampledRows:
-        used = [rows for rows in self._used if rows.grad is not None]
-        if not used:
+        self._collect()
+        if self._done is None:
             raise RuntimeError("no gradient of sampled classes: call loss.backward() first")
-        self._used = [merge_gradients(used)]
-        return self._used[0]
+        return self._done
+
+    def _collect(self) -> None:
+        """Add what backwards have left in the open forwards to the sum."""
+        for rows in self._open:
+            if rows.grad is None or (self._done is not None and rows.grad is self._done.grad):
+                continue
+            if self._done is None:
+                self._done = SampledRows(rows.weight, rows.rows)
+                self._done.grad = rows.grad
+            else:
+                self._done = merge(self._done, rows)
+            rows.grad = None
+
+    def _open_rows(self, rows: np.ndarray | None) -> SampledRows:
+        """The sampled rows of a forward, their gradient to be collected."""
+        weight = self.weight if self.num_subcenters > 1 else self.weight[:, None]  # [C_r, K, D]
+        opened = SampledRows(weight, rows)
+        if torch.is_grad_enabled():
+            self._collect()
+            if rows is None and self._done is not None:
+                opened.grad = self._done.grad  # all rows: later backwards add in place
+            self._open.append(opened)
+        return opened
 
     def _sample(self, labels: Tensor) -> tuple[SampledRows, Targets]:
         chosen = sample(
             labels.numpy(), self.num_classes, self.shard, self.sample_rate, self.seed, self.step
         )
         device = self.weight.device
-        weight = self.weight if self.num_subcenters > 1 else self.weight[:, None]  # [C_r, K, D]
         rows = None if chosen.classes is None else chosen.classes - self.shard[0]
         targets = Targets(
             to_device(chosen.owned, device),
             to_device(chosen.position, device),
             chosen.position.tolist(),
         )
-        return SampledRows(weight, rows), targets
+        return self._open_rows(rows), targets
 
     def _check(self, local_x: Tensor, labels: Tensor) -> None:
         if local_x.dim() != 2 or local_x.shape[1] != self.embedding_size:
@@ -192,7 +215,7 @@ def _initial_rows(shard: tuple[int, int], num_subcenters: int, size: int, seed: 
     rows = torch.empty(stop - start, num_subcenters, size)
     for block in range(start // _INIT_BLOCK, -(-stop // _INIT_BLOCK)):
         low = block * _INIT_BLOCK
-        generator = torch.Generator().manual_seed(hash_words(seed, block) >> 1)
+        generator = torch.Generator().manual_seed(hash_words(seed, _INIT_KEY, block) >> 1)
         drawn = torch.empty(_INIT_BLOCK, num_subcenters, size)
         drawn.normal_(0.0, _INIT_STD, generator=generator)
         first, last = max(start, low), min(stop, low + _INIT_BLOCK)

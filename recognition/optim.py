@@ -6,7 +6,7 @@ Letters: C_r classes of this rank, S sampled, K sub-centres, D embedding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,14 +89,27 @@ class _RowOptimizer:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
-        """State of this rank's classes; row i belongs to class head.shard[0] + i."""
-        return dict(self.state)
+        """State by global class id: `classes` int64 [C_r], and a row for each in the others."""
+        device = self.head.weight.device
+        return {"classes": torch.arange(*self.head.shard, device=device), **self.state}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if set(state) != set(self.state):
-            raise KeyError(f"row state {sorted(state)}, expected {sorted(self.state)}")
+        """Take the rows of this rank's classes from a state that holds them, in any order.
+
+        Raises:
+            KeyError: a class of this rank, or a kind of state, is not in it.
+        """
+        if set(state) != {"classes", *self.state}:
+            expected = sorted({"classes", *self.state})
+            raise KeyError(f"row state {sorted(state)}, expected {expected}")
+        classes, order = state["classes"].sort()
+        own = torch.arange(*self.head.shard, device=classes.device)
+        place = torch.searchsorted(classes, own).clamp_max(len(classes) - 1)
+        missing = own[classes[place] != own]
+        if len(missing):
+            raise KeyError(f"no state for {len(missing)} classes, the first {int(missing[0])}")
         for name, tensor in self.state.items():
-            tensor.copy_(state[name])
+            tensor.copy_(state[name][order[place]])
 
 
 class RowSGD(_RowOptimizer):
@@ -176,11 +189,3 @@ class LossScaler:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.scale.copy_(state["scale"])
         self.good_steps.copy_(state["good_steps"])
-
-
-def non_finite(tensors: Iterator[Tensor], device: torch.device) -> Tensor:
-    """1.0 if any tensor holds an inf or a nan, else 0.0: float32 [] on the device, no host sync."""
-    norms = torch._foreach_norm([t.detach() for t in tensors], torch.inf)
-    if not norms:
-        return torch.zeros((), device=device)
-    return (~torch.stack([n.float() for n in norms]).isfinite().all()).float()

@@ -11,9 +11,10 @@ from torch import Tensor
 
 
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x / |x| along the last axis, and |x| [..., 1]. A zero vector stays zero, its slope finite."""
+    """x / n along the last axis, and n = |x| [..., 1]; n is 1 where |x| is 0, so 0 stays 0."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(norm > torch.finfo(x.dtype).tiny, norm, 1.0), norm
+    norm = torch.where(norm > torch.finfo(x.dtype).tiny, norm, 1.0)
+    return x / norm, norm
 
 
 class SampledRows:
@@ -44,7 +45,7 @@ class SampledRows:
         """
         centres, norm = unit(self.read(where))
         radial = (grad_unit * centres).sum(-1, keepdim=True)
-        grad = (grad_unit - radial * centres) / torch.where(norm > 0, norm, 1.0)
+        grad = (grad_unit - radial * centres) / norm
         if isinstance(where, slice):
             self.gradient()[where] += grad
         else:
@@ -57,23 +58,22 @@ class SampledRows:
         return self.grad
 
 
-def merge_gradients(parts: list[SampledRows]) -> SampledRows:
-    """The parts of several micro-steps as one: union of the rows, sum of their gradients."""
-    if len(parts) == 1:
-        return parts[0]
-    weight = parts[0].weight
-    grads = [part.gradient() for part in parts]
-    rows = [part.rows for part in parts if part.rows is not None]
-    if not rows:
-        merged = SampledRows(weight, None)
-        merged.grad = torch.stack(grads).sum(0)
-        return merged
-    union, place = np.unique(np.concatenate(rows), return_inverse=True)
-    merged = SampledRows(weight, union)
-    merged.gradient().index_add_(0, to_device(place, weight.device), torch.cat(grads))
+def merge(first: SampledRows, second: SampledRows) -> SampledRows:
+    """The rows and gradients of two micro-steps as one: union and sum."""
+    if first.rows is None or second.rows is None:
+        first.gradient().add_(second.gradient())
+        return first
+    device = first.weight.device
+    union, place = np.unique(np.concatenate([first.rows, second.rows]), return_inverse=True)
+    merged = SampledRows(first.weight, union)
+    for part, where in ((first, place[: len(first)]), (second, place[len(first) :])):
+        merged.gradient().index_add_(0, to_device(where, device), part.gradient())
     return merged
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """The array on the device; the host does not wait for the copy."""
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from pageable memory waits for the stream
+    return tensor.to(device, non_blocking=True)

@@ -6,10 +6,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import subprocess
 from collections.abc import Mapping
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -35,11 +37,17 @@ def resume_point(cfg: Config) -> str | None:
                 f"{cfg.output} holds a run already: choose another output=, or resume=auto"
             )
         return None
-    if os.path.isfile(os.path.join(cfg.resume, "manifest.json")):
-        return cfg.resume
-    found = checkpoint.newest(cfg.resume)
-    if found is None:
+    found = cfg.resume
+    if not os.path.isfile(os.path.join(found, "manifest.json")):
+        found = checkpoint.newest(cfg.resume) or ""
+    if not found:
         raise FileNotFoundError(f"resume={cfg.resume}: no complete checkpoint there")
+    own = checkpoint.newest(cfg.output)
+    if own and not os.path.samefile(own, found):
+        raise FileExistsError(
+            f"{cfg.output} holds {os.path.basename(own)} already, which resume={cfg.resume} would "
+            "leave behind: choose another output=, or remove its later checkpoints"
+        )
     return found
 
 
@@ -54,9 +62,13 @@ def initial_weights(path: str) -> Mapping[str, Tensor]:
         return checkpoint.load_backbone(path)[0].state_dict()
     if not os.path.isfile(path):
         raise FileNotFoundError(f"init_from={path}: no such file or directory")
-    if path.endswith(".safetensors"):
-        return safetensors.torch.load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"init_from={path} cannot be read as weights: {reason}") from error
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"init_from={path} is not a state dict: expected tensors by name")
     return {name.removeprefix("module."): value for name, value in state.items()}

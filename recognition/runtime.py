@@ -28,7 +28,7 @@ def start(timeout_seconds: float = 600.0) -> Iterator[Runtime]:
     ceremony when the body fails: the other ranks must not wait for one that will not come.
 
     Raises:
-        RuntimeError: more processes on this machine than it has GPUs.
+        ValueError: more processes on this machine than it has GPUs.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = _device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -54,7 +54,7 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise RuntimeError(
+        raise ValueError(
             f"process {local_rank} of this machine has no GPU of its own, there are {count}: "
             f"start at most --nproc-per-node {count}"
         )

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 _MASK = (1 << 64) - 1
+_DRAW = 1  # the purpose of this draw, so that no other shares its key
 
 
 def shard_range(num_classes: int, world: int, rank: int) -> tuple[int, int]:
@@ -28,9 +29,7 @@ def shard_range(num_classes: int, world: int, rank: int) -> tuple[int, int]:
 class Sample(NamedTuple):
     """What one rank computes logits for in one step."""
 
-    classes: (
-        np.ndarray | None
-    )  # int64 [S] global ids, no duplicates; None: the whole shard in order
+    classes: np.ndarray | None  # int64 [S] global ids, each once; None: the whole shard in order
     owned: np.ndarray  # int64 [m] rows of the batch whose class is here, ordered by `position`
     position: np.ndarray  # int64 [m] place of those rows' classes in `classes`
 
@@ -79,7 +78,7 @@ class _Cells:
         self.num_classes = num_classes
         # The small term keeps 0.1 * 30 = 3.0000000000000004 from becoming four cells.
         self.num = math.ceil(sample_rate * num_classes - 1e-9)
-        self.key = hash_words(seed, step)
+        self.key = hash_words(seed, _DRAW, step)
         self.offset = hash_words(self.key, _MASK) % num_classes
 
     def segments(self, start: int, stop: int) -> list[tuple[int, int, int]]:

@@ -23,6 +23,7 @@ from recognition.sampling import hash_words
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LOADERS = {"cpu": Loader}
 _VERIFY_BATCH = 64  # images
+_DROPOUT_KEY = 4  # the purpose of this draw, as in sampling.py
 _LEAST_SCALE = 2.0**-14  # of fp16; below it nothing is left of the gradient
 
 
@@ -41,6 +42,8 @@ def train(state: TrainState) -> dict[str, Any]:
         _announce(state, logger)
         if state.step == 0:
             results = verify(state, logger)
+        if state.step >= total:
+            logger.say(f"already complete: {state.step} of {total} steps")
         batches = iter(loader)
         watch = progress.Stopwatch(loader, state.step)
         while state.step < total:
@@ -66,6 +69,7 @@ def save(state: TrainState) -> str:
     facts = {
         "step": state.step,
         "samples_seen": state.samples_seen,
+        "global_batch": state.cfg.global_batch(state.runtime.world),
         "epoch": state.samples_seen / len(state.data),
         "config": dataclasses.asdict(state.cfg) | state.facts,
     }
@@ -152,7 +156,7 @@ def _forward(
     """The loss of a micro-batch, and this rank's embeddings."""
     cfg, runtime = state.cfg, state.runtime
     # Dropout's draw is a function of its place in the run, not of what was drawn before it.
-    torch.manual_seed(hash_words(cfg.seed, state.step, micro, runtime.rank) >> 1)
+    torch.manual_seed(hash_words(cfg.seed, _DROPOUT_KEY, state.step, micro, runtime.rank) >> 1)
     pixels = batch.images.to(runtime.device, non_blocking=True)
     flip = batch.flip.to(runtime.device, non_blocking=True)
     with _autocast(state):
@@ -169,16 +173,19 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
     grads = [p.grad for _, p in named if p.grad is not None]
     if scale is not None:
         torch._foreach_mul_(grads, scale.reciprocal())
-    looked_at = looked_at | {"gradient of the class rows": parts.head.sampled_grad}
-    looked_at |= {f"gradient of {name}": grad for (name, _), grad in zip(named, grads, strict=True)}
-    found = state.guard.look(looked_at, state.step + 1, tolerate=parts.scaler is not None)
+    gradients = {"gradient of the class rows": parts.head.sampled_grad}
+    gradients |= {f"gradient of {name}": grad for (name, _), grad in zip(named, grads, strict=True)}
+    if parts.scaler is None:
+        found = state.guard.look(looked_at | gradients, state.step + 1, {})
+    else:
+        found = state.guard.look(looked_at, state.step + 1, gradients)
 
     grad_norm = nn.utils.get_total_norm(grads)
     if cfg.clip_norm is not None:
         nn.utils.clip_grads_with_norm_([p for _, p in named], cfg.clip_norm, grad_norm)
     for group in parts.optimizer.param_groups:
         group["lr"] = lr
-    # The fused step reads the attribute: no change where it is 1.
+    # The fused step reads the attribute and changes nothing where it is 1.
     setattr(parts.optimizer, "found_inf", found)  # noqa: B010
     parts.optimizer.step()
     parts.row_optimizer.step(lr, scale, found)
@@ -233,7 +240,7 @@ def _announce(state: TrainState, logger: Logger) -> None:
         f"{state.precision}, batch {cfg.global_batch(runtime.world)}, "
         f"{state.schedule.total_steps} steps -> {cfg.output}"
     )
-    if state.saved_by is None:
+    if state.saved_by is None or state.step >= state.schedule.total_steps:
         return
     line = f"continues after step {state.step}, saved by {state.saved_by} processes"
     if state.saved_by == runtime.world:

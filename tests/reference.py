@@ -23,10 +23,11 @@ def partial_fc(
     target: Target,
     scale: float = 64.0,
     threshold: float = 0.0,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean cross-entropy over the sampled classes, and its gradients: (loss, dx, dweight)."""
-    x = x.detach().double().clone().requires_grad_()
-    weight = weight.detach().double().clone().requires_grad_()
+    x = x.detach().to(dtype).clone().requires_grad_()
+    weight = weight.detach().to(dtype).clone().requires_grad_()
     norm = x.pow(2).sum(1).sqrt()
     centres = weight if weight.dim() == 3 else weight[:, None]
     cos = torch.stack(

@@ -67,10 +67,17 @@ class Margin(nn.Module):
 
 
 class Softmax(Margin):
-    """NormFace: no margin, z_y = s cos t_y (arXiv:1704.06369)."""
+    """NormFace: no margin, z_y = s cos t_y (arXiv:1704.06369). Both gradients are the same."""
 
-    def __init__(self, scale: float = 64.0, *, interclass_filtering_threshold: float = 0.0) -> None:
+    def __init__(
+        self,
+        scale: float = 64.0,
+        *,
+        gradient: Gradient = "exact",
+        interclass_filtering_threshold: float = 0.0,
+    ) -> None:
         super().__init__(scale, interclass_filtering_threshold)
+        one_of("gradient", gradient, ("exact", "straight_through"))
 
     def target(self, rows: Rows) -> Tensor:
         return rows.cos_target

@@ -103,25 +103,32 @@ class _NegativesLogSumExp(Function):
         batch: Rows,
         size: int,
     ) -> Tensor:
-        total = x.new_full((len(x),), -torch.inf)
+        peak, mass = (
+            x.new_full((len(x),), -torch.inf),
+            x.new_zeros(len(x)),
+        )  # max z, sum exp(z - max)
         for where, own in _pieces(rows, targets, size):
             centres, _ = unit(rows.read(where))
             cos, _ = _nearest(x, centres)
             z = margin.scale * margin.filtered_negatives(cos, batch)
             z[own] = -torch.inf
-            total = torch.logaddexp(total, torch.logsumexp(z, 1))
-        ctx.save_for_backward(x, total)
+            higher = torch.maximum(peak, z.amax(1))
+            base = _finite(higher)
+            mass = mass * (peak - base).exp() + z.sub_(base[:, None]).exp_().sum(1)
+            peak = higher
+        # The backward's exp(z - peak) / mass is right to a rounding; exp(z - lse) has that of lse.
+        ctx.save_for_backward(x, _finite(peak), mass)
         ctx.arguments = rows, targets, margin, batch, size
-        return total
+        return peak + mass.log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # [B]
-        x, total = ctx.saved_tensors
+        x, base, mass = ctx.saved_tensors
         rows, targets, margin, batch, size = ctx.arguments
         grad_x = torch.zeros_like(x)
         rows.gradient()  # a rank without a single sampled class has one too
-        total = total.nan_to_num(neginf=0.0)[:, None]  # a row without negatives: exp(-inf - 0) = 0
+        weight = torch.where(mass > 0, grad / mass, 0.0)  # a row without negatives gets none
         with full_precision(x):
             for where, own in _pieces(rows, targets, size):
                 centres, _ = unit(rows.read(where))
@@ -129,9 +136,9 @@ class _NegativesLogSumExp(Function):
                 with torch.enable_grad():
                     cos.requires_grad_()
                     z = margin.scale * margin.filtered_negatives(cos, batch)
-                probability = z.detach() - total
-                probability[own] = -torch.inf
-                grad_z = probability.exp_().mul_(grad[:, None])  # [B, n]
+                grad_z = (z.detach() - base[:, None]).exp_()  # [B, n]
+                grad_z[own] = 0.0
+                grad_z.mul_(weight[:, None])
                 (grad_cos,) = torch.autograd.grad(z, cos, grad_z)
                 spread = _spread(grad_cos, nearest, centres.shape[1])  # [B, n * K]
                 flat = centres.flatten(0, 1)
@@ -169,6 +176,11 @@ def _spread(grad: Tensor, nearest: Tensor | None, num_subcenters: int) -> Tensor
         return grad
     wide = grad.new_zeros(*grad.shape, num_subcenters)
     return wide.scatter_(2, nearest[..., None], grad[..., None]).flatten(1)
+
+
+def _finite(peak: Tensor) -> Tensor:
+    """A base for the exponentials: the largest logit so far, 0 where there is none."""
+    return torch.where(peak == -torch.inf, 0.0, peak)
 
 
 def full_precision(x: Tensor) -> torch.autocast:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import socket
@@ -14,6 +15,8 @@ import time
 
 import pytest
 
+from data_tools import shards
+from data_tools.recordio import Header, Writer
 from tests.conftest import command, run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -28,8 +31,13 @@ def steps(run_dir):
 
 
 def test_one_process_without_torchrun(shards_dir, tmp_path):
-    done = command("launch/train.py", DEMO, f"rec={shards_dir}", f"output={tmp_path / 'r'}", *SMALL)
+    output = tmp_path / "r"
+    done = command(
+        "launch/train.py", DEMO, f"rec={shards_dir}", f"output={output}", *SMALL, "--json"
+    )
     assert "step 4/4" in done.stdout
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert (last["output"], last["step"], last["verification"]) == (str(output), 4, {})
     assert [r["step"] for r in steps(tmp_path / "r")] == [1, 2, 3, 4]
 
 
@@ -40,7 +48,7 @@ def test_torchrun_continues_at_another_world_size(shards_dir, tmp_path):
     assert "continues" in done.stdout
     assert [r["step"] for r in steps(tmp_path / "r")] == [1, 2, 3, 4, 5, 6]
     again = command("launch/train.py", *arguments[1:], "max_steps=6")
-    assert "step 5/6" not in again.stdout
+    assert "already complete: 6 of 6 steps" in again.stdout and "step 5/6" not in again.stdout
 
 
 def test_four_nodes(shards_dir, tmp_path):
@@ -84,8 +92,6 @@ def test_a_mistake_is_one_line_and_an_exit_code(shards_dir, tmp_path, typed, wor
 
 
 def test_more_processes_than_classes(shards_dir, tmp_path):
-    (tmp_path / "faces" / "a").mkdir(parents=True)
-    (tmp_path / "faces" / "b").mkdir()
     command("-m", "data_tools", "synthesize", tmp_path / "two", "--identities", 2, "--images", 4)
     command("-m", "data_tools", "pack", tmp_path / "two", tmp_path / "shards", "--shards", 1)
     done = run(
@@ -94,6 +100,22 @@ def test_more_processes_than_classes(shards_dir, tmp_path):
     )  # fmt: skip
     assert done.returncode != 0
     assert "2 classes cannot be sharded over 3 ranks" in done.stderr
+
+
+def test_a_label_out_of_range_stops_all_ranks(shards_dir, tmp_path):
+    """An InsightFace directory whose property file promises fewer classes than the labels use."""
+    with Writer(tmp_path / "train.idx", tmp_path / "train.rec") as writer:
+        for key in range(32):
+            payload = shards.open(shards_dir)[key][1]
+            writer.write(key, Header(0, float(key % 9), key, 0), payload)
+    (tmp_path / "property").write_text("8,112,112\n")
+    done = run(
+        *TORCHRUN, "--standalone", "--nproc-per-node", 2, "launch/train.py", DEMO,
+        f"rec={tmp_path}", f"output={tmp_path / 'r'}", *SMALL,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "8" in done.stderr and "label" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "r" / "checkpoints").exists()
 
 
 def test_a_bad_image_stops_all_ranks_with_its_traceback(shards_dir, tmp_path):
@@ -143,3 +165,30 @@ def test_a_killed_rank_takes_the_others_with_it(shards_dir, tmp_path):
     done = command(*arguments[:-2], f"max_steps={last + 2}")
     assert f"step {last + 2}/{last + 2}" in done.stdout
     assert f"step {last}/" not in done.stdout
+
+
+@pytest.mark.long
+def test_kills_at_any_moment_lose_nothing(shards_dir, tmp_path):
+    """A run killed ten times, during saves too, ends in the bits of the undisturbed one."""
+    arguments = ["launch/train.py", DEMO, f"rec={shards_dir}", *SMALL]
+    arguments += ["max_steps=60", "checkpoint_every=1", "precision=fp32"]
+    command(*arguments, f"output={tmp_path / 'whole'}")
+    disturbed = [sys.executable, *map(str, arguments), f"output={tmp_path / 'killed'}"]
+    draw = random.Random(1)
+    for _ in range(10):
+        process = subprocess.Popen(
+            disturbed, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(4 + 4 * draw.random())
+        process.kill()
+        process.wait()
+    command(*disturbed[1:])
+    for name in ("model.safetensors", "optimizer.safetensors", "rows-0-16.safetensors"):
+        whole, killed = (
+            (tmp_path / run_dir / "checkpoints" / "step-60" / name).read_bytes()
+            for run_dir in ("whole", "killed")
+        )
+        assert whole == killed, name
+    assert [r["loss"] for r in steps(tmp_path / "whole")] == [
+        r["loss"] for r in steps(tmp_path / "killed")
+    ]

@@ -48,7 +48,7 @@ def tensors(state: build.TrainState) -> dict[str, torch.Tensor]:
     head, parts = state.head, state.parts
     named = {f"backbone.{k}": v.clone() for k, v in state.backbone.state_dict().items()}
     named |= checkpoint.optimizer_tensors(parts)
-    rows = {"rows": head.weight.detach()} | parts.row_optimizer.state_dict()
+    rows = {"rows": head.weight.detach()} | parts.row_optimizer.state
     for name, local in rows.items():
         every: list = [None] * dist.get_world_size()
         dist.all_gather_object(every, local)

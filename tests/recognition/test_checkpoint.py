@@ -54,7 +54,7 @@ def marked(keys):
 
 def rows_of(keys):
     state = build.build(config.make(runs.BASE | keys), runs.here())
-    rows = {"weight": state.head.weight.detach()} | state.parts.row_optimizer.state_dict()
+    rows = {"weight": state.head.weight.detach()} | state.parts.row_optimizer.state
     return *state.head.shard, rows
 
 
@@ -62,6 +62,16 @@ def test_the_newest_ones_are_kept(keys):
     ranks.run(1, runs.run, keys | {"checkpoint_every": 1, "keep_checkpoints": 2})
     found = sorted(os.listdir(os.path.join(keys["output"], "checkpoints")))
     assert found == ["step-5", "step-6"]
+
+
+def test_an_older_checkpoint_does_not_continue_under_newer_ones(keys, tmp_path):
+    ranks.run(1, runs.run, keys | {"checkpoint_every": 1, "keep_checkpoints": 9})
+    old = os.path.join(keys["output"], "checkpoints", "step-2")
+    kind, message = ranks.run(1, failure, keys | {"resume": old})[0]
+    assert kind == "FileExistsError" and "holds step-6 already" in message
+    elsewhere = keys | {"resume": old, "output": str(tmp_path / "branch"), "keep_checkpoints": 1}
+    ranks.run(1, runs.run, elsewhere)
+    assert os.listdir(tmp_path / "branch" / "checkpoints") == ["step-6"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "rows-0-16.safetensors"])
@@ -180,8 +190,16 @@ def started(keys):
 def test_a_pickle_with_code_is_not_run(keys, tmp_path):
     source = str(tmp_path / "evil.pt")
     torch.save({"w": Evil(str(tmp_path / "ran"))}, source)
-    kind, _ = ranks.run(1, failure, keys | {"init_from": source})[0]
-    assert kind is not None and not os.path.exists(tmp_path / "ran")
+    kind, message = ranks.run(1, failure, keys | {"init_from": source})[0]
+    assert kind == "ValueError" and "cannot be read as weights" in message
+    assert not os.path.exists(tmp_path / "ran")
+
+
+@pytest.mark.parametrize("name", ["cut.pt", "cut.safetensors"])
+def test_a_damaged_file_of_weights_is_an_error(keys, tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK\x03\x04" + bytes(100))
+    kind, message = ranks.run(1, failure, keys | {"init_from": str(tmp_path / name)})[0]
+    assert kind == "ValueError" and name in message
 
 
 class Evil:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from recognition import build, config, runtime, trainer
 from recognition.head import PartialFC
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
@@ -15,6 +16,13 @@ pytestmark = [
 ]
 
 C, D, B = 1003, 64, 96
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    """The process group of training: nccl for what is on the GPU, gloo for what is not."""
+    with runtime.start() as here:
+        yield here.group
 
 
 def batch():
@@ -61,3 +69,23 @@ def test_a_step_does_not_synchronise_with_the_host(optimizer, micro_steps):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_whole_training_step_does_not_synchronise(group, shards_dir, tmp_path, precision):
+    cfg = config.make(
+        {"rec": str(shards_dir), "output": str(tmp_path), "network": "mbf_tiny",
+         "global_batch_size": 32, "precision": precision}
+    )  # fmt: skip
+    here = runtime.Runtime(torch.device("cuda", 0), group, 0, 1)
+    state = build.build(cfg, here)
+    with trainer.make_loader(state) as loader:
+        batches = iter(loader)
+        for _ in range(3):
+            trainer.take_step(state, batches)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss, _ = trainer.take_step(state, batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()

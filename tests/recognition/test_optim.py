@@ -118,6 +118,56 @@ def test_micro_steps_are_union_and_sum(sample_rate):
     assert parts.step == 1
 
 
+@pytest.mark.parametrize("sample_rate", [1.0, 0.2])
+def test_a_backward_may_come_late(sample_rate):
+    """Forward a, forward b, backward a, a look at the gradient, backward b: both count."""
+    late, usual = make_head(sample_rate), make_head(sample_rate)
+    a, b = batch(1), batch(2)
+    loss_a, loss_b = late(*a), late(*b)
+    loss_a.backward()
+    assert len(late.sampled_grad) == len(late.sampled_classes)
+    loss_b.backward()
+    usual(*a).backward()
+    usual(*b).backward()
+    assert torch.equal(late.sampled_classes, usual.sampled_classes)
+    torch.testing.assert_close(late.sampled_grad, usual.sampled_grad, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("sample_rate, most", [(1.0, 1), (0.2, 4)])
+def test_micro_steps_do_not_pile_up_gradients(sample_rate, most):
+    """Tensors of the sampled rows' size alive after eight micro-steps."""
+    head = make_head(sample_rate)
+    for step in range(8):
+        head(*batch(step)).backward()
+    head.sampled_grad  # noqa: B018  the last one is collected
+    alive = [rows.grad for rows in head._open if rows.grad is not None] + [head._done.grad]
+    assert len({grad.data_ptr() for grad in alive}) <= most
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_travels_by_class_id(name):
+    """Rows handed over in another order, with classes of other ranks among them."""
+    head, other = make_head(0.3), make_head(0.3)
+    row_optimizer = OPTIMIZERS[name][0](head)
+    for step in range(3):
+        head(*batch(step)).backward()
+        row_optimizer.step(0.1)
+    state = row_optimizer.state_dict()
+    assert state["classes"].tolist() == list(range(C))
+    shuffle = torch.randperm(C + 5, generator=torch.Generator().manual_seed(0))
+    extended = {
+        k: torch.cat([v, v[:5] + C if k == "classes" else v[:5] * 0])[shuffle]
+        for k, v in state.items()
+    }
+    loaded = OPTIMIZERS[name][0](other)
+    loaded.load_state_dict(extended)
+    assert all(torch.equal(loaded.state[k], row_optimizer.state[k]) for k in loaded.state)
+    with pytest.raises(KeyError, match="no state for 1 classes, the first 49"):
+        loaded.load_state_dict({k: v[:-1] for k, v in state.items()})
+    with pytest.raises(KeyError, match="expected"):
+        loaded.load_state_dict({"classes": state["classes"]})
+
+
 def test_a_step_without_a_gradient_is_an_error():
     head = make_head(1.0)
     with pytest.raises(RuntimeError, match="backward"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from recognition import build, config, trainer
+from recognition.rows import SampledRows
 from tests import ranks
 from tests.recognition import runs
 
@@ -19,7 +20,7 @@ def largest_difference(a, b):
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"optimizer": "adamw", "lr": 1e-3}, {"accumulation": 2, "global_batch_size": 16}],
+    [{}, {"optimizer": "adamw", "lr": 1e-4}, {"accumulation": 2, "global_batch_size": 16}],
     ids=str,
 )
 def test_any_world_size_trains_the_same_model(shards_dir, tmp_path, keys):
@@ -152,55 +153,148 @@ def test_a_non_finite_value_stops_every_rank_by_name(shards_dir, tmp_path):
     keys = {"rec": str(shards_dir), "output": str(tmp_path / "run")}
     messages = ranks.run(2, poisoned, keys)
     assert messages[0] == messages[1]
-    assert "step 2" in messages[0]
-    assert "rank 1: gradient of the class rows" in messages[0] or "rank 1: " in messages[0]
+    assert "step 2, which was not applied; rank 1: gradient of the class rows." in messages[0]
+    assert "rank 0" not in messages[0]
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def take_step_with_overflow_on_rank_1(state, batches):
+    """A step whose class rows on rank 1 alone get an infinite gradient."""
+    with pytest.MonkeyPatch.context() as patch:
+        if state.runtime.rank == 1:
+            infinite = lambda rows, where, grad: rows.gradient().fill_(torch.inf)  # noqa: E731
+            patch.setattr(SampledRows, "add_gradient", infinite)
+        trainer.take_step(state, batches)
+
+
 def poisoned(keys):
-    """After one good step, an inf in the class rows of rank 1 alone."""
     state = build.build(config.make(runs.BASE | keys), runs.here())
-    loader = trainer.make_loader(state)
-    batches = iter(loader)
-    trainer.take_step(state, batches)
-    before = {k: v.clone() for k, v in state.backbone.state_dict().items() if "num_b" not in k}
-    if state.runtime.rank == 1:
-        state.head.weight.data[:] = torch.inf
-    trainer.take_step(state, batches)
-    loader.close()
-    after = state.backbone.state_dict()
-    running = ("running_mean", "running_var")
-    assert all(torch.equal(before[k], after[k]) for k in before if not k.endswith(running))
+    with trainer.make_loader(state) as loader:
+        batches = iter(loader)
+        trainer.take_step(state, batches)
+        before = moving(state)
+        take_step_with_overflow_on_rank_1(state, batches)
+    assert all(torch.equal(a, b) for a, b in zip(before, moving(state), strict=True))
     try:
         state.guard.raise_if_found()
     except FloatingPointError as error:
         return str(error)
 
 
-def test_fp16_overflow_skips_the_step_on_all_ranks(shards_dir, tmp_path):
-    """A scale too large for one step: every rank skips it, halves the scale and agrees."""
+def moving(state):
+    """What an optimiser step changes."""
+    tensors = [*state.backbone.parameters(), state.head.weight]
+    tensors += state.parts.row_optimizer.state.values()
+    tensors += [s["momentum_buffer"] for s in state.parts.optimizer.state.values()]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(shards_dir, tmp_path):
     keys = {"rec": str(shards_dir), "precision": "fp16", "output": str(tmp_path / "run")}
-    scales, moved, equal = zip(*ranks.run(2, overflowing, keys), strict=True)
-    assert scales[0] == scales[1] == [2.0**126, 2.0**126 / 2]
-    assert moved == (False, False)
-    assert all(equal)
+    results = ranks.run(2, overflowing, keys | {"global_batch_size": 4, "log_every": 1})
+    assert [scale for scale, _ in results] == [32.0, 32.0]
+    assert [skipped for _, skipped in results] == [True, True]
 
 
 def overflowing(keys):
-    state = build.build(config.make(runs.BASE | keys | {"global_batch_size": 4}), runs.here())
-    if state.runtime.rank == 0:  # as if its shard alone had overflowed
-        state.head.weight.data *= 1e-30
-    state.parts.scaler.scale.fill_(2.0**126)
-    before = [p.detach().clone() for p in state.backbone.parameters()]
-    scales = [state.parts.scaler.scale.item()]
+    state = build.build(config.make(runs.BASE | keys), runs.here())
+    state.parts.scaler.scale.fill_(64.0)
+    before = moving(state)
+    with trainer.make_loader(state) as loader:
+        take_step_with_overflow_on_rank_1(state, iter(loader))
+    state.guard.raise_if_found()  # tolerated: no error
+    skipped = all(torch.equal(a, b) for a, b in zip(before, moving(state), strict=True))
+    return state.parts.scaler.scale.item(), skipped
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_skipped_first_step_leaves_no_trace(shards_dir, tmp_path, optimizer):
+    """Skip one step, take the next: the parameters of a run that took the next one alone."""
+    keys = {"rec": str(shards_dir), "output": str(tmp_path / "run"), "optimizer": optimizer}
+    skipped, plain = ranks.run(1, skip_then_step, keys)[0]
+    assert all(torch.equal(a, b) for a, b in zip(skipped, plain, strict=True))
+
+
+def skip_then_step(keys):
+    ends = []
+    for skip in (True, False):
+        state = build.build(config.make(runs.BASE | keys), runs.here())
+        optimizer = state.parts.optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for found in [1.0, 0.0] if skip else [0.0]:
+            for parameter in parameters:
+                parameter.grad = torch.full_like(parameter, 0.5)
+            optimizer.found_inf = torch.tensor(found)
+            optimizer.step()
+        ends.append([p.detach().clone() for p in parameters])
+    return ends
+
+
+def test_the_fp16_scale_does_not_reach_the_update(shards_dir, tmp_path):
+    """One step at two scales: alike but for fp16's rounding; a scale left in would be 16-fold."""
+    keys = {
+        "rec": str(shards_dir), "precision": "fp16", "global_batch_size": 4, "clip_norm": None,
+    }  # fmt: skip
+    small, large = (
+        ranks.run(1, scaled_step, keys | {"output": str(tmp_path / str(scale))}, scale)[0]
+        for scale in (16.0, 256.0)
+    )
+    for a, b in zip(small, large, strict=True):
+        assert (a - b).norm() <= 0.25 * a.norm() + 1e-6
+
+
+def scaled_step(keys, scale):
+    """How far the parameters and class rows moved."""
+    state = build.build(config.make(runs.BASE | keys), runs.here())
+    state.parts.scaler.scale.fill_(scale)
+    tensors = [*state.backbone.parameters(), state.head.weight]
+    before = [t.detach().clone() for t in tensors]
     with trainer.make_loader(state) as loader:
         trainer.take_step(state, iter(loader))
-    scales.append(state.parts.scaler.scale.item())
-    moved = any(
-        not torch.equal(a, b) for a, b in zip(before, state.backbone.parameters(), strict=True)
-    )
-    state.guard.raise_if_found()  # tolerated: no error
-    return scales, moved, state.step == 1
+    moved = [t.detach() - b for t, b in zip(tensors, before, strict=True)]
+    assert any(m.abs().max() > 0 for m in moved)
+    return moved
+
+
+def test_every_rank_holds_the_same_batchnorm_statistics(shards_dir, tmp_path):
+    keys = {"rec": str(shards_dir), "output": str(tmp_path / "run")}
+    ours, theirs = ranks.run(2, statistics_after_a_step, keys)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def statistics_after_a_step(keys):
+    state = build.build(config.make(runs.BASE | keys), runs.here())
+    with trainer.make_loader(state) as loader:
+        trainer.take_step(state, iter(loader))
+    return [b.clone() for b in state.backbone.buffers() if b.is_floating_point()]
+
+
+def test_ranks_that_see_different_data_are_refused_on_all(shards_dir, tmp_path):
+    runs_on = [{"rec": str(shards_dir), "output": str(tmp_path / f"run{r}")} for r in (0, 1)]
+    ranks.run(1, runs.run, runs_on[1], 1)  # a checkpoint that rank 1 alone will find
+    messages = ranks.run(2, refused_apart, runs_on)
+    assert messages[0] == messages[1]
+    assert "resumed_from is None on rank 0 and step-1 on rank 1" in messages[0]
+
+
+def refused_apart(runs_on):
+    keys = runs_on[torch.distributed.get_rank()]
+    return refused(keys)[1]
+
+
+def test_another_world_size_keeps_the_global_batch(shards_dir, tmp_path):
+    keys = {
+        "rec": str(shards_dir), "output": str(tmp_path / "run"), "global_batch_size": None,
+        "batch_size": 6,
+    }  # fmt: skip
+    ranks.run(2, runs.run, keys, 1)
+    assert ranks.run(3, batch_of, keys) == [12] * 3
+    assert ranks.run(2, batch_of, keys | {"batch_size": 4}) == [8] * 2  # asked for: done
+
+
+def batch_of(keys):
+    state = build.build(config.make(runs.BASE | keys), runs.here())
+    return state.cfg.global_batch(state.runtime.world)
 
 
 @pytest.mark.parametrize(
