@@ -2,10 +2,10 @@
 
 import sys
 
-from data_tools import commands, inspect, pack, pairs, synthetic, verify
+from data_tools import commands, inspect, pack_command, pairs, synthetic, verify
 
 _COMMANDS = {
-    "pack": (pack, "pack images into shards"),
+    "pack": (pack_command, "pack images into shards"),
     "inspect": (inspect, "print what a data set is"),
     "verify": (verify, "check every record and hash of a data set"),
     "pairs": (pairs, "make a verification set NAME.bin"),

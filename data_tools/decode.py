@@ -36,17 +36,18 @@ def decode_any_size(encoded: bytes, where: str = "") -> np.ndarray:
     return image
 
 
-def to_jpeg(encoded: bytes, size: int, quality: int, where: str = "") -> bytes:
-    """The same bytes if they are a readable size x size JPEG, else that image as one.
+def to_jpeg(encoded: bytes, size: int, quality: int, where: str = "") -> tuple[bytes, bool]:
+    """The same bytes if they are a readable size x size JPEG, else that image as one; if resized.
 
     Raises: ValueError as `decode` does.
     """
     image = decode_any_size(encoded, where)
     if encoded.startswith(_SOI) and image.shape[:2] == (size, size):
-        return encoded
+        return encoded, False
+    resized = image.shape[:2] != (size, size)
     image = _resized(image, size, where)
     _, jpeg = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return jpeg.tobytes()
+    return jpeg.tobytes(), resized
 
 
 def _resized(image: np.ndarray, size: int, where: str) -> np.ndarray:

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from data_tools import shards
+from data_tools.wording import count, file_size
 
 _BAR = 40  # characters of the longest bar
 _SHARDS_SHOWN = 4
 _KINDS = {
     shards.FORMAT: "shards with index.json",
-    "insightface-A": "InsightFace, layout A (header and identity records)",
-    "insightface-plain": "InsightFace, plain records (im2rec and others)",
+    "insightface-A": "layout A: header and identity records",
+    "insightface-plain": "plain records: im2rec and others",
 }
 
 
@@ -41,7 +42,7 @@ def describe(path: Path) -> dict[str, Any]:
         ],
         "fingerprint": _fingerprint(data),
     }
-    for key in ("source", "options", "skipped", "empty_identities", "held_out"):
+    for key in ("source", "options", "skipped", "resized", "empty_identities", "held_out"):
         if key in data.index:
             facts[key] = data.index[key]
     return facts
@@ -54,10 +55,10 @@ def _histogram(sizes: np.ndarray) -> list[dict[str, int]]:
         {
             "from": 0 if step == 0 else 1 if step == 1 else 2 ** (step - 2) + 1,
             "to": 0 if step == 0 else 2 ** (step - 1),
-            "classes": count,
+            "classes": classes,
         }
-        for step, count in enumerate(np.bincount(steps).tolist())
-        if count
+        for step, classes in enumerate(np.bincount(steps).tolist())
+        if classes
     ]
 
 
@@ -74,7 +75,7 @@ def _print(facts: dict[str, Any]) -> None:
     size = "x".join(map(str, facts["image_size"])) if facts["image_size"] else "not stated"
     per_class = facts["images_per_class"]
     print(f"{facts['path']}")
-    print(f"  format       {_KINDS[facts['format']]}")
+    print(f"  format       {facts['format']} ({_KINDS[facts['format']]})")
     print(f"  images       {facts['images']}")
     print(f"  classes      {facts['classes']}")
     print(f"  image size   {size}")
@@ -84,11 +85,11 @@ def _print(facts: dict[str, Any]) -> None:
         print(f"  options      {', '.join(f'{k}={v}' for k, v in facts['options'].items())}")
         print(
             f"  left out     {facts['skipped']['count']} skipped, "
-            f"{len(facts['empty_identities'])} identities without an image, "
+            f"{count(len(facts['empty_identities']), 'identity', 'identities')} without an image, "
             f"{facts.get('held_out', {}).get('identities', 0)} held out"
         )
     print(
-        f"  per class    {per_class['min']} to {per_class['max']} images, "
+        f"  per class    {per_class['min']} to {count(per_class['max'], 'image')}, "
         f"median {per_class['median']:g}"
     )
     most = max(row["classes"] for row in facts["histogram"])
@@ -96,13 +97,15 @@ def _print(facts: dict[str, Any]) -> None:
         span = f"{row['from']}" if row["from"] == row["to"] else f"{row['from']}-{row['to']}"
         bar = "#" * max(1, round(_BAR * row["classes"] / most))
         print(f"    {span:>15} {bar} {row['classes']}")
-    print(f"  shards       {len(facts['shards'])}, {facts['bytes'] / 1e6:.1f} MB")
+    print(f"  shards       {len(facts['shards'])}, {file_size(facts['bytes'])}")
     for shard in facts["shards"][:_SHARDS_SHOWN]:
-        print(f"    {shard['name']}  {shard['images']} images, {shard['bytes']} bytes")
+        print(
+            f"    {shard['name']}  {count(shard['images'], 'image')}, {file_size(shard['bytes'])}"
+        )
     if len(facts["shards"]) > _SHARDS_SHOWN:
         print(f"    ... and {len(facts['shards']) - _SHARDS_SHOWN} more")
     for file in facts["verification"]:
-        print(f"  pairs        {file['file']}, {file['bytes']} bytes")
+        print(f"  pairs        {file['file']}, {file_size(file['bytes'])}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

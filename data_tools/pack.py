@@ -1,16 +1,13 @@
-"""`pack`: images -> shards. The same source and options give the same bytes, at any --workers.
+"""Images -> shards. The same source and options give the same bytes, at any number of workers.
 
-1. Of each identity one image is decoded, more if it fails: one without any gets no class.
-2. --hold-out identities, drawn by the seed, are left out of training and become heldout.bin.
-3. All other images are shuffled as one list and cut into shards; a worker writes a shard at a time.
+What is done, in order, stands in pack_command.py.
 """
 
-import argparse
 import dataclasses
 import os
 import shutil
-import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from data_tools import shards
-from data_tools.pairs import PairOptions, make_pairs
+from data_tools.pairs import PairOptions, check_num_pairs, make_pairs
 from data_tools.parallel import Advance, run_tasks
 from data_tools.shard_writer import ShardWriter, WrittenShard, write_shard
 from data_tools.sources import Images, Source, open_source, read_jpegs
+from data_tools.wording import count
 
 HELD_OUT = "heldout"
 _PROBES = 64  # tasks of the first step
@@ -37,7 +35,7 @@ class Options:
     size: int = 112  # pixels
     quality: int = 95  # of images that have to be encoded again
     hold_out: int = 0  # identities
-    pairs: int = 3000  # of the held-out identities; nothing without them
+    pairs: int = 3000  # of the held-out identities, at most; nothing without them
 
     def __post_init__(self) -> None:
         lowest = {"shards": 1, "seed": 0, "size": 1, "quality": 1, "hold_out": 0, "pairs": 0}
@@ -48,6 +46,8 @@ class Options:
                 )
         if self.quality > 100:
             raise ValueError(f"--quality {self.quality}: a JPEG's quality is at most 100")
+        if self.hold_out:
+            check_num_pairs(self.pairs)
 
 
 def pack(
@@ -74,7 +74,12 @@ def pack(
         about: dict[str, Any] = {}
         if len(held):
             about["held_out"] = _hold_out(source, held, writer.partial, options, skipped)
-        written = _write_shards(source, trained, writer.partial, options, workers, skipped)
+        written, resized = _write_shards(source, trained, writer.partial, options, workers, skipped)
+        held_out = about.get("held_out", {"resized": 0, "readable": 0})
+        about["resized"] = {
+            "count": resized + held_out["resized"],
+            "of": sum(len(shard.labels) for shard in written) + held_out["readable"],
+        }
         for path in source.bins:
             shutil.copyfile(path, writer.partial / path.name)
         about["skipped"] = _list_skipped(skipped, writer.partial)
@@ -151,6 +156,8 @@ def _split_identities(
     usable, empty = np.flatnonzero(readable), np.flatnonzero(~readable)
     if len(usable) < 2 + options.hold_out:
         reasons = "".join(f"; {where}: {why}" for where, why in skipped[:3])
+        if len(usable) > 2:
+            reasons = f"; --hold-out can be at most {len(usable) - 2}" + reasons
         raise ValueError(
             f"{source.path}: {len(usable)} of {len(readable)} identities have a readable image; "
             f"{options.hold_out} to hold out and 2 to train on are needed{reasons}"
@@ -168,8 +175,8 @@ def _probe(
     found = np.zeros(len(counts), bool)
     skipped: Skipped = []
     stop = 0
-    for k, count in enumerate(counts):
-        start, stop = stop, stop + count
+    for k, num_images in enumerate(counts):
+        start, stop = stop, stop + num_images
         faults: Skipped = []
         one_by_one = images.select(np.arange(start, stop))
         jpegs = read_jpegs(one_by_one, options.size, options.quality, faults, lambda n: None)
@@ -185,20 +192,26 @@ def _hold_out(
 ) -> dict[str, Any]:
     """Write the verification set of the held-out identities, and their names."""
     chosen = np.flatnonzero(np.isin(source.labels, held))
-    pair_options = PairOptions(options.pairs, options.seed, options.size, options.quality)
-    path = directory / f"{HELD_OUT}.bin"
-    (made,) = run_tasks(
-        lambda images, advance: make_pairs(
-            images, source.labels[chosen], path, pair_options, skipped, advance
-        ),
-        [source.select(chosen)],
-        workers=1,
-        total=len(chosen),
-        title="held out",
+    pair_options = PairOptions(
+        options.pairs, options.seed, options.size, options.quality, fewer=True
     )
+    path = directory / f"{HELD_OUT}.bin"
+    try:
+        (made,) = run_tasks(
+            lambda images, advance: make_pairs(
+                images, source.labels[chosen], path, pair_options, skipped, advance
+            ),
+            [source.select(chosen)],
+            workers=1,
+            total=len(chosen),
+            title="held out",
+        )
+    except ValueError as error:
+        raise ValueError(f"--hold-out {options.hold_out}: {error}") from error
     names = b"".join(os.fsencode(source.identities[k]) + b"\n" for k in held)
     (directory / f"{HELD_OUT}.txt").write_bytes(names)
-    return {**made, "identities": len(held), "names": f"{HELD_OUT}.txt"}
+    asked = {"pairs_asked": options.pairs}
+    return {**made, **asked, "identities": len(held), "names": f"{HELD_OUT}.txt"}
 
 
 def _write_shards(
@@ -208,12 +221,15 @@ def _write_shards(
     options: Options,
     workers: int,
     skipped: Skipped,
-) -> list[WrittenShard]:
+) -> tuple[list[WrittenShard], int]:
+    """The shards, and how many of their images were resized."""
     class_of = np.full(len(source.identities), -1, np.int64)
     class_of[trained] = np.arange(len(trained))
     chosen = np.flatnonzero(class_of[source.labels] >= 0)
     if len(chosen) < options.shards:
-        raise ValueError(f"{len(chosen)} images do not fill {options.shards} shards: ask for fewer")
+        raise ValueError(
+            f"{count(len(chosen), 'image')} cannot fill {options.shards} shards: ask for fewer"
+        )
     chosen = np.random.default_rng([options.seed, 0]).permutation(chosen)
     tasks = []
     for s, some in enumerate(np.array_split(chosen, options.shards)):
@@ -221,24 +237,31 @@ def _write_shards(
         images = source.select(some)
         tasks.append((images, class_of[source.labels[some]], directory, name, options))
     results = run_tasks(_write_one, tasks, workers, len(chosen), "images")
-    for written, faults in results:
+    for written, _, faults in results:
         skipped += faults
         if not len(written.labels):
             raise ValueError(
                 f"no image of {written.entry['name']} can be read: ask for fewer shards; "
                 f"{faults[0][0]}: {faults[0][1]}"
             )
-    return [written for written, _ in results]
+    return [written for written, _, _ in results], sum(resized for _, resized, _ in results)
 
 
 def _write_one(
     task: tuple[Images, np.ndarray, Path, str, Options], advance: Advance
-) -> tuple[WrittenShard, Skipped]:
+) -> tuple[WrittenShard, int, Skipped]:
+    """The shard, how many of its images were resized, and what was left out."""
     images, labels, directory, name, options = task
     skipped: Skipped = []
-    jpegs = read_jpegs(images, options.size, options.quality, skipped, advance)
-    written = write_shard(directory, name, ((int(labels[i]), jpeg) for i, jpeg in jpegs))
-    return written, skipped
+    resized = 0
+
+    def labelled() -> Iterator[tuple[int, bytes]]:
+        nonlocal resized
+        for jpeg in read_jpegs(images, options.size, options.quality, skipped, advance):
+            resized += jpeg.resized
+            yield int(labels[jpeg.i]), jpeg.encoded
+
+    return write_shard(directory, name, labelled()), resized, skipped
 
 
 def _list_skipped(skipped: Skipped, directory: Path) -> dict[str, Any]:
@@ -250,6 +273,7 @@ def _list_skipped(skipped: Skipped, directory: Path) -> dict[str, Any]:
 
 
 def _summary(out: Path, index: dict[str, Any], status: str, seconds: float) -> dict[str, Any]:
+    held_out = index.get("held_out", {})
     return {
         "status": status,
         "path": str(out),
@@ -259,69 +283,10 @@ def _summary(out: Path, index: dict[str, Any], status: str, seconds: float) -> d
         "bytes": sum(shard["bytes"] for shard in index["shards"]),
         "skipped": index["skipped"]["count"],
         "empty_identities": len(index["empty_identities"]),
-        "held_out_identities": index.get("held_out", {}).get("identities", 0),
+        "resized": index.get("resized"),  # None: packed before they were counted
+        "held_out_identities": held_out.get("identities", 0),
+        "pairs_asked": held_out.get("pairs_asked", 0),
+        "pairs_made": held_out.get("pairs", 0),
         "verification": [entry["file"] for entry in index["verification"]],
         "seconds": round(seconds, 3),
     }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    standard = Options()
-    parser.add_argument(
-        "source",
-        type=Path,
-        help="folder of identities (SOURCE/<identity>/<image>.jpg), or an InsightFace directory "
-        "(train.rec, train.idx, property), or a data set packed before",
-    )
-    parser.add_argument("out", type=Path, help="directory to make")
-    parser.add_argument(
-        "--shards", type=int, default=standard.shards, help="files to cut the images into (8)"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="processes; more than --shards have nothing to do (all cores)",
-    )
-    parser.add_argument("--seed", type=int, default=standard.seed, help="of every draw (0)")
-    parser.add_argument(
-        "--size", type=int, default=standard.size, help="side of the images in pixels (112)"
-    )
-    parser.add_argument(
-        "--quality",
-        type=int,
-        default=standard.quality,
-        help="of images that are encoded again; a JPEG of the right size is kept as it is (95)",
-    )
-    parser.add_argument(
-        "--hold-out",
-        type=int,
-        default=standard.hold_out,
-        metavar="N",
-        help=f"leave N identities out of training and make {HELD_OUT}.bin of them (0)",
-    )
-    parser.add_argument(
-        "--pairs",
-        type=int,
-        default=standard.pairs,
-        help="verification pairs of the identities held out, a multiple of 20 (3000)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a data set")
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: must be 1 or more")
-    options = Options(args.shards, args.seed, args.size, args.quality, args.hold_out, args.pairs)
-    done = pack(args.source, args.out, options, args.workers, args.overwrite)
-    if done["skipped"] or done["empty_identities"]:
-        print(
-            f"warning: {done['skipped']} images or folders skipped (listed in "
-            f"{args.out}/skipped.txt), {done['empty_identities']} identities without any image",
-            file=sys.stderr,
-        )
-    print(
-        f"{done['status']} {done['path']}: {done['images']} images, {done['classes']} classes, "
-        f"{done['shards']} shards, {done['bytes'] / 1e6:.1f} MB, {done['seconds']:.1f} s"
-    )
-    return done

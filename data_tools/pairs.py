@@ -17,18 +17,21 @@ import numpy as np
 
 from data_tools.parallel import Advance, run_tasks
 from data_tools.sources import Images, Source, open_source, read_jpegs
+from data_tools.wording import count
 
 FOLDS = 10
+PAIRS_STEP = 2 * FOLDS  # one same and one different pair in each fold
 
 
 @dataclass(frozen=True, slots=True)
 class PairOptions:
     """What the pairs depend on, besides the images."""
 
-    num_pairs: int
+    num_pairs: int  # asked for
     seed: int
     size: int = 112  # pixels
     quality: int = 95  # of images that have to be encoded again
+    fewer: bool = False  # make as many as there are where those asked for are too many
 
 
 def draw_pairs(labels: np.ndarray, num_pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,24 +43,18 @@ def draw_pairs(labels: np.ndarray, num_pairs: int, seed: int) -> tuple[np.ndarra
 
     Raises: ValueError if num_pairs is no multiple of 20, or more than there are, saying how many.
     """
-    if num_pairs <= 0 or num_pairs % (2 * FOLDS):
-        raise ValueError(
-            f"{num_pairs} pairs do not make {FOLDS} folds, half same and half different: take a "
-            f"multiple of {2 * FOLDS}"
-        )
+    check_num_pairs(num_pairs)
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
     groups = np.split(order, starts[1:])  # image indices of each identity
-    sizes = np.array([len(group) for group in groups], dtype=np.int64)
     half = num_pairs // 2
-    possible_same = int((sizes * (sizes - 1) // 2).sum())
-    possible_different = int((sizes.sum() ** 2 - (sizes**2).sum()) // 2)
-    for name, possible in (("one person", possible_same), ("two people", possible_different)):
+    for name, possible in zip(("one person", "two people"), _possible(labels), strict=True):
         if half > possible:
+            most = most_pairs(labels)
             raise ValueError(
-                f"{num_pairs} pairs need {half} of {name}, but {len(labels)} images of "
-                f"{len(groups)} identities make only {possible}: ask for at most "
-                f"{2 * min(possible_same, possible_different) // 20 * 20} pairs"
+                f"{num_pairs} pairs need {half} of {name}, but {count(len(labels), 'image')} of "
+                f"{count(len(groups), 'identity', 'identities')} make only {possible}: "
+                + (f"ask for at most {most} pairs" if most else "more images or people are needed")
             )
     random = np.random.default_rng([seed, 2])
     same = _draw_same(groups, half, random)
@@ -68,7 +65,28 @@ def draw_pairs(labels: np.ndarray, num_pairs: int, seed: int) -> tuple[np.ndarra
     return pairs.reshape(-1, 2), issame
 
 
-def _draw_same(groups: list[np.ndarray], count: int, random: np.random.Generator) -> np.ndarray:
+def check_num_pairs(num_pairs: int) -> None:
+    """Raises: ValueError if that many pairs do not make ten folds, half same, half different."""
+    if num_pairs <= 0 or num_pairs % PAIRS_STEP:
+        raise ValueError(
+            f"{num_pairs} pairs do not make {FOLDS} folds, half same and half different: take a "
+            f"multiple of {PAIRS_STEP}"
+        )
+
+
+def most_pairs(labels: np.ndarray) -> int:
+    """The largest number of pairs that `draw_pairs` can draw; 0 if there are not even 20."""
+    return 2 * min(_possible(labels)) // PAIRS_STEP * PAIRS_STEP
+
+
+def _possible(labels: np.ndarray) -> tuple[int, int]:
+    """How many different pairs of one person, and of two people, there are."""
+    sizes = np.unique(labels, return_counts=True)[1]
+    same = int((sizes * (sizes - 1) // 2).sum())
+    return same, len(labels) * (len(labels) - 1) // 2 - same
+
+
+def _draw_same(groups: list[np.ndarray], wanted: int, random: np.random.Generator) -> np.ndarray:
     drawn: list[tuple[int, int]] = []
     taken: list[set[tuple[int, int]]] = [set() for _ in groups]
     while True:
@@ -82,15 +100,15 @@ def _draw_same(groups: list[np.ndarray], count: int, random: np.random.Generator
                     break
             taken[g].add((i, j))
             drawn.append((int(groups[g][i]), int(groups[g][j])))
-            if len(drawn) == count:
+            if len(drawn) == wanted:
                 return np.array(drawn, np.int64)
 
 
 def _draw_different(
-    groups: list[np.ndarray], count: int, random: np.random.Generator
+    groups: list[np.ndarray], wanted: int, random: np.random.Generator
 ) -> np.ndarray:
     drawn: dict[tuple[int, int], None] = {}  # in the order of drawing
-    while len(drawn) < count:
+    while len(drawn) < wanted:
         g, h = random.choice(len(groups), 2, replace=False)
         i, j = int(random.choice(groups[g])), int(random.choice(groups[h]))
         drawn[min(i, j), max(i, j)] = None
@@ -127,17 +145,33 @@ def make_pairs(
 
     Raises: ValueError if there are not enough different pairs.
     """
-    readable = [i for i, _ in read_jpegs(images, options.size, options.quality, skipped, advance)]
-    pairs, issame = draw_pairs(labels[readable], options.num_pairs, options.seed)
+    readable, resized = [], 0
+    for jpeg in read_jpegs(images, options.size, options.quality, skipped, advance):
+        readable.append(jpeg.i)
+        resized += jpeg.resized
+    num_pairs = options.num_pairs
+    if options.fewer:
+        num_pairs = min(num_pairs, max(most_pairs(labels[readable]), PAIRS_STEP))
+    pairs, issame = draw_pairs(labels[readable], num_pairs, options.seed)
     used, pairs = np.unique(np.array(readable)[pairs], return_inverse=True)
     jpegs = read_jpegs(images.select(used), options.size, options.quality, skipped, lambda n: None)
-    write_bin(path, [jpeg for _, jpeg in jpegs], pairs.reshape(-1, 2), issame)
+    write_bin(path, [jpeg.encoded for jpeg in jpegs], pairs.reshape(-1, 2), issame)
     return {
         "file": path.name,
         "pairs": len(issame),
         "identities": len(np.unique(labels[used])),
         "images": len(used),
+        "readable": len(readable),
+        "resized": resized,
     }
+
+
+def resized_text(resized: int, images: int, size: int) -> str:
+    return (
+        f"{resized} of {count(images, 'image')} {'was' if resized == 1 else 'were'} not "
+        f"{size}x{size} and {'was' if resized == 1 else 'were'} resized: faces must be aligned "
+        f"before"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,8 +207,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for where, reason in skipped:
         print(f"skipped {where}: {reason}", file=sys.stderr)
     print(
-        f"{args.out}: {made['pairs']} pairs of {made['images']} images, {made['identities']} people"
+        f"{args.out}: {made['pairs']} pairs of {count(made['images'], 'image')}, "
+        f"{count(made['identities'], 'person', 'people')}"
     )
+    if made["resized"]:
+        print(
+            f"warning: {resized_text(made['resized'], made['readable'], args.size)}",
+            file=sys.stderr,
+        )
     return {**made, "file": str(args.out), "skipped": len(skipped)}
 
 

@@ -19,6 +19,8 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]  # a task calls it with the number of images it has done since
 
+# The least that a process is started for: starting one takes as long as packing some 500 images.
+ITEMS_PER_WORKER = 500
 _POLL = 0.1  # seconds between two looks at the workers
 
 
@@ -29,23 +31,25 @@ def run_tasks(
     total: int,
     title: str,
 ) -> list[Result]:
-    """`[function(task, advance) for task in tasks]`, by that many processes; in this one for one.
+    """`[function(task, advance) for task in tasks]`, by at most that many processes.
 
-    `total` is what all tasks together advance by. The first exception of a task stops the others at
-    their next `advance` and comes out here; so does an interruption. A worker whose parent was
-    killed ends at once: nobody goes on writing.
+    Never more than there are tasks, nor than `total`, what all tasks together advance by, is worth;
+    instead of one, this process does it. The first exception of a task stops the others at their
+    next `advance` and comes out here; so does an interruption. A worker whose parent was killed
+    ends at once: nobody goes on writing.
 
     Raises: ChildProcessError if a worker was killed.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task(title, total=total)
-        if workers == 1:
+        workers = min(workers, len(tasks), total // ITEMS_PER_WORKER)
+        if workers <= 1:
             return [function(task, lambda n: progress.advance(bar, n)) for task in tasks]
         context = multiprocessing.get_context("spawn")  # fork would copy OpenCV's threads mid-work
         done, stop = context.Value("q", 0), context.Event()
         with ProcessPoolExecutor(
-            min(workers, len(tasks)), context, initializer=_start_worker, initargs=(done, stop)
+            workers, context, initializer=_start_worker, initargs=(done, stop)
         ) as pool:
             futures = [pool.submit(_call, function, task) for task in tasks]
             try:

@@ -125,8 +125,8 @@ def open(path: str | Path) -> Shards:
     rec = insightface.find_rec(path)
     if rec is None:
         raise FileNotFoundError(
-            f"{path}: no data set: neither {INDEX} nor train.rec; make one with "
-            f"`python -m data_tools pack SOURCE {path}`"
+            f"{path}: no data set: neither {INDEX} nor train.rec; if it is a folder of identities, "
+            f"make one of it with `python -m data_tools pack {path} OUT`"
         )
     return _open_insightface(path, rec)
 

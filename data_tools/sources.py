@@ -15,7 +15,7 @@ import stat
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -63,18 +63,26 @@ def open_source(path: str | Path) -> Source:
     return FolderSource(path)
 
 
+class Jpeg(NamedTuple):
+    """Image i of a source as a JPEG of the size asked for."""
+
+    i: int
+    encoded: bytes
+    resized: bool
+
+
 def read_jpegs(
     images: Images, size: int, quality: int, skipped: list[tuple[str, str]], advance: Advance
-) -> Iterator[tuple[int, bytes]]:
-    """(i, size x size JPEG) of each readable image; (where, why) of the others joins `skipped`."""
+) -> Iterator[Jpeg]:
+    """Each readable image as a size x size JPEG; (where, why) of the others joins `skipped`."""
     for i in range(len(images)):
         where = images.where(i)
         try:
-            jpeg = to_jpeg(images.read(i), size, quality, where)
+            jpeg, resized = to_jpeg(images.read(i), size, quality, where)
         except ValueError as error:
             skipped.append((where, str(error).removeprefix(f"{where}: ")))
         else:
-            yield i, jpeg
+            yield Jpeg(i, jpeg, resized)
         advance(1)
 
 

@@ -13,6 +13,7 @@ from data_tools.decode import decode
 from data_tools.parallel import Advance, run_tasks
 from data_tools.recordio import Header, RecordFile, read_idx, unpack_record
 from data_tools.shard_writer import file_sha256
+from data_tools.wording import count
 
 _BLOCK = 1 << 16  # records of an InsightFace .rec that make a task
 
@@ -130,19 +131,21 @@ def _packed_block(
     name = shard["name"]
     file = RecordFile(path / f"{name}.rec")
     keys, offsets = read_idx(path / f"{name}.idx")
-    count = shard["images"]
-    if not np.array_equal(keys, np.arange(count)):
-        findings.append(Finding(f"{name}.idx", None, None, f"its keys are not 0 .. {count - 1}"))
+    images = shard["images"]
+    if not np.array_equal(keys, np.arange(images)):
+        findings.append(Finding(f"{name}.idx", None, None, f"its keys are not 0 .. {images - 1}"))
     if "offsets" in columns:
-        if len(offsets) == count and len(differ := np.flatnonzero(offsets != columns["offsets"])):
-            problem = f"{len(differ)} offsets differ from offsets.npy"
+        if len(offsets) == images and len(differ := np.flatnonzero(offsets != columns["offsets"])):
+            problem = f"not as in offsets.npy: {count(len(differ), 'offset')}"
             findings.append(Finding(f"{name}.idx", int(differ[0]), None, problem))
         offsets = columns["offsets"]
     labels = columns.get("labels")
-    if len(offsets) != count:
-        raise ValueError(f"{name}.idx has {len(offsets)} lines, {shards.INDEX} says {count}")
+    if len(offsets) != images:
+        raise ValueError(
+            f"{name}.idx has {count(len(offsets), 'line')}, {shards.INDEX} says {images}"
+        )
     size = index["image_size"][0] if deep else None
-    return Block(file, np.arange(count), offsets, file.size, labels, index["classes"], False, size)
+    return Block(file, np.arange(images), offsets, file.size, labels, index["classes"], False, size)
 
 
 def _check_classes(path: Path, index: dict[str, Any], labels: np.ndarray) -> list[Finding]:
@@ -153,7 +156,8 @@ def _check_classes(path: Path, index: dict[str, Any], labels: np.ndarray) -> lis
     if len(outside):
         i = int(outside[0])
         problem = (
-            f"{len(outside)} labels outside [0, {classes}), the first {labels[i]} of image {i}"
+            f"{count(len(outside), 'label')} outside [0, {classes}), the first is {labels[i]}, of "
+            f"image {i}"
         )
         findings.append(Finding(name, None, None, problem))
     else:
@@ -163,7 +167,8 @@ def _check_classes(path: Path, index: dict[str, Any], labels: np.ndarray) -> lis
             findings.append(Finding(name, None, None, problem))
     names = path / index["identities"]["file"]
     if names.is_file() and (lines := names.read_bytes().count(b"\n")) != classes:
-        findings.append(Finding(names.name, None, None, f"{lines} names of {classes} classes"))
+        problem = f"{count(lines, 'name')} of {count(classes, 'class', 'classes')}"
+        findings.append(Finding(names.name, None, None, problem))
     return findings
 
 
@@ -250,7 +255,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         key = "" if finding.key is None else f" key {finding.key}"
         byte = "" if finding.byte is None else f" byte {finding.byte}"
         print(f"bad: {finding.file}{key}{byte}: {finding.problem}")
-    print(f"{args.path}: {records} records, {len(findings)} faults")
+    print(f"{args.path}: {count(records, 'record')}, {count(len(findings), 'fault')}")
     return {
         "ok": not findings,
         "path": str(args.path),

@@ -115,9 +115,10 @@ def test_what_is_no_image_is_said(content, fault):
 
 def test_to_jpeg_keeps_the_bytes_that_fit():
     jpeg = encoded(10)
-    assert to_jpeg(jpeg, 112, 95) == jpeg
-    for other in (encoded(10, suffix=".png"), encoded(10, 200)):
-        made = to_jpeg(other, 112, 95)
+    assert to_jpeg(jpeg, 112, 95) == (jpeg, False)
+    for other, is_resized in ((encoded(10, suffix=".png"), False), (encoded(10, 200), True)):
+        made, resized = to_jpeg(other, 112, 95)
+        assert resized == is_resized
         assert made != other and made.startswith(b"\xff\xd8")
         difference = decode(made).astype(int) - decode(other)
         assert np.abs(difference).mean() < 2  # grey levels: what JPEG loses at quality 95

@@ -33,7 +33,15 @@ def test_shards(tmp_path, capsys):
     assert facts["bytes"] == sum(p.stat().st_size for p in (tmp_path / "set").glob("*.rec"))
     assert facts["verification"][0]["file"] == "heldout.bin"
     assert facts["options"]["seed"] == 3 and facts["held_out"]["identities"] == 2
-    for line in ("classes      4", "112x112", "seed=3", "2 held out", "heldout.bin", "and 2 more"):
+    for line in (
+        "classes      4",
+        "format       arcline-shards (",
+        "112x112",
+        "seed=3",
+        "2 held out",
+        "heldout.bin",
+        "and 2 more",
+    ):
         assert line in text
     assert facts["fingerprint"] in text
 
@@ -70,4 +78,14 @@ def test_insightface_directories(capsys, name, images, classes, layout):
 
 def test_what_is_no_data_set(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and f"data_tools pack {tmp_path} OUT`" in error
+
+
+def test_one_of_a_kind_and_small_sizes(tmp_path, capsys):
+    pack(folder(tmp_path / "faces", [1, 1]), tmp_path / "set", Options(shards=2))
+    facts, text = inspect(tmp_path / "set", capsys)
+    first = facts["shards"][0]
+    assert 1000 < first["bytes"] < 1e6
+    assert f"{first['name']}  1 image, {first['bytes'] / 1000:.1f} kB" in text
+    assert "0.0 MB" not in text and "1 to 1 image, " in text

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_tools import shards, sources
+from data_tools import parallel, shards, sources
 from data_tools.__main__ import main
 from data_tools.decode import decode
 from data_tools.pack import Options, pack
@@ -69,7 +69,8 @@ def test_the_shuffle_is_global_and_of_the_seed(source, tmp_path):
     assert first_shard != sorted(first_shard) and len(set(first_shard)) > 3
 
 
-def test_the_bytes_do_not_depend_on_the_workers(source, tmp_path):
+def test_the_bytes_do_not_depend_on_the_workers(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "ITEMS_PER_WORKER", 1)
     (source / "p02" / "3.jpg").write_bytes(b"")
     options = Options(shards=4, hold_out=3, pairs=20, seed=4)
     for workers in (1, 3):
@@ -155,8 +156,9 @@ def test_nothing_is_skipped_in_silence(tmp_path, capsys):
         (lambda s: [shutil.rmtree(p) for p in list(s.iterdir())[1:]], [], "1 of 1 identities"),
         (lambda s: None, ["--hold-out", "6", "--pairs", "20"], "6 to hold out and 2 to train"),
         (lambda s: None, ["--hold-out", "2", "--pairs", "21"], "multiple of 20"),
-        (lambda s: None, ["--hold-out", "2"], "3000 pairs need 1500"),
-        (lambda s: None, ["--shards", "32"], "31 images do not fill 32 shards"),
+        (lambda s: None, ["--hold-out", "6"], "--hold-out can be at most 5"),
+        (lambda s: None, ["--hold-out", "1"], "--hold-out 1: 20 pairs need 10 of .* more images"),
+        (lambda s: None, ["--shards", "32"], "31 images cannot fill 32 shards"),
         (lambda s: None, ["--shards", "0"], "--shards 0: must be 1 or more"),
         (lambda s: None, ["--seed", "-1"], "--seed -1"),
         (lambda s: None, ["--quality", "101"], "at most 100"),
@@ -240,6 +242,49 @@ def test_held_out_people_are_in_the_pairs_only(source, tmp_path):
     assert (tmp_path / "other" / "heldout.txt").read_text().split() != held
 
 
+def test_as_many_pairs_as_there_are(source, tmp_path, capsys):
+    """However many are asked for, and the same again is reused."""
+    out = tmp_path / "set"
+    words = ["pack", str(source), str(out), "--shards", "2", "--hold-out", "4", "--seed", "1"]
+    for status in ("packed", "reused"):
+        assert main([*words, "--json"]) == 0
+        captured = capsys.readouterr()
+        done = json.loads(captured.out.splitlines()[-1])
+        bins, issame = pickle.loads((out / "heldout.bin").read_bytes())
+        sizes = [
+            len(list((source / k).iterdir())) for k in (out / "heldout.txt").read_text().split()
+        ]
+        same = sum(n * (n - 1) // 2 for n in sizes)
+        different = sum(sizes) * (sum(sizes) - 1) // 2 - same
+        made = 2 * min(same, different) // 20 * 20
+        assert (done["status"], done["pairs_asked"], done["pairs_made"]) == (status, 3000, made)
+        assert len(issame) == made >= 20 and sum(issame) == made // 2
+        lines = [
+            line for line in captured.err.splitlines() if f"{made} pairs made, not 3000" in line
+        ]
+        assert len(lines) == 1 and "4 people held out" in lines[0]
+    assert shards.open(out).index["held_out"]["pairs"] == made
+
+
+def test_resized_images_are_counted(tmp_path, capsys):
+    source = folder(tmp_path / "faces", [6, 6, 6])
+    for k in range(3):  # of each person, so also of the one who is not in the shards
+        (source / f"p{k:02d}" / "big.png").write_bytes(encoded(50 + k, 130, suffix=".png"))
+        (source / f"p{k:02d}" / "fits.png").write_bytes(encoded(60 + k, suffix=".png"))
+    words = ["pack", str(source), str(tmp_path / "set"), "--shards", "1", "--json"]
+    for _ in ("packed", "reused"):
+        assert main(words) == 0
+        captured = capsys.readouterr()
+        assert json.loads(captured.out.splitlines()[-1])["resized"] == {"count": 3, "of": 24}
+        assert "3 of 24 images were not 112x112 and were resized: faces must be al" in captured.err
+    for k in range(3, 5):
+        (source / f"p{k:02d}").mkdir()
+        (source / f"p{k:02d}" / "0.jpg").write_bytes(encoded(90 + k, 90))
+    options = Options(shards=1, hold_out=3, pairs=20, seed=1)
+    held = pack(source, tmp_path / "held", options)
+    assert held["resized"] == {"count": 5, "of": 26}
+
+
 # --- InsightFace directories ---
 
 
@@ -317,7 +362,11 @@ def slow_source(tmp_path):
 
 
 def start_pack(source, out, *arguments, before=None):
-    command = [sys.executable, "-m", "data_tools", "pack", str(source), str(out), *arguments]
+    program = (  # processes, for few images as well
+        "import sys; from data_tools import __main__, parallel; parallel.ITEMS_PER_WORKER = 1; "
+        "sys.exit(__main__.main())"
+    )
+    command = [sys.executable, "-c", program, "pack", str(source), str(out), *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=before, start_new_session=True,
@@ -409,6 +458,25 @@ def test_a_failing_source_disk_stops_the_pack(source, tmp_path, monkeypatch):
     assert not (tmp_path / "set").exists() and not (tmp_path / "set.partial").exists()
 
 
+@pytest.mark.parametrize(("total", "started"), [(300, 0), (1499, 2), (10**6, 3)])
+def test_no_more_processes_than_the_work_is_worth(monkeypatch, total, started):
+    asked = []
+
+    class Pool:
+        def __init__(self, workers, *_, **__):
+            asked.append(workers)
+            raise InterruptedError
+
+    monkeypatch.setattr(parallel, "ProcessPoolExecutor", Pool)
+    arguments = (lambda task, advance: task, [1, 2, 3], 8, total, "title")
+    if started:
+        with pytest.raises(InterruptedError):
+            parallel.run_tasks(*arguments)
+        assert asked == [started]
+    else:
+        assert parallel.run_tasks(*arguments) == [1, 2, 3]
+
+
 # --- the command ---
 
 
@@ -428,7 +496,10 @@ def test_the_command_prints_one_json_line_last(source, tmp_path):
         "bytes": sum(path.stat().st_size for path in (tmp_path / "set").glob("*.rec")),
         "skipped": 0,
         "empty_identities": 0,
+        "resized": {"count": 0, "of": 31},
         "held_out_identities": 0,
+        "pairs_asked": 0,
+        "pairs_made": 0,
         "verification": [],
     }
     assert "images" in error and "31/31" in error  # the progress

@@ -1,5 +1,6 @@
 """Verification pairs: folds like LFW's, no pair twice, the same for the same seed."""
 
+import itertools
 import pickle
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from data_tools import pairs, shards
 from data_tools.__main__ import main
 from data_tools.decode import decode
-from data_tools.pairs import draw_pairs, write_bin
+from data_tools.pairs import draw_pairs, most_pairs, write_bin
 from tests.data_tools.samples import encoded, folder
 
 LABELS = np.repeat(np.arange(12), [5, 1, 9, 2, 4, 30, 3, 3, 2, 1, 6, 8])
@@ -53,14 +54,26 @@ def test_all_there_are_can_be_drawn():
         (LABELS, 30, "multiple of 20"),
         (LABELS, 0, "multiple of 20"),
         ([0, 0, 0, 0, 0, 1], 40, "20 of one person, but 6 images of 2 identities make only 10"),
-        ([0] * 9, 20, "10 of two people, but 9 images of 1 identities make only 0"),
-        (list(range(9)), 20, "10 of one person.* make only 0: ask for at most 0"),
+        ([0] * 9, 20, "10 of two people, but 9 images of 1 identity make only 0"),
+        (list(range(9)), 20, "10 of one person.* make only 0: more images or people are needed"),
         (LABELS, 2000, "make only 538: ask for at most 1060 pairs"),
     ],
 )
 def test_impossible_requests_say_what_is_possible(labels, count, fault):
     with pytest.raises(ValueError, match=fault):
         draw_pairs(np.array(labels), count, 0)
+
+
+@pytest.mark.parametrize("sizes", [[5, 1], [9], [1] * 9, [6, 6], [3] * 7, [30, 1, 1]])
+def test_the_most_pairs_can_be_drawn_and_no_more(sizes):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    kinds = [a == b for a, b in itertools.combinations(labels.tolist(), 2)]
+    most = 2 * min(sum(kinds), len(kinds) - sum(kinds)) // 20 * 20
+    assert most_pairs(labels) == most
+    if most:
+        assert len(draw_pairs(labels, most, 0)[1]) == most
+    with pytest.raises(ValueError, match="make only"):
+        draw_pairs(labels, most + 20, 0)
 
 
 def test_the_file_is_plain(tmp_path):
@@ -102,6 +115,7 @@ def test_the_command_on_a_folder(tmp_path, capsys):
     arguments = ["pairs", str(source), str(tmp_path / "x.bin"), "--pairs", "60"]
     assert main([*arguments, "--identities", str(names), "--seed", "3", "--json"]) == 0
     captured = capsys.readouterr()
+    assert "warning: 1 of 29 images was not 112x112 and was resized" in captured.err
     assert '"skipped": 1' in captured.out.splitlines()[-1]
     assert "skipped p00/0.jpg: no image: zero bytes" in captured.err
     bins, issame = pickle.loads((tmp_path / "x.bin").read_bytes())

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from data_tools import shards
+from data_tools import parallel, shards
 from data_tools.__main__ import main
 from data_tools.pack import Options, pack
 from data_tools.recordio import Header, Writer
@@ -39,7 +39,8 @@ def poke(path, at, content):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_sound_set(packed, capsys, workers):
+def test_a_sound_set(packed, capsys, workers, monkeypatch):
+    monkeypatch.setattr(parallel, "ITEMS_PER_WORKER", 1)  # processes, for few records as well
     code, result, lines = verify(packed, capsys, "--deep", "--workers", workers)
     assert code == 0
     assert result == {"ok": True, "path": str(packed), "records": 10, "deep": True, "bad": []}
@@ -105,7 +106,11 @@ def sha(path):
         (lambda p: (p / f"{FIRST}.rec").unlink(), f"{FIRST}.rec", "missing"),
         (lambda p: (p / f"{FIRST}.idx").unlink(), f"{FIRST}.idx", "missing"),
         (lambda p: (p / "labels.npy").unlink(), "labels.npy", "missing"),
-        (lambda p: (p / "identities.txt").write_text("ann\n"), "identities.txt", "1 names of 3"),
+        (
+            lambda p: (p / "identities.txt").write_text("ann\n"),
+            "identities.txt",
+            "1 name of 3 classes",
+        ),
         (
             lambda p: (p / f"{FIRST}.idx").write_text("0\t0\n"),
             f"{FIRST}.idx",
@@ -120,7 +125,11 @@ def sha(path):
             "labels.npy",
             r"needs int64 \[10\]",
         ),
-        (lambda p: np.save(p / "offsets.npy", np.zeros(10, int)), f"{FIRST}.idx", "4 offsets diff"),
+        (
+            lambda p: np.save(p / "offsets.npy", np.zeros(10, int)),
+            f"{FIRST}.idx",
+            "offsets.npy: 4 offsets",
+        ),
     ],
 )
 def test_every_file_is_checked(packed, capsys, damage, file, problem):
