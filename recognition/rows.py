@@ -33,19 +33,22 @@ class SampledRows:
     def __len__(self) -> int:
         return len(self.weight if self.index is None else self.index)
 
-    def read(self, where: slice | Tensor) -> Tensor:  # places in the sample -> [n, K, D]
+    def unit(self, where: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """unit() of the centres at some places of the sample: [n, K, D] and [n, K, 1]."""
         if self.index is None:
-            return self.weight[where]
-        return self.weight.index_select(0, self.index[where])
+            return unit(self.weight[where])
+        return unit(self.weight.index_select(0, self.index[where]))
 
-    def add_gradient(self, where: slice | Tensor, grad_unit: Tensor) -> None:
-        """Add the gradient with respect to the unit centres at `where` (repeats allowed) [n, K, D].
-
-        Through w_hat = w / |w|: dL/dw = (dL/dw_hat - <dL/dw_hat, w_hat> w_hat) / |w|.
-        """
-        centres, norm = unit(self.read(where))
+    def add_gradient(
+        self,
+        where: slice | Tensor,
+        grad_unit: Tensor,  # [n, K, D] with respect to the unit centres at `where`, repeats allowed
+        centres: Tensor,  # [n, K, D] and
+        norm: Tensor,  # [n, K, 1], what unit(where) gave
+    ) -> None:
+        """Through w_hat = w / |w|: dL/dw = (dL/dw_hat - <dL/dw_hat, w_hat> w_hat) / |w|."""
         radial = (grad_unit * centres).sum(-1, keepdim=True)
-        grad = (grad_unit - radial * centres) / norm
+        grad = torch.addcmul(grad_unit, radial, centres, value=-1).div_(norm)
         if isinstance(where, slice):
             self.gradient()[where] += grad
         else:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from recognition.losses.margin import Margin, Rows
-from recognition.rows import SampledRows, unit
+from recognition.rows import SampledRows
 
 # Bytes of one [B, n] piece. On two cores 1 to 8 MiB measure alike; below, the GEMMs are too small.
 _PIECE_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
@@ -71,7 +71,7 @@ def piece_size(x: Tensor, num_subcenters: int) -> int:
 class _TargetCosines(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, rows: SampledRows, targets: Targets) -> Tensor:
-        centres, _ = unit(rows.read(targets.place))  # [m, K, D]
+        centres, _ = rows.unit(targets.place)  # [m, K, D]
         cos, nearest = torch.einsum("md,mkd->mk", x[targets.row], centres).max(1)
         ctx.save_for_backward(x, nearest)
         ctx.rows, ctx.targets = rows, targets
@@ -82,12 +82,12 @@ class _TargetCosines(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # [B]
         x, nearest = ctx.saved_tensors
         rows, (row, place, _) = ctx.rows, ctx.targets
-        centres, _ = unit(rows.read(place))
+        centres, norm = rows.unit(place)
         pull = grad[row, None]  # [m, 1]
         index = nearest[:, None, None].expand(-1, 1, x.shape[1])  # [m, 1, D]
         grad_x = torch.zeros_like(x).index_copy_(0, row, pull * centres.gather(1, index)[:, 0])
         grad_centres = torch.zeros_like(centres).scatter_(1, index, (pull * x[row])[:, None])
-        rows.add_gradient(place, grad_centres)
+        rows.add_gradient(place, grad_centres, centres, norm)
         return grad_x, None, None, None
 
 
@@ -108,7 +108,7 @@ class _NegativesLogSumExp(Function):
             x.new_zeros(len(x)),
         )  # max z, sum exp(z - max)
         for where, own in _pieces(rows, targets, size):
-            centres, _ = unit(rows.read(where))
+            centres, _ = rows.unit(where)
             cos, _ = _nearest(x, centres)
             z = margin.scale * margin.filtered_negatives(cos, batch)
             z[own] = -torch.inf
@@ -131,7 +131,7 @@ class _NegativesLogSumExp(Function):
         weight = torch.where(mass > 0, grad / mass, 0.0)  # a row without negatives gets none
         with full_precision(x):
             for where, own in _pieces(rows, targets, size):
-                centres, _ = unit(rows.read(where))
+                centres, norm = rows.unit(where)
                 cos, nearest = _nearest(x, centres)
                 with torch.enable_grad():
                     cos.requires_grad_()
@@ -143,7 +143,7 @@ class _NegativesLogSumExp(Function):
                 spread = _spread(grad_cos, nearest, centres.shape[1])  # [B, n * K]
                 flat = centres.flatten(0, 1)
                 grad_x.addmm_(spread, flat)
-                rows.add_gradient(where, (spread.T @ x).view_as(centres))
+                rows.add_gradient(where, (spread.T @ x).view_as(centres), centres, norm)
         return grad_x, None, None, None, None, None, None
 
 

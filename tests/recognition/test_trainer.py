@@ -162,7 +162,7 @@ def take_step_with_overflow_on_rank_1(state, batches):
     """A step whose class rows on rank 1 alone get an infinite gradient."""
     with pytest.MonkeyPatch.context() as patch:
         if state.runtime.rank == 1:
-            infinite = lambda rows, where, grad: rows.gradient().fill_(torch.inf)  # noqa: E731
+            infinite = lambda rows, *_: rows.gradient().fill_(torch.inf)  # noqa: E731
             patch.setattr(SampledRows, "add_gradient", infinite)
         trainer.take_step(state, batches)
 
