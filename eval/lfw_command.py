@@ -3,9 +3,11 @@ and the mean embedding norm. Faces must be aligned to 112 x 112."""
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -19,7 +21,10 @@ if TYPE_CHECKING:  # torch and matplotlib are loaded by run(): --help and mistak
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "example: python -m eval lfw runs/a lfw.bin calfw.bin --report runs/a/report.html"
+        "example: python -m eval lfw runs/a lfw.bin calfw.bin --report runs/a/report.html\n\n"
+        "In the JSON, best_thresholds and val_thresholds are squared L2 distances of unit\n"
+        "embeddings (0 to 4, accept below); those of operating_points are cosines (accept at or\n"
+        "above). Accuracies and rates are shares, 0 to 1."
     )
     parser.add_argument(
         "model",
@@ -53,25 +58,21 @@ def run(args: argparse.Namespace) -> dict:
     names = [pairs.name for pairs in sets]
     if len(set(names)) < len(names):
         raise ValueError(f"two sets of one name among {', '.join(names)}; rename a file")
-    for pairs in sets:
-        if pairs.missing:
-            print(
-                f"warning: {pairs.name}: {len(pairs.missing)} of "
-                f"{len(pairs.missing) + len(pairs.issame)} pairs left out, the first because: "
-                f"{pairs.missing[0]}",
-                file=sys.stderr,
-            )
     from eval import report
     from eval.embed import open_embedder
 
+    for pairs in sets:
+        for text in _warnings(pairs, report.is_uneven):
+            print(f"warning: {pairs.name}: {text}", file=sys.stderr)
     embedder = open_embedder(args.model, args.batch_size)
     results = _evaluate(embedder, sets, args.batch_size)
     console = Console(stderr=args.json)
-    console.print(_table([report.row(r.name, report.summary(r)) for r in results]))
-    output = {
-        "model": embedder.facts,
-        "sets": {result.name: report.summary(result) for result in results},
-    }
+    numbers = {result.name: report.summary(result) for result in results}
+    rows = [report.row(name, n) for name, n in numbers.items()]
+    console.print(_table(rows))
+    for note in report.notes(numbers, rows):
+        console.print(note, highlight=False)
+    output = {"model": embedder.facts, "sets": numbers}
     if args.report is not None:
         report.write(args.report, embedder.facts, results, run_dir(Path(args.model)))
         console.print(f"report: {args.report}", soft_wrap=True)
@@ -94,6 +95,20 @@ def _load(name: str) -> lfw.PairSet:
     return pairs
 
 
+def _warnings(pairs: lfw.PairSet, is_uneven: Callable[[int, int], bool]) -> Iterator[str]:
+    num_same = int(pairs.issame.sum())
+    num_different = len(pairs.issame) - num_same
+    counts = f"{num_same} same and {num_different} different pairs"
+    if pairs.missing:
+        yield (
+            f"{len(pairs.missing)} of {len(pairs.missing) + len(pairs.issame)} pairs left out, the "
+            f"first because: {pairs.missing[0]}; the {counts} that remain make other folds than "
+            f"the protocol's: the accuracy compares with no published one"
+        )
+    if is_uneven(num_same, num_different):
+        yield f"{counts}: the accuracy favours one answer; see the balanced accuracy"
+
+
 def _evaluate(embedder: "Embedder", sets: list[lfw.PairSet], batch_size: int) -> list["Result"]:
     from eval.report import Result
 
@@ -107,11 +122,11 @@ def _evaluate(embedder: "Embedder", sets: list[lfw.PairSet], batch_size: int) ->
     results = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for pairs in sets:
-            task = progress.add_task(pairs.name, total=2 * len(pairs.encoded))  # plain, mirrored
+            task = progress.add_task(pairs.name, total=len(pairs.encoded))
 
             def forward(images, task=task):
                 embeddings = embedder(images)
-                progress.advance(task, len(images))
+                progress.advance(task, len(images) / 2)  # each comes plain and mirrored
                 return embeddings
 
             flip_sum, norms = lfw.embed(forward, pairs.encoded, batch_size, where=pairs.name)
@@ -122,13 +137,13 @@ def _evaluate(embedder: "Embedder", sets: list[lfw.PairSet], batch_size: int) ->
 
 
 def _table(rows: list[list[str]]) -> Table:
-    table = Table()
-    for heading in ("set", "pairs", "accuracy", "TAR@FAR=1e-3", "EER", "AUC", "XNorm"):
-        table.add_column(heading, justify="left" if heading == "set" else "right")
+    """Within 80 columns: only a long name of a set is broken into lines, no number."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("set", overflow="fold")
+    for heading in ("pairs", "accuracy", "TAR at\nFAR 0.1 %", "EER", "AUC", "XNorm"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    if any("*" in cell for row in rows for cell in row[1:]):
-        table.caption = "* fewer than 1000 different pairs: TAR without one false accept"
     return table
 
 

@@ -31,7 +31,12 @@ CONTRACT = {
     "XNorm": "Mean norm of the embeddings before normalisation, plain and mirrored.",
 }
 
-_STAR = "* Finer than one of the set's different pairs: not one false accept is allowed."
+UNEVEN = 1.5  # same to different pairs, or the reverse: beyond it the accuracy misleads
+THRESHOLD_UNIT = "squared L2 distance of unit embeddings, 0 to 4; accept where it is below"
+NOTES = {
+    "*": "Too few different pairs for this FAR: not one false accept is allowed.",
+    "†": "Far more pairs of one kind: the same answer to all of them scores well.",
+}
 
 
 class Result(NamedTuple):
@@ -65,6 +70,8 @@ def summary(result: Result) -> dict:
         "different": len(result.issame) - num_same,
         "missing": len(result.missing),
         **result.metrics,
+        "threshold_unit": THRESHOLD_UNIT,  # of best_thresholds and val_thresholds
+        "balanced_accuracy": verification.balanced_accuracy(result.distance, result.issame),
         "operating_points": points,
     }
 
@@ -147,6 +154,7 @@ def _page(
     yield _table(
         ["set", "pairs", "accuracy", "TAR at FAR 0.1 %", "EER", "AUC", "XNorm"],
         [row(name, numbers) for name, numbers in sets.items()],
+        sets,
     )
     yield '<div class="wide">'
     yield figures.roc({r.name: verification.roc(r.cosine, r.issame)[:2] for r in results})
@@ -161,6 +169,7 @@ def _page(
     yield _table(
         ["set", "FAR asked", "threshold", "TAR", "FAR reached"],
         [_point_row(name, n, point) for name, n in sets.items() for point in n["operating_points"]],
+        sets,
     )
     training = list(_training(records))
     if training:
@@ -180,14 +189,33 @@ def _page(
     yield "</body>\n</html>"
 
 
+def is_uneven(num_same: int, num_different: int) -> bool:
+    return max(num_same, num_different) > UNEVEN * min(num_same, num_different)
+
+
+def notes(sets: Mapping[str, dict], rows: Sequence[Sequence[str]]) -> list[str]:
+    """What the marks in `rows` mean; sets: name -> `summary`."""
+    cells = [cell for row in rows for cell in row[1:]]
+    found = [f"{mark} {text}" for mark, text in NOTES.items() if any(mark in x for x in cells)]
+    if any("†" in cell for cell in cells):
+        found += [
+            f"{name}: {n['same']} same and {n['different']} different pairs, balanced accuracy "
+            f"{100 * n['balanced_accuracy']:.2f} %"
+            for name, n in sets.items()
+            if is_uneven(n["same"], n["different"])
+        ]
+    return found
+
+
 def row(name: str, n: dict) -> list[str]:
     """The cells of a set, from its `summary`, in tables for people."""
     tar = next(p["tar"] for p in n["operating_points"] if p["far_target"] == 1e-3)
     mark = "*" if n["different"] < 1000 else ""
+    uneven = "†" if is_uneven(n["same"], n["different"]) else ""
     return [
         name,
         f"{n['pairs']}",
-        f"{100 * n['accuracy_mean']:.2f} ± {100 * n['accuracy_std']:.2f} %",
+        f"{100 * n['accuracy_mean']:.2f} ± {100 * n['accuracy_std']:.2f} %{uneven}",
         f"{100 * tar:.2f} %{mark}",
         f"{100 * n['eer']:.2f} %",
         f"{n['auc']:.5f}",
@@ -234,12 +262,12 @@ def _input(contract: Mapping[str, object]) -> str:
     )
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], sets: Mapping[str, dict]) -> str:
     head = "".join(f"<th>{escape(x)}</th>" for x in heads)
     body = "\n".join(
         "<tr>" + "".join(f"<td>{escape(x)}</td>" for x in row) + "</tr>" for row in rows
     )
-    note = f"<p>{_STAR}</p>" if any("*" in x for row in rows for x in row[1:]) else ""
+    note = "".join(f"<p>{escape(text)}</p>" for text in notes(sets, rows))
     return f'<div class="scroll"><table>\n<tr>{head}</tr>\n{body}\n</table></div>{note}'
 
 
@@ -264,8 +292,9 @@ th, td { padding: 0.35rem 1.5rem 0.35rem 0; text-align: right; white-space: nowr
 th:first-child, td:first-child { text-align: left; }
 th { color: var(--soft); font-weight: 400; font-size: 0.875rem; }
 td { border-top: 1px solid var(--line); }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr));
   gap: 1.5rem; }
+.grid svg { max-width: 31rem; }
 .wide { max-width: 44rem; margin-top: 1.5rem; }
 svg { width: 100%; height: auto; }
 svg text { font-family: inherit !important; }

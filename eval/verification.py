@@ -58,10 +58,7 @@ def evaluate(embeddings: ArrayLike, issame: ArrayLike, folds: int = 10) -> dict:
     """
     distance = distances(embeddings)  # [P]
     same = _labels(issame, len(distance))
-    if not 2 <= folds <= len(same):
-        raise ValueError(f"{len(same)} pairs cannot be cut into {folds} folds; at least 2 folds")
-    size, longer = divmod(len(same), folds)
-    fold = np.repeat(np.arange(folds), [size + (f < longer) for f in range(folds)])  # [P]
+    fold = _folds(len(same), folds)  # [P]
     rows = np.arange(folds)
     num_same = np.bincount(fold[same], minlength=folds)  # [F]
     num_diff = np.bincount(fold[~same], minlength=folds)
@@ -91,6 +88,33 @@ def evaluate(embeddings: ArrayLike, issame: ArrayLike, folds: int = 10) -> dict:
         "auc": auc(-distance, same) if both else None,
         "eer": eer(-distance, same) if both else None,
     }
+
+
+def balanced_accuracy(distance: ArrayLike, issame: ArrayLike, folds: int = 10) -> float:
+    """(TAR + 1 - FAR) / 2: what the accuracy would be with as many different pairs as same ones.
+
+    distance [P] as `distances` gives it. In each fold of `evaluate` the threshold is the first of
+    `THRESHOLDS` with the highest balanced accuracy on the other folds; TAR and FAR count the
+    held-out pairs of all folds together, so a fold may lack one kind. Accepting everything gives
+    0.5, whatever the shares of the two kinds.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    distance = np.asarray(distance, dtype=np.float64)
+    same = _labels(issame, len(distance))
+    fold = _folds(len(same), folds)  # [P]
+    rows = np.arange(folds)
+    tp = _below(distance[same], fold[same], folds, THRESHOLDS)  # [F, T] on the held-out folds
+    fp = _below(distance[~same], fold[~same], folds, THRESHOLDS)
+    num_same = np.bincount(fold[same], minlength=folds)  # [F]
+    num_diff = np.bincount(fold[~same], minlength=folds)
+    tar = _rate(tp.sum(axis=0) - tp, (num_same.sum() - num_same)[:, None])  # [F, T] on the others
+    far = _rate(fp.sum(axis=0) - fp, (num_diff.sum() - num_diff)[:, None])
+    best = np.argmax(tar - far, axis=1)  # [F]
+    tar = _rate(tp[rows, best].sum(), num_same.sum())
+    far = _rate(fp[rows, best].sum(), num_diff.sum())
+    return float((tar + 1 - far) / 2)
 
 
 def roc(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats, Floats]:
@@ -196,6 +220,14 @@ def _counts(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray, NDA
     tp = np.cumsum(at[::-1])
     fp = (len(score) - first)[::-1] - tp
     return fp, tp, thresholds[::-1]
+
+
+def _folds(num_pairs: int, folds: int) -> NDArray:
+    """[P]: the fold of each pair, in contiguous blocks, the first P % F of them one pair longer."""
+    if not 2 <= folds <= num_pairs:
+        raise ValueError(f"{num_pairs} pairs cannot be cut into {folds} folds; at least 2 folds")
+    size, longer = divmod(num_pairs, folds)
+    return np.repeat(np.arange(folds), [size + (f < longer) for f in range(folds)])
 
 
 def _below(distance: Floats, fold: NDArray, folds: int, thresholds: NDArray) -> NDArray:

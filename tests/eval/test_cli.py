@@ -1,5 +1,6 @@
 """python -m eval as a person and a script meet it."""
 
+import io
 import json
 import os
 import pickle
@@ -10,10 +11,11 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from rich.console import Console
 
 from eval import __main__ as cli
-from eval import verification
-from eval.lfw_command import run_dir
+from eval import report, verification
+from eval.lfw_command import _table, run_dir
 from tests.eval.test_embed import channel_means, make_run
 from tests.eval.test_report import run_directory
 
@@ -53,7 +55,28 @@ def run(capsys, *arguments):
 def test_table(capsys, model, bin_file):
     code, out, _ = run(capsys, "lfw", model, bin_file)
     assert code == 0
-    assert "colors" in out and "±" in out and "fewer than 1000 different pairs" in out
+    assert "colors" in out and "±" in out and "not one false accept is allowed" in out
+    assert "†" not in out
+
+
+def test_the_table_fits_80_columns():
+    number = {"pairs": 13233, "same": 9000, "different": 700, "accuracy_mean": 1.0}
+    number |= {"accuracy_std": 0.0, "eer": 0.5, "auc": 0.98765, "xnorm": 123.456}
+    number |= {"operating_points": [{"far_target": 1e-3, "tar": 1.0}]}
+    name = "lfw_pairsDevTrain"
+    console = Console(width=80, file=io.StringIO())
+    console.print(_table([report.row(name, number)]))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    words = ("100.00 ± 0.00 %†", "100.00 %*", "13233", "50.00 %", "0.98765", "123.46", "FAR 0.1 %")
+    for word in words:
+        assert word in text, word
+    assert name in text
+
+
+def test_progress_counts_images_not_their_mirrors(capsys, model, bin_file):
+    _, _, err = run(capsys, "lfw", model, bin_file)
+    assert "120/120" in err  # 60 pairs
 
 
 def test_json_is_one_last_line_and_says_what_was_measured(capsys, model, bin_file):
@@ -70,6 +93,7 @@ def test_json_is_one_last_line_and_says_what_was_measured(capsys, model, bin_fil
     assert numbers["auc"] == pytest.approx(expected["auc"], abs=1e-9)
     assert numbers["xnorm"] == pytest.approx(np.linalg.norm(means, axis=1).mean(), rel=1e-5)
     assert numbers["accuracy_mean"] > 0.9
+    assert numbers["threshold_unit"].startswith("squared L2 distance")
     assert (numbers["pairs"], numbers["missing"]) == (60, 0)
     assert content["model"]["path"] == str(model)
 
@@ -102,6 +126,23 @@ def test_pairs_list_with_absent_images(capsys, tmp_path, model):
     numbers = json.loads(out)["sets"]["pairs"]
     assert (numbers["pairs"], numbers["missing"]) == (23, 1)
     assert "1 of 24 pairs left out" in err and "no image P8_0009" in err
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning")]
+    assert "12 same and 11 different pairs" in warning and "other folds" in warning
+
+
+def test_uneven_pairs_get_a_balanced_accuracy(capsys, tmp_path, model):
+    same, different = [(i, i) for i in range(40)], [(i, i + 2) for i in range(8)]
+    order = [pair for k in range(8) for pair in (*same[5 * k : 5 * k + 5], different[k])]
+    images = [tinted(person, i % 2) for pair in order for i, person in enumerate(pair)]
+    (tmp_path / "odd.bin").write_bytes(pickle.dumps((images, [a == b for a, b in order])))
+    code, out, err = run(capsys, "lfw", model, tmp_path / "odd.bin")
+    assert code == 0 and "warning: odd: 40 same and 8 different pairs" in err
+    text = " ".join(out.split())
+    assert " %† " in text and "odd: 40 same and 8 different pairs, balanced accuracy" in text
+    page = tmp_path / "page.html"
+    code, out, _ = run(capsys, "lfw", model, tmp_path / "odd.bin", "--json", "--report", page)
+    balanced = json.loads(out)["sets"]["odd"]["balanced_accuracy"]
+    assert f"{100 * balanced:.2f} %" in text and f"{100 * balanced:.2f} %" in page.read_text()
 
 
 def malicious(tmp_path):
@@ -151,7 +192,14 @@ def test_help_needs_no_network_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
-    for word in ("RUN_OR_ONNX", "PAIRS.TXT:IMAGE_DIR", "--report", "--json", "example:"):
+    for word in (
+        "RUN_OR_ONNX",
+        "PAIRS.TXT:IMAGE_DIR",
+        "--report",
+        "--json",
+        "example:",
+        "squared L2",
+    ):
         assert word in done.stdout
     assert done.stdout.splitlines()[-1] == ""
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from sklearn.metrics import auc as sklearn_auc
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import normalize
 
@@ -66,6 +66,38 @@ def test_accuracy_equals_the_plain_definition_to_the_last_bit(num_pairs, noise):
     assert result["accuracy_std"] == std
     assert result["fold_accuracy"] == accuracies
     assert result["best_thresholds"] == chosen
+
+
+def plain_balanced(embeddings, issame):
+    unit = normalize(np.asarray(embeddings, dtype=np.float64))
+    distance = np.sum(np.square(unit[0::2] - unit[1::2]), 1)
+    called = np.zeros(len(distance), bool)
+    for train, test in KFold(10, shuffle=False).split(distance):
+        scores = [
+            balanced_accuracy_score(issame[train], distance[train] < t)
+            for t in np.arange(400) * 0.01
+        ]
+        called[test] = distance[test] < np.arange(400)[np.argmax(scores)] * 0.01
+    return balanced_accuracy_score(issame, called)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_balanced_accuracy_equals_the_plain_definition(share):
+    rng = np.random.default_rng(int(100 * share))
+    issame = rng.random(163) < share
+    first, other = rng.normal(size=(2, 163, 16))
+    second = np.where(issame[:, None], first, other) + rng.normal(size=(163, 16))
+    embeddings = np.stack([first, second], axis=1).reshape(-1, 16)
+    found = verification.balanced_accuracy(verification.distances(embeddings), issame)
+    assert found == pytest.approx(plain_balanced(embeddings, issame), abs=1e-12)
+
+
+def test_accepting_everything_is_worth_nothing_when_balanced():
+    rng = np.random.default_rng(0)
+    embeddings, issame = rng.normal(size=(2 * 1163, 32)), np.arange(1163) % 12 > 0
+    assert verification.evaluate(embeddings, issame)["accuracy_mean"] > 0.9
+    found = verification.balanced_accuracy(verification.distances(embeddings), issame)
+    assert found == pytest.approx(0.5, abs=0.06)
 
 
 def test_distances_that_fall_on_thresholds_are_not_below_them():
