@@ -11,17 +11,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from data_tools import commands
+from data_tools.decode import IMAGE_SUFFIXES
+from data_tools.pairs import PAIRS_STEP
 
 _ROOT = Path(__file__).resolve().parents[1]
 _IDENTITIES, _IMAGES = 1000, 20  # generated
 _HELD_OUT = 0.2  # share of the identities kept for verification
-_PAIRS = 2000  # of held-out people, half of them same
+_FEWEST_HELD_OUT = 3  # identities
+_PAIRS = 2000  # of held-out people, half of them same; fewer where they have fewer
 
 
 def main() -> int:
@@ -30,18 +37,24 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="directory for everything")
     parser.add_argument("--data", type=Path, help="your faces, DIR/<identity>/*.jpg")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="optimiser steps, default: the recipe's"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON line, last")
     args = parser.parse_args()
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps {args.steps}: must be 1 or more")
     out, began = args.out.resolve(), time.time()
     try:
-        _run_all(out, args.data)
+        _run_all(out, args.data, args.steps)
+        before, after = _accuracies(out / "run" / "metrics.jsonl")
     except subprocess.CalledProcessError as error:
         print(f"\nerror: this command failed ({error.returncode}):\n  {_shown(error.cmd)}",
               file=sys.stderr)  # fmt: skip
         return 1
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except commands.USER_ERRORS as error:
+        print(f"error: {commands.one_line(error)}", file=sys.stderr)
         return 1
-    before, after = _accuracies(out / "run" / "metrics.jsonl")
     print(
         f"\nDone in {time.time() - began:.0f} s.\n"
         f"  verification of people never seen in training: {100 * before:.2f} % before training, "
@@ -50,10 +63,19 @@ def main() -> int:
         f"  ONNX file      {out / 'run' / 'model.onnx'}\n"
         f"  report         {out / 'run' / 'report.html'}"
     )
+    if args.json:
+        done = {
+            "run": str(out / "run"),
+            "onnx": str(out / "run" / "model.onnx"),
+            "report": str(out / "run" / "report.html"),
+            "accuracy_before": before,
+            "accuracy_after": after,
+        }
+        print(json.dumps(done))
     return 0
 
 
-def _run_all(out: Path, data: Path | None) -> None:
+def _run_all(out: Path, data: Path | None, steps: int | None) -> None:
     python = [sys.executable, "-m"]
     faces, shards, run = out / "faces", out / "shards", out / "run"
     if data is None:
@@ -65,16 +87,16 @@ def _run_all(out: Path, data: Path | None) -> None:
         faces = data.resolve()
         if not faces.is_dir():
             raise NotADirectoryError(f"{data}: expected a directory of identities, each of images")
-    identities = sum(entry.is_dir() for entry in os.scandir(faces))
     _step("pack them into shards, some people held out", [
         *python, "data_tools", "pack", str(faces), str(shards), "--shards", "4",
-        "--hold-out", str(max(round(_HELD_OUT * identities), 2)), "--pairs", str(_PAIRS),
+        "--hold-out", str(_num_held_out(faces)), "--pairs", str(_PAIRS),
     ])  # fmt: skip
     processes = torch.cuda.device_count() or 2
     _step(f"train on {processes} processes", [
         *python, "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
         str(_ROOT / "launch" / "train.py"), str(_ROOT / "launch" / "configs" / "demo.py"),
         f"rec={shards}", "val_targets=heldout", f"output={run}",
+        *([] if steps is None else [f"max_steps={steps}"]),
     ])  # fmt: skip
     _step("export to ONNX", [
         sys.executable, str(_ROOT / "launch" / "export.py"), str(run), str(run / "model.onnx"),
@@ -85,6 +107,32 @@ def _run_all(out: Path, data: Path | None) -> None:
     ])  # fmt: skip
 
 
+def _num_held_out(faces: Path) -> int:
+    """How many identities to keep for verification: a share, and enough for some pairs.
+
+    Which ones is drawn by pack. So many are taken that the pairs of one person that n of them have,
+    the mean less two standard deviations, are enough; but two identities are left to train on.
+    """
+    folders = [entry.path for entry in os.scandir(faces) if entry.is_dir()]
+    sizes = np.array([sum(map(_is_image, os.listdir(path))) for path in folders])
+    sizes = sizes[sizes > 0]
+    same = sizes * (sizes - 1) / 2  # pairs of each person
+    most = len(sizes) - 2
+    if most < 2:
+        raise ValueError(
+            f"{faces}: {len(sizes)} folders with images; at least 4 people are needed, two to "
+            "train on and two to verify on"
+        )
+    n = np.arange(min(max(round(_HELD_OUT * len(sizes)), _FEWEST_HELD_OUT), most), most + 1)
+    spread = same.std() * np.sqrt(n * (1 - n / len(sizes)))
+    enough = n[n * same.mean() - 2 * spread >= PAIRS_STEP / 2]
+    return int(enough[0] if len(enough) else most)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
 def _step(title: str, command: list[str]) -> None:
     print(f"\n=== {title}\n    {_shown(command)}", flush=True)
     # One thread a process: two processes of many threads each would fight over the cores.
@@ -92,7 +140,10 @@ def _step(title: str, command: list[str]) -> None:
 
 
 def _shown(command: list[str]) -> str:
-    return " ".join("python" if part == sys.executable else part for part in command)
+    """As it can be typed here."""
+    python = os.path.relpath(sys.executable)
+    typed = python if not python.startswith(os.pardir) else sys.executable
+    return shlex.join(typed if part == sys.executable else part for part in command)
 
 
 def _accuracies(metrics: Path) -> tuple[float, float]:
