@@ -3,7 +3,7 @@ and the mean embedding norm. Faces must be aligned to 112 x 112."""
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict:
     from eval.embed import open_embedder
 
     for pairs in sets:
-        for text in _warnings(pairs, report.is_uneven):
+        if text := _warning(pairs, report.is_uneven):
             print(f"warning: {pairs.name}: {text}", file=sys.stderr)
     embedder = open_embedder(args.model, args.batch_size)
     results = _evaluate(embedder, sets, args.batch_size)
@@ -95,18 +95,24 @@ def _load(name: str) -> lfw.PairSet:
     return pairs
 
 
-def _warnings(pairs: lfw.PairSet, is_uneven: Callable[[int, int], bool]) -> Iterator[str]:
+def _warning(pairs: lfw.PairSet, is_uneven: Callable[[int, int], bool]) -> str:
+    """What makes the accuracy of this set another than it seems, in one line; empty if nothing."""
     num_same = int(pairs.issame.sum())
     num_different = len(pairs.issame) - num_same
     counts = f"{num_same} same and {num_different} different pairs"
+    parts = []
     if pairs.missing:
-        yield (
-            f"{len(pairs.missing)} of {len(pairs.missing) + len(pairs.issame)} pairs left out, the "
-            f"first because: {pairs.missing[0]}; the {counts} that remain make other folds than "
-            f"the protocol's: the accuracy compares with no published one"
+        parts.append(
+            f"{len(pairs.missing)} of {len(pairs.missing) + len(pairs.issame)} pairs left out; the "
+            f"{counts} that remain make other folds than the protocol's, so the accuracy compares "
+            "with no published one"
         )
     if is_uneven(num_same, num_different):
-        yield f"{counts}: the accuracy favours one answer; see the balanced accuracy"
+        about = "they are uneven" if pairs.missing else counts
+        parts.append(f"{about}: the accuracy favours one answer, see the balanced accuracy")
+    if pairs.missing:
+        parts.append(f"the first left out: {pairs.missing[0]}")
+    return "; ".join(parts)
 
 
 def _evaluate(embedder: "Embedder", sets: list[lfw.PairSet], batch_size: int) -> list["Result"]:
