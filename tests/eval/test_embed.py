@@ -58,7 +58,8 @@ def make_run(path, network="mbf_tiny", seed=0):
         "config": {"network": network, "embedding_size": 32},
         "files": {"model.safetensors": {"sha256": sha256}},
     }
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "sha256": own}))
     return module.eval()
 
 
