@@ -61,8 +61,7 @@ class Loader:
 
     Raises:
         ValueError: a label outside [0, num_classes), a batch with no image for some rank, sizes
-        that make
-            no sense, or pinned memory asked for without a GPU.
+            that make no sense, or pinned memory asked for without a GPU.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class Loader:
             )
         if pin_memory and not torch.cuda.is_available():
             raise ValueError("pin_memory needs a GPU and there is none: leave it off")
-        _check_labels(shards)
+        check_labels(shards)
         cv2.setNumThreads(0)  # the threads here are the parallelism; OpenCV's own would fight them
         self.wait_seconds = 0.0
         self._shards = shards
@@ -189,7 +188,7 @@ def _decode_rows(shards: Shards, ids: np.ndarray, rows: np.ndarray) -> None:
         row[:] = decode(encoded, size, f"{shards.where(image)}, image {image}")
 
 
-def _check_labels(shards: Shards) -> None:
+def check_labels(shards: Shards) -> None:
     """Refuses labels that the classification layer has no row for, once for the whole data set."""
     wrong = np.flatnonzero((shards.labels < 0) | (shards.labels >= shards.num_classes))
     if wrong.size:

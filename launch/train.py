@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import os
 import sys
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         "recognition/config.py says what each key means and its default."
     )
     args = parser.parse_args(arguments)
+    faulthandler.enable()  # a shard cut short under a run ends it by SIGBUS
     # A failed rank leaves by an exception: to end the process group in order, it would have to
     # wait for ranks that wait for it.
     with contextlib.ExitStack() as stack:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from data_tools import shards
+from data_tools.loader import check_labels
 from eval import lfw
 from recognition import checkpoint, collectives
 from recognition.backbones import BACKBONES
@@ -46,6 +47,7 @@ class TrainState:
     guard: FiniteGuard
     facts: dict[str, Any]  # what config.json says beside the configuration
     saved_by: int | None = None  # ranks that wrote the checkpoint it continues from
+    changes: list[str] = field(default_factory=list)  # against the run that saved it
     step: int = 0  # completed optimiser steps
     samples_seen: int = 0
 
@@ -67,16 +69,17 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     resumed_from = resume_point(cfg)
     cfg = _with_kept_batch(cfg, resumed_from, runtime.world)
     data = shards.open(cfg.rec)
+    labels_crc32 = zlib.crc32(np.ascontiguousarray(data.labels).data)
     _check_same_everywhere(
         runtime,
         resumed_from=resumed_from and os.path.basename(resumed_from),
         val_targets=cfg.val_targets,
         num_images=data.num_images,
         num_classes=data.num_classes,
-        labels_crc32=zlib.crc32(np.ascontiguousarray(data.labels).data),
+        labels_crc32=labels_crc32,
     )
     _check_counts(cfg, data, runtime.world)
-    val_sets = [lfw.load_bin(data.bin_path(name)) for name in cfg.val_targets]
+    val_sets = [_load_val_set(data, name) for name in cfg.val_targets]
     precision = cfg.precision
     if precision == "auto":
         precision = "bf16" if bf16_is_fast(runtime.device) else "fp32"
@@ -112,12 +115,17 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         facts={
             "commit": commit(), "world": runtime.world, "precision": precision,
             "num_classes": data.num_classes, "num_image": data.num_images,
+            "labels_crc32": labels_crc32,
         },
     )  # fmt: skip
     if resumed_from is not None:
         manifest = checkpoint.load(resumed_from, parts)
         state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
         state.saved_by = manifest["world"]
+        state.changes = _changes(manifest["config"], cfg, state.facts, resumed_from)
+        if manifest["global_batch"] != cfg.global_batch(runtime.world):
+            batch = cfg.global_batch(runtime.world)
+            state.changes.append(f"global batch {manifest['global_batch']} -> {batch}")
     return state
 
 
@@ -194,6 +202,38 @@ def _make_schedule(cfg: Config, num_images: int, world: int) -> Schedule:
     )
 
 
+def _load_val_set(data: shards.Shards, name: str) -> lfw.PairSet:
+    pairs = lfw.load_bin(data.bin_path(name.removesuffix(".bin")))
+    same = int(pairs.issame.sum())
+    if len(pairs.issame) < 10 or same in (0, len(pairs.issame)):
+        raise ValueError(
+            f"{name}.bin has {same} pairs of one person and {len(pairs.issame) - same} of two: ten "
+            "folds need ten pairs, and pairs of both kinds"
+        )
+    return pairs
+
+
+def _changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path: str) -> list[str]:
+    """What a resumed run does otherwise than the one that saved, "key was -> is".
+
+    Raises:
+        ValueError: the order of samples would be another one.
+    """
+    now = dataclasses.asdict(cfg) | facts
+    free = {"output", "resume", "rec", "num_workers", "log_every", "keep_checkpoints", "commit",
+            "world", "batch_size", "global_batch_size", "init_from", "val_targets", "verify_every",
+            "checkpoint_every", "num_classes", "num_image"}  # fmt: skip
+    for key in ("seed", "labels_crc32"):
+        if saved.get(key) != now[key]:
+            what = "seed" if key == "seed" else "data set"
+            raise ValueError(
+                f"cannot resume from {path} with another {what}: images of the epoch would come "
+                "twice or never. Start a new run with init_from= and another output"
+            )
+    return [f"{key} {saved.get(key)} -> {now[key]}" for key in now
+            if key not in free and saved.get(key) != now[key]]  # fmt: skip
+
+
 def _with_kept_batch(cfg: Config, resumed_from: str | None, world: int) -> Config:
     """At another world size a batch per process would be another global one: keep the run's own."""
     if resumed_from is None or cfg.global_batch_size is not None:
@@ -230,5 +270,6 @@ def _check_counts(cfg: Config, data: shards.Shards, world: int) -> None:
             f"a global batch of {cfg.global_batch(world)} over {world} processes and "
             f"{cfg.accumulation} micro-steps leaves {least} images for one: BatchNorm needs 2"
         )
+    check_labels(data)
     if data.image_size is not None and tuple(data.image_size) != (112, 112):
         raise ValueError(f"{cfg.rec} holds {data.image_size} images, the networks take 112x112")

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedRandom, BufferedReader
 from typing import Any
@@ -28,11 +28,10 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from recognition.backbones import BACKBONES
-from recognition.collectives import gather_objects
+from recognition.collectives import together
 from recognition.head import PartialFC
 from recognition.optim import LossScaler, RowAdamW, RowSGD
 
@@ -62,16 +61,18 @@ def save(run_dir: str, parts: Parts, facts: Mapping[str, Any], keep: int) -> str
     group = parts.head.group
     path = os.path.join(run_dir, _DIRECTORY, f"step-{facts['step']}")
     partial = path + ".partial"
-    _together(group, "prepare", lambda: _prepare(partial) if group.rank() == 0 else None)
+    together(
+        group, "prepare the checkpoint", lambda: _prepare(partial) if group.rank() == 0 else None
+    )
     try:
-        written = _together(group, "write", lambda: _write_parts(partial, parts))
+        written = together(group, "write the checkpoint", lambda: _write_parts(partial, parts))
         files = {name: entry for entries in written for name, entry in entries.items()}
 
         def finish() -> None:
             if group.rank() == 0:
                 _finish(partial, path, files, parts, facts, keep)
 
-        _together(group, "complete", finish)
+        together(group, "complete the checkpoint", finish)
     except BaseException:
         if group.rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -108,16 +109,37 @@ def read_manifest(path: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: not a complete checkpoint.
+        OSError: the manifest is damaged.
         ValueError: written by a newer version.
     """
     name = os.path.join(path, "manifest.json")
     if not os.path.isfile(name):
         raise FileNotFoundError(f"{path} is not a complete checkpoint: it has no manifest.json")
-    with open(name, encoding="utf-8") as file:
-        manifest = json.load(file)
-    if manifest["format"] > FORMAT:
-        raise ValueError(f"{path} has format {manifest['format']}, this version reads {FORMAT}")
+    try:
+        with open(name, encoding="utf-8") as file:
+            manifest = json.load(file)
+        digest = manifest.pop("sha256")
+        version = manifest["format"]
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise OSError(f"{name} is damaged{_older(path)}") from error
+    if version > FORMAT:
+        raise ValueError(f"{path} has format {version}, this version reads {FORMAT}")
+    if digest != _digest(manifest):
+        raise OSError(f"{name} is damaged: its sha256 is not its own{_older(path)}")
     return manifest
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _older(path: str) -> str:
+    """How to go on from the checkpoint before a damaged one, where there is one."""
+    root, name = os.path.split(os.path.abspath(path))
+    earlier = [s for s in _complete(os.path.dirname(root)) if f"step-{s}" != name]
+    if not earlier:
+        return ""
+    return f"; remove {path} to continue from {os.path.join(root, f'step-{earlier[-1]}')}"
 
 
 def load_backbone(path: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -159,26 +181,12 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> N
 # --- Writing --------------------------------------------------------------------------------------
 
 
-def _together(group: ProcessGroup, what: str, action: Callable[[], Any]) -> list:
-    """Every rank's result of `action`; if it failed anywhere, the same OSError on every rank."""
-    result, failure = None, None
-    try:
-        result = action()
-    except OSError as error:
-        failure = f"rank {group.rank()}: {error}"
-    outcomes = gather_objects((result, failure), group)
-    failures = [failure for _, failure in outcomes if failure]
-    if failures:
-        raise OSError(f"cannot {what} the checkpoint: " + "; ".join(failures))
-    return [result for result, _ in outcomes]
-
-
 def _prepare(partial: str) -> None:
     root = os.path.dirname(partial)
     os.makedirs(root, exist_ok=True)
     for name in os.listdir(root):
-        if name.endswith(".partial"):  # left by a killed save
-            shutil.rmtree(os.path.join(root, name))
+        if name.endswith(".partial") and os.path.isdir(os.path.join(root, name)):
+            shutil.rmtree(os.path.join(root, name))  # left by a killed save
     os.mkdir(partial)
 
 
@@ -227,7 +235,7 @@ def _finish(
         "files": files,
     }
     with open(os.path.join(partial, "manifest.json"), "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
+        json.dump({**manifest, "sha256": _digest(manifest)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     _sync(partial)
@@ -286,9 +294,9 @@ def _verified(path: str, name: str, manifest: Mapping[str, Any]) -> str:
     try:
         with open(full, "rb") as file:
             if _sha256(file) != manifest["files"][name]["sha256"]:
-                raise OSError(f"{full} is damaged: its sha256 is not the manifest's")
+                raise OSError(f"{full} is damaged: its sha256 is not the manifest's{_older(path)}")
     except (FileNotFoundError, KeyError) as error:
-        raise OSError(f"{path} lacks {name}") from error
+        raise OSError(f"{path} lacks {name}{_older(path)}") from error
     return full
 
 

@@ -276,3 +276,21 @@ def gather_objects(value: object, group: ProcessGroup) -> list:
 def gather_parts(local: Tensor, rows_per_rank: Sequence[int], group: ProcessGroup) -> Tensor:
     """Rows of all ranks, [n_r, ...] -> [sum n_r, ...], without gradient. One all-gather."""
     return _gather(local, rows_per_rank, group)
+
+
+def together(group: ProcessGroup, what: str, action: Callable[[], Any]) -> list:
+    """Every rank's result of `action`, in rank order.
+
+    Raises:
+        OSError: on every rank alike, if it raised one on any; the message names the ranks.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except OSError as error:
+        failure = f"rank {group.rank()}: {error}"
+    outcomes = gather_objects((result, failure), group)
+    failures = [failure for _, failure in outcomes if failure]
+    if failures:
+        raise OSError(f"cannot {what}: " + "; ".join(failures))
+    return [result for result, _ in outcomes]

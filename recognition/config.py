@@ -59,7 +59,7 @@ class Config:
     lr_milestones: list[float] = field(default_factory=list)  # epochs of the step schedule
     lr_gamma: float = _between(0.1, 0.0, 1.0)  # factor at each milestone
     warmup_epochs: float = _between(0.0, 0.0)
-    num_epochs: float | None = _between(None, 0.0)  # 20 when max_steps is absent too
+    num_epochs: float | None = _between(None, 0.0, 1e6)  # 20 when max_steps is absent too
     max_steps: int | None = _between(None, 1)
     clip_norm: float | None = _between(5.0, 0.0)  # of the backbone's gradient; None: off
 
@@ -117,7 +117,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no recipe at {path}")
-    recipe = runpy.run_path(path).get("config")
+    try:
+        recipe = runpy.run_path(path).get("config")
+    except Exception as error:  # whatever the recipe's own code raises
+        raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
     if not isinstance(recipe, Mapping):
         raise TypeError(
             f"{path} defines no `config`: it must hold an EasyDict with the keys it sets"
@@ -145,7 +148,7 @@ def make(values: Mapping[str, Any]) -> Config:
     checked = {}
     for key, value in values.items():
         if key not in fields:
-            raise KeyError(_unknown(key, fields))
+            raise KeyError(_unknown(str(key), fields))
         checked[key] = _checked(key, value, hints[key], fields[key].metadata.get("range"))
     if checked.get("clip_norm") == 0:
         raise ValueError("clip_norm=0 would stop the backbone: a positive number, or none for off")

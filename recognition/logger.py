@@ -4,6 +4,7 @@ record."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ class Logger:
         """
         if self._file is None or self._writer is None:
             return
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
         for name, value in _flat(record):
             if name not in ("step", "epoch"):
@@ -63,20 +64,30 @@ class Logger:
 
 
 def _forget_after(path: str, step: int) -> None:
-    """Drop the records after `step`, and a last line that a killed run left unfinished."""
+    """Drop the records after `step` (all, at 0), and a line that a killed run left unfinished."""
     if not os.path.exists(path):
         return
     kept = []
     with open(path, encoding="utf-8") as lines:
         for line in lines:
             try:
-                if json.loads(line)["step"] <= step and line.endswith("\n"):
+                if 0 < step >= json.loads(line)["step"] and line.endswith("\n"):
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
     with open(path + ".new", "w", encoding="utf-8") as out:
         out.writelines(kept)
     os.replace(path + ".new", path)
+
+
+def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with null for numbers that JSON does not have."""
+    return {
+        name: _finite(value)
+        if isinstance(value, Mapping)
+        else (None if isinstance(value, float) and not math.isfinite(value) else value)
+        for name, value in record.items()
+    }
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

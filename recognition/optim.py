@@ -68,6 +68,12 @@ class _RowOptimizer:
         sampled = self.head.end_step()
         gradient = sampled.gradient().flatten(1)  # [S, K * D]
         weight = self.head.weight.detach().flatten(1)  # [C_r, K * D]
+        for name, tensor in self.state.items():
+            if tensor.dtype != weight.dtype or tensor.device != weight.device:
+                raise TypeError(
+                    f"{name} is {tensor.dtype} on {tensor.device}, the class rows {weight.dtype} "
+                    f"on {weight.device}: make the row optimizer after moving the head"
+                )
         size = max(_PIECE_ELEMENTS // max(weight.shape[1], 1), 1)
         for start in range(0, len(gradient), size):
             where = slice(start, start + size)
@@ -175,17 +181,19 @@ class LossScaler:
     ) -> None:
         self.scale = torch.tensor(initial, dtype=torch.float32, device=device)
         self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
+        self.skipped = torch.zeros((), device=device)  # steps so far
         self.growth_interval = growth_interval
 
     def update(self, found_inf: Tensor) -> None:  # [] not 0: this step was skipped
         """The next step's scale, without a host synchronisation."""
+        self.skipped += found_inf
         torch._amp_update_scale_(
             self.scale, self.good_steps, found_inf, 2.0, 0.5, self.growth_interval
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"scale": self.scale, "good_steps": self.good_steps}
+        return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.scale.copy_(state["scale"])
-        self.good_steps.copy_(state["good_steps"])
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])

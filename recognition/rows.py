@@ -29,6 +29,7 @@ class SampledRows:
         self.rows = rows  # int64 [S] of the weight, on the host; None: all of them, in order
         self.index = None if rows is None else to_device(rows, weight.device)
         self.grad: Tensor | None = None  # [S, K, D]
+        self._version = self.weight._version
 
     def __len__(self) -> int:
         return len(self.weight if self.index is None else self.index)
@@ -46,7 +47,13 @@ class SampledRows:
         centres: Tensor,  # [n, K, D] and
         norm: Tensor,  # [n, K, 1], what unit(where) gave
     ) -> None:
-        """Through w_hat = w / |w|: dL/dw = (dL/dw_hat - <dL/dw_hat, w_hat> w_hat) / |w|."""
+        """Through w_hat = w / |w|: dL/dw = (dL/dw_hat - <dL/dw_hat, w_hat> w_hat) / |w|.
+
+        Raises:
+            RuntimeError: the weight has changed since the forward.
+        """
+        if self.weight._version != self._version:
+            raise RuntimeError("the class rows were changed between a forward and its backward")
         radial = (grad_unit * centres).sum(-1, keepdim=True)
         grad = torch.addcmul(grad_unit, radial, centres, value=-1).div_(norm)
         if isinstance(where, slice):

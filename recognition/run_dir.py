@@ -3,12 +3,14 @@ asked."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pickle
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import safetensors
@@ -72,6 +74,22 @@ def initial_weights(path: str) -> Mapping[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"init_from={path} is not a state dict: expected tensors by name")
     return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+@contextlib.contextmanager
+def owned(output: str) -> Iterator[None]:
+    """Hold the run directory: two runs at once would overwrite one another's files.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    os.makedirs(output, exist_ok=True)
+    with open(os.path.join(output, ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"{output} is in use by another run: wait for it, or end it") from None
+        yield
 
 
 def write_config(cfg: Config, facts: Mapping[str, Any]) -> None:

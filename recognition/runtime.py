@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import NamedTuple
@@ -30,12 +33,15 @@ def start(timeout_seconds: float = 600.0) -> Iterator[Runtime]:
     Raises:
         ValueError: more processes on this machine than it has GPUs.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    launched = "RANK" in os.environ
+    rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+    if launched:
+        _end_with_parent()
     device = _device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     place = (
         {"init_method": "env://"}
-        if "RANK" in os.environ
+        if launched
         else {"store": dist.HashStore(), "rank": rank, "world_size": world}
     )
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **place)
@@ -47,6 +53,13 @@ def bf16_is_fast(device: torch.device) -> bool:
     """Whether bf16 pays: on Ampere and newer GPUs. The small networks that one trains on a CPU gain
     nothing (PReLU and depthwise convolutions decide there), whatever its matrix units."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when its launcher dies: nobody else would end it."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _device(local_rank: int) -> torch.device:

@@ -17,7 +17,7 @@ from eval import lfw
 from recognition import checkpoint, collectives, progress
 from recognition.build import TrainState
 from recognition.logger import Logger
-from recognition.run_dir import write_config
+from recognition.run_dir import owned, write_config
 from recognition.sampling import hash_words
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,35 +32,42 @@ def train(state: TrainState) -> dict[str, Any]:
 
     Raises:
         FloatingPointError: a non-finite loss or gradient, named.
+        OSError: another run holds the output, or a file of it cannot be written.
     """
     cfg, runtime = state.cfg, state.runtime
-    total = state.schedule.total_steps
-    if runtime.rank == 0:
-        write_config(cfg, state.facts)
-    results: dict[str, Any] = {}
-    with Logger(cfg.output, runtime.rank, state.step) as logger, make_loader(state) as loader:
+    with contextlib.ExitStack() as stack:
+
+        def take_output() -> None:
+            if runtime.rank == 0:
+                stack.enter_context(owned(cfg.output))
+                write_config(cfg, state.facts)
+
+        collectives.together(runtime.group, "start the run", take_output)
+        logger = stack.enter_context(Logger(cfg.output, runtime.rank, state.step))
+        loader = stack.enter_context(make_loader(state))
         _announce(state, logger)
-        if state.step == 0:
-            results = verify(state, logger)
-        if state.step >= total:
-            logger.say(f"already complete: {state.step} of {total} steps")
-        batches = iter(loader)
-        watch = progress.Stopwatch(loader, state.step)
-        while state.step < total:
-            loss, grad_norm = take_step(state, batches)
-            if runtime.device.type == "cpu" or _due(state.step, cfg.log_every, total):
-                state.guard.raise_if_found()
-            if _due(state.step, cfg.log_every, total):
-                _log(state, logger, loss, grad_norm, watch)
-            verifying = _due(state.step, cfg.verify_every, total)
-            saving = _due(state.step, cfg.checkpoint_every, total)
-            if verifying or saving:
-                state.guard.raise_if_found()
-                with watch.paused():
-                    if saving:
-                        save(state)
-                    if verifying:
-                        results = verify(state, logger)
+        return _run(state, logger, loader)
+
+
+def _run(state: TrainState, logger: Logger, loader: Loader) -> dict[str, Any]:
+    cfg, runtime, total = state.cfg, state.runtime, state.schedule.total_steps
+    results = verify(state, logger) if state.step == 0 else {}
+    batches = iter(loader)
+    watch = progress.Stopwatch(loader, state.step)
+    while state.step < total:
+        loss, grad_norm = take_step(state, batches)
+        logging = _due(state.step, cfg.log_every, total)
+        verifying = _due(state.step, cfg.verify_every, total)
+        saving = _due(state.step, cfg.checkpoint_every, total)
+        if runtime.device.type == "cpu" or logging or verifying or saving:
+            state.guard.raise_if_found()
+        if logging:
+            _log(state, logger, loss, grad_norm, watch)
+        with watch.paused():
+            if saving:
+                save(state)
+            if verifying:
+                results = verify(state, logger)
     return results
 
 
@@ -240,19 +247,25 @@ def _announce(state: TrainState, logger: Logger) -> None:
         f"{state.precision}, batch {cfg.global_batch(runtime.world)}, "
         f"{state.schedule.total_steps} steps -> {cfg.output}"
     )
-    if state.saved_by is None or state.step >= state.schedule.total_steps:
-        return
-    line = f"continues after step {state.step}, saved by {state.saved_by} processes"
-    if state.saved_by == runtime.world:
-        line += ": bit for bit, with the same configuration, on the CPU"
-    elif cfg.sync_bn:
-        line += ": the same samples, classes and statistics, the same curve up to rounding"
-    else:
-        line += (
-            ": the same samples and classes, but BatchNorm takes its statistics per process, so "
-            "the curve is another one of the same kind (sync_bn=true makes them one)"
-        )
-    logger.say(line)
+    if state.step >= state.schedule.total_steps:
+        logger.say(f"already complete: {state.step} of {state.schedule.total_steps} steps")
+    elif state.saved_by is not None:
+        logger.say(f"continues after step {state.step}: {_continuation(state)}")
+
+
+def _continuation(state: TrainState) -> str:
+    """In what sense a resumed run is the one that was saved."""
+    processes = f"saved by {state.saved_by} processes"
+    if state.changes:
+        return f"{processes}, with changes: {', '.join(state.changes)}"
+    if state.saved_by == state.runtime.world:
+        return f"{processes}, on the CPU bit for bit as if it had not stopped"
+    if state.cfg.sync_bn:
+        return f"{processes}, the same samples, classes and statistics: the same curve to rounding"
+    return (
+        f"{processes}, the same samples and classes; BatchNorm takes its statistics per process, "
+        "so the curve is another one of the same kind (sync_bn=true makes them one)"
+    )
 
 
 def _log(
@@ -269,6 +282,7 @@ def _log(
     }
     if state.parts.scaler is not None:
         record["loss_scale"] = state.parts.scaler.scale.item()
+        record["skipped_steps"] = int(state.parts.scaler.skipped.item())
         if record["loss_scale"] < _LEAST_SCALE:
             raise FloatingPointError(
                 f"the fp16 loss scale fell to {record['loss_scale']:.1e} by step {state.step}: "

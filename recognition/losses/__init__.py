@@ -44,6 +44,7 @@ def make_margin(name: str, arguments: Mapping[str, Any]) -> Margin:
                 f"margin_args.{argument}: {name} takes {', '.join(taken)}"
                 + (f"; did you mean {near[0]}?" if near else "")
             )
-        if isinstance(taken[argument], float) and not isinstance(value, int | float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(taken[argument], float) and not number:
             raise TypeError(f"margin_args.{argument}={value!r}: expected a number")
     return MARGINS[name](**arguments)

@@ -141,6 +141,38 @@ def test_a_bad_image_stops_all_ranks_with_its_traceback(shards_dir, tmp_path):
     assert "Traceback" in done.stderr and rec.name in done.stderr
 
 
+def assert_no_worker_left(output):
+    deadline = time.time() + 20
+    while subprocess.run(["pgrep", "-f", str(output)], capture_output=True).stdout:
+        assert time.time() < deadline, "a process of the run is still there"
+        time.sleep(0.2)
+
+
+def test_a_killed_agent_takes_its_ranks_with_it(shards_dir, tmp_path):
+    output = tmp_path / "r"
+    agent = subprocess.Popen(
+        [
+            sys.executable, *TORCHRUN, "--standalone", "--nproc-per-node", "2", "launch/train.py",
+            str(DEMO), f"rec={shards_dir}", f"output={output}", *SMALL, "max_steps=100000",
+        ],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not (output / "metrics.jsonl").exists():
+        assert time.time() < deadline and agent.poll() is None
+        time.sleep(0.2)
+    agent.kill()
+    agent.wait()
+    assert_no_worker_left(output)
+
+
+def test_a_world_size_without_a_rank_is_one_process(shards_dir, tmp_path):
+    """Left over in the environment by some other tool: no wait for ranks that nobody starts."""
+    environment = {**os.environ, "WORLD_SIZE": "2"}
+    arguments = ["launch/train.py", DEMO, f"rec={shards_dir}", f"output={tmp_path / 'r'}", *SMALL]
+    assert "step 4/4" in command(*arguments, env=environment, timeout=60).stdout
+
+
 def test_a_killed_rank_takes_the_others_with_it(shards_dir, tmp_path):
     """And the run continues from its checkpoint afterwards."""
     output = tmp_path / "r"
@@ -161,6 +193,7 @@ def test_a_killed_rank_takes_the_others_with_it(shards_dir, tmp_path):
     )
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
     assert agent.wait(timeout=60) != 0
+    assert_no_worker_left(output)
     last = max(int(p.parent.name[5:]) for p in output.glob("checkpoints/step-*/manifest.json"))
     done = command(*arguments[:-2], f"max_steps={last + 2}")
     assert f"step {last + 2}/{last + 2}" in done.stdout

@@ -10,8 +10,9 @@ import signal
 import pytest
 import torch
 
-from recognition import build, checkpoint, config, trainer
+from recognition import build, checkpoint, config, run_dir, trainer
 from tests import ranks
+from tests.conftest import command
 from tests.recognition import runs
 
 
@@ -91,6 +92,54 @@ def failure(keys):
     except Exception as error:
         return type(error).__name__, str(error)
     return None, ""
+
+
+@pytest.mark.parametrize("content", ["garbage", "[]", "{}", "", None])
+def test_a_damaged_manifest_is_named_with_the_way_out(keys, content):
+    ranks.run(1, runs.run, keys | {"checkpoint_every": 1, "max_steps": 2})
+    path = os.path.join(checkpoint.newest(keys["output"]), "manifest.json")
+    text = open(path).read()
+    open(path, "w").write(text.replace('"step": 2', '"step": 7') if content is None else content)
+    kind, message = ranks.run(1, failure, keys)[0]
+    assert kind == "OSError" and "manifest.json is damaged" in message
+    assert message.endswith("step-1")  # what to continue from
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"rec": "other"}], ids=str)
+def test_another_order_of_samples_is_refused(keys, change, shards_dir, tmp_path):
+    ranks.run(1, runs.run, keys, 1)
+    if "rec" in change:
+        command("-m", "data_tools", "pack", shards_dir.parent / "faces", tmp_path / "other",
+                "--seed", 9, "--hold-out", 4, "--pairs", 40)  # fmt: skip
+        change = {"rec": str(tmp_path / "other")}
+    kind, message = ranks.run(1, failure, keys | change)[0]
+    assert kind == "ValueError" and "twice or never" in message
+
+
+def test_other_changes_are_named(keys):
+    ranks.run(1, runs.run, keys, 1)
+    lines = ranks.run(1, continued, keys | {"lr": 0.5, "margin": "cosface", "log_every": 5})[0]
+    assert sorted(lines) == ["lr 0.05 -> 0.5", "margin arcface -> cosface"]
+    assert ranks.run(1, continued, keys)[0] == []
+
+
+def continued(keys):
+    return build.build(config.make(runs.BASE | keys), runs.here()).changes
+
+
+def test_two_runs_do_not_share_a_directory(keys):
+    with run_dir.owned(keys["output"]):
+        messages = ranks.run(2, train_message, keys)
+    assert all("is in use by another run" in message for message in messages)
+    assert os.listdir(keys["output"]) == [".lock"]
+    ranks.run(2, runs.run, keys | {"max_steps": 1})
+
+
+def train_message(keys):
+    try:
+        runs.run(keys)
+    except OSError as error:
+        return str(error)
 
 
 def test_a_missing_file_is_named(keys):

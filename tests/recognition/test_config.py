@@ -130,6 +130,10 @@ def test_missing_recipe_and_missing_rec(recipe, tmp_path):
         config.load(str(tmp_path / "absent.py"))
     with pytest.raises(KeyError, match="rec is missing"):
         config.load(recipe(""))
+    for body in ("config = (", "import no_such_module", "1 / 0"):
+        (tmp_path / "broken.py").write_text(body)
+        with pytest.raises(ValueError, match="broken.py does not run"):
+            config.load(str(tmp_path / "broken.py"))
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(TypeError, match="defines no `config`"):
         config.load(str(tmp_path / "empty.py"))
@@ -141,6 +145,7 @@ def test_missing_recipe_and_missing_rec(recipe, tmp_path):
         ("arcfase", {}, KeyError, "one of softmax, arcface"),
         ("arcface", {"margn": 0.5}, KeyError, "did you mean margin"),
         ("arcface", {"margin": "0.5"}, TypeError, "expected a number"),
+        ("arcface", {"margin": True}, TypeError, "expected a number"),
         ("arcface", {"margin": 4.0}, ValueError, "0 <= m2 < pi"),
         ("arcface", {"scale": -1.0}, ValueError, "positive"),
         ("arcface", {"gradient": "exakt"}, ValueError, "one of exact, straight_through"),

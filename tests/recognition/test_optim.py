@@ -168,6 +168,24 @@ def test_state_travels_by_class_id(name):
         loaded.load_state_dict({"classes": state["classes"]})
 
 
+def test_the_rows_may_not_change_between_forward_and_backward():
+    head = make_head(0.3)
+    first, second = head(*batch(1)), head(*batch(2))
+    first.backward()
+    RowSGD(head).step(0.1)
+    with pytest.raises(RuntimeError, match="changed between a forward and its backward"):
+        second.backward()
+
+
+def test_an_optimizer_older_than_the_heads_precision_is_refused():
+    head = PartialFC(MARGINS["arcface"](), D, C)
+    row_optimizer = RowSGD(head)
+    head.double()
+    head(*batch(1)).backward()
+    with pytest.raises(TypeError, match="after moving the head"):
+        row_optimizer.step(0.1)
+
+
 def test_a_step_without_a_gradient_is_an_error():
     head = make_head(1.0)
     with pytest.raises(RuntimeError, match="backward"):

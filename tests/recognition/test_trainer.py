@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 
 import pytest
 import torch
 
+from data_tools import shards
 from recognition import build, config, trainer
 from recognition.rows import SampledRows
 from tests import ranks
@@ -316,6 +319,17 @@ def test_mistakes_are_named_before_training(shards_dir, tmp_path, keys, error, w
     keys = {"rec": str(shards_dir), "output": str(tmp_path / "run")} | keys
     (kind, message), *_ = ranks.run(1, refused, keys)
     assert kind == error.__name__ and words in message
+
+
+@pytest.mark.parametrize("same", [[True] * 9, [True] * 12, [False] * 12], ids=len)
+def test_a_val_set_without_ten_folds_of_both_kinds_is_refused(shards_dir, tmp_path, same):
+    copy = tmp_path / "shards"
+    shutil.copytree(shards_dir, copy)
+    image = shards.open(shards_dir)[0][1]
+    (copy / "few.bin").write_bytes(pickle.dumps(([image] * (2 * len(same)), same)))
+    keys = {"rec": str(copy), "val_targets": ["few"], "output": str(tmp_path / "run")}
+    kind, message = ranks.run(1, refused, keys)[0]
+    assert kind == "ValueError" and "few.bin has" in message
 
 
 def refused(keys):
