@@ -53,7 +53,9 @@ def load_bin(path: str | Path) -> PairSet:
         )
     for i, label in enumerate(labels):
         if not isinstance(label, int) or label not in (0, 1):
-            raise ValueError(f"{path}: issame[{i}] is {label!r}, not a boolean")
+            # Its type only: the text of nested lists that share parts can be endless.
+            kind = type(label).__name__
+            raise ValueError(f"{path}: issame[{i}] ({kind}) is neither a boolean nor 0 or 1")
     encoded = [_image_bytes(image, f"{path}: image {i}") for i, image in enumerate(images)]
     return PairSet(Path(path).stem, encoded, np.array(labels, dtype=bool))
 

@@ -8,6 +8,7 @@ interpreter of pickles is used, not the C one, because that one allocates whatev
 than the pointers of its lists.
 """
 
+import math
 import mmap
 import pickle
 from collections.abc import Callable
@@ -21,6 +22,9 @@ _ALLOWED = (
     "BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE"
 )
 
+_MAX_DIMENSIONS = 32  # NumPy's own limit when these files were written
+_SHOWN = 120  # characters of a file's own text in a message
+
 
 class Array:
     """A NumPy array of one-byte elements: dtype "u1" or "b1", its shape and its raw bytes."""
@@ -32,22 +36,33 @@ class Array:
         _, shape, dtype, _, data = state
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
             raise ValueError("a NumPy array whose elements are not plain bytes")
-        size = 1
-        for length in shape:
-            size *= length
+        if not isinstance(shape, tuple) or len(shape) > _MAX_DIMENSIONS:
+            raise ValueError("a NumPy array without a shape")
+        if not all(isinstance(length, int) and 0 <= length < 2**63 for length in shape):
+            raise ValueError("a NumPy array whose shape is not of lengths")
+        size = math.prod(shape)
         if size != len(data):
-            raise ValueError(f"a NumPy array of shape {shape} with {len(data)} bytes of data")
-        self.dtype, self.shape, self.data = dtype.name, tuple(shape), bytes(data)
+            raise ValueError(f"a NumPy array of {size} elements with {len(data)} bytes of data")
+        self.dtype, self.shape, self.data = dtype.name, shape, bytes(data)
 
 
 class _Dtype:
     def __init__(self, name: str | bytes, *_: object) -> None:
         self.name = name.decode("ascii") if isinstance(name, bytes) else name
         if self.name not in ("u1", "b1"):
-            raise ValueError(f"a NumPy array of type {self.name!r}; only uint8 and bool are read")
+            raise ValueError(
+                f"a NumPy array of type {_shown(self.name)}; only uint8 and bool are read"
+            )
 
     def build(self, state: tuple) -> None:
         """Byte order and alignment say nothing of single bytes."""
+
+
+def _shown(value: object) -> str:
+    """For a message. Never the repr of a list: ten lists that share parts can print for ever."""
+    if isinstance(value, str | bytes):
+        return repr(value[:_SHOWN])
+    return f"(a {type(value).__name__})"
 
 
 def _reconstruct(*_: object) -> Array:
@@ -67,7 +82,7 @@ def _scalar(dtype: _Dtype, data: bytes) -> bool | int:
 
 def _latin1(text: str, encoding: str) -> bytes:
     if encoding not in ("latin1", b"latin1"):
-        raise ValueError(f"text in the encoding {encoding!r}")
+        raise ValueError(f"text in the encoding {_shown(encoding)}")
     return text.encode("latin1")  # how protocol 2 of Python 3 spells bytes
 
 
@@ -101,7 +116,8 @@ class _Interpreter(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         if f"{module}.{name}" not in _GLOBALS:
-            raise ValueError(f"the pickle asks for the forbidden global {module}.{name}")
+            wanted = f"{module}.{name}"[:_SHOWN]
+            raise ValueError(f"the pickle asks for the forbidden global {wanted}")
         return _GLOBALS[f"{module}.{name}"]
 
     def load_build(self) -> None:

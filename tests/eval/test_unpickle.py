@@ -112,6 +112,37 @@ def test_damaged_and_foreign_files(tmp_path, content, message):
     assert "set.bin" in str(caught.value)
 
 
+def nested(levels):
+    """The instructions that build lists whose text has 2^levels parts."""
+    bomb = []
+    for _ in range(levels):
+        bomb = [bomb, bomb]
+    return pickle.dumps(bomb, protocol=2)[2:-1]
+
+
+ARRAY = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)R(K\x01%scnumpy\ndtype\n%s\x85R\x89%stb."
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (ARRAY % (b"K\x03\x85", nested(18), b"U\x03abc"), r"type \(a list\); only uint8"),
+        (ARRAY % (nested(18), b"U\x02u1", b"U\x03abc"), "array without a shape"),
+        (ARRAY % (nested(18) + b"\x85", b"U\x02u1", b"U\x03abc"), "shape is not of lengths"),
+        (ARRAY % (b"(" + b"K\x01" * 33 + b"t", b"U\x02u1", b"U\x01a"), "array without a shape"),
+        (ARRAY % (b"J\xff\xff\xff\xff\x85", b"U\x02u1", b"U\x01a"), "shape is not of lengths"),
+        (ARRAY % (b"K\x04\x85", b"U\x02u1", b"U\x03abc"), "4 elements with 3 bytes"),
+        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00a" + nested(18) + b"\x86R.", r"\(a list\)"),
+        (b"\x80\x02cos\n" + b"x" * 10**6 + b"\n.", "forbidden global os.xxx"),
+        (b"\x80\x02cnumpy\ndtype\nT\x00\x00\x10\x00" + b"f" * 2**20 + b"\x85R.", "type 'fff"),
+    ],
+)
+def test_what_a_file_says_is_not_printed_at_length(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        unpickle.load(write(tmp_path, content))
+    assert len(str(caught.value)) < 500
+
+
 def test_every_truncation_is_an_error(tmp_path):
     images = [np.arange(5, dtype=np.uint8), b"abcdef"]
     for protocol in (0, 2, 4, 5):
