@@ -3,15 +3,21 @@
 Layout A (the classic one: MS1MV2, Glint360K) has a header record with key 0 and, after the images,
 a record per identity; both have no pixels. The plain layouts (im2rec, shuffle_rec, SeqRecBuilder)
 hold images only. Ranges in the header and the identity records are float32, exact to 2^24 only:
-labels are therefore always taken from the images themselves.
+labels are therefore always taken from the images themselves. These too are float32: a label of 2^24
+or more may be that of a neighbour, and is refused.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data_tools.recordio import Header, IndexedReader, RecordFile, unpack_record
+
+MAX_CLASSES = 2**31
+_PROPERTY = re.compile(r" *([0-9]{1,18}) *, *([0-9]{1,18}) *, *([0-9]{1,18}) *(?:,.*)?")
+_EXACT = 2**24  # float32 has every integer below; 2^24 itself may stand for 2^24 + 1
 
 
 class ImageRecords(NamedTuple):
@@ -59,21 +65,26 @@ def open_directory(directory: Path, rec_path: Path) -> ImageRecords:
 
 
 def read_property(path: Path) -> tuple[int, int, int] | None:
-    """Classes, height, width of a `property` file, None where there is none. Raises: ValueError."""
+    """Classes, height, width of a `property` file, None where there is none.
+
+    Raises: ValueError naming the file if they are no such numbers, or not 1 .. 2^31 classes.
+    """
     if not path.exists():
         return None
     line = path.read_bytes().split(b"\n", 1)[0].decode("ascii", "replace").strip()
-    fields = line.split(",")
-    if len(fields) < 3 or not all(field.strip().isdigit() for field in fields[:3]):
+    stated = _PROPERTY.fullmatch(line)
+    if stated is None:
         raise ValueError(f"{path}: {line[:60]!r} is not num_classes,height,width")
-    classes, height, width = (int(field) for field in fields[:3])
+    classes, height, width = map(int, stated.groups())
+    if not 1 <= classes <= MAX_CLASSES:
+        raise ValueError(f"{path}: {classes} classes; their number must be 1 .. {MAX_CLASSES}")
     return classes, height, width
 
 
 def class_label(header: Header, num_classes: int | None, where: str) -> int:
     """The class of an image: the scalar label, or the first of [class, aligned].
 
-    Raises: ValueError naming `where` if it is not an integer of [0, num_classes).
+    Raises: ValueError naming `where` if it is not an integer of [0, num_classes), or not exact.
     """
     label = np.ravel(header.label)[:1].astype(np.float32)
     fault = _bad_label(label, num_classes)
@@ -87,7 +98,8 @@ def class_labels(
 ) -> np.ndarray:
     """The class of every image record at `offsets`, int64 [n]; reads headers only.
 
-    Raises: ValueError naming file and byte of the first label outside [0, num_classes).
+    Raises: ValueError naming file and byte of the first label outside [0, num_classes), or not
+    exact.
     """
     _, labels = file.first_labels(offsets)
     wrong = np.flatnonzero(_bad_label(labels, num_classes))
@@ -100,13 +112,17 @@ def class_labels(
 
 
 def _bad_label(labels: np.ndarray, num_classes: int | None) -> np.ndarray:
-    # Beyond 2^24 neighbouring classes share a float32.
-    limit = 2**24 + 1 if num_classes is None else num_classes
+    limit = _EXACT if num_classes is None else min(num_classes, _EXACT)
     with np.errstate(invalid="ignore"):
         return ~((labels >= 0) & (labels < limit) & (labels == np.floor(labels)))
 
 
 def _label_fault(label: np.float32, num_classes: int | None) -> str:
+    if _EXACT <= label < (MAX_CLASSES if num_classes is None else num_classes):
+        return (
+            f"the label {label:.0f} is 2^24 or more, where a float32 no longer tells a class from "
+            f"its neighbour: pack the images from their source instead"
+        )
     limit = (
         "" if num_classes is None else f" below the {num_classes} classes that `property` states"
     )

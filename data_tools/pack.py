@@ -22,6 +22,7 @@ from data_tools.sources import Images, Source, open_source, read_jpegs
 from data_tools.wording import count
 
 HELD_OUT = "heldout"
+MAX_SIZE = 1024  # pixels: a slip of the finger beyond it would run for hours and fill the disk
 _PROBES = 64  # tasks of the first step
 Skipped = list[tuple[str, str]]  # (where, why)
 
@@ -44,6 +45,8 @@ class Options:
                 raise ValueError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: must be {low} or more"
                 )
+        if self.size > MAX_SIZE:
+            raise ValueError(f"--size {self.size}: must be {MAX_SIZE} or less")
         if self.quality > 100:
             raise ValueError(f"--quality {self.quality}: a JPEG's quality is at most 100")
         if self.hold_out:

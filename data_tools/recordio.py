@@ -108,7 +108,12 @@ def frame(record: bytes) -> bytes:
 
 
 class RecordFile:
-    """A mapped `.rec` file: reads the record at an offset. Safe in threads, over fork, pickled."""
+    """A mapped `.rec` file: reads the record at an offset. Safe in threads, over fork, pickled.
+
+    The file must keep its length while it is open: reading a page that someone has truncated away
+    ends the process by SIGBUS, which no Python code can turn into an error. Write a new file and
+    rename it over this one instead.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -225,7 +230,7 @@ class IndexedReader:
     `keys` and `offsets` are int64 [n] in file order. Without a `.idx` (None) the file is walked and
     the keys are 0 .. n-1. Safe in threads, over fork, pickled.
 
-    Raises: ValueError for a damaged or foreign .idx; at access, KeyError for an unknown key.
+    Raises: ValueError for a damaged, cut or foreign .idx; at access, KeyError for an unknown key.
     """
 
     def __init__(self, idx_path: str | Path | None, rec_path: str | Path) -> None:
@@ -259,6 +264,18 @@ class IndexedReader:
         if (self.offsets[1:] < self.offsets[:-1]).any():
             order = np.argsort(self.offsets, kind="stable")
             self.keys, self.offsets = self.keys[order], self.offsets[order]
+        end = 0
+        if len(self.offsets):
+            try:
+                _, end = self.file.read(int(self.offsets[-1]))
+            except ValueError:
+                return  # reading that record will name its damage; the others can be read
+        if end != self.file.size:
+            raise ValueError(
+                f"{self.idx_path}: its last record ends at byte {end} of {self.file.path}, which "
+                f"has {self.file.size}: no line of the .idx covers the last "
+                f"{self.file.size - end} bytes: the .idx is cut short, or belongs to another file"
+            )
 
     def __reduce__(self) -> tuple[type["IndexedReader"], tuple[Path | None, Path]]:
         return IndexedReader, (self.idx_path, self.file.path)

@@ -59,14 +59,23 @@ class ShardWriter:
     def __init__(self, out: str | Path, overwrite: bool = False) -> None:
         self.out = Path(os.path.abspath(out))
         self._replaced = self.out.with_name(self.out.name + ".replaced")
-        if self._replaced.exists() and not self.out.exists():
-            self._replaced.rename(self.out)  # killed between the two renames of `finish`
-        self._check_free(overwrite)
         self._aside = PartialDirectory(self.out)
         self.partial = self._aside.path
+        try:
+            if self._replaced.exists() and self._is_free():
+                self._replaced.rename(self.out)  # killed between the two renames of `finish`
+            self._check_free(overwrite)
+            if self._replaced.exists():  # killed before or during its removal
+                shutil.rmtree(self._replaced)
+        except BaseException:
+            self._aside.close()
+            raise
+
+    def _is_free(self) -> bool:
+        return not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir()))
 
     def _check_free(self, overwrite: bool) -> None:
-        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+        if self._is_free():
             return
         if not overwrite:
             raise FileExistsError(f"{self.out} exists; --overwrite replaces it")

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from data_tools import insightface
-from data_tools.recordio import RecordFile, unpack_record
+from data_tools.recordio import Header, RecordFile, unpack_record
 
 FORMAT = "arcline-shards"
 VERSION = 1
@@ -92,9 +92,16 @@ class Shards:
         shard, offset = self.locate(i)
         file = self.files[shard]
         header, encoded = unpack_record(file.read(offset)[0], file.where(offset))
-        if self._labels is not None:
-            return int(self._labels[i]), encoded
-        return insightface.class_label(header, self.num_classes, file.where(offset)), encoded
+        if self._labels is None:
+            return insightface.class_label(header, self.num_classes, file.where(offset)), encoded
+        label = int(self._labels[i])
+        image = int(i) % self.num_images
+        if fault := record_fault(header, image - self.starts[shard], label):
+            raise ValueError(
+                f"{file.where(offset)}: image {image}: {fault}; labels.npy, offsets.npy or the "
+                f".rec is not what was packed: run `python -m data_tools verify {self.path}`"
+            )
+        return label, encoded
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         return (self[i] for i in range(self.num_images))
@@ -109,6 +116,15 @@ class Shards:
 
     def bin_paths(self) -> list[Path]:
         return sorted(self.path.glob("*.bin"))
+
+
+def record_fault(header: Header, key: int, label: int) -> str | None:
+    """In what a packed record contradicts the columns: the packer wrote its class and its key."""
+    if header.flag or header.label != np.float32(label):
+        return f"the record's label is {header.label}, that of labels.npy {label}"
+    if header.id != key:
+        return f"the record's id is {header.id}, not its key {key}"
+    return None
 
 
 def open(path: str | Path) -> Shards:

@@ -67,11 +67,9 @@ def _check_record(block: Block, i: int, header: Header, image: bytes, where: str
     if block.labels is None:
         insightface.class_label(header, block.num_classes, where)
     else:
-        expected = np.float32(block.labels[i])
-        if header.flag or header.label != expected:
-            raise ValueError(f"the record's label is {header.label}, that of labels.npy {expected}")
-        if header.id != block.keys[i]:
-            raise ValueError(f"the record's id is {header.id}")
+        fault = shards.record_fault(header, int(block.keys[i]), int(block.labels[i]))
+        if fault:
+            raise ValueError(fault)
     if block.size is not None:
         decode(image, block.size, where)
 

@@ -161,6 +161,7 @@ def test_nothing_is_skipped_in_silence(tmp_path, capsys):
         (lambda s: None, ["--shards", "32"], "31 images cannot fill 32 shards"),
         (lambda s: None, ["--shards", "0"], "--shards 0: must be 1 or more"),
         (lambda s: None, ["--seed", "-1"], "--seed -1"),
+        (lambda s: None, ["--size", "1025"], "--size 1025: must be 1024 or less"),
         (lambda s: None, ["--quality", "101"], "at most 100"),
         (lambda s: None, ["--workers", "0"], "--workers 0"),
         (lambda s: (s / "x\ny").mkdir(), [], "line break"),

@@ -196,6 +196,23 @@ def test_an_idx_of_another_file(tmp_path):
         reader[2]
 
 
+def test_an_idx_that_is_cut_short(tmp_path):
+    """Each record: 8 bytes of frame, 24 of header, 5 of image, 3 of padding."""
+    idx, rec = write(tmp_path, [(key, Header(0, 0, 0, 0), b"image") for key in range(40)])
+    lines = idx.read_text().splitlines(keepends=True)
+    assert len(IndexedReader(idx, rec)) == 40
+    for kept in (0, 13, 39):
+        idx.write_text("".join(reversed(lines[:kept])))
+        fault = rf"train\.idx: .* byte {40 * kept} of .*train\.rec, .* {40 * (40 - kept)} bytes"
+        with pytest.raises(ValueError, match=fault):
+            IndexedReader(idx, rec)
+    idx.write_text("".join(lines)[:-1])  # "39<TAB>1560" without its end is byte 156
+    assert len(IndexedReader(idx, rec)) == 40
+    idx.write_text("".join(lines)[:-2])
+    with pytest.raises(ValueError, match=r"covers the last 40 bytes"):
+        IndexedReader(idx, rec)
+
+
 def test_duplicate_keys(tmp_path):
     idx, rec = write(tmp_path, [(key, Header(0, 0, 0, 0), b"") for key in (1, 5, 2, 5, 2)])
     with pytest.raises(ValueError, match=r"train\.idx: key 2 stands on two lines \(and 1 more\)"):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import threading
 
 import numpy as np
@@ -76,12 +77,40 @@ def test_any_reader_of_records_can_read_a_shard(packed):
 def test_labels_beyond_float32_are_exact(packed):
     exact = np.array([2**24 + 1, 2**24 + 3, 2**31 + 1, 0, 1, 2, 2**40 + 1], np.int64)
     np.save(packed / "labels.npy", exact)
-    index = json.loads((packed / "index.json").read_text())
-    index["classes"] = 2**40 + 2
-    (packed / "index.json").write_text(json.dumps(index))
+    for name, some in (("train-00000-of-00002", exact[:4]), ("train-00001-of-00002", exact[4:])):
+        write_shard(packed, name, [(label, b"image 0") for label in some.tolist()])
+    edit_index(packed, classes=2**40 + 2)
     data = shards.open(packed)
     assert [label for label, _ in data] == exact.tolist()
     assert np.float32(exact[0]) != exact[0]  # a record's own label could not hold it
+
+
+def test_columns_that_contradict_the_records_are_refused(packed):
+    """Each record of seven letters has 40 bytes: a shard has 160, the other 120."""
+    offsets, labels = np.load(packed / "offsets.npy"), np.load(packed / "labels.npy")
+    assert offsets.tolist() == [0, 40, 80, 120, 0, 40, 80]
+    np.save(packed / "labels.npy", labels[::-1])  # 2 2 0 1 1 0 2
+    data = shards.open(packed)
+    fault = (
+        rf"00000-of-00002\.rec: byte 40: image 1: the record's label is 0\.0, that of labels.npy 2;"
+        rf".*run `python -m data_tools verify {packed}`"
+    )
+    for i in (1, -6):
+        with pytest.raises(ValueError, match=fault):
+            data[i]
+    assert data[0] == IMAGES[0] and data[6] == IMAGES[6]
+    np.save(packed / "labels.npy", labels)
+    np.save(packed / "offsets.npy", offsets[[0, 1, 3, 2, 6, 4, 5]])
+    data = shards.open(packed)
+    assert data[1] == IMAGES[1]
+    # Images 2 and 3 are of one class: only their ids tell them apart.
+    with pytest.raises(ValueError, match=r"rec: byte 120: image 2: the record's id is 3, not .* 2"):
+        data[2]
+    for i in (4, 5, 6):
+        with pytest.raises(
+            ValueError, match=rf"00001-of-00002\.rec: byte \d+: image {i}: .*verify"
+        ):
+            data[i]
 
 
 def test_opening_reads_neither_the_idx_nor_the_records(packed):
@@ -211,6 +240,31 @@ def test_a_crash_between_the_two_renames_is_mended(packed):
     assert list(shards.open(packed)) == IMAGES
 
 
+@pytest.mark.parametrize("half_removed", [False, True])
+def test_a_crash_before_the_removal_of_the_old_set_is_mended(packed, tmp_path, half_removed):
+    replaced = packed.with_name("set.replaced")
+    shutil.copytree(packed, replaced)
+    if half_removed:
+        (replaced / "index.json").unlink()
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        ShardWriter(packed)
+    with ShardWriter(packed, overwrite=True) as writer:
+        assert not replaced.exists()
+        written = [write_shard(writer.partial, "train-00000-of-00001", IMAGES[:2])]
+        writer.finish(written, ["a", "b", "c"], (112, 112), {})
+    assert list(shards.open(packed)) == IMAGES[:2]
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_an_empty_directory_does_not_cost_the_old_set(packed, tmp_path):
+    packed.rename(packed.with_name("set.replaced"))
+    packed.mkdir()  # by a script, after the crash
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        ShardWriter(packed)
+    assert list(shards.open(packed)) == IMAGES
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
 # --- InsightFace directories ---
 
 
@@ -283,6 +337,37 @@ def test_a_bad_property(tmp_path, line):
     insightface_set(tmp_path, [0, 1], prop=line + "\n")
     with pytest.raises(ValueError, match=r"property: .* is not num_classes,height,width"):
         shards.open(tmp_path)
+
+
+def test_a_property_of_absurd_numbers(tmp_path):
+    for classes in (0, 2**31 + 1, 99999999999999):
+        insightface_set(tmp_path, [0, 1], prop=f"{classes},112,112\n")
+        with pytest.raises(ValueError, match=rf"property: {classes} classes; .* 1 \.\. 2147483648"):
+            shards.open(tmp_path)
+    for classes in ("9e23", "9" * 5000):
+        insightface_set(tmp_path, [0, 1], prop=f"{classes},112,112\n")
+        with pytest.raises(ValueError, match=r"property: '9\S+ is not num_classes,height,width"):
+            shards.open(tmp_path)
+    insightface_set(tmp_path, [0, 1], prop=f"{2**31}, 112 ,112,more\n")
+    assert shards.open(tmp_path).num_classes == 2**31
+
+
+@pytest.mark.parametrize("stated", [2**24 + 9, None])
+def test_labels_that_float32_rounds_are_refused(tmp_path, stated):
+    with Writer(tmp_path / "train.idx", tmp_path / "train.rec") as writer:
+        for key, label in enumerate((2**24 - 1, 2**24 + 1)):
+            writer.write(key, Header(0, label, key, 0), b"pixels")
+    fault = r"train\.rec: byte 40: the label 16777216 is 2\^24 or more, .* pack the images from"
+    if stated is None:
+        with pytest.raises(ValueError, match=fault):
+            shards.open(tmp_path)
+        return
+    (tmp_path / "property").write_text(f"{stated},112,112\n")
+    data = shards.open(tmp_path)
+    assert data[0] == (2**24 - 1, b"pixels")
+    for read in (lambda: data[1], lambda: data.labels):
+        with pytest.raises(ValueError, match=fault):
+            read()
 
 
 def test_an_insightface_directory_without_images(tmp_path):
