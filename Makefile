@@ -22,7 +22,7 @@ help:  ## list the commands
 
 setup: .venv/.test  ## make .venv with everything that the product and its tests need
 
-demo: .venv/.product  ## faces -> shards -> training -> evaluation -> ONNX -> report  (OUT=DIR, DATA=DIR)
+demo: .venv/.product  ## faces -> shards -> training -> ONNX -> evaluation -> report  (OUT=DIR, DATA=DIR)
 	$(BIN)/python -m launch.demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)")
 
 test: .venv/.test  ## the tests (within ten minutes on two cores)

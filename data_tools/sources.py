@@ -155,7 +155,7 @@ class FolderSource(Paths):
                 self.identities.append(entry.name)
                 self._counts.append(len(found))
                 yield from found
-            elif _is_image(entry.name):
+            elif is_image(entry.name):
                 self.skipped.append((entry.name, "lies outside any identity folder"))
             else:
                 self.ignored += 1
@@ -170,7 +170,7 @@ class FolderSource(Paths):
                 self.ignored += 1
             elif entry.is_dir():
                 self.skipped.append((name, "a folder inside an identity folder"))
-            elif _is_image(entry.name):
+            elif is_image(entry.name):
                 found.append(os.fsencode(name))
                 self._digest.update(found[-1] + b"\0" + _stamp(entry) + b"\n")
             else:
@@ -226,8 +226,9 @@ def _sorted_entries(path: Any) -> list[os.DirEntry]:
         return sorted(entries, key=lambda entry: entry.name)
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
+def is_image(name: str) -> bool:
+    """Whether a file of this name counts as an image; hidden ones do not."""
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _stamp(entry: os.DirEntry) -> bytes:

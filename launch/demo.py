@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from data_tools import commands
-from data_tools.decode import IMAGE_SUFFIXES
 from data_tools.pairs import PAIRS_STEP
+from data_tools.sources import is_image
 
 _ROOT = Path(__file__).resolve().parents[1]
 _IDENTITIES, _IMAGES = 1000, 20  # generated
@@ -114,7 +114,7 @@ def _num_held_out(faces: Path) -> int:
     the mean less two standard deviations, are enough; but two identities are left to train on.
     """
     folders = [entry.path for entry in os.scandir(faces) if entry.is_dir()]
-    sizes = np.array([sum(map(_is_image, os.listdir(path))) for path in folders])
+    sizes = np.array([sum(map(is_image, os.listdir(path))) for path in folders])
     sizes = sizes[sizes > 0]
     same = sizes * (sizes - 1) / 2  # pairs of each person
     most = len(sizes) - 2
@@ -127,10 +127,6 @@ def _num_held_out(faces: Path) -> int:
     spread = same.std() * np.sqrt(n * (1 - n / len(sizes)))
     enough = n[n * same.mean() - 2 * spread >= PAIRS_STEP / 2]
     return int(enough[0] if len(enough) else most)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def _step(title: str, command: list[str]) -> None:

@@ -20,6 +20,7 @@ import json
 import os
 import sys
 
+from data_tools.commands import one_line
 from recognition import build, config, runtime, trainer
 from recognition.backbones import BACKBONES
 from recognition.losses import MARGINS
@@ -60,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _said(error: Exception) -> int:
     """The exit code, after one line on stderr."""
-    message = error.args[0] if isinstance(error, KeyError) else error
-    print(f"error (rank {os.environ.get('RANK', 0)}): {message}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")
+    print(f"error (rank {rank}): {one_line(error)}", file=sys.stderr, flush=True)
     return 1
 
 

@@ -31,6 +31,13 @@ from recognition.sampling import hash_words
 
 _NETWORK_KEY = 3  # the purpose of this draw, as in sampling.py
 
+# What may change at a resume without a word: none of it moves a number of the run.
+_FREE = {
+    "output", "resume", "rec", "init_from", "val_targets", "num_workers", "log_every",
+    "verify_every", "checkpoint_every", "keep_checkpoints", "commit", "world", "batch_size",
+    "global_batch_size", "num_classes", "num_image",
+}  # fmt: skip
+
 
 @dataclass
 class TrainState:
@@ -85,9 +92,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         precision = "bf16" if bf16_is_fast(runtime.device) else "fp32"
     dtype = torch.float64 if precision == "fp64" else torch.float32
 
-    torch.manual_seed(
-        hash_words(cfg.seed, _NETWORK_KEY) >> 1
-    )  # every rank starts from the same network
+    torch.manual_seed(hash_words(cfg.seed, _NETWORK_KEY) >> 1)  # the same network on every rank
     backbone = _make_backbone(cfg)
     if cfg.init_from and resumed_from is None:
         checkpoint.load_state(backbone, initial_weights(cfg.init_from), cfg.init_from)
@@ -138,6 +143,8 @@ def _make_backbone(cfg: Config) -> nn.Module:
 def _make_margin(cfg: Config) -> Margin:
     arguments = dict(cfg.margin_args)
     if cfg.interclass_filtering_threshold:
+        if "interclass_filtering_threshold" in arguments:
+            raise ValueError("interclass_filtering_threshold stands in margin_args too: keep one")
         arguments["interclass_filtering_threshold"] = cfg.interclass_filtering_threshold
     return make_margin(cfg.margin, arguments)
 
@@ -220,9 +227,6 @@ def _changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path: st
         ValueError: the order of samples would be another one.
     """
     now = dataclasses.asdict(cfg) | facts
-    free = {"output", "resume", "rec", "num_workers", "log_every", "keep_checkpoints", "commit",
-            "world", "batch_size", "global_batch_size", "init_from", "val_targets", "verify_every",
-            "checkpoint_every", "num_classes", "num_image"}  # fmt: skip
     for key in ("seed", "labels_crc32"):
         if saved.get(key) != now[key]:
             what = "seed" if key == "seed" else "data set"
@@ -231,7 +235,7 @@ def _changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path: st
                 "twice or never. Start a new run with init_from= and another output"
             )
     return [f"{key} {saved.get(key)} -> {now[key]}" for key in now
-            if key not in free and saved.get(key) != now[key]]  # fmt: skip
+            if key not in _FREE and saved.get(key) != now[key]]  # fmt: skip
 
 
 def _with_kept_batch(cfg: Config, resumed_from: str | None, world: int) -> Config:
@@ -239,9 +243,11 @@ def _with_kept_batch(cfg: Config, resumed_from: str | None, world: int) -> Confi
     if resumed_from is None or cfg.global_batch_size is not None:
         return cfg
     saved = checkpoint.read_manifest(resumed_from)
-    if saved["world"] == world:
+    asked = cfg.batch_size != saved["config"]["batch_size"]  # typed anew
+    kept_before = saved["config"]["global_batch_size"] is not None
+    if asked or (saved["world"] == world and not kept_before):
         return cfg
-    return dataclasses.replace(cfg, batch_size=None, global_batch_size=saved["global_batch"])
+    return dataclasses.replace(cfg, global_batch_size=saved["global_batch"])
 
 
 def _check_same_everywhere(runtime: Runtime, **facts: Any) -> None:

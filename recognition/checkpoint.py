@@ -252,8 +252,10 @@ def _finish(
 def _sync(directory: str) -> None:
     """Write the names in a directory through to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _complete(run_dir: str) -> list[int]:

@@ -73,9 +73,9 @@ def gather_labels(
 
 
 def share_rows(values: Tensor, group: ProcessGroup) -> Tensor:
-    """Values per row that one rank holds, known to all: [B, k], zeros elsewhere -> [B, k].
+    """Values per row that one rank holds, known to all: [B, ...], zeros elsewhere -> [B, ...].
 
-    Forward: one all-reduce (sum) of B * k elements. Backward: none; the gradient passes
+    Forward: one all-reduce (sum) of all its elements. Backward: none; the gradient passes
     unchanged, so it reaches the graph of the rank that holds the value and dies in the zeros of
     the others.
     """
@@ -241,7 +241,8 @@ class _SyncBatchNorm(Function):
         from_mean, from_var = (sums / total).unbind()
         grad_x = wide - from_mean.view(shape) - unit * from_var.view(shape)
         grad_x *= (inverse_std * weight).view(shape)
-        # Weight and bias see this rank's rows only: DistributedDataParallel adds up the others'.
+        # Weight and bias see this rank's rows only: DistributedDataParallel averages them over the
+        # ranks, and the gather's factor W makes that the sum.
         return grad_x.to(x.dtype), local[1].to(weight.dtype), local[0].to(weight.dtype), None, None
 
 

@@ -32,7 +32,8 @@ class FiniteGuard:
         answer but not for raise_if_found(): fp16 gradients overflow now and then. The names must be
         the same at every step.
         """
-        flags, tolerated_flags = _non_finite(tensors), _non_finite(tolerated)
+        device = self._found.device
+        flags, tolerated_flags = _non_finite(tensors, device), _non_finite(tolerated, device)
         local = torch.stack([flags.any(), tolerated_flags.any()]).float()
         worst = largest_over_ranks(local, self._group)  # [2]
         if self._flags is None:
@@ -66,14 +67,12 @@ class FiniteGuard:
         )
 
 
-def _non_finite(tensors: Mapping[str, Tensor]) -> Tensor:
+def _non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
     """Which tensors hold an inf or a nan: bool [number of tensors]; an empty one does not."""
-    device = next(iter(tensors.values())).device if tensors else None
-    flags = torch.zeros(len(tensors), dtype=torch.bool, device=device)
-    filled = [i for i, tensor in enumerate(tensors.values()) if tensor.numel()]
-    if filled:
-        values = list(tensors.values())
-        norms = torch._foreach_norm([values[i].detach().flatten() for i in filled], torch.inf)
-        index = torch.tensor(filled).to(flags.device, non_blocking=True)
-        flags[index] = ~torch.stack([norm.float() for norm in norms]).isfinite()
-    return flags
+    filled = [tensor.detach().flatten() for tensor in tensors.values() if tensor.numel()]
+    norms = iter(torch._foreach_norm(filled, torch.inf) if filled else [])
+    nothing = torch.zeros((), device=device)
+    worst = [next(norms).float() if tensor.numel() else nothing for tensor in tensors.values()]
+    if not worst:
+        return torch.zeros(0, dtype=torch.bool, device=device)
+    return ~torch.stack(worst).isfinite()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -47,10 +46,6 @@ class Logger:
     def say(self, line: str) -> None:
         if self._file is not None:
             print(line, flush=True)
-
-    def warn(self, line: str) -> None:
-        if self._file is not None:
-            print(f"warning: {line}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Logger:
         return self

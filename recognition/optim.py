@@ -50,8 +50,6 @@ class _RowOptimizer:
     """Steps the sampled rows of a head; every other row and its state stay as they are, bit by
     bit."""
 
-    state_names: tuple[str, ...] = ()
-
     def __init__(self, head: PartialFC, weight_decay: float) -> None:
         self.head = head
         self.weight_decay = weight_decay

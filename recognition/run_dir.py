@@ -48,7 +48,7 @@ def resume_point(cfg: Config) -> str | None:
     if own and not os.path.samefile(own, found):
         raise FileExistsError(
             f"{cfg.output} holds {os.path.basename(own)} already, which resume={cfg.resume} would "
-            "leave behind: choose another output=, or remove its later checkpoints"
+            "leave behind: resume=auto continues it; or choose another output="
         )
     return found
 
@@ -89,6 +89,8 @@ def owned(output: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(f"{output} is in use by another run: wait for it, or end it") from None
+        except OSError:
+            pass  # a file system without locks: Lustre, some NFS
         yield
 
 

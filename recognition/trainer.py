@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_tools.loader import Batch, Loader, normalise
+from data_tools.loader import Batch, BatchSource, Loader, normalise
 from data_tools.order import rank_slice
 from eval import lfw
 from recognition import checkpoint, collectives, progress
@@ -21,7 +21,7 @@ from recognition.run_dir import owned, write_config
 from recognition.sampling import hash_words
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_LOADERS = {"cpu": Loader}
+_LOADERS: dict[str, Callable[..., BatchSource]] = {"cpu": Loader}
 _VERIFY_BATCH = 64  # images
 _DROPOUT_KEY = 4  # the purpose of this draw, as in sampling.py
 _LEAST_SCALE = 2.0**-14  # of fp16; below it nothing is left of the gradient
@@ -49,7 +49,7 @@ def train(state: TrainState) -> dict[str, Any]:
         return _run(state, logger, loader)
 
 
-def _run(state: TrainState, logger: Logger, loader: Loader) -> dict[str, Any]:
+def _run(state: TrainState, logger: Logger, loader: BatchSource) -> dict[str, Any]:
     cfg, runtime, total = state.cfg, state.runtime, state.schedule.total_steps
     results = verify(state, logger) if state.step == 0 else {}
     batches = iter(loader)
@@ -64,10 +64,11 @@ def _run(state: TrainState, logger: Logger, loader: Loader) -> dict[str, Any]:
         if logging:
             _log(state, logger, loss, grad_norm, watch)
         with watch.paused():
-            if saving:
-                save(state)
+            # In this order: a run killed in between does both again.
             if verifying:
                 results = verify(state, logger)
+            if saving:
+                save(state)
     return results
 
 
@@ -172,8 +173,7 @@ def _forward(
 
 
 def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tensor:
-    """Clip, step both optimisers unless something is not finite, and average BatchNorm's
-    statistics."""
+    """Clip, step both optimisers unless something is not finite, average BatchNorm's statistics."""
     cfg, parts = state.cfg, state.parts
     scale = None if parts.scaler is None else parts.scaler.scale
     named = [(name, p) for name, p in parts.backbone.named_parameters() if p.grad is not None]
@@ -207,7 +207,7 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
 # --- Small parts ----------------------------------------------------------------------------------
 
 
-def make_loader(state: TrainState) -> Loader:
+def make_loader(state: TrainState) -> BatchSource:
     cfg, runtime = state.cfg, state.runtime
     return _LOADERS[cfg.loader](
         state.data,

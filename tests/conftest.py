@@ -18,7 +18,7 @@ SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def shards_dir(tmp_path_factory):
-    """16 generated people x 8 images in two shards, and held.bin of 4 people beside them."""
+    """16 generated people x 8 images in two shards, and heldout.bin of 4 people beside them."""
     root = tmp_path_factory.mktemp("faces")
     command("-m", "data_tools", "synthesize", root / "faces", "--identities", 20, "--images", 8)
     command(
@@ -26,14 +26,6 @@ def shards_dir(tmp_path_factory):
         "--hold-out", 4, "--pairs", 40,
     )  # fmt: skip
     return root / "shards"
-
-
-@pytest.fixture(scope="session")
-def real_faces():
-    """Directory of real data sets; its README has their terms."""
-    if not SHARED.is_dir():
-        pytest.skip(f"no real faces at {SHARED}")
-    return SHARED
 
 
 def command(*arguments: object, **options) -> subprocess.CompletedProcess:

@@ -7,12 +7,13 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 out=${1:-runs/gpu}
 mkdir -p "$out"
-"$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device here"'
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+[ "$gpus" -gt 0 ] || { echo "no CUDA device here"; exit 1; }
 "$python" -m pytest -m gpu -rs tests
 "$python" -m data_tools synthesize "$out/faces" --identities 500 --images 20
 "$python" -m data_tools pack "$out/faces" "$out/shards" --shards 8 --workers 8
 for precision in bf16 fp32; do
-    "$python" -m torch.distributed.run --standalone --nproc-per-node "$(nvidia-smi -L | wc -l)" \
+    "$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus" \
         launch/train.py launch/configs/ms1mv2_r50_arcface.py rec="$out/shards" val_targets= \
         batch_size=128 max_steps=100 log_every=20 num_workers=8 precision=$precision \
         output="$out/r50_$precision"

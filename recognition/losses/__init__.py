@@ -47,4 +47,7 @@ def make_margin(name: str, arguments: Mapping[str, Any]) -> Margin:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if isinstance(taken[argument], float) and not number:
             raise TypeError(f"margin_args.{argument}={value!r}: expected a number")
-    return MARGINS[name](**arguments)
+    try:
+        return MARGINS[name](**arguments)
+    except ValueError as error:
+        raise ValueError(f"margin={name} with {dict(arguments)}: {error}") from error

@@ -65,7 +65,7 @@ def piece_size(x: Tensor, num_subcenters: int) -> int:
     """Classes of a piece: as many as make its logits _PIECE_BYTES, and not fewer than
     _LEAST_PIECE."""
     row_bytes = max(len(x), 1) * num_subcenters * x.element_size()
-    return max(_PIECE_BYTES.get(x.device.type, 4 << 20) // row_bytes, _LEAST_PIECE)
+    return max(_PIECE_BYTES["cuda" if x.is_cuda else "cpu"] // row_bytes, _LEAST_PIECE)
 
 
 class _TargetCosines(Function):

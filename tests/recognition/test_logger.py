@@ -15,17 +15,16 @@ def test_records_and_lines(tmp_path, capsys):
     with Logger(str(tmp_path), 0, 0) as logger:
         logger.record({"step": 1, "loss": 2.0, "verification": {"lfw": {"xnorm": 1.0}}}, "one")
         logger.record({"step": 2, "loss": float("nan"), "norm": float("inf")}, "two")
-        logger.warn("three")
     assert lines(tmp_path)[1] == {"step": 2, "loss": None, "norm": None}
     out = capsys.readouterr()
-    assert out.out == "one\ntwo\n" and out.err == "warning: three\n"
+    assert out.out == "one\ntwo\n" and out.err == ""
     assert list((tmp_path / "events").iterdir())
 
 
 def test_other_ranks_are_silent(tmp_path, capsys):
     with Logger(str(tmp_path / "run"), 1, 0) as logger:
         logger.record({"step": 1}, "one")
-        logger.warn("two")
+        logger.say("two")
     assert not (tmp_path / "run").exists() and capsys.readouterr() == ("", "")
 
 

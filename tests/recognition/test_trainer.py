@@ -292,6 +292,8 @@ def test_another_world_size_keeps_the_global_batch(shards_dir, tmp_path):
     }  # fmt: skip
     ranks.run(2, runs.run, keys, 1)
     assert ranks.run(3, batch_of, keys) == [12] * 3
+    ranks.run(3, runs.run, keys, 2)
+    assert ranks.run(3, batch_of, keys) == [12] * 3  # still, when that run is resumed
     assert ranks.run(2, batch_of, keys | {"batch_size": 4}) == [8] * 2  # asked for: done
 
 
