@@ -197,7 +197,7 @@ def test_closing_is_quick_though_much_is_queued():
 
 
 def test_a_forgotten_loader_ends_its_threads():
-    data = Memory(delay=0.001)
+    data = Memory(delay=0.01)
     loader = Loader(data, seed=0, global_batch=64, prefetch=20)
     next(loader)
     assert decoding_threads() > 0
