@@ -286,7 +286,7 @@ def _summary(out: Path, index: dict[str, Any], status: str, seconds: float) -> d
         "bytes": sum(shard["bytes"] for shard in index["shards"]),
         "skipped": index["skipped"]["count"],
         "empty_identities": len(index["empty_identities"]),
-        "resized": index.get("resized"),  # None: packed before they were counted
+        "resized": index["resized"],
         "held_out_identities": held_out.get("identities", 0),
         "pairs_asked": held_out.get("pairs_asked", 0),
         "pairs_made": held_out.get("pairs", 0),

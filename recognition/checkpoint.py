@@ -84,8 +84,8 @@ def load(path: str, parts: Parts) -> dict[str, Any]:
     """Fill `parts` from the checkpoint at `path`, saved at any number of ranks; return its facts.
 
     Raises:
-        ValueError: the checkpoint is of another network or class count; the message lists what
-        differs. OSError: a file of it is missing or damaged.
+        ValueError: it is of another network or class count; the message lists what differs.
+        OSError: a file of it is missing or damaged.
     """
     manifest = read_manifest(path)
     head = parts.head
@@ -143,8 +143,7 @@ def _older(path: str) -> str:
 
 
 def load_backbone(path: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a run directory (its newest checkpoint) or checkpoint directory, and its
-    config.
+    """The network of a run directory (its newest checkpoint) or checkpoint, and its config.
 
     The module is on the CPU, in fp32 and eval mode.
     """

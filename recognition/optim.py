@@ -47,8 +47,7 @@ class Schedule:
 
 
 class _RowOptimizer:
-    """Steps the sampled rows of a head; every other row and its state stay as they are, bit by
-    bit."""
+    """Steps the sampled rows of a head; all other rows and their state stay bit-identical."""
 
     def __init__(self, head: PartialFC, weight_decay: float) -> None:
         self.head = head

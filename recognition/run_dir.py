@@ -1,5 +1,4 @@
-"""A run directory before and around training: where to resume, what to start from, what was
-asked."""
+"""A run directory around training: where to resume, what to start from, what was asked."""
 
 from __future__ import annotations
 

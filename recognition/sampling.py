@@ -19,8 +19,7 @@ _DRAW = 1  # the purpose of this draw, so that no other shares its key
 
 
 def shard_range(num_classes: int, world: int, rank: int) -> tuple[int, int]:
-    """The classes [start, stop) that `rank` holds: contiguous, the first C mod W ranks hold one
-    more."""
+    """The classes [start, stop) that `rank` holds; the first C mod W ranks hold one more."""
     size, remainder = divmod(num_classes, world)
     start = rank * size + min(rank, remainder)
     return start, start + size + (rank < remainder)

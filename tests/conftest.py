@@ -13,8 +13,6 @@ from tests import ranks
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the cores among processes
 
-SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
-
 
 @pytest.fixture(scope="session")
 def shards_dir(tmp_path_factory):

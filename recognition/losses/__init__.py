@@ -30,8 +30,8 @@ def make_margin(name: str, arguments: Mapping[str, Any]) -> Margin:
     """MARGINS[name](**arguments), with errors that name the recipe's keys.
 
     Raises:
-        KeyError: no such margin, or an argument that it does not take; the message names the
-        nearest. TypeError, ValueError: an argument of the wrong type or out of range.
+        KeyError: no such margin, or an argument that it does not take; with the nearest.
+        TypeError, ValueError: an argument of the wrong type or out of range.
     """
     if name not in MARGINS:
         raise KeyError(f"margin={name!r}: one of {', '.join(MARGINS)}")

@@ -170,8 +170,7 @@ class ArcFace(CombinedMargin):
 
 
 class CosFace(CombinedMargin):
-    """z_y = s (cos t_y - m) (arXiv:1801.09414 eq. 4). Its slope is 1: both gradients are the
-    same."""
+    """z_y = s (cos t_y - m) (arXiv:1801.09414 eq. 4), of slope 1: both gradients are the same."""
 
     def __init__(
         self,

@@ -33,8 +33,7 @@ class Targets(NamedTuple):
 
 
 def target_cosines(x: Tensor, weight: Tensor, rows: SampledRows, targets: Targets) -> Tensor:
-    """Cosine of each row to its own class, the nearest of K sub-centres: [B], 0 where not held
-    here.
+    """Cosine of each row to its own class, the nearest of K sub-centres: [B], 0 if not held here.
 
     x: unit rows [B, D]. Call it, and the next, outside autocast. The gradient of the centres goes
     to rows.grad, none to `weight`, which only ties the result to the graph when x needs no
@@ -62,8 +61,7 @@ def negatives_log_sum_exp(
 
 
 def piece_size(x: Tensor, num_subcenters: int) -> int:
-    """Classes of a piece: as many as make its logits _PIECE_BYTES, and not fewer than
-    _LEAST_PIECE."""
+    """Classes of a piece: so many that its logits take _PIECE_BYTES, at least _LEAST_PIECE."""
     row_bytes = max(len(x), 1) * num_subcenters * x.element_size()
     return max(_PIECE_BYTES["cuda" if x.is_cuda else "cpu"] // row_bytes, _LEAST_PIECE)
 
@@ -103,10 +101,8 @@ class _NegativesLogSumExp(Function):
         batch: Rows,
         size: int,
     ) -> Tensor:
-        peak, mass = (
-            x.new_full((len(x),), -torch.inf),
-            x.new_zeros(len(x)),
-        )  # max z, sum exp(z - max)
+        peak = x.new_full((len(x),), -torch.inf)  # the largest z so far
+        mass = x.new_zeros(len(x))  # sum of exp(z - peak)
         for where, own in _pieces(rows, targets, size):
             centres, _ = rows.unit(where)
             cos, _ = _nearest(x, centres)

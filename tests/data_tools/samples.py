@@ -4,18 +4,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pytest
-
-ROOT = Path(__file__).parents[2]
-REAL = ROOT.parent / "shared" / "data"  # real faces and records, where a machine has them
-
-
-def real(name: str) -> Path:
-    """A path of the real data; the test is skipped where there is none."""
-    path = REAL / name
-    if not path.exists():
-        pytest.skip(f"no real data at {path}")
-    return path
 
 
 def pixels(seed: int, height: int = 112, width: int | None = None) -> np.ndarray:

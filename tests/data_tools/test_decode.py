@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from data_tools.decode import decode, decode_any_size, to_jpeg
-from tests.data_tools.samples import encoded, pixels, real
+from tests.data_tools.samples import encoded, pixels
+from tests.real import real
 
 
 def exif(orientation: int) -> bytes:

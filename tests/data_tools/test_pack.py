@@ -21,7 +21,8 @@ from data_tools.__main__ import main
 from data_tools.decode import decode
 from data_tools.pack import Options, pack
 from data_tools.recordio import Header, Writer
-from tests.data_tools.samples import ROOT, encoded, folder, real
+from tests.data_tools.samples import encoded, folder
+from tests.real import ROOT, real
 
 
 @pytest.fixture

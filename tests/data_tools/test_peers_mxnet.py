@@ -12,8 +12,9 @@ from data_tools import shards
 from data_tools.decode import decode
 from data_tools.pack import Options, pack
 from data_tools.recordio import Header, IndexedReader, Writer
-from tests.data_tools.samples import REAL, ROOT, encoded, folder
+from tests.data_tools.samples import encoded, folder
 from tests.data_tools.test_decode import exif
+from tests.real import REAL, ROOT
 
 PEER = ROOT / ".venv-peers" / "bin" / "python"
 MAGIC = bytes.fromhex("0a23d7ce")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_tools import recordio
 from data_tools.recordio import Header, IndexedReader, RecordFile, Writer, frame
-from tests.data_tools.samples import real
+from tests.real import real
 
 MAGIC = bytes.fromhex("0a23d7ce")
 

@@ -11,7 +11,7 @@ import pytest
 from data_tools import insightface, shards
 from data_tools.recordio import Header, Writer
 from data_tools.shard_writer import ShardWriter, write_shard
-from tests.data_tools.samples import real
+from tests.real import real
 
 IMAGES = [(label, f"image {i}".encode()) for i, label in enumerate([2, 0, 1, 1, 0, 2, 2])]
 

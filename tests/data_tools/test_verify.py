@@ -12,8 +12,9 @@ from data_tools import parallel, shards
 from data_tools.__main__ import main
 from data_tools.pack import Options, pack
 from data_tools.recordio import Header, Writer
-from tests.data_tools.samples import encoded, folder, real
+from tests.data_tools.samples import encoded, folder
 from tests.data_tools.test_shards import edit_index, insightface_set
+from tests.real import real
 
 FIRST, SECOND = "train-00000-of-00002", "train-00001-of-00002"
 

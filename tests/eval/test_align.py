@@ -1,15 +1,12 @@
 """The five-point similarity against scikit-image and a closed form, the warp on real faces."""
 
-from pathlib import Path
-
 import cv2
 import numpy as np
 import pytest
 from skimage.transform import SimilarityTransform
 
 from eval import align
-
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+from tests.real import REAL, real
 
 
 def five_points(rng, kind):
@@ -127,20 +124,17 @@ def test_warp_is_bilinear_with_black_around():
 
 def landmarks(name):
     """{image: points [5, 2]} of a landmarks file: name, detector score, x1 y1 .. x5 y5."""
-    path = DATA / name
-    if not path.is_file():
-        pytest.skip(f"no landmarks in {DATA}")
-    rows = [line.split() for line in path.read_text().splitlines()]
+    rows = [line.split() for line in real(name).read_text().splitlines()]
     return {row[0]: np.array(row[2:], dtype=np.float32).reshape(5, 2) for row in rows}
 
 
 def test_real_faces_fall_on_their_aligned_copies():
     points = landmarks("lfw112_landmarks_250px.txt")
-    originals = sorted((DATA / "lfw250").glob("*/*.jpg"))
+    originals = sorted((REAL / "lfw250").glob("*/*.jpg"))
     assert len(originals) == 40
     for path in originals:
         name = f"{path.parent.name}/{path.name}"
-        aligned = cv2.imread(str(DATA / "lfw112" / name)).astype(int)
+        aligned = cv2.imread(str(REAL / "lfw112" / name)).astype(int)
         warped = align.warp(cv2.imread(str(path)), points[name])
         assert abs(warped - aligned).mean() < 2  # the copy has been through JPEG
         shifted = align.warp(cv2.imread(str(path)), points[name] + np.float32([1, 0]))
@@ -151,8 +145,8 @@ def test_real_faces_fall_on_their_aligned_copies():
 def test_large_photographs(person):
     # The landmarks were found on the photographs of 1350 pixels reduced to 300.
     points = landmarks("london112_landmarks.txt")[f"{person}/{person}_neutral.jpg"]
-    photograph = cv2.imread(str(DATA / "london_full" / f"{person}_03.jpg"))
+    photograph = cv2.imread(str(REAL / "london_full" / f"{person}_03.jpg"))
     reduced = cv2.resize(photograph, (300, 300), interpolation=cv2.INTER_AREA)
-    aligned = cv2.imread(str(DATA / "london112" / person / f"{person}_neutral.jpg")).astype(int)
+    aligned = cv2.imread(str(REAL / "london112" / person / f"{person}_neutral.jpg")).astype(int)
     assert abs(align.warp(reduced, points) - aligned).mean() < 3
     assert abs(align.warp(photograph, 4.5 * points) - aligned).mean() < 10

@@ -1,7 +1,6 @@
 """Sets of pairs from .bin and pairs.txt; embedding and scoring against InsightFace's rule."""
 
 import pickle
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,8 +8,7 @@ import pytest
 from sklearn.preprocessing import normalize
 
 from eval import lfw
-
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+from tests.real import REAL, real
 
 
 def face(seed, size=112, quality=95):
@@ -154,11 +152,10 @@ def test_load_pairs_refuses(listing, text, message):
 
 
 def test_the_official_list_and_its_images():
-    if not (DATA / "lfw_pairsDevTrain.txt").is_file():
-        pytest.skip(f"no LFW pairs in {DATA}")
-    pairs = lfw.load_pairs(DATA / "lfw_pairsDevTrain.txt", DATA / "lfw112")
-    lines = [x.split() for x in (DATA / "lfw_pairsDevTrain.txt").read_text().splitlines()[1:]]
-    present = {path.stem for path in (DATA / "lfw112").glob("*/*.jpg")}
+    listed = real("lfw_pairsDevTrain.txt")
+    pairs = lfw.load_pairs(listed, REAL / "lfw112")
+    lines = [x.split() for x in listed.read_text().splitlines()[1:]]
+    present = {path.stem for path in (REAL / "lfw112").glob("*/*.jpg")}
 
     def there(name, n):
         return f"{name}_{int(n):04d}" in present
@@ -170,7 +167,7 @@ def test_the_official_list_and_its_images():
     same = sum(len(x) == 3 for x in kept)
     assert np.count_nonzero(pairs.issame) == same
     assert len(pairs.missing) == 2200 - len(kept) > 0
-    first = DATA / "lfw112" / "Aaron_Peirsol" / "Aaron_Peirsol_0001.jpg"
+    first = REAL / "lfw112" / "Aaron_Peirsol" / "Aaron_Peirsol_0001.jpg"
     assert first.read_bytes() in pairs.encoded
     folds = np.array_split(pairs.issame, 10)
     share = same / len(kept)

@@ -19,6 +19,7 @@ import launch.export
 import recognition.export
 from recognition.backbones import BACKBONES
 from recognition.export import ExportError, export_onnx
+from tests.real import real
 
 SCRIPT = Path(launch.export.__file__)
 METADATA = {"network": "mbf_tiny", "margin": "arcface", "commit": "abc123"}
@@ -301,9 +302,7 @@ def test_command_writes_the_file_and_one_json_line_last(run, tmp_path, capsys):
 
 
 def test_images_of_the_data_set_are_what_is_checked():
-    rec = SCRIPT.parent.parent.parent / "shared/data/recordio/london/recbuilder"
-    if not rec.is_dir():
-        pytest.skip(f"no data set at {rec}")
+    rec = real("recordio/london/recbuilder")
     images = launch.export.images_of(str(rec))
     assert images.shape == (7, 112, 112, 3) and images.dtype == np.uint8
     assert len({image.tobytes() for image in images}) == 7
