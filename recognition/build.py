@@ -109,10 +109,15 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         cfg.num_subcenters,
         runtime.group,
         cfg.seed,
+        np.bincount(data.labels, minlength=data.num_classes),
     ).to(runtime.device, dtype)
     optimizer, row_optimizer = _make_optimizers(cfg, backbone, head)
     scaler = LossScaler(runtime.device) if precision == "fp16" else None
-    parts = checkpoint.Parts(backbone, optimizer, head, row_optimizer, scaler)
+    encoder = None
+    if head.margin.encoder_momentum is not None:
+        encoder = _make_backbone(cfg).to(runtime.device, dtype).eval().requires_grad_(False)
+        encoder.load_state_dict(backbone.state_dict())
+    parts = checkpoint.Parts(backbone, optimizer, head, row_optimizer, scaler, encoder)
     state = TrainState(
         cfg, runtime, data, val_sets, precision, model, parts,
         _make_schedule(cfg, len(data), runtime.world),

@@ -3,7 +3,9 @@
     checkpoints/step-N/
         model.safetensors                the backbone's state
         optimizer.safetensors            its optimiser: "<state>/<parameter>", the loss scale
-        rows-<start>-<stop>.safetensors  class rows and their optimiser state, one file a rank
+        rows-<start>-<stop>.safetensors  class rows, their optimiser and loss state, a file a rank
+        margin.safetensors               what the loss keeps for the whole model, if anything
+        encoder.safetensors              the slow copy of the backbone, if the loss wants one
         manifest.json                    step, samples seen, config, sha256 of each file; last
 
 Nothing in it is a pickle. Every rank writes its rows, rank 0 the rest; when all have reported,
@@ -48,6 +50,17 @@ class Parts:
     head: PartialFC
     row_optimizer: RowSGD | RowAdamW
     scaler: LossScaler | None
+    encoder: nn.Module | None = None  # the slow copy of the backbone that a margin observes
+
+    def rows(self) -> dict[str, Tensor]:
+        """All that is held by class, [C_r, ...]: centres, optimiser state, loss state."""
+        head = self.head
+        state = self.row_optimizer.state | head.class_state()
+        return {"weight": head.weight.detach()} | state
+
+    def margin(self) -> dict[str, Tensor]:
+        """What the loss and its optimiser keep for the whole model."""
+        return self.head.model_state() | self.row_optimizer.model_state
 
 
 def save(run_dir: str, parts: Parts, facts: Mapping[str, Any], keep: int) -> str:
@@ -92,8 +105,11 @@ def load(path: str, parts: Parts) -> dict[str, Any]:
     _check_fit(path, manifest, parts)
     load_state(parts.backbone, _read(path, "model.safetensors", manifest), path)
     _load_optimizer(parts, _read(path, "optimizer.safetensors", manifest), path)
-    rows = {"weight": head.weight.detach()} | parts.row_optimizer.state
-    _read_rows(path, manifest, rows, head.shard)
+    _read_rows(path, manifest, parts.rows(), head.shard)
+    if parts.margin():
+        _fill(parts.margin(), _read(path, "margin.safetensors", manifest), path)
+    if parts.encoder is not None:
+        load_state(parts.encoder, _read(path, "encoder.safetensors", manifest), path)
     head.step = manifest["head_step"]
     return manifest
 
@@ -195,9 +211,12 @@ def _write_parts(partial: str, parts: Parts) -> dict[str, dict[str, Any]]:
         raise OSError(f"{partial} is not there: all ranks must share the output file system")
     head = parts.head
     start, stop = head.shard
-    rows = {"weight": head.weight.detach()} | parts.row_optimizer.state
-    files = {f"rows-{start}-{stop}.safetensors": rows}
+    files = {f"rows-{start}-{stop}.safetensors": parts.rows()}
     if head.group.rank() == 0:
+        if parts.margin():
+            files["margin.safetensors"] = parts.margin()
+        if parts.encoder is not None:
+            files["encoder.safetensors"] = parts.encoder.state_dict()
         files["model.safetensors"] = parts.backbone.state_dict()
         files["optimizer.safetensors"] = optimizer_tensors(parts)
     return {name: _write(os.path.join(partial, name), tensors) for name, tensors in files.items()}
@@ -229,7 +248,8 @@ def _finish(
         "embedding_size": head.embedding_size,
         "num_subcenters": head.num_subcenters,
         "head_step": head.step,
-        "row_state": sorted(parts.row_optimizer.state),
+        "row_state": _row_state(parts),
+        "margin_state": sorted(parts.margin()),
         "world": head.group.size(),
         "files": files,
     }
@@ -279,14 +299,27 @@ def _check_fit(path: str, manifest: Mapping[str, Any], parts: Parts) -> None:
         "num_classes": parts.head.num_classes,
         "embedding_size": parts.head.embedding_size,
         "num_subcenters": parts.head.num_subcenters,
-        "row_state": sorted(parts.row_optimizer.state),  # of another optimizer it differs
+        "row_state": _row_state(parts),  # of another optimizer or loss it differs
+        "margin_state": sorted(parts.margin()),
     }
-    wrong = [f"{k} {manifest[k]} there, {own[k]} here" for k in own if manifest[k] != own[k]]
+    there = {"margin_state": [], **manifest}  # which the first checkpoints did not have
+    wrong = [f"{k} {there[k]} there, {own[k]} here" for k in own if there[k] != own[k]]
     if wrong:
         raise ValueError(
             f"cannot resume from {path}: {'; '.join(wrong)}. To start a new run from its network, "
             "use init_from= and another output"
         )
+
+
+def _row_state(parts: Parts) -> list[str]:
+    return sorted(name for name in parts.rows() if name != "weight")
+
+
+def _fill(own: dict[str, Tensor], saved: Mapping[str, Tensor], path: str) -> None:
+    for name, tensor in own.items():
+        if name not in saved or saved[name].shape != tensor.shape:
+            raise OSError(f"{path} lacks {name} of {list(tensor.shape)}{_older(path)}")
+        tensor.copy_(saved[name])
 
 
 def _verified(path: str, name: str, manifest: Mapping[str, Any]) -> str:

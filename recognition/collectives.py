@@ -72,14 +72,15 @@ def gather_labels(
     return _gather(labels, _counts(labels, rows_per_rank, group), group).cpu()
 
 
-def share_rows(values: Tensor, group: ProcessGroup) -> Tensor:
-    """Values per row that one rank holds, known to all: [B, ...], zeros elsewhere -> [B, ...].
+def share(values: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over the ranks, known to all: values that one rank holds and that are zeros
+    elsewhere, or every rank's part of a sum.
 
     Forward: one all-reduce (sum) of all its elements. Backward: none; the gradient passes
     unchanged, so it reaches the graph of the rank that holds the value and dies in the zeros of
     the others.
     """
-    return _ShareRows.apply(values, group)
+    return _Share.apply(values, group)
 
 
 def merge_log_sum_exp(local: Tensor, group: ProcessGroup) -> Tensor:
@@ -108,7 +109,7 @@ class _GatherRows(Function):
         return local[: counts[rank]] * world, None, None
 
 
-class _ShareRows(Function):
+class _Share(Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: ProcessGroup) -> Tensor:
         shared = values.detach().clone(memory_format=torch.contiguous_format)
@@ -265,6 +266,13 @@ def largest_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
     largest = values.detach().clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     return largest
+
+
+def sum_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over the ranks, the same on all, without gradient. One all-reduce."""
+    total = values.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total
 
 
 def gather_objects(value: object, group: ProcessGroup) -> list:

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from recognition import collectives
-from recognition.losses.margin import Margin, Rows
+from recognition.losses.margin import Layer, Margin, Owned, Rows, Statistics
 from recognition.losses.reduction import (
+    Negatives,
     Targets,
     full_precision,
-    negatives_log_sum_exp,
+    log_sum_exp,
+    piece_size,
+    softplus_sum,
     target_cosines,
 )
 from recognition.rows import SampledRows, merge, to_device, unit
@@ -26,11 +29,12 @@ from recognition.sampling import hash_words, sample, shard_range
 
 _INIT_STD = 0.01  # InsightFace's
 _INIT_KEY = 2  # the purpose of this draw; the others' are in sampling.py, build.py and trainer.py
+_MARGIN_KEY = 5  # of what a margin draws
 _INIT_BLOCK = 1024  # classes drawn by one generator, so that the start is the same at every W
 
 
 class PartialFC(nn.Module):
-    """Margin softmax over sharded, sampled classes (Partial FC, arXiv:2203.15565).
+    """Margin loss over sharded, sampled classes (Partial FC, arXiv:2203.15565).
 
     `loss = head(local_embeddings, local_labels)` is the mean over the global batch, the same
     number on every rank, and the gradients are those of the dense layer restricted to the sampled
@@ -42,7 +46,12 @@ class PartialFC(nn.Module):
 
     sample_rate: share of the classes drawn as negatives each step; the batch's own classes always
     take part. The draw depends on (seed, step) only; `step` counts the optimiser steps and is
-    saved.
+    saved. num_subcenters: K centres a class, of which the nearest to a row counts (sub-center
+    ArcFace, ECCV 2020); classes are sampled whole. class_counts: int64 [C], the images of each
+    class, for the margins that ask for them.
+
+    A margin's learned numbers get a .grad from the backward, each rank its part; the row optimiser
+    steps them too.
     """
 
     def __init__(
@@ -54,6 +63,7 @@ class PartialFC(nn.Module):
         num_subcenters: int = 1,
         group: ProcessGroup | None = None,
         seed: int = 0,
+        class_counts: np.ndarray | None = None,
     ) -> None:
         super().__init__()
         self.group = collectives.world_group() if group is None else group
@@ -76,42 +86,121 @@ class PartialFC(nn.Module):
         self.shard = shard_range(num_classes, world, rank)
         rows = _initial_rows(self.shard, num_subcenters, embedding_size, seed)
         self.weight = nn.Parameter(rows if num_subcenters > 1 else rows[:, 0])  # [C_r, (K,) D]
+        if class_counts is not None and len(class_counts) != num_classes:
+            raise ValueError(f"class_counts of {len(class_counts)} classes, not {num_classes}")
+        margin.bind(
+            Layer(
+                num_classes, self.shard, embedding_size, num_subcenters, sample_rate, class_counts
+            )
+        )
+        self.votes: Tensor | None
+        votes = torch.zeros(len(rows), num_subcenters, dtype=torch.int64)
+        self.register_buffer("votes", votes if num_subcenters > 1 else None)  # of this epoch's rows
+        self._nearest: list[tuple[Tensor, Tensor]] = []  # this step's votes: (local id, which), [m]
         self._open: list[SampledRows] = []  # of forwards since the last optimiser step
         self._done: SampledRows | None = None  # union and sum of their backwards
+        self._micro_step = 0
+        self._last: tuple[Tensor, Tensor] | None = None  # target cosine, what replaced it; [B]
 
     def forward(
         self,
         local_x: Tensor,  # [b, D]
         local_labels: Tensor,  # int64 [b]; in host memory they cost the GPU no synchronisation
         rows_per_rank: Sequence[int] | None = None,  # b of every rank; None: all equal
+        local_features: Tensor | None = None,  # [b, D] what the margin observes; None: local_x
     ) -> Tensor:
         self._check(local_x, local_labels)
         with full_precision(local_x):
-            return self._loss(local_x.to(self.weight.dtype), local_labels, rows_per_rank)
+            x = collectives.gather_rows(local_x.to(self.weight.dtype), rows_per_rank, self.group)
+            labels = collectives.gather_labels(local_labels, rows_per_rank, self.group)  # [B], host
+            features = None
+            if local_features is not None:
+                features = local_features.detach().to(self.weight.dtype)
+                features = collectives.gather_rows(features, rows_per_rank, self.group)
+            return self._loss(x, labels, features)
 
-    def _loss(
-        self, local_x: Tensor, local_labels: Tensor, rows_per_rank: Sequence[int] | None
-    ) -> Tensor:
-        x = collectives.gather_rows(local_x, rows_per_rank, self.group)  # [B, D]
-        labels = collectives.gather_labels(local_labels, rows_per_rank, self.group)  # [B], host
-
-        rows, targets = self._sample(labels)
-        x, norm = unit(x)
-        cos_target = target_cosines(x, self.weight, rows, targets)
+    def _loss(self, x: Tensor, labels: Tensor, features: Tensor | None) -> Tensor:
+        rows, targets, num_sampled = self._sample(labels)
+        x, norm = unit(x)  # [B, D], [B, 1]
+        cos_target, nearest = target_cosines(x, self.weight, rows, targets)
         held = torch.zeros_like(labels, dtype=torch.bool, device=x.device)
         held = held.index_fill_(0, targets.row, True)
+        shared = self._share(cos_target, targets)  # [B, 1 + k]
         batch = Rows(
-            cos_target=collectives.share_rows(cos_target, self.group),
+            cos_target=shared[:, 0],
             norm=_gradient_where(held, norm[:, 0]),
             label=to_device(labels.numpy(), x.device),
+            class_values=shared[:, 1:],
+            key=hash_words(self.seed, _MARGIN_KEY, self.step, self._micro_step),
         )
-        target = self.margin.scale * self.margin.target(batch)  # [B]
-        negatives = collectives.merge_log_sum_exp(
-            negatives_log_sum_exp(x, self.weight, rows, targets, self.margin, batch, self.piece),
-            self.group,
-        )
-        # -log softmax of the target, log(1 + exp(negatives - target)): never saturates.
-        return torch.logaddexp(negatives - target, torch.zeros_like(target)).mean()
+        learning = self.training and torch.is_grad_enabled()
+        if learning:
+            self._observe(batch.constant(), x if features is None else unit(features)[0], targets)
+            if self.votes is not None:
+                self._nearest.append((targets.local_id, nearest))
+            self._micro_step += 1
+
+        negatives = Negatives(
+            rows, targets, self.margin, batch.constant(), self._own_centres(rows, targets, len(x)),
+            self.piece or piece_size(x, self.num_subcenters),
+        )  # fmt: skip
+        if learning and self.margin.needs_lse:
+            self._rescale(x.detach(), negatives, num_sampled - 1)
+        negatives = negatives._replace(margin=self.margin.frozen())
+        replaced = self.margin.target(batch)  # [B]
+        self._last = batch.cos_target.detach(), replaced.detach()
+        # A number that the margin learns is known to every rank, and its gradient must count once.
+        target = _gradient_where(held, self.margin.scale * replaced)
+        loss = self._reduce(x, negatives, target).mean()
+        for term in (self.margin.regularizer(batch), self._class_regularizer()):
+            if term is not None:
+                loss = loss + term
+        return loss
+
+    def _reduce(self, x: Tensor, negatives: Negatives, target: Tensor) -> Tensor:  # [B]
+        """The loss of every row from the logits of its target and of the other classes."""
+        zero = target.new_zeros(())
+        if self.margin.reduction == "softmax":
+            lse = log_sum_exp(x, self.weight, negatives)
+            lse = collectives.merge_log_sum_exp(lse, self.group)
+            # -log softmax of the target, log(1 + exp(lse - target)): never saturates.
+            return torch.logaddexp(lse - target, zero)
+        total = collectives.share(softplus_sum(x, self.weight, negatives), self.group)
+        positive = self.margin.positive_weight * torch.logaddexp(-target, zero)
+        return positive + self.margin.negative_weight * total
+
+    def _share(self, cos_target: Tensor, targets: Targets) -> Tensor:
+        """Target cosines and the margin's values of the classes, on every rank: [B, 1 + k]."""
+        values = self.margin.class_values(targets.local_id)  # [m, k]
+        if values is None:
+            return collectives.share(cos_target[:, None], self.group)
+        filled = values.new_zeros(len(cos_target), values.shape[1])
+        filled = filled.index_copy(0, targets.row, values)
+        return collectives.share(torch.cat([cos_target[:, None], filled], 1), self.group)
+
+    @torch.no_grad()
+    def _observe(self, batch: Rows, x: Tensor, targets: Targets) -> None:
+        self.margin.observe(batch, x.detach(), Owned(targets.row, targets.local_id))
+
+    @torch.no_grad()
+    def _own_centres(self, rows: SampledRows, targets: Targets, num_rows: int) -> Tensor | None:
+        """Unit centre [B, D] of every row's class, if the margin wants it. One all-reduce."""
+        if not self.margin.needs_centres:
+            return None
+        centres, _ = rows.unit(targets.place)  # [m, 1, D]
+        filled = centres.new_zeros(num_rows, self.embedding_size)
+        return collectives.share(filled.index_copy_(0, targets.row, centres[:, 0]), self.group)
+
+    @torch.no_grad()
+    def _rescale(self, x: Tensor, negatives: Negatives, num_negatives: int) -> None:
+        """A first pass at the scale that the step began with, for the margin to choose its own."""
+        first = negatives._replace(margin=self.margin.frozen(committed=True))
+        lse = collectives.merge_log_sum_exp(log_sum_exp(x, self.weight, first), self.group)
+        self.margin.rescale(lse, negatives.batch, num_negatives)
+
+    def _class_regularizer(self) -> Tensor | None:
+        share = self.margin.class_regularizer()
+        return None if share is None else collectives.share(share[None], self.group)[0]
 
     @property
     def sampled_classes(self) -> Tensor:
@@ -125,13 +214,82 @@ class PartialFC(nn.Module):
         grad = self._sampled().gradient()
         return grad if self.num_subcenters > 1 else grad[:, 0]
 
-    def end_step(self) -> SampledRows:
-        """The rows of this optimiser step with their gradient; the next step draws anew."""
+    def margin_gradients(self) -> dict[str, Tensor]:
+        """The gradient of the loss with respect to what the margin learns, by name.
+
+        For a number of each class, of this shard's; for one of the model, the same on all ranks:
+        one all-reduce for all of those. To be called by all ranks; a parameter without a gradient
+        has zeros.
+        """
+        margin, grads = self.margin, {}
+        for name, p in margin.named_parameters():
+            grads[name] = torch.zeros_like(p) if p.grad is None else p.grad
+        shared = [name for name in grads if name not in margin.per_class]
+        if shared:
+            total = torch.stack([grads[name] for name in shared])  # [n], numbers of the model
+            total = collectives.sum_over_ranks(total, self.group)
+            grads |= dict(zip(shared, total.unbind(), strict=True))
+        return grads
+
+    def end_step(self, found_inf: Tensor | None = None) -> SampledRows:
+        """The rows of this optimiser step with their gradient; the next step draws anew.
+
+        found_inf: [] not 0 if the step is skipped; what was seen in it is then dropped.
+        """
         sampled = self._sampled()
         self._open.clear()
         self._done = None
+        self._micro_step = 0
         self.step += 1
+        self.margin.commit(found_inf)
+        for local_id, nearest in self._nearest:
+            vote = torch.ones_like(nearest)
+            if found_inf is not None:
+                vote = torch.where(found_inf > 0, 0, vote)
+            assert self.votes is not None
+            self.votes.index_put_((local_id, nearest), vote, accumulate=True)
+        self._nearest = []
         return sampled
+
+    @torch.no_grad()
+    def end_epoch(self) -> Statistics:
+        """To be called by all ranks when an epoch of samples is over; what the log says of it."""
+        statistics = self.margin.end_epoch(self._reduce_values)
+        if self.votes is not None:
+            of_dominant = torch.stack([self.votes.max(1).values.sum(), self.votes.sum()])
+            dominant, every = self._reduce_values(of_dominant, "sum").double().unbind()
+            statistics["dominant_subcenter_share"] = dominant / every
+            self.votes.zero_()
+        return statistics
+
+    @torch.no_grad()
+    def statistics(self) -> Statistics:
+        """What the log says of the loss; to be called by all ranks.
+
+        cos_target and margin are means over the last batch: the cosine to the own class, and by how
+        much the loss lowered it.
+        """
+        statistics = self.margin.statistics(self._reduce_values)
+        if self._last is not None:
+            cos, replaced = self._last
+            statistics |= {"cos_target": cos.mean(), "margin": (cos - replaced).mean()}
+        return statistics
+
+    def class_state(self) -> dict[str, Tensor]:
+        """What is held for each class beside its centres, by name: [C_r, ...]."""
+        margin = {f"margin.{name}": getattr(self.margin, name) for name in self.margin.per_class}
+        state = margin | ({} if self.votes is None else {"votes": self.votes})
+        return {name: tensor.detach() for name, tensor in state.items()}
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The margin's state that is the same on all ranks, by name."""
+        held = {*self.margin.per_class}
+        state = self.margin.state_dict()
+        return {f"margin.{name}": tensor for name, tensor in state.items() if name not in held}
+
+    def _reduce_values(self, values: Tensor, operation: str) -> Tensor:
+        over_ranks = {"sum": collectives.sum_over_ranks, "max": collectives.largest_over_ranks}
+        return over_ranks[operation](values, self.group)
 
     def _sampled(self) -> SampledRows:
         self._collect()
@@ -162,7 +320,8 @@ class PartialFC(nn.Module):
             self._open.append(opened)
         return opened
 
-    def _sample(self, labels: Tensor) -> tuple[SampledRows, Targets]:
+    def _sample(self, labels: Tensor) -> tuple[SampledRows, Targets, int]:
+        """The sampled rows, the targets among them, and how many all ranks sample."""
         chosen = sample(
             labels.numpy(), self.num_classes, self.shard, self.sample_rate, self.seed, self.step
         )
@@ -171,9 +330,10 @@ class PartialFC(nn.Module):
         targets = Targets(
             to_device(chosen.owned, device),
             to_device(chosen.position, device),
+            to_device(labels.numpy()[chosen.owned] - self.shard[0], device),
             chosen.position.tolist(),
         )
-        return self._open_rows(rows), targets
+        return self._open_rows(rows), targets, chosen.total
 
     def _check(self, local_x: Tensor, labels: Tensor) -> None:
         if local_x.dim() != 2 or local_x.shape[1] != self.embedding_size:

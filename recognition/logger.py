@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from recognition.losses.margin import Histogram, Statistics
 
 
 class Logger:
@@ -29,10 +32,16 @@ class Logger:
             self._file = open(path, "a", encoding="utf-8")
             self._writer = SummaryWriter(os.path.join(run_dir, "events"), purge_step=step + 1)
 
-    def record(self, record: Mapping[str, Any], line: str) -> None:
+    def record(
+        self,
+        record: Mapping[str, Any],
+        line: str,
+        histograms: Mapping[str, Histogram] | None = None,
+    ) -> None:
         """One object of metrics.jsonl, its numbers to TensorBoard, and `line` on the console.
 
-        `step` must be there; nested objects become names with slashes in TensorBoard.
+        `step` must be there; nested objects become names with slashes in TensorBoard. Histograms
+        go to TensorBoard alone, as head/<name>.
         """
         if self._file is None or self._writer is None:
             return
@@ -41,6 +50,8 @@ class Logger:
         for name, value in _flat(record):
             if name not in ("step", "epoch"):
                 self._writer.add_scalar(name, value, record["step"])
+        for name, histogram in (histograms or {}).items():
+            _add_histogram(self._writer, f"head/{name}", histogram, record["step"])
         self.say(line)
 
     def say(self, line: str) -> None:
@@ -56,6 +67,31 @@ class Logger:
         if self._file is not None and self._writer is not None:
             self._file.close()
             self._writer.close()
+
+
+def as_numbers(statistics: Statistics) -> dict[str, float]:
+    """What is one number of the statistics. One host synchronisation for each."""
+    return {name: x.item() for name, x in statistics.items() if isinstance(x, Tensor)}
+
+
+def histograms(statistics: Statistics) -> dict[str, Histogram]:
+    return {name: x for name, x in statistics.items() if isinstance(x, Histogram)}
+
+
+def _add_histogram(writer: SummaryWriter, name: str, histogram: Histogram, step: int) -> None:
+    edges, counts = (part.double().cpu() for part in histogram)
+    num, middles = counts.sum().item(), (edges[1:] + edges[:-1]) / 2
+    writer.add_histogram_raw(
+        name,
+        min=edges[0].item(),
+        max=edges[-1].item(),
+        num=num,
+        sum=(counts * middles).sum().item(),
+        sum_squares=(counts * middles.square()).sum().item(),
+        bucket_limits=edges[1:].tolist(),
+        bucket_counts=counts.tolist(),
+        global_step=step,
+    )
 
 
 def _forget_after(path: str, step: int) -> None:

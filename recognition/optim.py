@@ -47,12 +47,21 @@ class Schedule:
 
 
 class _RowOptimizer:
-    """Steps the sampled rows of a head; all other rows and their state stay bit-identical."""
+    """Steps the sampled rows of a head and what its margin learns; all other rows and their state
+    stay bit-identical.
+
+    The margin's numbers are stepped without decay, at its lr_factor: those of a class only in steps
+    that gave them a gradient, those of the model after their gradients are summed over the ranks.
+    """
 
     def __init__(self, head: PartialFC, weight_decay: float) -> None:
         self.head = head
         self.weight_decay = weight_decay
-        self.state: dict[str, Tensor] = {}
+        self.state = self._new_state(head.weight.detach())  # by class
+        self.model_state: dict[str, Tensor] = {}  # the same on all ranks
+        for name, parameter in head.margin.named_parameters():
+            state = self._new_state(_as_rows(parameter.detach()))
+            self._state_of(name).update({f"margin.{name}.{k}": v for k, v in state.items()})
 
     @torch.no_grad()
     def step(
@@ -62,7 +71,7 @@ class _RowOptimizer:
         found_inf: Tensor | None = None,  # [] not 0: change nothing
     ) -> None:
         """Update the rows that the head sampled since the last step, and end the head's step."""
-        sampled = self.head.end_step()
+        sampled = self.head.end_step(found_inf)
         gradient = sampled.gradient().flatten(1)  # [S, K * D]
         weight = self.head.weight.detach().flatten(1)  # [C_r, K * D]
         for name, tensor in self.state.items():
@@ -71,6 +80,8 @@ class _RowOptimizer:
                     f"{name} is {tensor.dtype} on {tensor.device}, the class rows {weight.dtype} "
                     f"on {weight.device}: make the row optimizer after moving the head"
                 )
+        own = {k: v.flatten(1) for k, v in self.state.items() if not k.startswith("margin.")}
+        tensors = {"weight": weight} | own
         size = max(_PIECE_ELEMENTS // max(weight.shape[1], 1), 1)
         for start in range(0, len(gradient), size):
             where = slice(start, start + size)
@@ -78,23 +89,56 @@ class _RowOptimizer:
             grad = gradient[where]
             if grad_scale is not None:
                 grad = grad / grad_scale.to(grad.dtype)
-            tensors = {"weight": weight} | {k: v.flatten(1) for k, v in self.state.items()}
             before = {name: tensor[rows] for name, tensor in tensors.items()}
-            after = self._update(grad, lr, **before)
+            after = self._update(grad, lr, self.weight_decay, **before)
             for name, tensor in tensors.items():
                 new = after[name]
                 if found_inf is not None:
                     new = torch.where(found_inf > 0, before[name], new)
                 tensor[rows] = new
+        self._step_margin(lr, grad_scale, found_inf)
 
-    def _update(self, grad: Tensor, lr: float, **rows: Tensor) -> dict[str, Tensor]:
+    def _step_margin(self, lr: float, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        margin = self.head.margin
+        for name, grad in self.head.margin_gradients().items():
+            parameter = _as_rows(margin.get_parameter(name).detach())  # [C_r, n] or [1, n]
+            prefix = f"margin.{name}."
+            state = {
+                key.removeprefix(prefix): tensor
+                for key, tensor in self._state_of(name).items()
+                if key.startswith(prefix)
+            }
+            grad = _as_rows(grad)
+            if grad_scale is not None:
+                grad = grad / grad_scale.to(grad.dtype)
+            touched = (grad != 0).any(1, keepdim=True)
+            if found_inf is not None:
+                touched = touched & (found_inf == 0)
+            before = {"weight": parameter} | state
+            after = self._update(grad, lr * margin.lr_factor, 0.0, **before)
+            for key, tensor in before.items():
+                tensor.copy_(torch.where(touched, after[key], tensor))
+            margin.get_parameter(name).grad = None
+        margin.project()
+
+    def _state_of(self, name: str) -> dict[str, Tensor]:
+        """Where the state of a parameter of the margin stands."""
+        return self.state if name in self.head.margin.per_class else self.model_state
+
+    def _new_state(self, rows: Tensor) -> dict[str, Tensor]:
+        """State at the start for some rows [n, ...], a row for each."""
+        raise NotImplementedError
+
+    def _update(self, grad: Tensor, lr: float, decay: float, **rows: Tensor) -> dict[str, Tensor]:
         """New values of the weight and the state of some rows [n, K * D]."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
-        """State by global class id: `classes` int64 [C_r], and a row for each in the others."""
+        """State by global class id: `classes` int64 [C_r], and a row for each in the others, but
+        for what a margin learns for the whole model."""
         device = self.head.weight.device
-        return {"classes": torch.arange(*self.head.shard, device=device), **self.state}
+        classes = torch.arange(*self.head.shard, device=device)
+        return {"classes": classes, **self.state, **self.model_state}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the rows of this rank's classes from a state that holds them, in any order.
@@ -102,8 +146,8 @@ class _RowOptimizer:
         Raises:
             KeyError: a class of this rank, or a kind of state, is not in it.
         """
-        if set(state) != {"classes", *self.state}:
-            expected = sorted({"classes", *self.state})
+        if set(state) != set(self.state_dict()):
+            expected = sorted(self.state_dict())
             raise KeyError(f"row state {sorted(state)}, expected {expected}")
         classes, order = state["classes"].sort()
         own = torch.arange(*self.head.shard, device=classes.device)
@@ -113,6 +157,8 @@ class _RowOptimizer:
             raise KeyError(f"no state for {len(missing)} classes, the first {int(missing[0])}")
         for name, tensor in self.state.items():
             tensor.copy_(state[name][order[place]])
+        for name, tensor in self.model_state.items():
+            tensor.copy_(state[name])
 
 
 class RowSGD(_RowOptimizer):
@@ -123,14 +169,16 @@ class RowSGD(_RowOptimizer):
     """
 
     def __init__(self, head: PartialFC, momentum: float = 0.9, weight_decay: float = 5e-4) -> None:
-        super().__init__(head, weight_decay)
         self.momentum = momentum
-        self.state = {"momentum": torch.zeros_like(head.weight.detach())}
+        super().__init__(head, weight_decay)
 
-    def _update(self, grad: Tensor, lr: float, **rows: Tensor) -> dict[str, Tensor]:
+    def _new_state(self, rows: Tensor) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(rows)}
+
+    def _update(self, grad: Tensor, lr: float, decay: float, **rows: Tensor) -> dict[str, Tensor]:
         velocity = rows["momentum"] * self.momentum
         velocity += grad
-        velocity.add_(rows["weight"], alpha=self.weight_decay)
+        velocity.add_(rows["weight"], alpha=decay)
         return {"weight": rows["weight"] - lr * velocity, "momentum": velocity}
 
 
@@ -148,24 +196,30 @@ class RowAdamW(_RowOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 5e-4,
     ) -> None:
-        super().__init__(head, weight_decay)
         self.betas, self.eps = betas, eps
-        weight = head.weight.detach()
-        self.state = {
-            "exp_avg": torch.zeros_like(weight),
-            "exp_avg_sq": torch.zeros_like(weight),
-            "steps": weight.new_zeros(len(weight), 1),
+        super().__init__(head, weight_decay)
+
+    def _new_state(self, rows: Tensor) -> dict[str, Tensor]:
+        return {
+            "exp_avg": torch.zeros_like(rows),
+            "exp_avg_sq": torch.zeros_like(rows),
+            "steps": rows.new_zeros(len(rows), 1),
         }
 
-    def _update(self, grad: Tensor, lr: float, **rows: Tensor) -> dict[str, Tensor]:
+    def _update(self, grad: Tensor, lr: float, decay: float, **rows: Tensor) -> dict[str, Tensor]:
         beta1, beta2 = self.betas
         steps = rows["steps"] + 1  # [n, 1]
         mean = rows["exp_avg"].lerp(grad, 1 - beta1)
         square = rows["exp_avg_sq"] * beta2 + (1 - beta2) * grad.square()
         unbiased = mean / (1 - beta1**steps)
         deviation = (square / (1 - beta2**steps)).sqrt() + self.eps
-        weight = rows["weight"] * (1 - lr * self.weight_decay) - lr * unbiased / deviation
+        weight = rows["weight"] * (1 - lr * decay) - lr * unbiased / deviation
         return {"weight": weight, "exp_avg": mean, "exp_avg_sq": square, "steps": steps}
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """A view [n, ...] -> [n, numbers of each]; a single number -> [1, 1]."""
+    return tensor.reshape(len(tensor), -1) if tensor.dim() else tensor.reshape(1, 1)
 
 
 class LossScaler:

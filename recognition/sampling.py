@@ -31,6 +31,7 @@ class Sample(NamedTuple):
     classes: np.ndarray | None  # int64 [S] global ids, each once; None: the whole shard in order
     owned: np.ndarray  # int64 [m] rows of the batch whose class is here, ordered by `position`
     position: np.ndarray  # int64 [m] place of those rows' classes in `classes`
+    total: int  # sampled classes of all ranks
 
 
 def sample(
@@ -53,7 +54,7 @@ def sample(
     if sample_rate >= 1.0:
         position = labels[owned] - start
         order = np.argsort(position, kind="stable")
-        return Sample(None, owned[order], position[order])
+        return Sample(None, owned[order], position[order], num_classes)
 
     cells = _Cells(num_classes, sample_rate, seed, step)
     drawn = [cells.drawn(first, last, shift) for first, last, shift in cells.segments(start, stop)]
@@ -67,7 +68,8 @@ def sample(
     found[found] = classes[position[found]] == here[found]
     position[~found] = len(classes) + np.searchsorted(missed, here[~found])
     order = np.argsort(position, kind="stable")
-    return Sample(classes_and_missed, owned[order], position[order])
+    total = cells.num + len(np.unique(labels[~cells.is_drawn(labels)]))
+    return Sample(classes_and_missed, owned[order], position[order], total)
 
 
 class _Cells:

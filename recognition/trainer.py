@@ -16,7 +16,7 @@ from data_tools.order import rank_slice
 from eval import lfw
 from recognition import checkpoint, collectives, progress
 from recognition.build import TrainState
-from recognition.logger import Logger
+from recognition.logger import Logger, as_numbers, histograms
 from recognition.run_dir import owned, write_config
 from recognition.sampling import hash_words
 
@@ -55,7 +55,10 @@ def _run(state: TrainState, logger: Logger, loader: BatchSource) -> dict[str, An
     batches = iter(loader)
     watch = progress.Stopwatch(loader, state.step)
     while state.step < total:
+        epoch = state.samples_seen // len(state.data)
         loss, grad_norm = take_step(state, batches)
+        if state.samples_seen // len(state.data) > epoch:
+            _end_epoch(state, logger)
         logging = _due(state.step, cfg.log_every, total)
         verifying = _due(state.step, cfg.verify_every, total)
         saving = _due(state.step, cfg.checkpoint_every, total)
@@ -167,9 +170,14 @@ def _forward(
     torch.manual_seed(hash_words(cfg.seed, _DROPOUT_KEY, state.step, micro, runtime.rank) >> 1)
     pixels = batch.images.to(runtime.device, non_blocking=True)
     flip = batch.flip.to(runtime.device, non_blocking=True)
+    pixels = normalise(pixels, flip, _dtype(state))
+    features = None
     with _autocast(state):
-        local_x = state.model(normalise(pixels, flip, _dtype(state)))
-    return state.head(local_x, batch.labels, counts), local_x
+        local_x = state.model(pixels)
+        if state.parts.encoder is not None:
+            with torch.no_grad():
+                features = state.parts.encoder(pixels)
+    return state.head(local_x, batch.labels, counts, features), local_x
 
 
 def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tensor:
@@ -182,6 +190,9 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
         torch._foreach_mul_(grads, scale.reciprocal())
     gradients = {"gradient of the class rows": parts.head.sampled_grad}
     gradients |= {f"gradient of {name}": grad for (name, _), grad in zip(named, grads, strict=True)}
+    for name, parameter in parts.head.margin.named_parameters():
+        if parameter.grad is not None:
+            gradients[f"gradient of the margin's {name}"] = parameter.grad
     if parts.scaler is None:
         found = state.guard.look(looked_at | gradients, state.step + 1, {})
     else:
@@ -201,7 +212,32 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
     if not cfg.sync_bn:
         statistics = [b for b in parts.backbone.buffers() if b.is_floating_point()]
         collectives.average_(statistics, state.runtime.group)
+    if parts.encoder is not None:
+        _follow(parts.encoder, parts.backbone, parts.head.margin.encoder_momentum, found)
     return grad_norm
+
+
+@torch.no_grad()
+def _follow(
+    encoder: nn.Module, backbone: nn.Module, momentum: float | None, found_inf: Tensor
+) -> None:
+    """Move the slow copy's parameters by 1 - momentum towards the backbone's, unless the step was
+    skipped; copy the buffers, BatchNorm's statistics among them."""
+    assert momentum is not None
+    share = torch.where(found_inf > 0, 0.0, 1 - momentum)
+    for parameter, target in zip(encoder.parameters(), backbone.parameters(), strict=True):
+        parameter.lerp_(target, share.to(parameter.dtype))
+    for buffer, source in zip(encoder.buffers(), backbone.buffers(), strict=True):
+        buffer.copy_(source)
+
+
+def _end_epoch(state: TrainState, logger: Logger) -> None:
+    """The classes' own margins are computed anew; what the log says of them."""
+    statistics = state.head.end_epoch()
+    if statistics:
+        epoch = state.samples_seen // len(state.data)
+        record = {"step": state.step, "epoch": epoch, "epoch_end": as_numbers(statistics)}
+        logger.record(record, f"step {state.step}  epoch {epoch} is over", histograms(statistics))
 
 
 # --- Small parts ----------------------------------------------------------------------------------
@@ -272,13 +308,15 @@ def _log(
     state: TrainState, logger: Logger, loss: Tensor, grad_norm: Tensor, watch: progress.Stopwatch
 ) -> None:
     global_batch = state.cfg.global_batch(state.runtime.world)
-    record = {
+    statistics = state.head.statistics()
+    record: dict[str, Any] = {
         "step": state.step,
         "epoch": state.samples_seen / len(state.data),
         "loss": loss.item(),
         "lr": state.schedule.lr_at(state.step - 1),
         **progress.speed(watch.read(state.step), global_batch),
         "grad_norm": grad_norm.item(),
+        "head": as_numbers(statistics),
     }
     if state.parts.scaler is not None:
         record["loss_scale"] = state.parts.scaler.scale.item()
@@ -288,4 +326,5 @@ def _log(
                 f"the fp16 loss scale fell to {record['loss_scale']:.1e} by step {state.step}: "
                 "every step overflows. Use precision=bf16 or fp32, or lower lr"
             )
-    logger.record(record, progress.line(record, state.schedule.total_steps, global_batch))
+    line = progress.line(record, state.schedule.total_steps, global_batch)
+    logger.record(record, line, histograms(statistics))

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     ],
     "recognition/optim.py": ["recognition.head", "recognition.sampling", "recognition.collectives"],
     "recognition/finite.py": ["recognition.collectives"],
-    "recognition/logger.py": [],
+    "recognition/logger.py": ["recognition.losses.margin"],
     "recognition/progress.py": ["data_tools.loader"],
     "recognition/export.py": ["recognition.backbones.*"],
     "recognition/checkpoint.py": [

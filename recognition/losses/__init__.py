@@ -1,26 +1,45 @@
-"""The margin losses by the names that recipes use."""
+"""The margin losses by the names that recipes use; `python -m recognition.losses` lists them."""
 
-import difflib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from recognition.losses.margin import (
+from recognition.losses.adaptive import AdaCos, AdaFace, ElasticFace, MagFace
+from recognition.losses.arguments import check_arguments
+from recognition.losses.classwise import AdaMSoftmax, DynamicArcFace, JAMsFace
+from recognition.losses.fixed import (
     ArcFace,
     CombinedMargin,
     CosFace,
-    Margin,
-    Rows,
     Softmax,
     SphereFace,
+    SphereFaceR,
 )
+from recognition.losses.kappaface import KappaFace
+from recognition.losses.margin import Margin, Rows
+from recognition.losses.mining import Circle, CurricularFace, InterFace, MVSoftmax
+from recognition.losses.onevsall import SphereFace2, UniFace
 
 MARGINS: dict[str, type[Margin]] = {
     "softmax": Softmax,
     "arcface": ArcFace,
     "cosface": CosFace,
     "sphereface": SphereFace,
+    "spherefacer": SphereFaceR,
     "combined": CombinedMargin,
+    "adaface": AdaFace,
+    "magface": MagFace,
+    "elasticface": ElasticFace,
+    "adacos": AdaCos,
+    "kappaface": KappaFace,
+    "jamsface": JAMsFace,
+    "adam": AdaMSoftmax,
+    "dynamicarcface": DynamicArcFace,
+    "interface": InterFace,
+    "curricularface": CurricularFace,
+    "mvsoftmax": MVSoftmax,
+    "circle": Circle,
+    "uniface": UniFace,
+    "sphereface2": SphereFace2,
 }
 
 __all__ = ["MARGINS", "Margin", "Rows", "make_margin"]
@@ -35,18 +54,7 @@ def make_margin(name: str, arguments: Mapping[str, Any]) -> Margin:
     """
     if name not in MARGINS:
         raise KeyError(f"margin={name!r}: one of {', '.join(MARGINS)}")
-    parameters = inspect.signature(MARGINS[name]).parameters
-    taken = {parameter.name: parameter.default for parameter in parameters.values()}
-    for argument, value in arguments.items():
-        if argument not in taken:
-            near = difflib.get_close_matches(argument, taken, 1)
-            raise KeyError(
-                f"margin_args.{argument}: {name} takes {', '.join(taken)}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if isinstance(taken[argument], float) and not number:
-            raise TypeError(f"margin_args.{argument}={value!r}: expected a number")
+    check_arguments(name, MARGINS[name], arguments)
     try:
         return MARGINS[name](**arguments)
     except ValueError as error:

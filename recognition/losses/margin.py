@@ -1,23 +1,29 @@
-"""What a margin loss is: a small formula on cosines. And the margins that are fixed numbers.
+"""What a margin loss is: a small formula on cosines, and the little state that some of them keep.
 
 A margin sees values, never a rank, a column or a process group. The head (recognition/head.py)
 gives it the cosine of every row to its own class, and the cosines of every row to the other
-classes in pieces, and turns what it answers into the softmax cross-entropy over all sampled
-classes.
+classes in pieces, and turns what it answers into the loss over all sampled classes.
 
-Letters: B rows of the global batch, n classes of a piece.
+Letters: B rows of the global batch, C classes, C_r of this shard, n of a piece, D embedding,
+m rows of the batch whose class is in this shard, k values of a class.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 Gradient = Literal["exact", "straight_through"]
 Overflow = Literal["none", "fallback", "easy"]
+
+# reduce(values, "sum" | "max"): the same over all shards.
+Reduce = Callable[[Tensor, str], Tensor]
 
 
 class Rows(NamedTuple):
@@ -27,16 +33,74 @@ class Rows(NamedTuple):
     cos_target: Tensor  # [B] cosine to the own class
     norm: Tensor  # [B] norm of the embedding
     label: Tensor  # int64 [B] global class id
+    class_values: Tensor  # [B, k] what class_values() of the shard that holds the class returned
+    key: int = 0  # of this batch's random draws: a function of (seed, step, micro-step)
+
+    def constant(self) -> Rows:
+        """The same without gradient."""
+        return self._replace(
+            cos_target=self.cos_target.detach(),
+            norm=self.norm.detach(),
+            class_values=self.class_values.detach(),
+        )
+
+
+class Owned(NamedTuple):
+    """The rows of the batch whose class is in this shard."""
+
+    row: Tensor  # int64 [m]
+    local_id: Tensor  # int64 [m] place of their classes in the shard
+
+
+class Layer(NamedTuple):
+    """What a margin may know of the layer that it serves."""
+
+    num_classes: int
+    shard: tuple[int, int]  # the classes [start, stop) whose state this margin holds
+    embedding_size: int
+    num_subcenters: int = 1
+    sample_rate: float = 1.0
+    class_counts: np.ndarray | None = None  # int64 [C] images of every class, where known
+
+
+class Histogram(NamedTuple):
+    """A distribution over all classes, for the log."""
+
+    edges: Tensor  # [bins + 1]
+    counts: Tensor  # [bins]
+
+
+Statistics = dict[str, Tensor | Histogram]  # 0-d tensors, or distributions
+
+
+class Options(TypedDict, total=False):
+    """What every margin takes beside its own arguments."""
+
+    interclass_filtering_threshold: float
 
 
 class Margin(nn.Module):
     """The logits of a row: scale * target(rows) for its class, scale * negatives(cos, rows)
-    elsewhere.
+    elsewhere; "softmax" makes them the cross-entropy, "sigmoid" one binary loss a class.
 
-    interclass_filtering_threshold: negatives with a cosine above it get the logit 0 and no
+    interclass_filtering_threshold: negatives with a cosine above it count as 0 and get no
     gradient: conflicting or duplicate identities are left in peace (arXiv:2203.15565 section
     3.2). 0: off.
+
+    State of a class lives with the class: parameters and buffers named in `per_class` have this
+    shard's classes as first dimension. All other state is equal on all ranks, because it comes
+    from `rows` alone. What observe() gathers counts from the moment it is gathered and is kept by
+    commit(), at the end of the optimiser step.
     """
+
+    reduction: Literal["softmax", "sigmoid"] = "softmax"
+    per_class: tuple[str, ...] = ()
+    needs_lse = False  # wants rescale() before its scale is used
+    needs_centres = False  # negatives() wants centre_cos
+    positive_weight = 1.0  # of the two terms of the "sigmoid" reduction
+    negative_weight = 1.0
+    lr_factor = 1.0  # of the own parameters, on the learning rate of the class rows
+    encoder_momentum: float | None = None  # observe() wants a slow copy's features, at this pace
 
     def __init__(self, scale: float, interclass_filtering_threshold: float = 0.0) -> None:
         super().__init__()
@@ -47,166 +111,96 @@ class Margin(nn.Module):
                 f"interclass_filtering_threshold={interclass_filtering_threshold}: a cosine "
                 "in (0, 1], 0.4 is usual, or 0 for off"
             )
-        self.scale = scale
+        self._scale = scale
         self.interclass_filtering_threshold = interclass_filtering_threshold
+        self._gathered: list[Tensor] = []  # by observe() in the micro-steps of this step
+        self._next: dict[str, Tensor] = {}  # buffers as the end of the step will have them
+
+    @property
+    def scale(self) -> float | Tensor:  # or [], a constant
+        return self._scale
+
+    # --- The formula ---
 
     def target(self, rows: Rows) -> Tensor:  # -> [B]
         """What replaces the target cosine."""
         raise NotImplementedError
 
-    def negatives(self, cos: Tensor, rows: Rows) -> Tensor:  # [B, n] -> [B, n]
-        """What replaces the cosines to other classes; `rows` is a constant here. Default:
-        nothing."""
+    def negatives(
+        self,
+        cos: Tensor,  # [B, n]
+        rows: Rows,  # a constant here
+        centre_cos: Tensor | None = None,  # [B, n] own centre to the n classes, a constant
+    ) -> Tensor:  # -> [B, n]
+        """What replaces the cosines to other classes. Default: nothing."""
         return cos
 
-    def filtered_negatives(self, cos: Tensor, rows: Rows) -> Tensor:  # [B, n] -> [B, n]
-        """negatives(), after the inter-class filter where it is on."""
+    def filtered_negatives(self, cos: Tensor, rows: Rows, centre_cos: Tensor | None) -> Tensor:
+        """negatives(), after the inter-class filter where it is on: [B, n] -> [B, n]."""
         if self.interclass_filtering_threshold:
             cos = torch.where(cos > self.interclass_filtering_threshold, 0.0, cos)
-        return self.negatives(cos, rows)
+        return self.negatives(cos, rows, centre_cos)
 
+    def regularizer(self, rows: Rows) -> Tensor | None:
+        """A term [] of the loss computed from the batch, the same on all ranks."""
+        return None
 
-class Softmax(Margin):
-    """NormFace: no margin, z_y = s cos t_y (arXiv:1704.06369). Both gradients are the same."""
+    def class_regularizer(self) -> Tensor | None:
+        """This shard's share [] of a term of the loss that is a sum over all classes."""
+        return None
 
-    def __init__(
-        self,
-        scale: float = 64.0,
-        *,
-        gradient: Gradient = "exact",
-        interclass_filtering_threshold: float = 0.0,
-    ) -> None:
-        super().__init__(scale, interclass_filtering_threshold)
-        one_of("gradient", gradient, ("exact", "straight_through"))
+    # --- State ---
 
-    def target(self, rows: Rows) -> Tensor:
-        return rows.cos_target
+    def bind(self, layer: Layer) -> None:
+        """Called once, by the head: make the state that depends on the classes."""
 
+    def class_values(self, local_ids: Tensor) -> Tensor | None:  # int64 [m] -> [m, k]
+        """What `rows.class_values` says of these classes of the shard; None: nothing."""
+        return None
 
-class CombinedMargin(Margin):
-    """z_y = s (cos(m1 t_y + m2) - m3), z_j = s cos t_j (ArcFace, arXiv:1801.07698 eq. 4).
+    def observe(self, rows: Rows, x: Tensor, owned: Owned) -> None:
+        """First in a training forward: look at the batch (constants; x [B, D] is of norm 1)."""
 
-    The paper's settings (m1, m2, m3): SphereFace (1.35, 0, 0), ArcFace (1, 0.5, 0), CosFace (1,
-    0, 0.35), CM1 (1, 0.3, 0.2), CM2 (0.9, 0.4, 0.15). InsightFace's PyTorch class ignores m1 and
-    m2 where m3 > 0 and refuses m1 != 1; here all three act.
+    def rescale(self, lse: Tensor, rows: Rows, num_negatives: int) -> None:
+        """If needs_lse: log of the sum over a row's negatives of exp(logit) [B] at the present
+        scale, and how many classes each row had for negatives, over all shards."""
 
-    gradient: "exact" is the derivative of the formula; "straight_through" takes the slope 1 in
-    its place (dz_y / dcos t_y = s), as InsightFace has done since December 2022. overflow, where
-    the angle m1 t + m2 passes pi and the cosine turns up again:
-        "none"      as the formula says (the paper states no rule);
-        "fallback"  cos t - m2 sin m2 in place of cos(t + m2), ArcFace's code of 2018; m1 = 1 only;
-        "easy"      cos(m1 t + m2) for cos t > 0 only, cos t elsewhere ("easy margin").
-    """
+    def commit(self, found_inf: Tensor | None = None) -> None:  # [] not 0: the step was skipped
+        """The optimiser step is over: keep what was gathered, or drop it."""
+        for name, value in self._next.items():
+            if found_inf is not None:
+                value = torch.where(found_inf > 0, getattr(self, name), value)
+            setattr(self, name, value)
+        self._next = {}
+        self._gathered = []
 
-    def __init__(
-        self,
-        scale: float = 64.0,
-        m1: float = 1.0,
-        m2: float = 0.0,
-        m3: float = 0.0,
-        *,
-        gradient: Gradient = "exact",
-        overflow: Overflow = "none",
-        interclass_filtering_threshold: float = 0.0,
-    ) -> None:
-        super().__init__(scale, interclass_filtering_threshold)
-        one_of("gradient", gradient, ("exact", "straight_through"))
-        one_of("overflow", overflow, ("none", "fallback", "easy"))
-        if not (math.isfinite(m1) and m1 > 0):
-            raise ValueError(f"m1={m1}: a positive factor of the angle, 1 is none")
-        if not 0.0 <= m2 < math.pi:
-            raise ValueError(f"m2={m2}: an angle in radians, 0 <= m2 < pi (0.5 is ArcFace's)")
-        if not math.isfinite(m3):
-            raise ValueError(f"m3={m3}: a finite number (0.35 or 0.4 is CosFace's)")
-        if overflow == "fallback" and m1 != 1.0:
-            raise ValueError(
-                f"overflow='fallback' is defined for m1=1 only, not m1={m1}: use 'easy'"
-            )
-        self.m1, self.m2, self.m3 = m1, m2, m3
-        self.gradient, self.overflow = gradient, overflow
+    def project(self) -> None:
+        """After an optimiser step: bring the parameters back into their bounds."""
 
-    def target(self, rows: Rows) -> Tensor:
-        cos = rows.cos_target
-        shifted = self._shift(cos) - self.m3
-        if self.gradient == "straight_through":
-            return cos + (shifted - cos).detach()
-        return shifted
+    def end_epoch(self, reduce: Reduce) -> Statistics:
+        """An epoch of samples is over; what there is to log of it."""
+        return {}
 
-    def _shift(self, cos: Tensor) -> Tensor:
-        """cos(m1 t + m2) with the rule for large angles."""
-        if self.m1 == 1.0 and self.m2 == 0.0:
-            return cos
-        angle = self.m1 * angle_of(cos) + self.m2
-        shifted = torch.cos(angle)
-        if self.overflow == "fallback":
-            return torch.where(angle > math.pi, cos - self.m2 * math.sin(self.m2), shifted)
-        if self.overflow == "easy":
-            return torch.where(cos > 0, shifted, cos)
-        return shifted
+    def statistics(self, reduce: Reduce) -> Statistics:
+        """What a user of this loss looks at, at each line of the log."""
+        return {}
 
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, margin_list=({self.m1}, {self.m2}, {self.m3})"
+    def frozen(self, committed: bool = False) -> Margin:
+        """A copy that keeps the present state, or the one before this optimiser step: a backward
+        computes with that of its forward."""
+        kept = copy.copy(self)
+        kept._buffers = dict(self._buffers)
+        if committed:
+            kept._next = {}
+        return kept
 
+    def current(self, name: str) -> Tensor:
+        """A buffer with what this step has gathered so far."""
+        return self._next.get(name, getattr(self, name))
 
-class ArcFace(CombinedMargin):
-    """z_y = s cos(t_y + m) (arXiv:1801.07698 eq. 3). gradient, overflow: as in CombinedMargin."""
-
-    def __init__(
-        self,
-        scale: float = 64.0,
-        margin: float = 0.5,
-        *,
-        gradient: Gradient = "exact",
-        overflow: Overflow = "none",
-        interclass_filtering_threshold: float = 0.0,
-    ) -> None:
-        super().__init__(
-            scale,
-            m2=margin,
-            gradient=gradient,
-            overflow=overflow,
-            interclass_filtering_threshold=interclass_filtering_threshold,
-        )
-
-
-class CosFace(CombinedMargin):
-    """z_y = s (cos t_y - m) (arXiv:1801.09414 eq. 4), of slope 1: both gradients are the same."""
-
-    def __init__(
-        self,
-        scale: float = 64.0,
-        margin: float = 0.4,
-        *,
-        gradient: Gradient = "exact",
-        interclass_filtering_threshold: float = 0.0,
-    ) -> None:
-        super().__init__(
-            scale,
-            m3=margin,
-            gradient=gradient,
-            interclass_filtering_threshold=interclass_filtering_threshold,
-        )
-
-
-class SphereFace(CombinedMargin):
-    """z_y = s cos(m1 t_y), the form that ArcFace compares with (arXiv:1801.07698 table 2)."""
-
-    def __init__(
-        self,
-        scale: float = 64.0,
-        m1: float = 1.35,
-        *,
-        gradient: Gradient = "exact",
-        overflow: Overflow = "none",
-        interclass_filtering_threshold: float = 0.0,
-    ) -> None:
-        super().__init__(
-            scale,
-            m1,
-            gradient=gradient,
-            overflow=overflow,
-            interclass_filtering_threshold=interclass_filtering_threshold,
-        )
+    def _all_gathered(self, values: Tensor) -> Tensor:  # [B] -> [B of all micro-steps so far]
+        self._gathered.append(values)
+        return torch.cat(self._gathered)
 
 
 def angle_of(cos: Tensor) -> Tensor:
@@ -216,6 +210,49 @@ def angle_of(cos: Tensor) -> Tensor:
     return torch.atan2(sin, cos)
 
 
+def shifted_cosine(cos: Tensor, margin: float | Tensor, overflow: Overflow = "none") -> Tensor:
+    """cos(t + m), with a rule for t + m past pi, where the cosine turns up again: [B].
+
+    "none": as the formula says. "fallback": cos t - m sin m there (ArcFace's code of 2018).
+    "easy": cos(t + m) for cos t > 0 only, cos t elsewhere.
+    """
+    angle = angle_of(cos) + margin
+    shifted = torch.cos(angle)
+    if overflow == "fallback":
+        sin = torch.sin(margin) if isinstance(margin, Tensor) else math.sin(margin)
+        return torch.where(angle > math.pi, cos - margin * sin, shifted)
+    if overflow == "easy":
+        return torch.where(cos > 0, shifted, cos)
+    return shifted
+
+
+def with_gradient(formula: Callable[[Tensor], Tensor], cos: Tensor, gradient: Gradient) -> Tensor:
+    """formula(cos), whose slope with respect to cos is its own ("exact") or 1 ("straight_through",
+    as in InsightFace since December 2022); its other slopes are its own in both."""
+    if gradient == "exact":
+        return formula(cos)
+    constant = cos.detach()
+    return formula(constant) + (cos - constant)
+
+
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: one of {', '.join(allowed)}")
+
+
+def check_gradient(gradient: str) -> None:
+    one_of("gradient", gradient, ("exact", "straight_through"))
+
+
+def check_overflow(overflow: str) -> None:
+    one_of("overflow", overflow, ("none", "fallback", "easy"))
+
+
+def check_angle(name: str, angle: float) -> None:
+    if not 0.0 <= angle < math.pi:
+        raise ValueError(f"{name}={angle}: an angle in radians, 0 <= {name} < pi (0.5 is usual)")
+
+
+def check_range(name: str, value: float, low: float, high: float, what: str) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value}: {what}, {low} to {high}")

@@ -62,7 +62,7 @@ def gather_wrongly():
         return str(error)
 
 
-def test_share_rows_keeps_the_gradient_at_home():
+def test_share_keeps_the_gradient_at_home():
     for rank, (values, grad) in enumerate(ranks.run(4, share)):
         assert values.tolist() == [[0.0], [1.0], [2.0], [3.0]]
         assert grad.flatten().tolist() == [7.0] * 4, rank  # not summed over the ranks
@@ -72,7 +72,7 @@ def share():
     local = torch.zeros(4, 1)
     local[dist.get_rank()] = dist.get_rank()
     local.requires_grad_()
-    shared = collectives.share_rows(local, dist.group.WORLD)
+    shared = collectives.share(local, dist.group.WORLD)
     (shared * 7).sum().backward()
     return shared.detach(), local.grad
 

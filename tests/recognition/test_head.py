@@ -199,7 +199,7 @@ MUTANTS = {
         recognition.head, "_gradient_where", lambda held, values: values,
     ),
     "the target's backward adds up over the ranks": (
-        collectives._ShareRows, "backward", staticmethod(reduced_target),
+        collectives._Share, "backward", staticmethod(reduced_target),
     ),
     "the gather's backward averages": (
         collectives._GatherRows, "backward", staticmethod(averaged_gather),

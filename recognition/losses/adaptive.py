@@ -1,0 +1,257 @@
+"""Margins of each sample: from its norm (AdaFace, MagFace), by chance (ElasticFace), and the scale
+that adapts itself (AdaCos).
+
+Letters: B rows of the global batch; t angle in radians.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Unpack
+
+import torch
+from torch import Tensor
+
+from recognition.losses.margin import (
+    Gradient,
+    Layer,
+    Margin,
+    Options,
+    Overflow,
+    Owned,
+    Reduce,
+    Rows,
+    Statistics,
+    angle_of,
+    check_angle,
+    check_gradient,
+    check_overflow,
+    check_range,
+    one_of,
+    shifted_cosine,
+    with_gradient,
+)
+
+
+class AdaFace(Margin):
+    """z_y = s (cos(t_y - m q) - (m + m q)), q = clip(h (|x| - mean) / (std + 1e-3), -1, 1)
+    (arXiv:2204.00964 eq. 18): hard samples count where the norm says that the image is good.
+
+    The norm, clamped to [1e-3, 100], gets no gradient. mean and std are running statistics of the
+    whole batch's norms, started at 20 and 100 (as CosFace, q near 0); they move by t_alpha
+    towards this batch's mean and unbiased std, then are used, as in the authors' code; a batch of
+    one leaves std as it is. Under accumulation the statistics are those of the micro-batches so
+    far, and one optimiser step moves them once. The angle t - m q stays in [1e-3, pi - 1e-3].
+    Both g_add and g_angle are inside the scale, as in the authors' code.
+
+    Differs from the authors' code: there the statistics are those of one process's batch, and
+    cosines are clamped to +-(1 - 1e-3). CVLface's version is gradient="straight_through".
+    """
+
+    def __init__(
+        self,
+        scale: float = 64.0,
+        margin: float = 0.4,
+        h: float = 0.333,
+        t_alpha: float = 0.01,
+        *,
+        gradient: Gradient = "exact",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(scale, **options)
+        check_gradient(gradient)
+        check_angle("margin", margin)
+        check_range("t_alpha", t_alpha, 0.0, 1.0, "share of the batch in the running statistics")
+        if not (math.isfinite(h) and h >= 0):
+            raise ValueError(f"h={h}: how far a standard deviation of the norm reaches, 0.333")
+        self.margin, self.h, self.t_alpha, self.gradient = margin, h, t_alpha, gradient
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(20.0))
+        self.register_buffer("std", torch.tensor(100.0))
+
+    def observe(self, rows: Rows, x: Tensor, owned: Owned) -> None:
+        norm = self._all_gathered(_usable(rows.norm))
+        self._next = {"mean": self.mean.lerp(norm.mean(), self.t_alpha)}
+        if len(norm) > 1:
+            self._next["std"] = self.std.lerp(norm.std(), self.t_alpha)
+
+    def target(self, rows: Rows) -> Tensor:
+        deviation = _usable(rows.norm.detach()) - self.current("mean")
+        q = (self.h * deviation / (self.current("std") + 1e-3)).clamp(-1, 1)
+        moved = self.margin * q
+
+        def turned(cos: Tensor) -> Tensor:
+            return torch.cos((angle_of(cos) - moved).clamp(1e-3, math.pi - 1e-3))
+
+        return with_gradient(turned, rows.cos_target, self.gradient) - (self.margin + moved)
+
+    def statistics(self, reduce: Reduce) -> Statistics:
+        return {"norm_mean": self.mean, "norm_std": self.std}
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, margin={self.margin}, h={self.h}, t_alpha={self.t_alpha}"
+
+
+class MagFace(Margin):
+    """z_y = s cos(t_y + m(a)), a = clip(|x|, l_a, u_a), m rising from l_m at l_a to u_m at u_a,
+    plus lambda_g mean(a / u_a^2 + 1 / a) (arXiv:2103.06627): good images get long
+    embeddings.
+
+    The norm gets gradient through m(a) and through the regulariser, whose mean is over the whole
+    batch. overflow="easy" is the authors' default; gradient="straight_through" acts on the cosine
+    alone.
+    """
+
+    def __init__(
+        self,
+        scale: float = 64.0,
+        l_a: float = 10.0,
+        u_a: float = 110.0,
+        l_m: float = 0.45,
+        u_m: float = 0.8,
+        lambda_g: float = 35.0,
+        *,
+        gradient: Gradient = "exact",
+        overflow: Overflow = "easy",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(scale, **options)
+        check_gradient(gradient)
+        check_overflow(overflow)
+        check_angle("l_m", l_m)
+        check_angle("u_m", u_m)
+        if not 0 < l_a < u_a < math.inf:
+            raise ValueError(f"l_a={l_a}, u_a={u_a}: two norms, 0 < l_a < u_a (10 and 110)")
+        if not 0 <= lambda_g < math.inf:
+            raise ValueError(f"lambda_g={lambda_g}: a weight of at least 0, 35 is usual")
+        self.l_a, self.u_a, self.l_m, self.u_m = l_a, u_a, l_m, u_m
+        self.lambda_g, self.gradient, self.overflow = lambda_g, gradient, overflow
+
+    def target(self, rows: Rows) -> Tensor:
+        above = (rows.norm.clamp(self.l_a, self.u_a) - self.l_a) / (self.u_a - self.l_a)
+        margin = self.l_m + (self.u_m - self.l_m) * above  # [B]
+        return with_gradient(
+            lambda cos: shifted_cosine(cos, margin, self.overflow), rows.cos_target, self.gradient
+        )
+
+    def regularizer(self, rows: Rows) -> Tensor:
+        a = rows.norm.clamp(self.l_a, self.u_a)
+        return self.lambda_g * (a / self.u_a**2 + 1 / a).mean()
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, norm {self.l_a}..{self.u_a} -> margin {self.l_m}..{self.u_m}"
+
+
+class ElasticFace(Margin):
+    """z_y = s cos(t_y + m_i) ("arc") or s (cos t_y - m_i) ("cos"), m_i ~ N(margin, std) drawn
+    anew for each row and step (arXiv:2109.09416).
+
+    plus: the drawn margins are given out in order, the smallest to the row with the largest target
+    cosine, over the whole batch. The authors' code sorts both and then applies the permutation
+    where its inverse is due, so its pairing is not monotone; ours is.
+    The draw is a function of (seed, step, micro-step, place of the row in the global batch).
+    margin: 0.5 (arc) or 0.35 (cos) if not given. The authors' std: 0.05; with plus 0.0175 (arc) or
+    0.02 (cos).
+    """
+
+    def __init__(
+        self,
+        scale: float = 64.0,
+        margin: float | None = None,
+        std: float = 0.05,
+        *,
+        kind: Literal["arc", "cos"] = "arc",
+        plus: bool = False,
+        gradient: Gradient = "exact",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(scale, **options)
+        check_gradient(gradient)
+        one_of("kind", kind, ("arc", "cos"))
+        margin = {"arc": 0.5, "cos": 0.35}[kind] if margin is None else margin
+        check_angle("margin", margin)
+        check_range("std", std, 0.0, 1.0, "standard deviation of the margin")
+        self.margin, self.std, self.kind, self.plus = margin, std, kind, plus
+        self.gradient = gradient
+
+    def draw(self, rows: Rows) -> Tensor:
+        """The margins of this batch in the order of the draw: [B]."""
+        # On the host in float64, so that every device and precision sees the same margins.
+        generator = torch.Generator().manual_seed(rows.key >> 1)
+        drawn = torch.randn(len(rows.norm), generator=generator, dtype=torch.float64)
+        drawn = (self.margin + self.std * drawn).to(rows.norm.dtype)
+        if rows.norm.is_cuda:
+            drawn = drawn.pin_memory()  # a copy from pageable memory waits for the stream
+        return drawn.to(rows.norm.device, non_blocking=True)
+
+    def target(self, rows: Rows) -> Tensor:
+        margin = self.draw(rows)
+        if self.plus:
+            falling = torch.argsort(rows.cos_target.detach(), descending=True, stable=True)
+            margin = torch.zeros_like(margin).index_copy_(0, falling, margin.sort().values)
+        if self.kind == "cos":
+            return rows.cos_target - margin
+        return with_gradient(
+            lambda cos: shifted_cosine(cos, margin), rows.cos_target, self.gradient
+        )
+
+    def extra_repr(self) -> str:
+        plus = "+" if self.plus else ""
+        return f"scale={self.scale}, {self.kind}{plus}, margin={self.margin}, std={self.std}"
+
+
+class AdaCos(Margin):
+    """z = s cos t without a margin; s follows the batch (arXiv:1905.00292):
+    s = ln(B_avg) / cos(min(pi/4, median t_y)), B_avg the mean over the rows of the sum over the
+    other classes of exp(s_before cos t_j). It starts at sqrt(2) ln(C - 1).
+
+    Under sampling B_avg is multiplied by (C - 1) / (classes that the row was compared with), or
+    the scale would sink with the sample rate. s gets no gradient and is at least 1: with few
+    classes the logarithm could become negative. The median is the lower one of an even number.
+    Under accumulation B_avg and the median are over the micro-batches so far.
+    """
+
+    needs_lse = True
+
+    def __init__(self, scale: float | None = None, **options: Unpack[Options]) -> None:
+        super().__init__(1.0 if scale is None else scale, **options)
+        self._first_scale = scale
+        self.adapted_scale: Tensor
+        self.register_buffer("adapted_scale", torch.tensor(float("nan")))
+        self._mass: list[Tensor] = []  # log of the corrected sums of this step's rows
+
+    @property
+    def scale(self) -> Tensor:
+        return self.current("adapted_scale")
+
+    def bind(self, layer: Layer) -> None:
+        self.num_classes = layer.num_classes
+        first = math.sqrt(2) * math.log(max(layer.num_classes - 1, 1))
+        first = max(first, 1.0) if self._first_scale is None else self._first_scale
+        self.adapted_scale.fill_(first)
+
+    def rescale(self, lse: Tensor, rows: Rows, num_negatives: int) -> None:
+        if num_negatives == 0:
+            return
+        angle = self._all_gathered(angle_of(rows.cos_target)).median()
+        self._mass.append(lse + math.log((self.num_classes - 1) / num_negatives))
+        mass = torch.cat(self._mass)
+        log_average = torch.logsumexp(mass, 0) - math.log(len(mass))
+        scale = log_average / torch.cos(angle.clamp_max(math.pi / 4))
+        self._next = {"adapted_scale": scale.clamp_min(1.0)}
+
+    def commit(self, found_inf: Tensor | None = None) -> None:
+        super().commit(found_inf)
+        self._mass = []
+
+    def target(self, rows: Rows) -> Tensor:
+        return rows.cos_target
+
+    def statistics(self, reduce: Reduce) -> Statistics:
+        return {"scale": self.adapted_scale}
+
+
+def _usable(norm: Tensor) -> Tensor:
+    """Norms as AdaFace's code clamps them."""
+    return norm.clamp(1e-3, 100.0)

@@ -1,0 +1,263 @@
+"""Margins of each class, held where the class is held: learned (JAMsFace, AdaM-Softmax), or from
+the class's size. (KappaFace has a file of its own.)
+
+Letters: B rows of the global batch, C classes, C_r of this shard; t angle in radians.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from recognition.losses.margin import (
+    Gradient,
+    Layer,
+    Margin,
+    Options,
+    Overflow,
+    Reduce,
+    Rows,
+    Statistics,
+    check_angle,
+    check_gradient,
+    check_overflow,
+    check_range,
+    one_of,
+    shifted_cosine,
+    with_gradient,
+)
+from recognition.losses.statistics import class_histogram, class_mean
+
+
+class JAMsFace(Margin):
+    """z_y = s (cos(t_y + a_y) - b_y), a_c and b_c learned for each class, plus
+    reg_angular (A - mean a) + reg_cosine (B - mean b).
+
+    Our reading of JAMsFace (doi:10.1007/s00521-023-08732-5): its equations could not be had, only
+    that margins of both spaces are learned for each class, and that rich classes need smaller ones.
+    This is AdaM-Softmax (AdaptiveFace) carried over to both; not verified against the paper.
+
+    a_c = A sigmoid(raw), b_c = B sigmoid(raw), A = angular_bound radians, B = cosine_bound: without
+    a bound, margins of classes that are seldom seen grow until NaN. The cross-entropy pushes the
+    margins of the classes in the batch down, the regulariser pushes up: scope="all" every class,
+    so rare ones gain (the paper's figure 1); scope="batch" those in the batch.
+    They are stepped with lr_factor times the learning rate of the centres, without decay.
+    gradient="straight_through" acts on the cosine; the margins keep their exact slopes.
+    """
+
+    per_class = ("raw_angular", "raw_cosine")
+
+    def __init__(
+        self,
+        scale: float = 64.0,
+        angular_bound: float = 0.8,
+        cosine_bound: float = 0.5,
+        angular_init: float = 0.3,
+        cosine_init: float = 0.2,
+        reg_angular: float = 8.0,
+        reg_cosine: float = 8.0,
+        *,
+        scope: Literal["all", "batch"] = "all",
+        lr_factor: float = 1.0,
+        gradient: Gradient = "exact",
+        overflow: Overflow = "none",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(scale, **options)
+        one_of("scope", scope, ("all", "batch"))
+        check_gradient(gradient)
+        check_overflow(overflow)
+        check_angle("angular_bound", angular_bound)
+        for name, bound, first in (
+            ("angular_init", angular_bound, angular_init),
+            ("cosine_init", cosine_bound, cosine_init),
+        ):
+            if not 0 < first < bound:
+                raise ValueError(f"{name}={first}: between 0 and its bound {bound}")
+        for name, weight in (("reg_angular", reg_angular), ("reg_cosine", reg_cosine)):
+            check_range(name, weight, 0.0, 1e4, "weight of the regulariser")
+        check_range("lr_factor", lr_factor, 0.0, 1e4, "factor of the learning rate")
+        self.bounds, self.starts = (angular_bound, cosine_bound), (angular_init, cosine_init)
+        self.weights, self.scope, self.lr_factor = (reg_angular, reg_cosine), scope, lr_factor
+        self.gradient, self.overflow = gradient, overflow
+
+    def bind(self, layer: Layer) -> None:
+        num = layer.shard[1] - layer.shard[0]
+        self.num_classes = layer.num_classes
+        raw = [math.log(m / (bound - m)) for m, bound in zip(self.starts, self.bounds, strict=True)]
+        self.raw_angular = nn.Parameter(torch.full((num,), raw[0]))
+        self.raw_cosine = nn.Parameter(torch.full((num,), raw[1]))
+
+    def margins(self) -> Tensor:
+        """The angular and the cosine margin of this shard's classes: [C_r, 2]."""
+        return self._bounded(self.raw_angular, self.raw_cosine)
+
+    def _bounded(self, angular: Tensor, cosine: Tensor) -> Tensor:
+        pair = torch.stack([angular.sigmoid(), cosine.sigmoid()], 1)
+        return pair * pair.new_tensor(self.bounds)
+
+    def class_values(self, local_ids: Tensor) -> Tensor:
+        return self._bounded(self.raw_angular[local_ids], self.raw_cosine[local_ids])
+
+    def target(self, rows: Rows) -> Tensor:
+        angular, cosine = rows.class_values.unbind(1)
+        turned = with_gradient(
+            lambda cos: shifted_cosine(cos, angular, self.overflow), rows.cos_target, self.gradient
+        )
+        return turned - cosine
+
+    def regularizer(self, rows: Rows) -> Tensor | None:
+        if self.scope == "all":
+            return None
+        return self._pull(rows.class_values, _mean_over_classes(rows.label))
+
+    def class_regularizer(self) -> Tensor | None:
+        if self.scope == "batch":
+            return None
+        margins = self.margins()
+        return self._pull(margins, margins.new_tensor(1 / self.num_classes).expand(len(margins)))
+
+    def _pull(self, margins: Tensor, share: Tensor) -> Tensor:
+        """Sum of share_c (reg_angular (A - a_c) + reg_cosine (B - b_c)): []."""
+        below = margins.new_tensor(self.bounds) - margins
+        return (share[:, None] * below * margins.new_tensor(self.weights)).sum()
+
+    def statistics(self, reduce: Reduce) -> Statistics:
+        angular, cosine = self.margins().detach().unbind(1)
+        return {
+            "angular_mean": class_mean(angular, reduce),
+            "cosine_mean": class_mean(cosine, reduce),
+            "angular_histogram": class_histogram(angular, reduce),
+            "cosine_histogram": class_histogram(cosine, reduce),
+        }
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, bounds={self.bounds}, weights={self.weights}, {self.scope}"
+
+
+class AdaMSoftmax(Margin):
+    """z_y = s (cos t_y - m_y), m_c learned for each class, plus reg (1 - mean m)
+    (AdaptiveFace, CVPR 2019, AdaM-Softmax).
+
+    m_c starts in U(0.3, 0.4), drawn by class, and is held to [0, 1] after each step, as in the
+    authors' code. The mean is over all classes, so classes that are seldom seen gain margin.
+    """
+
+    per_class = ("margins",)
+
+    def __init__(
+        self,
+        scale: float = 30.0,
+        reg: float = 70.0,
+        *,
+        lr_factor: float = 1.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(scale, **options)
+        check_range("reg", reg, 0.0, 1e4, "weight of the regulariser")
+        check_range("lr_factor", lr_factor, 0.0, 1e4, "factor of the learning rate")
+        self.reg, self.lr_factor = reg, lr_factor
+
+    def bind(self, layer: Layer) -> None:
+        self.num_classes = layer.num_classes
+        # A low-discrepancy draw by class id: the same at every number of shards.
+        ids = np.arange(*layer.shard, dtype=np.float64)
+        start = 0.3 + 0.1 * np.modf(ids * ((math.sqrt(5) - 1) / 2))[0]
+        self.margins = nn.Parameter(torch.from_numpy(start).to(torch.get_default_dtype()))
+
+    def class_values(self, local_ids: Tensor) -> Tensor:
+        return self.margins[local_ids, None]
+
+    def target(self, rows: Rows) -> Tensor:
+        return rows.cos_target - rows.class_values[:, 0]
+
+    def class_regularizer(self) -> Tensor:
+        return self.reg * (1 - self.margins).sum() / self.num_classes
+
+    def project(self) -> None:
+        self.margins.data.clamp_(0, 1)
+
+    def statistics(self, reduce: Reduce) -> Statistics:
+        margins = self.margins.detach()
+        return {
+            "margin_mean": class_mean(margins, reduce),
+            "margin": class_histogram(margins, reduce),
+        }
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, reg={self.reg}"
+
+
+class DynamicArcFace(Margin):
+    """z_y = s cos(t_y + m_y), m_c from the class's size (arXiv:2010.05350):
+    m_c = low + (high - low) (u_c - min u) / (max u - min u), u_c = n_c^(-1/4).
+
+    n_c are the images of the class in the data set, an absent class counting as one; where all
+    classes are of one size the margin is `low`. The authors use three sub-centres (num_subcenters
+    of the head).
+    """
+
+    per_class = ("margins",)
+
+    def __init__(
+        self,
+        scale: float = 80.0,
+        low: float = 0.05,
+        high: float = 0.5,
+        *,
+        gradient: Gradient = "exact",
+        overflow: Overflow = "none",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(scale, **options)
+        check_gradient(gradient)
+        check_overflow(overflow)
+        check_angle("low", low)
+        check_angle("high", high)
+        if low > high:
+            raise ValueError(
+                f"low={low}, high={high}: the margins of the largest and smallest class"
+            )
+        self.low, self.high = low, high
+        self.gradient, self.overflow = gradient, overflow
+        self.margins: Tensor
+
+    def bind(self, layer: Layer) -> None:
+        if layer.class_counts is None:
+            raise ValueError(
+                "dynamicarcface needs the number of images of each class: "
+                "PartialFC(..., class_counts=counts)"
+            )
+        u = np.maximum(layer.class_counts, 1).astype(np.float64) ** -0.25  # [C]
+        spread = u.max() - u.min()
+        place = (u - u.min()) / spread if spread > 0 else np.zeros_like(u)
+        margins = self.low + (self.high - self.low) * place[slice(*layer.shard)]
+        self.register_buffer("margins", torch.from_numpy(margins).to(torch.get_default_dtype()))
+
+    def class_values(self, local_ids: Tensor) -> Tensor:
+        return self.margins[local_ids, None]
+
+    def target(self, rows: Rows) -> Tensor:
+        margin = rows.class_values[:, 0]
+        return with_gradient(
+            lambda cos: shifted_cosine(cos, margin, self.overflow), rows.cos_target, self.gradient
+        )
+
+    def statistics(self, reduce: Reduce) -> Statistics:
+        return {"margin_mean": class_mean(self.margins, reduce)}
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, margin {self.low}..{self.high} by class size"
+
+
+def _mean_over_classes(label: Tensor) -> Tensor:
+    """Weights [B] of the rows whose weighted sum is the mean over the distinct classes."""
+    ordered, order = label.sort()
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    first = torch.zeros_like(new).index_copy_(0, order, new)  # the first row of each class
+    return first / new.sum()

@@ -1,0 +1,178 @@
+"""KappaFace: margins from the concentration and the size of each class, held where the class is.
+
+Letters: B rows of the global batch, C classes, C_r of this shard, D embedding, m rows of the batch
+whose class is in this shard; t angle in radians.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Unpack
+
+import torch
+from torch import Tensor
+
+from recognition.losses.margin import (
+    Gradient,
+    Layer,
+    Margin,
+    Options,
+    Overflow,
+    Owned,
+    Reduce,
+    Rows,
+    Statistics,
+    check_angle,
+    check_gradient,
+    check_overflow,
+    check_range,
+    one_of,
+    shifted_cosine,
+    with_gradient,
+)
+from recognition.losses.statistics import class_histogram, class_mean
+
+_SIZES = (1, 2, 5, 10, 20, 50, 100)  # classes of so many images and more, in the log
+_LARGEST_R = 1 - 1e-3  # a mean of unit features this long or longer is as concentrated as can be
+
+
+class KappaFace(Margin):
+    """z_y = s cos(t_y + psi_y m), psi_c = w_kappa w_k + w_size w_s (arXiv:2201.07394): a larger
+    margin for classes whose features scatter, and for small classes.
+
+    Of the unit features seen of class c in an epoch, n_c of them: r = |their mean|,
+    kappa = r (D - r^2) / (1 - r^2), standardised over the classes (unbiased);
+    w_k = 1 - sigmoid(temperature kappa); w_s = (cos(pi n_c / (1.05 max n)) + 1) / 2.
+    psi is 1 in the first epoch and is computed anew at the end of each.
+
+    w_kappa, w_size: gamma and 1 - gamma if not given, as in the authors' code; the paper's text has
+    them the other way round. features: "epoch" takes the embeddings that were trained on,
+    "momentum" those of a slow copy of the network (its parameters move by 1 - encoder_momentum each
+    step, BatchNorm's statistics are copied), at the price of one more forward.
+
+    Differs from the authors' code: psi is that of the row's own class on every rank; classes with
+    one image take w_k of the median class and stay out of mean and deviation, r is at most 0.999
+    (one image over and over has no finite kappa); n_c are the images seen, not those that exist; a
+    class not seen keeps its psi; the slow copy has BatchNorm's statistics; all state is saved.
+    """
+
+    per_class = ("psi", "feature_sum", "seen")
+
+    def __init__(
+        self,
+        scale: float = 64.0,
+        margin: float = 0.8,
+        temperature: float = 0.4,
+        gamma: float = 0.7,
+        *,
+        w_kappa: float | None = None,
+        w_size: float | None = None,
+        features: Literal["epoch", "momentum"] = "epoch",
+        encoder_momentum: float = 0.9,
+        gradient: Gradient = "exact",
+        overflow: Overflow = "none",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(scale, **options)
+        check_gradient(gradient)
+        check_overflow(overflow)
+        check_angle("margin", margin)
+        check_range("temperature", temperature, 0.0, 1.0, "sharpness of the concentration weight")
+        check_range("gamma", gamma, 0.0, 1.0, "weight of the concentration")
+        check_range("encoder_momentum", encoder_momentum, 0.0, 1.0, "share kept each step")
+        one_of("features", features, ("epoch", "momentum"))
+        self.w_kappa = gamma if w_kappa is None else w_kappa
+        self.w_size = 1 - gamma if w_size is None else w_size
+        for name, weight in (("w_kappa", self.w_kappa), ("w_size", self.w_size)):
+            check_range(name, weight, 0.0, 2.0, "weight of a part of psi")
+        self.margin, self.temperature = margin, temperature
+        self.gradient, self.overflow = gradient, overflow
+        self.encoder_momentum = encoder_momentum if features == "momentum" else None
+        self.psi: Tensor
+        self.feature_sum: Tensor
+        self.seen: Tensor
+        self._pending: list[tuple[Tensor, Tensor]] = []  # (local ids [m], unit features [m, D])
+
+    def bind(self, layer: Layer) -> None:
+        num = layer.shard[1] - layer.shard[0]
+        self.num_classes, self.shard = layer.num_classes, layer.shard
+        self.register_buffer("psi", torch.ones(num))
+        self.register_buffer("feature_sum", torch.zeros(num, layer.embedding_size))
+        self.register_buffer("seen", torch.zeros(num, dtype=torch.int64))
+
+    def class_values(self, local_ids: Tensor) -> Tensor:
+        return self.psi[local_ids, None]
+
+    def observe(self, rows: Rows, x: Tensor, owned: Owned) -> None:
+        self._pending.append((owned.local_id, x[owned.row]))
+
+    def commit(self, found_inf: Tensor | None = None) -> None:
+        for local_id, features in self._pending:
+            one = torch.ones_like(local_id)
+            if found_inf is not None:
+                features = torch.where(found_inf > 0, 0.0, features)
+                one = torch.where(found_inf > 0, 0, one)
+            self.feature_sum.index_add_(0, local_id, features)
+            self.seen.index_add_(0, local_id, one)
+        self._pending = []
+
+    def target(self, rows: Rows) -> Tensor:
+        margin = self.margin * rows.class_values[:, 0].detach()
+        return with_gradient(
+            lambda cos: shifted_cosine(cos, margin, self.overflow), rows.cos_target, self.gradient
+        )
+
+    def end_epoch(self, reduce: Reduce) -> Statistics:
+        kappa = self._concentrations()  # [C_r], of classes with two images and more
+        several = self.seen >= 2
+        standard = self._standardised(kappa, several, reduce)
+        w_k = 1 - torch.sigmoid(self.temperature * standard)
+        most = reduce(self.seen.max(), "max").clamp_min(1)
+        w_s = (torch.cos(math.pi * self.seen / (1.05 * most)) + 1) / 2
+        psi = self.w_kappa * w_k + self.w_size * w_s
+        self.psi = torch.where(self.seen > 0, psi.to(self.psi.dtype), self.psi)
+        statistics = self._epoch_statistics(kappa, several, reduce)
+        self.feature_sum.zero_()
+        self.seen.zero_()
+        return statistics
+
+    def statistics(self, reduce: Reduce) -> Statistics:
+        return {"psi_mean": class_mean(self.psi, reduce)}
+
+    def _concentrations(self) -> Tensor:
+        mean = self.feature_sum.double() / self.seen.clamp_min(1)[:, None]  # [C_r, D]
+        r = torch.linalg.vector_norm(mean, dim=1).clamp_max(_LARGEST_R)
+        return r * (mean.shape[1] - r**2) / (1 - r**2)
+
+    def _standardised(self, kappa: Tensor, several: Tensor, reduce: Reduce) -> Tensor:
+        """(kappa - mean) / std [C_r]; the median of all where a class has one image."""
+        count = reduce(several.sum(), "sum")
+        mean = reduce(kappa[several].sum(), "sum") / count.clamp_min(1)
+        square = reduce((kappa[several] - mean).square().sum(), "sum")
+        std = (square / (count - 1).clamp_min(1)).sqrt()
+        standard = (kappa - mean) / torch.where(std > 0, std, torch.inf)
+        # The median needs all of them in one place: C numbers, once an epoch.
+        every = standard.new_zeros(self.num_classes)
+        counted = torch.zeros_like(every, dtype=torch.int64)
+        every[slice(*self.shard)] = standard
+        counted[slice(*self.shard)] = several.long()
+        every = reduce(every, "sum")[reduce(counted, "sum") > 0]
+        median = every.median() if len(every) else every.new_zeros(())
+        return torch.where(several, standard, median)
+
+    def _epoch_statistics(self, kappa: Tensor, several: Tensor, reduce: Reduce) -> Statistics:
+        found: Statistics = {
+            "kappa": class_histogram(kappa[several], reduce),
+            "psi": class_histogram(self.psi, reduce),
+            "classes_seen": reduce((self.seen > 0).sum(), "sum"),
+        }
+        for least, above in zip(_SIZES, (*_SIZES[1:], math.inf), strict=True):
+            where = (self.seen >= least) & (self.seen < above)
+            count = reduce(where.sum(), "sum")
+            margin = self.margin * reduce(self.psi[where].sum(), "sum") / count.clamp_min(1)
+            if count > 0:  # once an epoch: the host may wait
+                found[f"margin_of_classes_from_{least}_images"] = margin
+        return found
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, margin={self.margin}, w_kappa={self.w_kappa}"

@@ -1,0 +1,237 @@
+"""Losses that also change the negatives: re-weighted, margined, or both.
+
+Letters: B rows of the global batch, n classes of a piece; t angle in radians.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Unpack
+
+import torch
+from torch import Tensor
+
+from recognition.losses.margin import (
+    Gradient,
+    Layer,
+    Margin,
+    Options,
+    Overflow,
+    Owned,
+    Reduce,
+    Rows,
+    Statistics,
+    angle_of,
+    check_angle,
+    check_gradient,
+    check_overflow,
+    check_range,
+    one_of,
+    shifted_cosine,
+    with_gradient,
+)
+
+_LEAST_CENTRE_ANGLE = 0.01  # radians, as in InterFace's code
+
+
+class CurricularFace(Margin):
+    """z_y = s cos(t_y + m); z_j = s cos t_j (t + cos t_j) where cos t_j > cos(t_y + m), else
+    s cos t_j (arXiv:2004.00288): hard negatives weigh more as training goes on.
+
+    t starts at 0 and moves by `momentum` towards the whole batch's mean target cosine, first, and
+    is then used (the authors' 0.99 t + 0.01 mean). t and the comparison get no gradient.
+    overflow="fallback" is the authors' rule. gradient="straight_through" acts on the target.
+    """
+
+    def __init__(
+        self,
+        scale: float = 64.0,
+        margin: float = 0.5,
+        momentum: float = 0.01,
+        *,
+        gradient: Gradient = "exact",
+        overflow: Overflow = "fallback",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(scale, **options)
+        check_gradient(gradient)
+        check_overflow(overflow)
+        check_angle("margin", margin)
+        check_range("momentum", momentum, 0.0, 1.0, "share of the batch in t")
+        self.margin, self.momentum = margin, momentum
+        self.gradient, self.overflow = gradient, overflow
+        self.t: Tensor
+        self.register_buffer("t", torch.tensor(0.0))
+
+    def observe(self, rows: Rows, x: Tensor, owned: Owned) -> None:
+        self._next = {"t": self.t.lerp(self._all_gathered(rows.cos_target).mean(), self.momentum)}
+
+    def target(self, rows: Rows) -> Tensor:
+        return with_gradient(
+            lambda cos: shifted_cosine(cos, self.margin, self.overflow),
+            rows.cos_target,
+            self.gradient,
+        )
+
+    def negatives(self, cos: Tensor, rows: Rows, centre_cos: Tensor | None = None) -> Tensor:
+        hard = cos > shifted_cosine(rows.cos_target, self.margin)[:, None]
+        return torch.where(hard, cos * (self.current("t") + cos), cos)
+
+    def statistics(self, reduce: Reduce) -> Statistics:
+        return {"t": self.t}
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, margin={self.margin}, momentum={self.momentum}"
+
+
+class MVSoftmax(Margin):
+    """Mis-classified vectors weigh more (MV-Softmax, arXiv:1912.00833).
+
+    z_y = s cos(t_y + m) ("arc") or s (cos t_y - m) ("am"); a negative whose cosine is above the
+    margined target's counts as s ((1 + t) cos t_j + t) (adaptive) or s (cos t_j + t) (fixed).
+    overflow="easy" is the authors': the margin acts for cos t_y > 0 only; the comparison is with
+    the margined target all the same. margin: 0.5 (arc) or 0.35 (am) if not given.
+    gradient="straight_through" acts on the target.
+    """
+
+    def __init__(
+        self,
+        scale: float = 32.0,
+        margin: float | None = None,
+        t: float = 0.2,
+        *,
+        kind: Literal["arc", "am"] = "arc",
+        adaptive: bool = True,
+        gradient: Gradient = "exact",
+        overflow: Overflow = "easy",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(scale, **options)
+        check_gradient(gradient)
+        one_of("kind", kind, ("arc", "am"))
+        check_overflow(overflow)
+        if kind == "am" and overflow == "fallback":
+            raise ValueError("overflow='fallback' belongs to kind='arc': use 'easy' or 'none'")
+        margin = {"arc": 0.5, "am": 0.35}[kind] if margin is None else margin
+        check_angle("margin", margin)
+        check_range("t", t, 0.0, 10.0, "extra weight of a mis-classified vector")
+        self.margin, self.t, self.kind, self.adaptive = margin, t, kind, adaptive
+        self.gradient, self.overflow = gradient, overflow
+
+    def target(self, rows: Rows) -> Tensor:
+        cos = rows.cos_target
+        if self.kind == "am":
+            eased = (cos <= 0) & (self.overflow == "easy")
+            return torch.where(eased, cos, cos - self.margin)
+        return with_gradient(
+            lambda c: shifted_cosine(c, self.margin, self.overflow), cos, self.gradient
+        )
+
+    def negatives(self, cos: Tensor, rows: Rows, centre_cos: Tensor | None = None) -> Tensor:
+        own = rows.cos_target
+        limit = shifted_cosine(own, self.margin) if self.kind == "arc" else own - self.margin
+        harder = (1 + self.t) * cos + self.t if self.adaptive else cos + self.t
+        return torch.where(cos > limit[:, None], harder, cos)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, {self.kind}, margin={self.margin}, t={self.t}"
+
+
+class InterFace(Margin):
+    """z_y = s cos(t_y + m), z_j = s cos(t_j - d_ij), d_ij = alpha (exp(-tau_j) - exp(-t_y / c_yj))
+    (arXiv:2210.02018, as in the authors' code): negatives come nearer where the sample is far from
+    its own centre, compared with the angle c_yj from that centre to the class's.
+
+    variant, two letters: centre angle constant (c = pi / 2) or dynamic (between the centres, at
+    least 0.01); threshold tau constant (cc 0.2, dc 0.3) or dynamic (dd: (pi / 18) / c_yj).
+    d has no gradient. gradient="straight_through" acts on the target.
+
+    The authors' code gathers all centres and all logits on every rank, and with sampling takes the
+    wrong rows. Here the centres of the batch's own classes are shared, B * D values a step. One
+    centre a class: sub-centres are refused.
+    """
+
+    def __init__(
+        self,
+        scale: float = 64.0,
+        margin: float = 0.5,
+        alpha: float = 0.1,
+        *,
+        variant: Literal["dd", "dc", "cc"] = "dd",
+        gradient: Gradient = "exact",
+        overflow: Overflow = "none",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(scale, **options)
+        one_of("variant", variant, ("dd", "dc", "cc"))
+        check_gradient(gradient)
+        check_overflow(overflow)
+        check_angle("margin", margin)
+        check_range("alpha", alpha, 0.0, 1.0, "largest margin of a negative in radians")
+        self.margin, self.alpha, self.variant = margin, alpha, variant
+        self.gradient, self.overflow = gradient, overflow
+        self.needs_centres = variant != "cc"
+
+    def bind(self, layer: Layer) -> None:
+        if layer.num_subcenters > 1:
+            raise ValueError(
+                f"interface compares one centre a class, not num_subcenters="
+                f"{layer.num_subcenters}: use num_subcenters=1, or another margin"
+            )
+
+    def target(self, rows: Rows) -> Tensor:
+        return with_gradient(
+            lambda cos: shifted_cosine(cos, self.margin, self.overflow),
+            rows.cos_target,
+            self.gradient,
+        )
+
+    def negatives(self, cos: Tensor, rows: Rows, centre_cos: Tensor | None = None) -> Tensor:
+        with torch.no_grad():
+            moved = self._moved(rows, centre_cos)  # [B, n] or [B, 1]
+            turn, lift = torch.cos(moved), torch.sin(moved)
+        # cos(t - d) without an arccos; the slope of sin t is 0 at the ends, as angle_of's.
+        least = (8 * torch.finfo(cos.dtype).eps) ** 2
+        sin = ((1 - cos) * (1 + cos)).clamp_min(least).sqrt()
+        return torch.addcmul(cos * turn, sin, lift)
+
+    def _moved(self, rows: Rows, centre_cos: Tensor | None) -> Tensor:
+        """d_ij, by how much the angle to each negative shrinks, radians."""
+        angle = angle_of(rows.cos_target)[:, None]  # [B, 1]
+        if centre_cos is None:
+            return self.alpha * (math.exp(-0.2) - torch.exp(-angle / (math.pi / 2)))
+        inverse = torch.acos(centre_cos.clamp(-1, 1)).clamp_min_(_LEAST_CENTRE_ANGLE).reciprocal_()
+        near = torch.exp(-angle * inverse)
+        if self.variant == "dc":
+            return self.alpha * (math.exp(-0.3) - near)
+        return inverse.mul_(-math.pi / 18).exp_().sub_(near).mul_(self.alpha)
+
+    def extra_repr(self) -> str:
+        return (
+            f"scale={self.scale}, margin={self.margin}, alpha={self.alpha}, variant={self.variant}"
+        )
+
+
+class Circle(Margin):
+    """Circle loss with class centres (arXiv:2002.10857):
+    z_y = gamma [1 + m - c_y]+ (c_y - (1 - m)), z_j = gamma [c_j + m]+ (c_j - m), c the cosine.
+
+    The brackets are weights without gradient, as in the paper.
+    """
+
+    def __init__(
+        self, gamma: float = 256.0, margin: float = 0.25, **options: Unpack[Options]
+    ) -> None:
+        super().__init__(gamma, **options)
+        check_range("margin", margin, 0.0, 1.0, "relaxation of the circle")
+        self.margin = margin
+
+    def target(self, rows: Rows) -> Tensor:
+        cos = rows.cos_target
+        return (1 + self.margin - cos.detach()).clamp_min(0) * (cos - (1 - self.margin))
+
+    def negatives(self, cos: Tensor, rows: Rows, centre_cos: Tensor | None = None) -> Tensor:
+        return (cos.detach() + self.margin).clamp_min(0) * (cos - self.margin)
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.scale}, margin={self.margin}"

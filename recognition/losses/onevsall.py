@@ -1,0 +1,130 @@
+"""One binary decision a class instead of one choice among all: UniFace, SphereFace2.
+
+The head sums softplus over the classes ("sigmoid" reduction): loss of a row =
+positive_weight softplus(-z_y) + negative_weight sum over j != y of softplus(z_j).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from recognition.losses.margin import (
+    Gradient,
+    Layer,
+    Margin,
+    Options,
+    Reduce,
+    Rows,
+    Statistics,
+    check_gradient,
+    check_range,
+    with_gradient,
+)
+
+
+class UniFace(Margin):
+    """z_y = s (cos t_y - m) - b, z_j = s cos t_j - b, one learned threshold b for all classes
+    (UniFace, ICCV 2023, unified cross-entropy): every genuine score above it, every other below.
+
+    b starts at ln(10 C r), r the sample rate. The authors' negative weight is 1.
+    """
+
+    reduction = "sigmoid"
+
+    def __init__(
+        self,
+        scale: float = 64.0,
+        margin: float = 0.4,
+        negative_weight: float = 1.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(scale, **options)
+        check_range("margin", margin, -1.0, 2.0, "cosine margin")
+        if not 0 < negative_weight < math.inf:
+            raise ValueError(f"negative_weight={negative_weight}: a positive number, 1 is usual")
+        self.margin, self.negative_weight = margin, negative_weight
+        self.bias = nn.Parameter(torch.tensor(0.0))
+
+    def bind(self, layer: Layer) -> None:
+        compared = max(layer.num_classes * layer.sample_rate, 1.0)
+        self.bias.data.fill_(math.log(10 * compared))
+
+    def target(self, rows: Rows) -> Tensor:
+        return rows.cos_target - self.margin - self.bias / self.scale
+
+    def negatives(self, cos: Tensor, rows: Rows, centre_cos: Tensor | None = None) -> Tensor:
+        return cos - self.bias / self.scale
+
+    def statistics(self, reduce: Reduce) -> Statistics:
+        return {"bias": self.bias.detach()}
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, margin={self.margin}"
+
+
+class SphereFace2(Margin):
+    """z_y = r (g(cos t_y) - m) + b, z_j = r (g(cos t_j) + m) + b, g(c) = 2 ((c + 1) / 2)^t - 1
+    (arXiv:2108.01513 eq. 5, SphereFace2-C), weights w lam / r and w (1 - lam) / r.
+
+    `scale` is the paper's r, loss_weight the authors' w = 50. b is learned; it starts where the
+    pulls of the target and of the negatives balance at cos t = 0, the negatives counted as those
+    that are sampled. gradient="straight_through" is the authors' code: slope 1 of g, for target
+    and negatives.
+    """
+
+    reduction = "sigmoid"
+
+    def __init__(
+        self,
+        scale: float = 40.0,
+        margin: float = 0.4,
+        t: float = 3.0,
+        lam: float = 0.7,
+        loss_weight: float = 50.0,
+        *,
+        gradient: Gradient = "exact",
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(scale, **options)
+        check_gradient(gradient)
+        check_range("margin", margin, 0.0, 2.0, "margin of g")
+        check_range("t", t, 1.0, 100.0, "exponent of g")
+        if not 0 < lam < 1:
+            raise ValueError(f"lam={lam}: the weight of the target, between 0 and 1 (0.7)")
+        if not 0 < loss_weight < math.inf:
+            raise ValueError(f"loss_weight={loss_weight}: a positive number, 50 is usual")
+        self.margin, self.t, self.lam, self.gradient = margin, t, lam, gradient
+        self.positive_weight = loss_weight * lam / scale
+        self.negative_weight = loss_weight * (1 - lam) / scale
+        self.bias = nn.Parameter(torch.tensor(0.0))
+
+    def bind(self, layer: Layer) -> None:
+        num_negatives = max((layer.num_classes - 1) * layer.sample_rate, 1.0)
+        z = self.lam / ((1 - self.lam) * num_negatives)
+        middle = 2 * 0.5**self.t - 1  # g(0)
+        positive = self.scale * (middle - self.margin)
+        negative = self.scale * (middle + self.margin)
+        root = math.sqrt((1 - z) ** 2 + 4 * z * math.exp(positive - negative))
+        self.bias.data.fill_(math.log(2 * z) - negative - math.log(1 - z + root))
+
+    def target(self, rows: Rows) -> Tensor:
+        grown = with_gradient(self._grown, rows.cos_target, self.gradient)
+        return grown - self.margin + self.bias / self.scale
+
+    def negatives(self, cos: Tensor, rows: Rows, centre_cos: Tensor | None = None) -> Tensor:
+        grown = with_gradient(self._grown, cos, self.gradient)
+        return grown + self.margin + self.bias / self.scale
+
+    def statistics(self, reduce: Reduce) -> Statistics:
+        return {"bias": self.bias.detach()}
+
+    def _grown(self, cos: Tensor) -> Tensor:
+        """g: -1..1 onto itself, flat for small cosines. Rounding may leave cos beyond -1."""
+        return 2 * ((cos + 1) / 2).clamp_min(0).pow(self.t) - 1
+
+    def extra_repr(self) -> str:
+        return f"r={self.scale}, margin={self.margin}, t={self.t}, lam={self.lam}"
