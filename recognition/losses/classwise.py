@@ -113,7 +113,8 @@ class JAMsFace(Margin):
     def regularizer(self, rows: Rows) -> Tensor | None:
         if self.scope == "all":
             return None
-        return self._pull(rows.class_values, _mean_over_classes(rows.label))
+        share = _mean_over_classes(rows.label).to(rows.class_values.dtype)
+        return self._pull(rows.class_values, share)
 
     def class_regularizer(self) -> Tensor | None:
         if self.scope == "batch":
@@ -260,4 +261,4 @@ def _mean_over_classes(label: Tensor) -> Tensor:
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[1:] = ordered[1:] != ordered[:-1]
     first = torch.zeros_like(new).index_copy_(0, order, new)  # the first row of each class
-    return first / new.sum()
+    return first.double() / new.sum()

@@ -127,8 +127,9 @@ class KappaFace(Margin):
         several = self.seen >= 2
         standard = self._standardised(kappa, several, reduce)
         w_k = 1 - torch.sigmoid(self.temperature * standard)
-        most = reduce(self.seen.max(), "max").clamp_min(1)
-        w_s = (torch.cos(math.pi * self.seen / (1.05 * most)) + 1) / 2
+        num_seen = self.seen.double()  # n_c
+        most = reduce(num_seen.max(), "max").clamp_min(1)
+        w_s = (torch.cos(math.pi * num_seen / (1.05 * most)) + 1) / 2
         psi = self.w_kappa * w_k + self.w_size * w_s
         self.psi = torch.where(self.seen > 0, psi.to(self.psi.dtype), self.psi)
         statistics = self._epoch_statistics(kappa, several, reduce)

@@ -30,7 +30,9 @@ class UniFace(Margin):
     """z_y = s (cos t_y - m) - b, z_j = s cos t_j - b, one learned threshold b for all classes
     (UniFace, ICCV 2023, unified cross-entropy): every genuine score above it, every other below.
 
-    b starts at ln(10 C r), r the sample rate. The authors' negative weight is 1.
+    b starts at ln(10 C r), r the sample rate. The authors' negative weight is 1. bounded: z is cut
+    at -s and s, as in the authors' code, so that a row far behind its margin gets no gradient; the
+    formula of the paper, and the default here, is without.
     """
 
     reduction = "sigmoid"
@@ -40,13 +42,15 @@ class UniFace(Margin):
         scale: float = 64.0,
         margin: float = 0.4,
         negative_weight: float = 1.0,
+        *,
+        bounded: bool = False,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(scale, **options)
         check_range("margin", margin, -1.0, 2.0, "cosine margin")
         if not 0 < negative_weight < math.inf:
             raise ValueError(f"negative_weight={negative_weight}: a positive number, 1 is usual")
-        self.margin, self.negative_weight = margin, negative_weight
+        self.margin, self.negative_weight, self.bounded = margin, negative_weight, bounded
         self.bias = nn.Parameter(torch.tensor(0.0))
 
     def bind(self, layer: Layer) -> None:
@@ -54,10 +58,14 @@ class UniFace(Margin):
         self.bias.data.fill_(math.log(10 * compared))
 
     def target(self, rows: Rows) -> Tensor:
-        return rows.cos_target - self.margin - self.bias / self.scale
+        return self._moved(rows.cos_target - self.margin)
 
     def negatives(self, cos: Tensor, rows: Rows, centre_cos: Tensor | None = None) -> Tensor:
-        return cos - self.bias / self.scale
+        return self._moved(cos)
+
+    def _moved(self, cos: Tensor) -> Tensor:
+        moved = cos - self.bias / self.scale
+        return moved.clamp(-1, 1) if self.bounded else moved
 
     def statistics(self, reduce: Reduce) -> Statistics:
         return {"bias": self.bias.detach()}
