@@ -186,7 +186,7 @@ def averaged_gather(ctx, grad):
     return local / ctx.group.size(), *rest
 
 
-def reduced_target(ctx, grad):
+def reduced_share(ctx, grad):
     grad = grad.clone()
     dist.all_reduce(grad)
     return grad, None
@@ -194,37 +194,46 @@ def reduced_target(ctx, grad):
 
 _gather_backward = collectives._GatherRows.backward
 
+# Where each is seen: a loss through the norm; a sum over the shards (the gradient of a shared
+# target cosine is already 0 on the ranks that do not hold the class, whatever a backward adds up).
 MUTANTS = {
     "the norm's gradient flows on every rank": (
-        recognition.head, "_gradient_where", lambda held, values: values,
+        "bynorm", recognition.head, "_gradient_where", lambda held, values: values,
     ),
-    "the target's backward adds up over the ranks": (
-        collectives._Share, "backward", staticmethod(reduced_target),
+    "a shared value's backward adds up over the ranks": (
+        "uniface", collectives._Share, "backward", staticmethod(reduced_share),
     ),
     "the gather's backward averages": (
-        collectives._GatherRows, "backward", staticmethod(averaged_gather),
+        "bynorm", collectives._GatherRows, "backward", staticmethod(averaged_gather),
     ),
 }  # fmt: skip
 
 
 def mutated_step(mutant, *arguments):
+    margin, *change = MUTANTS[mutant]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(*MUTANTS[mutant])
-        return step(*arguments)
+        patch.setattr(*change)
+        return step(margin, *arguments)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_planted_gradient_bug_is_seen_though_the_loss_is_exact(mutant):
     rows = [6, 6]
-    results = ranks.run(2, mutated_step, mutant, "bynorm", {}, rows, 0.3)
+    results = ranks.run(2, mutated_step, mutant, {}, rows, 0.3)
     x, labels, weight = draw(rows)
-    loss, grad_x, grad_weight = reference.partial_fc(
-        x, weight, labels, torch.cat([r[2] for r in results]), reference.by_norm
-    )
+    classes = torch.cat([r[2] for r in results])
+    if MUTANTS[mutant][0] == "bynorm":
+        truth = reference.partial_fc(x, weight, labels, classes, reference.by_norm)
+        loss, grad_x, grad_weight = truth
+    else:
+        state = reference.initial_state("uniface", C, D, 0.3)
+        state["bias"] = state["bias"].detach().float().double()  # as the head starts
+        run = reference.train("uniface", [(x, labels, classes)], weight, state, 0.0, bounded=False)
+        loss, grad_x, grad_weight, _ = run.steps[0]
     assert abs(results[0][0] - loss) < 1e-12 * abs(loss)
     error_x = (torch.cat([r[1] for r in results]) / 2 - grad_x).abs().max()
     got = torch.zeros_like(grad_weight)
-    got[torch.cat([r[2] for r in results])] = torch.cat([r[3] for r in results])
+    got[classes] = torch.cat([r[3] for r in results])
     error_weight = (got - grad_weight).abs().max()
     assert max(error_x, error_weight) > 1e-3
 

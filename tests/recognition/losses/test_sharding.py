@@ -58,7 +58,9 @@ def make_head(name, arguments, sample_rate, num_subcenters=1):
 
 
 def state_of(head) -> tuple[dict, dict]:
-    copies = ({k: v.clone() for k, v in s.items()} for s in (head.class_state(), head.model_state()))
+    copies = (
+        {k: v.clone() for k, v in s.items()} for s in (head.class_state(), head.model_state())
+    )
     return tuple(copies)
 
 

@@ -83,7 +83,9 @@ def official_draw(facts, rows):
     """The authors' torch.normal from the seed in the manifest."""
     generator = torch.Generator().manual_seed(facts["seed"])
     size = torch.zeros(rows, 1, dtype=torch.float64)
-    return torch.normal(facts["m"], facts["std"], size=size.shape, generator=generator).double()[:, 0]
+    return torch.normal(facts["m"], facts["std"], size=size.shape, generator=generator).double()[
+        :, 0
+    ]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -198,7 +200,9 @@ def test_elasticface_plus_pairs_in_order():
     margin.draw = lambda rows: drawn
     ours = torch.arccos(replaced(margin, x, weight, labels) / 64) - torch.arccos(cos)
     inside = torch.arccos(cos) + drawn.max() < math.pi
-    assert (ours[cos.argsort(descending=True)][inside[cos.argsort(descending=True)]].diff() > 0).all()
+    assert (
+        ours[cos.argsort(descending=True)][inside[cos.argsort(descending=True)]].diff() > 0
+    ).all()
     assert not torch.allclose(ours[inside], theirs[inside], atol=1e-3)
 
 
