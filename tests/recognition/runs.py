@@ -45,14 +45,15 @@ def run(keys: dict, stop_after: int | None = None) -> dict[str, torch.Tensor]:
 
 
 def tensors(state: build.TrainState) -> dict[str, torch.Tensor]:
-    head, parts = state.head, state.parts
+    parts = state.parts
     named = {f"backbone.{k}": v.clone() for k, v in state.backbone.state_dict().items()}
-    named |= checkpoint.optimizer_tensors(parts)
-    rows = {"rows": head.weight.detach()} | parts.row_optimizer.state
-    for name, local in rows.items():
+    named |= checkpoint.optimizer_tensors(parts) | parts.margin()
+    if parts.encoder is not None:
+        named |= {f"encoder.{k}": v for k, v in parts.encoder.state_dict().items()}
+    for name, local in parts.rows().items():
         every: list = [None] * dist.get_world_size()
         dist.all_gather_object(every, local)
-        named[name] = torch.cat(every)
+        named["rows" if name == "weight" else name] = torch.cat(every)
     return named
 
 

@@ -1,0 +1,104 @@
+"""Runs with losses that keep state: stopped in the middle of an epoch and continued, at the same
+and at another number of processes; and what they write."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from recognition import build, checkpoint, config
+from tests import ranks
+from tests.recognition import runs
+
+# 128 images in batches of 24: the first epoch ends in step 6, the stop after step 3 is inside it.
+KEYS = {
+    "precision": "fp64", "sync_bn": True, "global_batch_size": 24, "max_steps": 8, "lr": 0.02,
+    "log_every": 100,
+}  # fmt: skip
+
+CASES = {
+    "adaface": {"margin": "adaface", "margin_args": {"t_alpha": 0.3}},
+    "adacos, accumulated": {"margin": "adacos", "accumulation": 2},
+    "curricularface": {"margin": "curricularface", "margin_args": {"momentum": 0.3}},
+    "kappaface": {"margin": "kappaface"},
+    "kappaface, momentum encoder": {
+        "margin": "kappaface", "margin_args": {"features": "momentum"},
+    },
+    "jamsface": {"margin": "jamsface"},
+    "jamsface, batch, AdamW": {
+        "margin": "jamsface", "margin_args": {"scope": "batch"}, "optimizer": "adamw", "lr": 1e-3,
+    },
+    "elasticface+": {"margin": "elasticface", "margin_args": {"plus": True}},
+    "uniface": {"margin": "uniface"},
+    "arcface, 3 sub-centres": {"margin": "arcface", "num_subcenters": 3},
+}  # fmt: skip
+
+
+@pytest.fixture
+def keys(shards_dir, tmp_path):
+    return KEYS | {"rec": str(shards_dir), "output": str(tmp_path / "run")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_mid_epoch_on_four_and_continued_on_two(case, keys, tmp_path):
+    keys |= CASES[case]
+    unbroken = ranks.run(4, runs.run, keys | {"output": str(tmp_path / "unbroken")})[0]
+    ranks.run(4, runs.run, keys, 3)
+    continued = ranks.run(2, runs.run, keys)[0]
+    assert unbroken.keys() == continued.keys()
+    for name, value in unbroken.items():
+        torch.testing.assert_close(
+            continued[name].double(), value.double(), rtol=1e-8, atol=1e-8, msg=name
+        )
+
+
+@pytest.mark.parametrize("case", ["adacos, accumulated", "kappaface, momentum encoder", "uniface"])
+def test_a_resumed_run_is_bit_identical(case, keys, tmp_path):
+    keys |= CASES[case] | {"precision": "fp32", "sync_bn": False}
+    unbroken = ranks.run(2, runs.run, keys | {"output": str(tmp_path / "unbroken")})[0]
+    ranks.run(2, runs.run, keys, 3)
+    continued = ranks.run(2, runs.run, keys)[0]
+    for name, value in unbroken.items():
+        assert torch.equal(continued[name], value), name
+
+
+def test_what_a_checkpoint_holds_of_a_loss(keys):
+    ranks.run(2, runs.run, keys | CASES["kappaface, momentum encoder"], 3)
+    files = json.load(open(f"{checkpoint.newest(keys['output'])}/manifest.json"))
+    assert "encoder.safetensors" in files["files"]
+    assert {"margin.psi", "margin.seen", "margin.feature_sum"} <= set(files["row_state"])
+
+
+def test_another_loss_cannot_take_the_state(keys):
+    ranks.run(1, runs.run, keys | CASES["adaface"], 1)
+    other = config.make(runs.BASE | keys | CASES["curricularface"])
+    with pytest.raises(ValueError, match=r"margin_state .*margin\.mean.* there, .*margin\.t.* here"):
+        build.build(other, _alone())
+    softmax = config.make(runs.BASE | keys | {"margin": "softmax"})
+    with pytest.raises(ValueError, match="margin_state"):
+        build.build(softmax, _alone())
+
+
+def _alone():
+    from recognition import collectives
+    from recognition.runtime import Runtime
+
+    return Runtime(torch.device("cpu"), collectives.world_group(), 0, 1)
+
+
+def test_the_log_says_what_a_user_of_the_loss_looks_at(keys):
+    ranks.run(2, runs.run, keys | CASES["kappaface"] | {"log_every": 1})
+    records = [json.loads(line) for line in open(f"{keys['output']}/metrics.jsonl")]
+    steps = [record for record in records if "loss" in record]
+    assert {"cos_target", "margin", "psi_mean"} <= steps[0]["head"].keys()
+    (end,) = [record for record in records if "epoch_end" in record]
+    assert end["step"] == 6 and end["epoch_end"]["classes_seen"] == 16
+    assert steps[4]["head"]["psi_mean"] == 1.0 != steps[6]["head"]["psi_mean"]
+    events = EventAccumulator(f"{keys['output']}/events").Reload()
+    assert "head/psi" in events.Tags()["histograms"]
+    assert "head/psi_mean" in events.Tags()["scalars"]
+    (histogram,) = events.Histograms("head/psi")
+    assert sum(histogram.histogram_value.bucket) == 16
