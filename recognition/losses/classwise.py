@@ -96,9 +96,9 @@ class JAMsFace(Margin):
         """The angular and the cosine margin of this shard's classes: [C_r, 2]."""
         return self._bounded(self.raw_angular, self.raw_cosine)
 
-    def _bounded(self, angular: Tensor, cosine: Tensor) -> Tensor:
-        pair = torch.stack([angular.sigmoid(), cosine.sigmoid()], 1)
-        return pair * pair.new_tensor(self.bounds)
+    def _bounded(self, *raw: Tensor) -> Tensor:
+        bounded = [b * part.sigmoid() for b, part in zip(self.bounds, raw, strict=True)]
+        return torch.stack(bounded, 1)
 
     def class_values(self, local_ids: Tensor) -> Tensor:
         return self._bounded(self.raw_angular[local_ids], self.raw_cosine[local_ids])
@@ -120,12 +120,13 @@ class JAMsFace(Margin):
         if self.scope == "batch":
             return None
         margins = self.margins()
-        return self._pull(margins, margins.new_tensor(1 / self.num_classes).expand(len(margins)))
+        return self._pull(margins, torch.full_like(margins[:, 0], 1 / self.num_classes))
 
     def _pull(self, margins: Tensor, share: Tensor) -> Tensor:
         """Sum of share_c (reg_angular (A - a_c) + reg_cosine (B - b_c)): []."""
-        below = margins.new_tensor(self.bounds) - margins
-        return (share[:, None] * below * margins.new_tensor(self.weights)).sum()
+        kinds = zip(self.weights, self.bounds, margins.unbind(1), strict=True)
+        below = [weight * (bound - margin) for weight, bound, margin in kinds]
+        return (share * (below[0] + below[1])).sum()
 
     def statistics(self, reduce: Reduce) -> Statistics:
         angular, cosine = self.margins().detach().unbind(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from recognition import build, config, runtime, trainer
 from recognition.head import PartialFC
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
+from tests.recognition.losses.cases import CASES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,29 +33,38 @@ def batch():
     return x, torch.randint(0, C, (B,), generator=generator)
 
 
-def make_head(device, sample_rate=0.3):
-    return PartialFC(MARGINS["arcface"](), D, C, sample_rate, seed=1).to(device, torch.float64)
+def make_head(device, sample_rate=0.3, case="arcface"):
+    name, arguments = CASES[case]
+    head = PartialFC(
+        MARGINS[name](**arguments), D, C, sample_rate, seed=1, class_counts=np.arange(C) % 9 + 1
+    )
+    return head.to(device, torch.float64)
 
 
 @pytest.mark.parametrize("sample_rate", [1.0, 0.3])
-def test_equals_the_cpu(sample_rate):
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_cpu(case, sample_rate):
     x, labels = batch()
     outcomes = []
     for device in ("cpu", "cuda"):
-        head = make_head(device, sample_rate)
+        head = make_head(device, sample_rate, case)
         local_x = x.to(device).requires_grad_()
         loss = head(local_x, labels)
         loss.backward()
-        outcomes.append([loss.detach(), local_x.grad, head.sampled_classes, head.sampled_grad])
+        outcome = [loss.detach(), local_x.grad, head.sampled_classes, head.sampled_grad]
+        outcome += head.margin_gradients().values()
+        head.end_step()
+        outcomes.append(outcome + [*head.class_state().values(), *head.model_state().values()])
     for cpu, cuda in zip(*outcomes, strict=True):
-        torch.testing.assert_close(cuda.cpu(), cpu, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(cuda.cpu(), cpu, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("micro_steps", [1, 2])
 @pytest.mark.parametrize("optimizer", [RowSGD, RowAdamW])
-def test_a_step_does_not_synchronise_with_the_host(optimizer, micro_steps):
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_does_not_synchronise_with_the_host(case, optimizer, micro_steps):
     x, labels = batch()
-    head = make_head("cuda")
+    head = make_head("cuda", case=case)
     row_optimizer = optimizer(head)
     local_x = x.cuda().requires_grad_()
     found_inf = torch.zeros((), device="cuda")

@@ -75,7 +75,9 @@ def test_what_a_checkpoint_holds_of_a_loss(keys):
 def test_another_loss_cannot_take_the_state(keys):
     ranks.run(1, runs.run, keys | CASES["adaface"], 1)
     other = config.make(runs.BASE | keys | CASES["curricularface"])
-    with pytest.raises(ValueError, match=r"margin_state .*margin\.mean.* there, .*margin\.t.* here"):
+    with pytest.raises(
+        ValueError, match=r"margin_state .*margin\.mean.* there, .*margin\.t.* here"
+    ):
         build.build(other, _alone())
     softmax = config.make(runs.BASE | keys | {"margin": "softmax"})
     with pytest.raises(ValueError, match="margin_state"):
