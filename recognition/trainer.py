@@ -224,9 +224,9 @@ def _follow(
     """Move the slow copy's parameters by 1 - momentum towards the backbone's, unless the step was
     skipped; copy the buffers, BatchNorm's statistics among them."""
     assert momentum is not None
-    share = torch.where(found_inf > 0, 0.0, 1 - momentum)
+    taken = found_inf == 0
     for parameter, target in zip(encoder.parameters(), backbone.parameters(), strict=True):
-        parameter.lerp_(target, share.to(parameter.dtype))
+        parameter.lerp_(target, taken.to(parameter.dtype) * (1 - momentum))
     for buffer, source in zip(encoder.buffers(), backbone.buffers(), strict=True):
         buffer.copy_(source)
 
