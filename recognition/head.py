@@ -109,7 +109,7 @@ class PartialFC(nn.Module):
         rows_per_rank: Sequence[int] | None = None,  # b of every rank; None: all equal
         local_features: Tensor | None = None,  # [b, D] what the margin observes; None: local_x
     ) -> Tensor:
-        self._check(local_x, local_labels)
+        self._check(local_x, local_labels, local_features)
         with full_precision(local_x):
             x = collectives.gather_rows(local_x.to(self.weight.dtype), rows_per_rank, self.group)
             labels = collectives.gather_labels(local_labels, rows_per_rank, self.group)  # [B], host
@@ -335,7 +335,7 @@ class PartialFC(nn.Module):
         )
         return self._open_rows(rows), targets, chosen.total
 
-    def _check(self, local_x: Tensor, labels: Tensor) -> None:
+    def _check(self, local_x: Tensor, labels: Tensor, features: Tensor | None) -> None:
         if local_x.dim() != 2 or local_x.shape[1] != self.embedding_size:
             raise ValueError(
                 f"embeddings of shape {tuple(local_x.shape)}: expected [b, {self.embedding_size}]"
@@ -343,6 +343,16 @@ class PartialFC(nn.Module):
         if labels.shape != local_x.shape[:1]:
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} for {len(local_x)} embeddings: expected [b]"
+            )
+        if features is not None and features.shape != local_x.shape:
+            raise ValueError(
+                f"features of shape {tuple(features.shape)} for embeddings of "
+                f"{tuple(local_x.shape)}: expected the same"
+            )
+        if features is None and self.training and self.margin.encoder_momentum is not None:
+            raise ValueError(
+                "this margin observes a slow copy of the network (features='momentum'): pass its "
+                "embeddings as local_features, or make the margin with features='epoch'"
             )
         if labels.dtype != torch.int64:
             raise TypeError(f"labels are {labels.dtype}: expected torch.int64 class ids")

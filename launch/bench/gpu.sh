@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one command, in minutes:  launch/bench/gpu.sh [OUT]
-# Tests marked gpu, then a training step of r50 on generated faces, whose metrics.jsonl lands in OUT.
+# Tests marked gpu, what each loss's head costs beside CosFace's (OUT/losses.json), then a training
+# step of r50 on generated faces, whose metrics.jsonl lands in OUT.
 # PYTHON names the interpreter (default: python3), which needs the packages of requirements.txt.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -10,6 +11,8 @@ mkdir -p "$out"
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 [ "$gpus" -gt 0 ] || { echo "no CUDA device here"; exit 1; }
 "$python" -m pytest -m gpu -rs tests
+"$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus" \
+    launch/bench/losses.py --batch $((128 * gpus)) >"$out/losses.json"
 "$python" -m data_tools synthesize "$out/faces" --identities 500 --images 20
 "$python" -m data_tools pack "$out/faces" "$out/shards" --shards 8 --workers 8
 for precision in bf16 fp32; do

@@ -98,10 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
     if here.rank:
         return 0  # rank 0 answers for all: torchrun ends it when another fails
     print(json.dumps(report), flush=True)
-    broken = [name for name, found in report["losses"].items() if found["holds"] is False]
-    for name in broken:
-        found = report["losses"][name]
-        _say(here, f"broken: {name} takes {found['median_ratio']:.2f}, at most {found['limit']}")
+    broken = {name: one for name, one in report["losses"].items() if one["holds"] is False}
+    for name, one in broken.items():
+        _say(here, f"broken: {name} takes {one['median_ratio']:.2f}, at most {one['limit']:g}")
     for name in report["left_out"]:
         _say(here, f"left out: {name}, --seconds {args.seconds:g} were over")
     return int(args.check and bool(broken or report["left_out"]))
@@ -118,19 +117,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--embedding-size", type=_positive, default=512, metavar="D", help="default %(default)s")
     add("--sample-rate", type=float, default=1.0, metavar="R", help="default %(default)s")
     add("--pairs", type=_positive, default=7, metavar="N", help="timed, a loss; %(default)s")
-    add("--warmup", type=int, default=2, metavar="N", help="pairs before them; %(default)s")
+    add("--warmup", type=_whole, default=2, metavar="N", help="pairs before them; %(default)s")
     add("--dtype", choices=_DTYPES, default="fp32", help="bf16, fp16: of the embeddings alone")
     add("--seconds", type=float, metavar="LIMIT", help="begin no further loss after so long")
     add("--check", action="store_true", help="exit code 1 if a limit is broken or a loss left out")
-    limits = ", ".join(f"{n} {loss.limit or 'none'}" for n, loss in losses().items())
-    parser.epilog = f"losses and their limits: {limits}"
+    limits = ", ".join(f"{name} {_limit(loss.limit)}" for name, loss in losses().items())
+    parser.epilog = f"losses and their limits, which are of 2 processes and the defaults: {limits}"
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+def _whole(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} or more")
     return int(text)
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
 
 
 def _chosen(typed: str | None) -> list[str]:
@@ -216,9 +219,13 @@ def _compared(
     labels: Tensor,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    pairs = [_pair(baseline, step, i % 2, x, labels) for i in range(args.warmup + args.pairs)]
-    pairs = pairs[args.warmup :]
-    ratios = [own / base for base, own in pairs]
+    own_ms, base_ms = [], []
+    for i in range(args.warmup + args.pairs):
+        turns = [(baseline, base_ms), (step, own_ms)]
+        for one, times in reversed(turns) if i % 2 else turns:
+            times.append(one.milliseconds(x, labels))
+    own_ms, base_ms = own_ms[args.warmup :], base_ms[args.warmup :]
+    ratios = [own / base for own, base in zip(own_ms, base_ms, strict=True)]
     median = statistics.median(ratios)
     return {
         "median_ratio": round(median, 4),
@@ -226,19 +233,9 @@ def _compared(
         "max": round(max(ratios), 4),
         "limit": limit,
         "holds": None if limit is None else median <= limit,
-        "ms": round(statistics.median(own for _, own in pairs), 2),
-        "cosface_ms": round(statistics.median(base for base, _ in pairs), 2),
+        "ms": round(statistics.median(own_ms), 2),
+        "cosface_ms": round(statistics.median(base_ms), 2),
     }
-
-
-def _pair(
-    baseline: _Step, step: _Step, reverse: int, x: Tensor, labels: Tensor
-) -> tuple[float, float]:
-    """Milliseconds of a step of each; the second goes first if `reverse`."""
-    if reverse:
-        own = step.milliseconds(x, labels)
-        return baseline.milliseconds(x, labels), own
-    return baseline.milliseconds(x, labels), step.milliseconds(x, labels)
 
 
 def _batch(
@@ -287,9 +284,13 @@ def _line(found: Mapping[str, Any]) -> str:
     verdict = {None: "", True: ", holds", False: ", BROKEN"}[found["holds"]]
     return (
         f"{found['median_ratio']:.3f} ({found['min']:.3f} to {found['max']:.3f}) "
-        f"limit {found['limit'] or 'none'}{verdict}; "
+        f"limit {_limit(found['limit'])}{verdict}; "
         f"{found['ms']:.0f} ms, cosface {found['cosface_ms']:.0f} ms"
     )
+
+
+def _limit(limit: float | None) -> str:
+    return "none" if limit is None else f"{limit:g}"
 
 
 def _say(here: runtime.Runtime, text: str) -> None:

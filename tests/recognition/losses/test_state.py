@@ -362,3 +362,18 @@ def test_kappaface_histograms_count_classes():
 def test_a_layer_that_a_margin_cannot_serve(name, options, words):
     with pytest.raises(ValueError, match=words):
         PartialFC(MARGINS[name](), D, C, **options)
+
+
+def test_a_slow_copy_must_be_given():
+    head = PartialFC(MARGINS["kappaface"](features="momentum"), D, C)
+    x, labels = torch.randn(4, D), torch.arange(4)
+    with pytest.raises(ValueError, match="local_features"):
+        head(x, labels)
+    with pytest.raises(ValueError, match=r"features of shape \(3, 8\)"):
+        head(x, labels, None, torch.randn(3, D))
+    slow = torch.randn(4, D)
+    head(x, labels, None, slow).backward()
+    head.end_step()
+    torch.testing.assert_close(
+        head.margin.feature_sum[:4], torch.nn.functional.normalize(slow), rtol=1e-6, atol=1e-6
+    )
