@@ -284,6 +284,14 @@ def test_kappaface_without_a_spread_of_kappas_weighs_size_alone(sums, seen):
     torch.testing.assert_close(psi, 0.7 * 0.5 + 0.3 * size)
 
 
+def test_kappaface_of_equal_features_is_finite():
+    """r = 1 would be kappa infinite: r stays at 1 - 1e-3."""
+    kappa = reference.concentration(scalar([[2.0, 0.0], [1.0, 1.0]]), scalar([2.0, 2.0]))
+    near, r = 1 - 1e-3, math.sqrt(0.5)
+    expected = [near * (2 - near**2) / (1 - near**2), r * (2 - 0.5) / 0.5]
+    assert kappa.tolist() == pytest.approx(expected, rel=1e-12)
+
+
 def test_kappaface_of_an_empty_epoch_keeps_its_margins():
     state = reference.initial_state("kappaface", 3, 2)
     assert reference.end_epoch("kappaface", state)["psi"].tolist() == [1, 1, 1]
@@ -296,7 +304,7 @@ def test_jamsface_starts_at_its_margins_and_regularises_three_classes():
         math.cos(0.7 + 0.3) - 0.2, abs=1e-12
     )
     raw = torch.tensor([-1.0, 0.0, 2.0]).double()
-    batch = (plane(0.0, 0.1), plane(0.2, 1.0, 2.0), torch.tensor([2, 2]), torch.arange(3))
+    batch = (plane(0.0, 0.1, 0.3), plane(0.2, 1, 2), torch.tensor([2, 2, 0]), torch.arange(3))
     value = {}
     for scope in ("all", "batch"):
         for reg in (0.0, 1.0):
@@ -308,12 +316,13 @@ def test_jamsface_starts_at_its_margins_and_regularises_three_classes():
             value[scope, reg] = loss.item(), state["angular"].grad
     every = [10 * (0.8 - 0.8 * sigmoid(a)) + 100 * (0.5 - 0.5 * sigmoid(2 * a)) for a in (-1, 0, 2)]
     assert value["all", 1.0][0] - value["all", 0.0][0] == pytest.approx(sum(every) / 3, abs=1e-9)
-    assert value["batch", 1.0][0] - value["batch", 0.0][0] == pytest.approx(every[2], abs=1e-9)
+    mean = (every[0] + every[2]) / 2  # class 2 counts once
+    assert value["batch", 1.0][0] - value["batch", 0.0][0] == pytest.approx(mean, abs=1e-9)
     slope = [-10 * 0.8 * sigmoid(a) * sigmoid(-a) for a in (-1, 0, 2)]
     pushed = value["all", 1.0][1] - value["all", 0.0][1]
     assert pushed.tolist() == pytest.approx([s / 3 for s in slope], abs=1e-9)
     pushed = value["batch", 1.0][1] - value["batch", 0.0][1]
-    assert pushed.tolist() == pytest.approx([0, 0, slope[2]], abs=1e-9)
+    assert pushed.tolist() == pytest.approx([slope[0] / 2, 0, slope[2] / 2], abs=1e-9)
 
 
 @pytest.mark.parametrize("sample_rate", [1.0, 0.5])

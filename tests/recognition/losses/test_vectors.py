@@ -12,7 +12,7 @@ import torch
 
 from recognition.head import PartialFC
 from recognition.losses import MARGINS
-from recognition.losses.margin import Layer
+from recognition.losses.margin import Layer, Rows
 from tests.real import ROOT
 
 VECTORS = ROOT.parent / "shared" / "reference" / "loss_vectors"
@@ -140,18 +140,16 @@ def test_adacos_scale_and_logits():
     """The loss of this class is not in the vector: its scale and logits are."""
     vector, facts = load("adacos")
     x, weight, labels = vector["X"], vector["W"], vector["y"].long()
-    margin = MARGINS["adacos"]()
-    assert margin.bind(Layer(len(weight), (0, len(weight)), x.shape[1])) is None
-    assert float(margin.scale) == pytest.approx(facts["s0"], rel=1e-6)
     head = PartialFC(MARGINS["adacos"](), x.shape[1], len(weight)).double()
     head.weight.data.copy_(weight)
+    assert float(head.margin.scale) == pytest.approx(facts["s0"], rel=1e-6)
     head.margin.adapted_scale.fill_(facts["s0"])
     loss = head(x.clone().requires_grad_(), labels)
     loss.backward()
     head.end_step()
     assert float(head.margin.adapted_scale) == pytest.approx(facts["s_after"], rel=1e-9)
     truth = torch.nn.functional.cross_entropy(vector["logits"], labels)
-    assert float(loss) == pytest.approx(float(truth), rel=1e-9)
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-9)
 
 
 def test_what_a_step_leaves_behind():
@@ -168,8 +166,10 @@ def test_what_a_step_leaves_behind():
 def test_magface_regulariser():
     vector, facts, *_ = run("magface", "magface", {})
     own = MARGINS["magface"](lambda_g=1.0)
-    rows = type("Rows", (), {"norm": (2 * vector["X"]).norm(dim=1)})
-    assert float(own.regularizer(rows)) == pytest.approx(facts["g_mean"], rel=1e-9)
+    norm = (2 * vector["X"]).norm(dim=1)
+    assert float(own.regularizer(Rows(norm, norm, norm, norm))) == pytest.approx(
+        facts["g_mean"], rel=1e-9
+    )
 
 
 def test_adam_regulariser():
