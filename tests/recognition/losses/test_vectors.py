@@ -177,7 +177,7 @@ def test_adam_regulariser():
     margin = MARGINS["adam"](reg=facts["lamda"])
     margin.bind(Layer(12, (0, 12), 16))
     margin.margins.data = vector["margins"][0].double()
-    assert float(margin.class_regularizer()) == pytest.approx(facts["reg"], rel=1e-6)
+    assert margin.class_regularizer().item() == pytest.approx(facts["reg"], rel=1e-6)
 
 
 # --- Where we differ on purpose -------------------------------------------------------------------
