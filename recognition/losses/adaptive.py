@@ -35,14 +35,15 @@ from recognition.losses.margin import (
 
 class AdaFace(Margin):
     """z_y = s (cos(t_y - m q) - (m + m q)), q = clip(h (|x| - mean) / (std + 1e-3), -1, 1)
-    (arXiv:2204.00964 eq. 18): hard samples count where the norm says that the image is good.
+    (arXiv:2204.00964 eq. 18).
 
-    The norm, clamped to [1e-3, 100], gets no gradient. mean and std are running statistics of the
-    whole batch's norms, started at 20 and 100 (as CosFace, q near 0); they move by t_alpha
-    towards this batch's mean and unbiased std, then are used, as in the authors' code; a batch of
-    one leaves std as it is. Under accumulation the statistics are those of the micro-batches so
-    far, and one optimiser step moves them once. The angle t - m q stays in [1e-3, pi - 1e-3].
-    Both g_add and g_angle are inside the scale, as in the authors' code.
+    Hard samples count where the norm says that the image is good. The norm, clamped to [1e-3, 100],
+    gets no gradient. mean and std are running statistics of the whole batch's norms, started at 20
+    and 100 (as CosFace, q near 0); they move by t_alpha towards this batch's mean and unbiased std,
+    then are used, as in the authors' code; a batch of one leaves std as it is. Under accumulation
+    the statistics are those of the micro-batches so far, and one optimiser step moves them once.
+    The angle t - m q stays in [1e-3, pi - 1e-3]. Both g_add and g_angle are inside the scale, as in
+    the authors' code.
 
     Differs from the authors' code: there the statistics are those of one process's batch, and
     cosines are clamped to +-(1 - 1e-3). CVLface's version is gradient="straight_through".
@@ -95,12 +96,11 @@ class AdaFace(Margin):
 
 class MagFace(Margin):
     """z_y = s cos(t_y + m(a)), a = clip(|x|, l_a, u_a), m rising from l_m at l_a to u_m at u_a,
-    plus lambda_g mean(a / u_a^2 + 1 / a) (arXiv:2103.06627): good images get long
-    embeddings.
+    plus lambda_g mean(a / u_a^2 + 1 / a) (arXiv:2103.06627).
 
-    The norm gets gradient through m(a) and through the regulariser, whose mean is over the whole
-    batch. overflow="easy" is the authors' default; gradient="straight_through" acts on the cosine
-    alone.
+    Good images get long embeddings. The norm gets gradient through m(a) and through the
+    regulariser, whose mean is over the whole batch. overflow="easy" is the authors' default;
+    gradient="straight_through" acts on the cosine alone.
     """
 
     def __init__(
@@ -202,14 +202,14 @@ class ElasticFace(Margin):
 
 
 class AdaCos(Margin):
-    """z = s cos t without a margin; s follows the batch (arXiv:1905.00292):
-    s = ln(B_avg) / cos(min(pi/4, median t_y)), B_avg the mean over the rows of the sum over the
-    other classes of exp(s_before cos t_j). It starts at sqrt(2) ln(C - 1).
+    """z = s cos t without a margin, s = ln(B_avg) / cos(min(pi/4, median t_y)) of each batch
+    (arXiv:1905.00292).
 
-    Under sampling B_avg is multiplied by (C - 1) / (classes that the row was compared with), or
-    the scale would sink with the sample rate. s gets no gradient and is at least 1: with few
-    classes the logarithm could become negative. The median is the lower one of an even number.
-    Under accumulation B_avg and the median are over the micro-batches so far.
+    B_avg is the mean over the rows of the sum over the other classes of exp(s_before cos t_j); s
+    starts at sqrt(2) ln(C - 1). Under sampling B_avg is multiplied by (C - 1) / (classes that the
+    row was compared with), or the scale would sink with the sample rate. s gets no gradient and is
+    at least 1: with few classes the logarithm could become negative. The median is the lower one of
+    an even number. Under accumulation B_avg and the median are over the micro-batches so far.
     """
 
     needs_lse = True

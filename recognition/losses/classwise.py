@@ -35,11 +35,12 @@ from recognition.losses.statistics import class_histogram, class_mean
 
 class JAMsFace(Margin):
     """z_y = s (cos(t_y + a_y) - b_y), a_c and b_c learned for each class, plus
-    reg_angular (A - mean a) + reg_cosine (B - mean b).
+    reg_angular (A - mean a) + reg_cosine (B - mean b) (our reading of
+    doi:10.1007/s00521-023-08732-5, not verified against the paper).
 
-    Our reading of JAMsFace (doi:10.1007/s00521-023-08732-5): its equations could not be had, only
-    that margins of both spaces are learned for each class, and that rich classes need smaller ones.
-    This is AdaM-Softmax (AdaptiveFace) carried over to both; not verified against the paper.
+    The paper's equations could not be had, only that margins of both spaces are learned for each
+    class, and that rich classes need smaller ones.
+    This is AdaM-Softmax (AdaptiveFace) carried over to both.
 
     a_c = A sigmoid(raw), b_c = B sigmoid(raw), A = angular_bound radians, B = cosine_bound: without
     a bound, margins of classes that are seldom seen grow until NaN. The cross-entropy pushes the
@@ -195,8 +196,8 @@ class AdaMSoftmax(Margin):
 
 
 class DynamicArcFace(Margin):
-    """z_y = s cos(t_y + m_y), m_c from the class's size (arXiv:2010.05350):
-    m_c = low + (high - low) (u_c - min u) / (max u - min u), u_c = n_c^(-1/4).
+    """z_y = s cos(t_y + m_y), m_c = low + (high - low) (u_c - min u) / (max u - min u),
+    u_c = n_c^(-1/4) (arXiv:2010.05350).
 
     n_c are the images of the class in the data set, an absent class counting as one; where all
     classes are of one size the margin is `low`. The authors use three sub-centres (num_subcenters

@@ -28,7 +28,10 @@ from recognition.losses.margin import (
 
 
 class Softmax(Margin):
-    """NormFace: no margin, z_y = s cos t_y (arXiv:1704.06369). Both gradients are the same."""
+    """z = s cos t for all classes, no margin (NormFace, arXiv:1704.06369).
+
+    Both gradients are the same.
+    """
 
     def __init__(
         self, scale: float = 64.0, *, gradient: Gradient = "exact", **options: Unpack[Options]
@@ -94,11 +97,11 @@ class CombinedMargin(Margin):
 
 
 class ArcFace(CombinedMargin):
-    """z_y = s cos(t_y + m) (arXiv:1801.07698 eq. 3). gradient, overflow: as in CombinedMargin.
+    """z_y = s cos(t_y + m) (arXiv:1801.07698 eq. 3).
 
-    With num_subcenters=K of the head it is sub-center ArcFace (eq. 7): cos t is the largest over
-    the K centres of a class, for the target and for the others; as is every margin here that reads
-    cosines alone.
+    gradient, overflow: as in CombinedMargin. With num_subcenters=K of the head it is sub-center
+    ArcFace (eq. 7): cos t is the largest over the K centres of a class, for the target and for the
+    others; as is every margin here that reads cosines alone.
     """
 
     def __init__(
@@ -114,7 +117,10 @@ class ArcFace(CombinedMargin):
 
 
 class CosFace(CombinedMargin):
-    """z_y = s (cos t_y - m) (arXiv:1801.09414 eq. 4), of slope 1: both gradients are the same."""
+    """z_y = s (cos t_y - m) (arXiv:1801.09414 eq. 4).
+
+    The slope is 1: both gradients are the same.
+    """
 
     def __init__(
         self,
@@ -128,12 +134,12 @@ class CosFace(CombinedMargin):
 
 
 class SphereFace(Margin):
-    """A multiplied angle, in two forms.
+    """z_y = s cos(m1 t_y), or piecewise s ((-1)^k cos(m t_y) - 2 k), k = floor(m t_y / pi)
+    (arXiv:1704.08063).
 
-    form="cosine": z_y = s cos(m1 t_y), which ArcFace compares with (arXiv:1801.07698 table 2).
-    form="piecewise": z_y = s ((-1)^k cos(m t_y) - 2 k), k = floor(m t_y / pi), which falls over
-    all of 0..pi (arXiv:1704.08063), with OpenSphere's m; its scale there is 30. The annealing
-    of the first version (m = 4) is left out, as in OpenSphere.
+    form="cosine" is what ArcFace compares with (arXiv:1801.07698 table 2). form="piecewise" falls
+    over all of 0..pi; m is OpenSphere's, whose scale is 30. The annealing of the first version
+    (m = 4) is left out, as in OpenSphere.
     gradient: as in CombinedMargin; OpenSphere's is "straight_through". overflow: of the cosine
     form, which alone turns up again.
     """
@@ -152,7 +158,9 @@ class SphereFace(Margin):
         super().__init__(scale, **options)
         one_of("form", form, ("cosine", "piecewise"))
         check_gradient(gradient)
-        one_of("overflow", overflow, ("none", "easy"))
+        check_overflow(overflow)
+        if overflow == "fallback":
+            raise ValueError("overflow='fallback' is defined for m1=1 only: use 'easy'")
         for name, factor in (("m1", m1), ("m", m)):
             if not (math.isfinite(factor) and factor > 0):
                 raise ValueError(f"{name}={factor}: a positive factor of the angle, 1 is none")
@@ -178,10 +186,9 @@ class SphereFace(Margin):
 
 
 class SphereFaceR(Margin):
-    """SphereFace-R, the multiplied angle made monotone (arXiv:2109.05565 section 3).
+    """v1: z_y = s cos(min(m t_y, pi)); v2: z_j = s cos(t_j / m) instead (SphereFace-R,
+    arXiv:2109.05565).
 
-    version="v1": z_y = s cos(min(m t_y, pi)), z_j = s cos t_j.
-    version="v2": z_y = s cos t_y, z_j = s cos(t_j / m): the others come nearer instead.
     gradient="straight_through" is the authors' "characteristic gradient detachment": slope 1 of
     whatever m acts on; the value is theirs. The norm of the features is not used (their "H" form).
     """

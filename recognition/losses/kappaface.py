@@ -37,13 +37,13 @@ _LARGEST_R = 1 - 1e-3  # a mean of unit features this long or longer is as conce
 
 
 class KappaFace(Margin):
-    """z_y = s cos(t_y + psi_y m), psi_c = w_kappa w_k + w_size w_s (arXiv:2201.07394): a larger
-    margin for classes whose features scatter, and for small classes.
+    """z_y = s cos(t_y + psi_y m), psi_c = w_kappa w_k + w_size w_s (arXiv:2201.07394).
 
-    Of the unit features seen of class c in an epoch, n_c of them: r = |their mean|,
-    kappa = r (D - r^2) / (1 - r^2), standardised over the classes (unbiased);
-    w_k = 1 - sigmoid(temperature kappa); w_s = (cos(pi n_c / (1.05 max n)) + 1) / 2.
-    psi is 1 in the first epoch and is computed anew at the end of each.
+    A larger margin for classes whose features scatter, and for small classes. Of the unit features
+    seen of class c in an epoch, n_c of them: r = |their mean|, kappa = r (D - r^2) / (1 - r^2),
+    standardised over the classes (unbiased); w_k = 1 - sigmoid(temperature kappa); w_s = (cos(pi
+    n_c / (1.05 max n)) + 1) / 2. psi is 1 in the first epoch and is computed anew at the end of
+    each.
 
     w_kappa, w_size: gamma and 1 - gamma if not given, as in the authors' code; the paper's text has
     them the other way round. features: "epoch" takes the embeddings that were trained on,

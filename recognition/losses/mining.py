@@ -36,11 +36,12 @@ _LEAST_CENTRE_ANGLE = 0.01  # radians, as in InterFace's code
 
 class CurricularFace(Margin):
     """z_y = s cos(t_y + m); z_j = s cos t_j (t + cos t_j) where cos t_j > cos(t_y + m), else
-    s cos t_j (arXiv:2004.00288): hard negatives weigh more as training goes on.
+    s cos t_j (arXiv:2004.00288).
 
-    t starts at 0 and moves by `momentum` towards the whole batch's mean target cosine, first, and
-    is then used (the authors' 0.99 t + 0.01 mean). t and the comparison get no gradient.
-    overflow="fallback" is the authors' rule. gradient="straight_through" acts on the target.
+    Hard negatives weigh more as training goes on: t starts at 0 and moves by `momentum` towards the
+    whole batch's mean target cosine, first, and is then used (the authors' 0.99 t + 0.01 mean). t
+    and the comparison get no gradient. overflow="fallback" is the authors' rule.
+    gradient="straight_through" acts on the target.
     """
 
     def __init__(
@@ -85,10 +86,10 @@ class CurricularFace(Margin):
 
 
 class MVSoftmax(Margin):
-    """Mis-classified vectors weigh more (MV-Softmax, arXiv:1912.00833).
+    """z_y = s cos(t_y + m) or s (cos t_y - m); z_j = s ((1 + t) cos t_j + t) where cos t_j is above
+    the margined target's (MV-Softmax, arXiv:1912.00833).
 
-    z_y = s cos(t_y + m) ("arc") or s (cos t_y - m) ("am"); a negative whose cosine is above the
-    margined target's counts as s ((1 + t) cos t_j + t) (adaptive) or s (cos t_j + t) (fixed).
+    kind="arc" or "am". adaptive=False: s (cos t_j + t) for those negatives.
     overflow="easy" is the authors': the margin acts for cos t_y > 0 only; the comparison is with
     the margined target all the same. margin: 0.5 (arc) or 0.35 (am) if not given.
     gradient="straight_through" acts on the target.
@@ -139,8 +140,10 @@ class MVSoftmax(Margin):
 
 class InterFace(Margin):
     """z_y = s cos(t_y + m), z_j = s cos(t_j - d_ij), d_ij = alpha (exp(-tau_j) - exp(-t_y / c_yj))
-    (arXiv:2210.02018, as in the authors' code): negatives come nearer where the sample is far from
-    its own centre, compared with the angle c_yj from that centre to the class's.
+    (arXiv:2210.02018, as in the authors' code).
+
+    Negatives come nearer where the sample is far from its own centre, compared with the angle c_yj
+    from that centre to the class's.
 
     variant, two letters: centre angle constant (c = pi / 2) or dynamic (between the centres, at
     least 0.01); threshold tau constant (cc 0.2, dc 0.3) or dynamic (dd: (pi / 18) / c_yj).
@@ -213,8 +216,8 @@ class InterFace(Margin):
 
 
 class Circle(Margin):
-    """Circle loss with class centres (arXiv:2002.10857):
-    z_y = gamma [1 + m - c_y]+ (c_y - (1 - m)), z_j = gamma [c_j + m]+ (c_j - m), c the cosine.
+    """z_y = gamma [1 + m - c_y]+ (c_y - (1 - m)), z_j = gamma [c_j + m]+ (c_j - m), c the cosine
+    (arXiv:2002.10857, class level).
 
     The brackets are weights without gradient, as in the paper.
     """

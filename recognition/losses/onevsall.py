@@ -27,12 +27,13 @@ from recognition.losses.margin import (
 
 
 class UniFace(Margin):
-    """z_y = s (cos t_y - m) - b, z_j = s cos t_j - b, one learned threshold b for all classes
-    (UniFace, ICCV 2023, unified cross-entropy): every genuine score above it, every other below.
+    """z_y = s (cos t_y - m) - b, z_j = s cos t_j - b, one-vs-all with one learned b (UniFace,
+    ICCV 2023, unified cross-entropy).
 
-    b starts at ln(10 C r), r the sample rate. The authors' negative weight is 1. bounded: z is cut
-    at -s and s, as in the authors' code, so that a row far behind its margin gets no gradient; the
-    formula of the paper, and the default here, is without.
+    Every genuine score is to be above the threshold b, every other below. b starts at ln(10 C r), r
+    the sample rate. The authors' negative weight is 1. bounded: z is cut at -s and s, as in the
+    authors' code, so that a row far behind its margin gets no gradient; the formula of the paper,
+    and the default here, is without.
     """
 
     reduction = "sigmoid"
@@ -75,13 +76,13 @@ class UniFace(Margin):
 
 
 class SphereFace2(Margin):
-    """z_y = r (g(cos t_y) - m) + b, z_j = r (g(cos t_j) + m) + b, g(c) = 2 ((c + 1) / 2)^t - 1
-    (arXiv:2108.01513 eq. 5, SphereFace2-C), weights w lam / r and w (1 - lam) / r.
+    """z_y = r (g(cos t_y) - m) + b, z_j = r (g(cos t_j) + m) + b, g(c) = 2 ((c + 1) / 2)^t - 1,
+    one-vs-all (arXiv:2108.01513 eq. 5, SphereFace2-C).
 
-    `scale` is the paper's r, loss_weight the authors' w = 50. b is learned; it starts where the
-    pulls of the target and of the negatives balance at cos t = 0, the negatives counted as those
-    that are sampled. gradient="straight_through" is the authors' code: slope 1 of g, for target
-    and negatives.
+    The two terms weigh w lam / r and w (1 - lam) / r. `scale` is the paper's r, loss_weight the
+    authors' w = 50. b is learned; it starts where the pulls of the target and of the negatives
+    balance at cos t = 0, the negatives counted as those that are sampled.
+    gradient="straight_through" is the authors' code: slope 1 of g, for target and negatives.
     """
 
     reduction = "sigmoid"

@@ -1,0 +1,24 @@
+"""MS1MV2 (85 742 identities, 5.8 M images), r100, AdaFace.
+
+The authors' schedule for this set: batch 512, fp16, no warm-up, no clipping, their images BGR.
+Published by them: LFW 99.82, CFP-FP 98.49, CPLFW 93.53, CALFW 96.08, AgeDB-30 98.05; TAR at FAR
+1e-4 IJB-B 95.67, IJB-C 96.89. Their statistics were those of one GPU's batch, ours are the whole
+batch's; their flips are ours, their crop, low-resolution and photometric augmentations are not in
+this recipe.
+"""
+
+from easydict import EasyDict as edict
+
+config = edict()
+config.rec = "data/ms1mv2"
+config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
+config.network = "r100"
+config.margin = "adaface"
+config.margin_args = {"scale": 64.0, "margin": 0.4, "h": 0.333, "t_alpha": 0.01}
+config.global_batch_size = 512
+config.lr = 0.1  # for that batch
+config.schedule = "step"
+config.lr_milestones = [12, 20, 24]  # epochs, each times 0.1
+config.num_epochs = 26
+config.clip_norm = None
+config.precision = "fp16"

@@ -1,0 +1,19 @@
+"""MS1MV2 (85 742 identities, 5.8 M images), r100, CurricularFace.
+
+Published by the authors with IR-101: TAR at FAR 1e-4 IJB-B 94.86, IJB-C 96.15. The schedule is
+theirs from memory, not checked.
+"""
+
+from easydict import EasyDict as edict
+
+config = edict()
+config.rec = "data/ms1mv2"
+config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
+config.network = "r100"
+config.margin = "curricularface"
+config.margin_args = {"scale": 64.0, "margin": 0.5}
+config.global_batch_size = 512
+config.lr = 0.1  # for that batch
+config.schedule = "step"
+config.lr_milestones = [10, 18, 22]  # epochs, each times 0.1
+config.num_epochs = 24

@@ -1,0 +1,18 @@
+"""MS1MV2 (85 742 identities, 5.8 M images), r100, ElasticFace-Arc.
+
+The authors' milestones. ElasticFace-Arc+ is plus=True with std=0.0175.
+"""
+
+from easydict import EasyDict as edict
+
+config = edict()
+config.rec = "data/ms1mv2"
+config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
+config.network = "r100"
+config.margin = "elasticface"
+config.margin_args = {"scale": 64.0, "margin": 0.5, "std": 0.05, "kind": "arc"}
+config.global_batch_size = 512
+config.lr = 0.1  # for that batch
+config.schedule = "step"
+config.lr_milestones = [8, 14, 20, 25]  # epochs, each times 0.1
+config.num_epochs = 26

@@ -1,0 +1,25 @@
+"""MS1MV2 (85 742 identities, 5.8 M images), r100, MagFace.
+
+lambda_g = 35 is of the authors' script, whose schedule is given here from memory, not checked.
+"""
+
+from easydict import EasyDict as edict
+
+config = edict()
+config.rec = "data/ms1mv2"
+config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
+config.network = "r100"
+config.margin = "magface"
+config.margin_args = {
+    "scale": 64.0,
+    "l_a": 10.0,
+    "u_a": 110.0,
+    "l_m": 0.45,
+    "u_m": 0.8,
+    "lambda_g": 35.0,
+}
+config.global_batch_size = 512
+config.lr = 0.1  # for that batch
+config.schedule = "step"
+config.lr_milestones = [10, 18, 22]  # epochs, each times 0.1
+config.num_epochs = 25
