@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON line last, from rank 0")
     parser.epilog = (
         f"keys: {', '.join(field.name for field in dataclasses.fields(config.Config))}\n\n"
-        f"network=: {', '.join(BACKBONES)}\n\nmargin=: {', '.join(MARGINS)}\n\n"
+        f"network=: {', '.join(BACKBONES)}\n\nmargin=: {', '.join(MARGINS)}\n"
+        "(python -m recognition.losses says what each computes and takes)\n\n"
         "recognition/config.py says what each key means and its default."
     )
     args = parser.parse_args(arguments)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recognition.losses.margin import (
+    AngularMargin,
     Gradient,
     Layer,
     Margin,
@@ -25,7 +26,6 @@ from recognition.losses.margin import (
     angle_of,
     check_angle,
     check_gradient,
-    check_overflow,
     check_range,
     one_of,
     shifted_cosine,
@@ -94,7 +94,7 @@ class AdaFace(Margin):
         return f"scale={self.scale}, margin={self.margin}, h={self.h}, t_alpha={self.t_alpha}"
 
 
-class MagFace(Margin):
+class MagFace(AngularMargin):
     """z_y = s cos(t_y + m(a)), a = clip(|x|, l_a, u_a), m rising from l_m at l_a to u_m at u_a,
     plus lambda_g mean(a / u_a^2 + 1 / a) (arXiv:2103.06627).
 
@@ -116,9 +116,7 @@ class MagFace(Margin):
         overflow: Overflow = "easy",
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(scale, **options)
-        check_gradient(gradient)
-        check_overflow(overflow)
+        super().__init__(scale, gradient, overflow, **options)
         check_angle("l_m", l_m)
         check_angle("u_m", u_m)
         if not 0 < l_a < u_a < math.inf:
@@ -126,14 +124,12 @@ class MagFace(Margin):
         if not 0 <= lambda_g < math.inf:
             raise ValueError(f"lambda_g={lambda_g}: a weight of at least 0, 35 is usual")
         self.l_a, self.u_a, self.l_m, self.u_m = l_a, u_a, l_m, u_m
-        self.lambda_g, self.gradient, self.overflow = lambda_g, gradient, overflow
+        self.lambda_g = lambda_g
 
     def target(self, rows: Rows) -> Tensor:
         above = (rows.norm.clamp(self.l_a, self.u_a) - self.l_a) / (self.u_a - self.l_a)
         margin = self.l_m + (self.u_m - self.l_m) * above  # [B]
-        return with_gradient(
-            lambda cos: shifted_cosine(cos, margin, self.overflow), rows.cos_target, self.gradient
-        )
+        return self.turned(rows, margin)
 
     def regularizer(self, rows: Rows) -> Tensor:
         a = rows.norm.clamp(self.l_a, self.u_a)

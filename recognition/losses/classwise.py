@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recognition.losses.margin import (
+    AngularMargin,
     Gradient,
     Layer,
     Margin,
@@ -23,17 +24,13 @@ from recognition.losses.margin import (
     Rows,
     Statistics,
     check_angle,
-    check_gradient,
-    check_overflow,
     check_range,
     one_of,
-    shifted_cosine,
-    with_gradient,
 )
 from recognition.losses.statistics import class_histogram, class_mean
 
 
-class JAMsFace(Margin):
+class JAMsFace(AngularMargin):
     """z_y = s (cos(t_y + a_y) - b_y), a_c and b_c learned for each class, plus
     reg_angular (A - mean a) + reg_cosine (B - mean b) (our reading of
     doi:10.1007/s00521-023-08732-5, not verified against the paper).
@@ -68,10 +65,8 @@ class JAMsFace(Margin):
         overflow: Overflow = "none",
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(scale, **options)
+        super().__init__(scale, gradient, overflow, **options)
         one_of("scope", scope, ("all", "batch"))
-        check_gradient(gradient)
-        check_overflow(overflow)
         check_angle("angular_bound", angular_bound)
         for name, bound, first in (
             ("angular_init", angular_bound, angular_init),
@@ -84,7 +79,6 @@ class JAMsFace(Margin):
         check_range("lr_factor", lr_factor, 0.0, 1e4, "factor of the learning rate")
         self.bounds, self.starts = (angular_bound, cosine_bound), (angular_init, cosine_init)
         self.weights, self.scope, self.lr_factor = (reg_angular, reg_cosine), scope, lr_factor
-        self.gradient, self.overflow = gradient, overflow
 
     def bind(self, layer: Layer) -> None:
         num = layer.shard[1] - layer.shard[0]
@@ -106,10 +100,7 @@ class JAMsFace(Margin):
 
     def target(self, rows: Rows) -> Tensor:
         angular, cosine = rows.class_values.unbind(1)
-        turned = with_gradient(
-            lambda cos: shifted_cosine(cos, angular, self.overflow), rows.cos_target, self.gradient
-        )
-        return turned - cosine
+        return self.turned(rows, angular) - cosine
 
     def regularizer(self, rows: Rows) -> Tensor | None:
         if self.scope == "all":
@@ -195,7 +186,7 @@ class AdaMSoftmax(Margin):
         return f"scale={self.scale}, reg={self.reg}"
 
 
-class DynamicArcFace(Margin):
+class DynamicArcFace(AngularMargin):
     """z_y = s cos(t_y + m_y), m_c = low + (high - low) (u_c - min u) / (max u - min u),
     u_c = n_c^(-1/4) (arXiv:2010.05350).
 
@@ -216,9 +207,7 @@ class DynamicArcFace(Margin):
         overflow: Overflow = "none",
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(scale, **options)
-        check_gradient(gradient)
-        check_overflow(overflow)
+        super().__init__(scale, gradient, overflow, **options)
         check_angle("low", low)
         check_angle("high", high)
         if low > high:
@@ -226,7 +215,6 @@ class DynamicArcFace(Margin):
                 f"low={low}, high={high}: the margins of the largest and smallest class"
             )
         self.low, self.high = low, high
-        self.gradient, self.overflow = gradient, overflow
         self.margins: Tensor
 
     def bind(self, layer: Layer) -> None:
@@ -245,10 +233,7 @@ class DynamicArcFace(Margin):
         return self.margins[local_ids, None]
 
     def target(self, rows: Rows) -> Tensor:
-        margin = rows.class_values[:, 0]
-        return with_gradient(
-            lambda cos: shifted_cosine(cos, margin, self.overflow), rows.cos_target, self.gradient
-        )
+        return self.turned(rows, rows.class_values[:, 0])
 
     def statistics(self, reduce: Reduce) -> Statistics:
         return {"margin_mean": class_mean(self.margins, reduce)}

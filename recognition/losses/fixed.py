@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recognition.losses.margin import (
+    AngularMargin,
     Gradient,
     Margin,
     Options,
@@ -20,7 +21,6 @@ from recognition.losses.margin import (
     angle_of,
     check_angle,
     check_gradient,
-    check_overflow,
     one_of,
     shifted_cosine,
     with_gradient,
@@ -43,7 +43,7 @@ class Softmax(Margin):
         return rows.cos_target
 
 
-class CombinedMargin(Margin):
+class CombinedMargin(AngularMargin):
     """z_y = s (cos(m1 t_y + m2) - m3), z_j = s cos t_j (ArcFace, arXiv:1801.07698 eq. 4).
 
     The paper's settings (m1, m2, m3): SphereFace (1.35, 0, 0), ArcFace (1, 0.5, 0), CosFace (1,
@@ -67,9 +67,7 @@ class CombinedMargin(Margin):
         overflow: Overflow = "none",
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(scale, **options)
-        check_gradient(gradient)
-        check_overflow(overflow)
+        super().__init__(scale, gradient, overflow, **options)
         if not (math.isfinite(m1) and m1 > 0):
             raise ValueError(f"m1={m1}: a positive factor of the angle, 1 is none")
         check_angle("m2", m2)
@@ -80,7 +78,6 @@ class CombinedMargin(Margin):
                 f"overflow='fallback' is defined for m1=1 only, not m1={m1}: use 'easy'"
             )
         self.m1, self.m2, self.m3 = m1, m2, m3
-        self.gradient, self.overflow = gradient, overflow
 
     def target(self, rows: Rows) -> Tensor:
         return with_gradient(self._shift, rows.cos_target, self.gradient) - self.m3
@@ -133,7 +130,7 @@ class CosFace(CombinedMargin):
         super().__init__(scale, m3=margin, gradient=gradient, **options)
 
 
-class SphereFace(Margin):
+class SphereFace(AngularMargin):
     """z_y = s cos(m1 t_y), or piecewise s ((-1)^k cos(m t_y) - 2 k), k = floor(m t_y / pi)
     (arXiv:1704.08063).
 
@@ -155,10 +152,8 @@ class SphereFace(Margin):
         overflow: Overflow = "none",
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(scale, **options)
+        super().__init__(scale, gradient, overflow, **options)
         one_of("form", form, ("cosine", "piecewise"))
-        check_gradient(gradient)
-        check_overflow(overflow)
         if overflow == "fallback":
             raise ValueError("overflow='fallback' is defined for m1=1 only: use 'easy'")
         for name, factor in (("m1", m1), ("m", m)):
@@ -167,7 +162,6 @@ class SphereFace(Margin):
         if form == "piecewise" and overflow != "none":
             raise ValueError(f"overflow={overflow!r}: the piecewise form needs no such rule")
         self.form, self.factor = form, m1 if form == "cosine" else m
-        self.gradient, self.overflow = gradient, overflow
 
     def target(self, rows: Rows) -> Tensor:
         return with_gradient(self._multiplied, rows.cos_target, self.gradient)

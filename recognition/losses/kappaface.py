@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from recognition.losses.margin import (
+    AngularMargin,
     Gradient,
     Layer,
-    Margin,
     Options,
     Overflow,
     Owned,
@@ -23,12 +23,8 @@ from recognition.losses.margin import (
     Rows,
     Statistics,
     check_angle,
-    check_gradient,
-    check_overflow,
     check_range,
     one_of,
-    shifted_cosine,
-    with_gradient,
 )
 from recognition.losses.statistics import class_histogram, class_mean
 
@@ -36,7 +32,7 @@ _SIZES = (1, 2, 5, 10, 20, 50, 100)  # classes of so many images and more, in th
 _LARGEST_R = 1 - 1e-3  # a mean of unit features this long or longer is as concentrated as can be
 
 
-class KappaFace(Margin):
+class KappaFace(AngularMargin):
     """z_y = s cos(t_y + psi_y m), psi_c = w_kappa w_k + w_size w_s (arXiv:2201.07394).
 
     A larger margin for classes whose features scatter, and for small classes. Of the unit features
@@ -73,9 +69,7 @@ class KappaFace(Margin):
         overflow: Overflow = "none",
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(scale, **options)
-        check_gradient(gradient)
-        check_overflow(overflow)
+        super().__init__(scale, gradient, overflow, **options)
         check_angle("margin", margin)
         check_range("temperature", temperature, 0.0, 1.0, "sharpness of the concentration weight")
         check_range("gamma", gamma, 0.0, 1.0, "weight of the concentration")
@@ -86,7 +80,6 @@ class KappaFace(Margin):
         for name, weight in (("w_kappa", self.w_kappa), ("w_size", self.w_size)):
             check_range(name, weight, 0.0, 2.0, "weight of a part of psi")
         self.margin, self.temperature = margin, temperature
-        self.gradient, self.overflow = gradient, overflow
         self.encoder_momentum = encoder_momentum if features == "momentum" else None
         self.psi: Tensor
         self.feature_sum: Tensor
@@ -117,10 +110,7 @@ class KappaFace(Margin):
         self._pending = []
 
     def target(self, rows: Rows) -> Tensor:
-        margin = self.margin * rows.class_values[:, 0].detach()
-        return with_gradient(
-            lambda cos: shifted_cosine(cos, margin, self.overflow), rows.cos_target, self.gradient
-        )
+        return self.turned(rows, self.margin * rows.class_values[:, 0].detach())
 
     def end_epoch(self, reduce: Reduce) -> Statistics:
         kappa = self._concentrations()  # [C_r], of classes with two images and more

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -203,6 +203,25 @@ class Margin(nn.Module):
         return torch.cat(self._gathered)
 
 
+class AngularMargin(Margin):
+    """Margins that add an angle to the target's, z_y = s cos(t_y + m): by which slope (see
+    with_gradient) and by which rule past pi (see shifted_cosine)."""
+
+    def __init__(
+        self, scale: float, gradient: Gradient, overflow: Overflow, **options: Unpack[Options]
+    ) -> None:
+        super().__init__(scale, **options)
+        check_gradient(gradient)
+        one_of("overflow", overflow, ("none", "fallback", "easy"))
+        self.gradient, self.overflow = gradient, overflow
+
+    def turned(self, rows: Rows, margin: float | Tensor) -> Tensor:
+        """cos(t_y + m) of the rows: [B]; margin: radians, one or [B]."""
+        return with_gradient(
+            lambda cos: shifted_cosine(cos, margin, self.overflow), rows.cos_target, self.gradient
+        )
+
+
 def angle_of(cos: Tensor) -> Tensor:
     """arccos in radians, exact near 0 and pi and with a finite slope (0) at and beyond +-1."""
     least = (8 * torch.finfo(cos.dtype).eps) ** 2
@@ -242,10 +261,6 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def check_gradient(gradient: str) -> None:
     one_of("gradient", gradient, ("exact", "straight_through"))
-
-
-def check_overflow(overflow: str) -> None:
-    one_of("overflow", overflow, ("none", "fallback", "easy"))
 
 
 def check_angle(name: str, angle: float) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recognition.losses.margin import (
+    AngularMargin,
     Gradient,
     Layer,
     Margin,
@@ -23,18 +24,15 @@ from recognition.losses.margin import (
     Statistics,
     angle_of,
     check_angle,
-    check_gradient,
-    check_overflow,
     check_range,
     one_of,
     shifted_cosine,
-    with_gradient,
 )
 
 _LEAST_CENTRE_ANGLE = 0.01  # radians, as in InterFace's code
 
 
-class CurricularFace(Margin):
+class CurricularFace(AngularMargin):
     """z_y = s cos(t_y + m); z_j = s cos t_j (t + cos t_j) where cos t_j > cos(t_y + m), else
     s cos t_j (arXiv:2004.00288).
 
@@ -54,13 +52,10 @@ class CurricularFace(Margin):
         overflow: Overflow = "fallback",
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(scale, **options)
-        check_gradient(gradient)
-        check_overflow(overflow)
+        super().__init__(scale, gradient, overflow, **options)
         check_angle("margin", margin)
         check_range("momentum", momentum, 0.0, 1.0, "share of the batch in t")
         self.margin, self.momentum = margin, momentum
-        self.gradient, self.overflow = gradient, overflow
         self.t: Tensor
         self.register_buffer("t", torch.tensor(0.0))
 
@@ -68,11 +63,7 @@ class CurricularFace(Margin):
         self._next = {"t": self.t.lerp(self._all_gathered(rows.cos_target).mean(), self.momentum)}
 
     def target(self, rows: Rows) -> Tensor:
-        return with_gradient(
-            lambda cos: shifted_cosine(cos, self.margin, self.overflow),
-            rows.cos_target,
-            self.gradient,
-        )
+        return self.turned(rows, self.margin)
 
     def negatives(self, cos: Tensor, rows: Rows, centre_cos: Tensor | None = None) -> Tensor:
         hard = cos > shifted_cosine(rows.cos_target, self.margin)[:, None]
@@ -85,7 +76,7 @@ class CurricularFace(Margin):
         return f"scale={self.scale}, margin={self.margin}, momentum={self.momentum}"
 
 
-class MVSoftmax(Margin):
+class MVSoftmax(AngularMargin):
     """z_y = s cos(t_y + m) or s (cos t_y - m); z_j = s ((1 + t) cos t_j + t) where cos t_j is above
     the margined target's (MV-Softmax, arXiv:1912.00833).
 
@@ -107,26 +98,21 @@ class MVSoftmax(Margin):
         overflow: Overflow = "easy",
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(scale, **options)
-        check_gradient(gradient)
+        super().__init__(scale, gradient, overflow, **options)
         one_of("kind", kind, ("arc", "am"))
-        check_overflow(overflow)
         if kind == "am" and overflow == "fallback":
             raise ValueError("overflow='fallback' belongs to kind='arc': use 'easy' or 'none'")
         margin = {"arc": 0.5, "am": 0.35}[kind] if margin is None else margin
         check_angle("margin", margin)
         check_range("t", t, 0.0, 10.0, "extra weight of a mis-classified vector")
         self.margin, self.t, self.kind, self.adaptive = margin, t, kind, adaptive
-        self.gradient, self.overflow = gradient, overflow
 
     def target(self, rows: Rows) -> Tensor:
+        if self.kind == "arc":
+            return self.turned(rows, self.margin)
         cos = rows.cos_target
-        if self.kind == "am":
-            eased = (cos <= 0) & (self.overflow == "easy")
-            return torch.where(eased, cos, cos - self.margin)
-        return with_gradient(
-            lambda c: shifted_cosine(c, self.margin, self.overflow), cos, self.gradient
-        )
+        eased = (cos <= 0) & (self.overflow == "easy")
+        return torch.where(eased, cos, cos - self.margin)
 
     def negatives(self, cos: Tensor, rows: Rows, centre_cos: Tensor | None = None) -> Tensor:
         own = rows.cos_target
@@ -138,7 +124,7 @@ class MVSoftmax(Margin):
         return f"scale={self.scale}, {self.kind}, margin={self.margin}, t={self.t}"
 
 
-class InterFace(Margin):
+class InterFace(AngularMargin):
     """z_y = s cos(t_y + m), z_j = s cos(t_j - d_ij), d_ij = alpha (exp(-tau_j) - exp(-t_y / c_yj))
     (arXiv:2210.02018, as in the authors' code).
 
@@ -165,14 +151,11 @@ class InterFace(Margin):
         overflow: Overflow = "none",
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(scale, **options)
+        super().__init__(scale, gradient, overflow, **options)
         one_of("variant", variant, ("dd", "dc", "cc"))
-        check_gradient(gradient)
-        check_overflow(overflow)
         check_angle("margin", margin)
         check_range("alpha", alpha, 0.0, 1.0, "largest margin of a negative in radians")
         self.margin, self.alpha, self.variant = margin, alpha, variant
-        self.gradient, self.overflow = gradient, overflow
         self.needs_centres = variant != "cc"
 
     def bind(self, layer: Layer) -> None:
@@ -183,11 +166,7 @@ class InterFace(Margin):
             )
 
     def target(self, rows: Rows) -> Tensor:
-        return with_gradient(
-            lambda cos: shifted_cosine(cos, self.margin, self.overflow),
-            rows.cos_target,
-            self.gradient,
-        )
+        return self.turned(rows, self.margin)
 
     def negatives(self, cos: Tensor, rows: Rows, centre_cos: Tensor | None = None) -> Tensor:
         with torch.no_grad():
