@@ -301,13 +301,18 @@ def _check_fit(path: str, manifest: Mapping[str, Any], parts: Parts) -> None:
         "num_subcenters": parts.head.num_subcenters,
         "row_state": _row_state(parts),  # of another optimizer or loss it differs
         "margin_state": sorted(parts.margin()),
+        "slow encoder": parts.encoder is not None,
     }
     there = {"margin_state": [], **manifest}  # which the first checkpoints did not have
+    # One that is there and not wanted may lie.
+    there["slow encoder"] = parts.encoder is not None and "encoder.safetensors" in manifest["files"]
     wrong = [f"{k} {there[k]} there, {own[k]} here" for k in own if there[k] != own[k]]
     if wrong:
+        saved = manifest["config"]
         raise ValueError(
-            f"cannot resume from {path}: {'; '.join(wrong)}. To start a new run from its network, "
-            "use init_from= and another output"
+            f"cannot resume from {path}, saved with margin={saved['margin']} "
+            f"{saved['margin_args']} and optimizer={saved['optimizer']}: {'; '.join(wrong)}. To "
+            "start a new run from its network, use init_from= and another output"
         )
 
 

@@ -51,7 +51,17 @@ class PartialFC(nn.Module):
     class, for the margins that ask for them.
 
     A margin's learned numbers get a .grad from the backward, each rank its part; the row optimiser
-    steps them too.
+    steps them too. Some margins (KappaFace) work at the end of an epoch of samples: whoever writes
+    a loop of his own calls head.end_epoch() there, on every rank.
+
+        head = PartialFC(MARGINS["adaface"](), 512, num_classes, sample_rate=0.2)
+        rows = RowSGD(head)
+        for images, labels in batches:  # labels int64 [b], global class ids
+            loss = head(backbone(images), labels)  # backbone: DistributedDataParallel
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            rows.step(lr=0.1)
     """
 
     def __init__(

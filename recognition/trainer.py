@@ -283,6 +283,8 @@ def _announce(state: TrainState, logger: Logger) -> None:
         f"{state.precision}, batch {cfg.global_batch(runtime.world)}, "
         f"{state.schedule.total_steps} steps -> {cfg.output}"
     )
+    if state.precision == "fp16" and runtime.device.type == "cpu":
+        logger.say("warning: fp16 takes a CPU many times fp32's time: use precision=bf16 or fp32")
     if state.step >= state.schedule.total_steps:
         logger.say(f"already complete: {state.step} of {state.schedule.total_steps} steps")
     elif state.saved_by is not None:

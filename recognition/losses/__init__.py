@@ -1,6 +1,8 @@
 """The margin losses by the names that recipes use; `python -m recognition.losses` lists them."""
 
+import difflib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from recognition.losses.adaptive import AdaCos, AdaFace, ElasticFace, MagFace
@@ -45,7 +47,7 @@ MARGINS: dict[str, type[Margin]] = {
 __all__ = ["MARGINS", "Margin", "Rows", "make_margin"]
 
 
-def make_margin(name: str, arguments: Mapping[str, Any]) -> Margin:
+def make_margin(name: str, arguments: Mapping[str, Any] = MappingProxyType({})) -> Margin:
     """MARGINS[name](**arguments), with errors that name the recipe's keys.
 
     Raises:
@@ -53,7 +55,9 @@ def make_margin(name: str, arguments: Mapping[str, Any]) -> Margin:
         TypeError, ValueError: an argument of the wrong type or out of range.
     """
     if name not in MARGINS:
-        raise KeyError(f"margin={name!r}: one of {', '.join(MARGINS)}")
+        near = difflib.get_close_matches(name.lower(), MARGINS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(MARGINS)}"
+        raise KeyError(f"margin={name!r}: {hint}")
     check_arguments(name, MARGINS[name], arguments)
     try:
         return MARGINS[name](**arguments)

@@ -98,9 +98,9 @@ class MagFace(AngularMargin):
     """z_y = s cos(t_y + m(a)), a = clip(|x|, l_a, u_a), m rising from l_m at l_a to u_m at u_a,
     plus lambda_g mean(a / u_a^2 + 1 / a) (arXiv:2103.06627).
 
-    Good images get long embeddings. The norm gets gradient through m(a) and through the
-    regulariser, whose mean is over the whole batch. overflow="easy" is the authors' default;
-    gradient="straight_through" acts on the cosine alone.
+    As in the authors' code; good images get long embeddings. The norm gets gradient through m(a)
+    and through the regulariser, whose mean is over the whole batch. overflow="easy" is the authors'
+    default; gradient="straight_through" acts on the cosine alone.
     """
 
     def __init__(

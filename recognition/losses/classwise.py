@@ -43,7 +43,10 @@ class JAMsFace(AngularMargin):
     a bound, margins of classes that are seldom seen grow until NaN. The cross-entropy pushes the
     margins of the classes in the batch down, the regulariser pushes up: scope="all" every class,
     so rare ones gain (the paper's figure 1); scope="batch" those in the batch.
-    They are stepped with lr_factor times the learning rate of the centres, without decay.
+    With scope="all" a class of n_c images in a set of N rests where the share of wrong probability
+    of its rows is about reg N / (s C n_c): while the network is young that is far above it, so
+    margins fall at first and rise as training gets on. They are stepped with lr_factor times the
+    learning rate of the centres, without decay.
     gradient="straight_through" acts on the cosine; the margins keep their exact slopes.
     """
 
@@ -137,8 +140,10 @@ class AdaMSoftmax(Margin):
     """z_y = s (cos t_y - m_y), m_c learned for each class, plus reg (1 - mean m)
     (AdaptiveFace, CVPR 2019, AdaM-Softmax).
 
-    m_c starts in U(0.3, 0.4), drawn by class, and is held to [0, 1] after each step, as in the
-    authors' code. The mean is over all classes, so classes that are seldom seen gain margin.
+    m_c starts in U(0.3, 0.4), drawn by class, and is held to [0, 1] after each step, as in
+    FaceX-Zoo's code. The mean is over all classes, so classes that are seldom seen gain margin:
+    each is pulled up by reg / C a step, so that on a set of some hundred classes the default soon
+    holds every margin at 1: give a reg in proportion to C there.
     """
 
     per_class = ("margins",)
@@ -179,7 +184,7 @@ class AdaMSoftmax(Margin):
         margins = self.margins.detach()
         return {
             "margin_mean": class_mean(margins, reduce),
-            "margin": class_histogram(margins, reduce),
+            "margin_histogram": class_histogram(margins, reduce),
         }
 
     def extra_repr(self) -> str:
@@ -191,7 +196,8 @@ class DynamicArcFace(AngularMargin):
     u_c = n_c^(-1/4) (arXiv:2010.05350).
 
     n_c are the images of the class in the data set, an absent class counting as one; where all
-    classes are of one size the margin is `low`. The authors use three sub-centres (num_subcenters
+    classes are of one size the margin is `low`. Written from the formula, not run against the
+    authors' code. They use three sub-centres (num_subcenters
     of the head).
     """
 

@@ -38,7 +38,8 @@ class CurricularFace(AngularMargin):
 
     Hard negatives weigh more as training goes on: t starts at 0 and moves by `momentum` towards the
     whole batch's mean target cosine, first, and is then used (the authors' 0.99 t + 0.01 mean). t
-    and the comparison get no gradient. overflow="fallback" is the authors' rule.
+    and the comparison get no gradient. overflow="fallback" is the authors' rule. Differs from their
+    code in nothing else than that t follows the whole batch, not one process's.
     gradient="straight_through" acts on the target.
     """
 
@@ -80,9 +81,9 @@ class MVSoftmax(AngularMargin):
     """z_y = s cos(t_y + m) or s (cos t_y - m); z_j = s ((1 + t) cos t_j + t) where cos t_j is above
     the margined target's (MV-Softmax, arXiv:1912.00833).
 
-    kind="arc" or "am". adaptive=False: s (cos t_j + t) for those negatives.
-    overflow="easy" is the authors': the margin acts for cos t_y > 0 only; the comparison is with
-    the margined target all the same. margin: 0.5 (arc) or 0.35 (am) if not given.
+    As in the authors' code. kind="arc" or "am". adaptive=False: s (cos t_j + t) for those
+    negatives. overflow="easy" is the authors': the margin acts for cos t_y > 0 only; the comparison
+    is with the margined target all the same. margin: 0.5 (arc) or 0.35 (am) if not given.
     gradient="straight_through" acts on the target.
     """
 
@@ -198,7 +199,7 @@ class Circle(Margin):
     """z_y = gamma [1 + m - c_y]+ (c_y - (1 - m)), z_j = gamma [c_j + m]+ (c_j - m), c the cosine
     (arXiv:2002.10857, class level).
 
-    The brackets are weights without gradient, as in the paper.
+    The brackets are weights without gradient, as in the paper and in FaceX-Zoo's code.
     """
 
     def __init__(

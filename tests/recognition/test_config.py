@@ -142,7 +142,9 @@ def test_missing_recipe_and_missing_rec(recipe, tmp_path):
 @pytest.mark.parametrize(
     "name, arguments, error, words",
     [
-        ("arcfase", {}, KeyError, "one of softmax, arcface"),
+        ("arcfase", {}, KeyError, "did you mean arcface"),
+        ("ArcFace", {}, KeyError, "did you mean arcface"),
+        ("triplet", {}, KeyError, "one of softmax, arcface"),
         ("arcface", {"margn": 0.5}, KeyError, "did you mean margin"),
         ("arcface", {"margin": "0.5"}, TypeError, "expected a number"),
         ("arcface", {"margin": True}, TypeError, "expected a number"),

@@ -85,8 +85,16 @@ def test_another_loss_cannot_take_the_state(keys):
     ):
         build.build(other, _alone())
     softmax = config.make(runs.BASE | keys | {"margin": "softmax"})
-    with pytest.raises(ValueError, match="margin_state"):
+    with pytest.raises(ValueError, match="saved with margin=adaface .* and optimizer=sgd"):
         build.build(softmax, _alone())
+
+
+def test_a_slow_copy_cannot_come_in_the_middle(keys):
+    """A checkpoint without one is whole: nobody is told to remove it."""
+    ranks.run(1, runs.run, keys | CASES["kappaface"], 1)
+    momentum = config.make(runs.BASE | keys | CASES["kappaface, momentum encoder"])
+    with pytest.raises(ValueError, match="slow encoder False there, True here.*init_from="):
+        build.build(momentum, _alone())
 
 
 def _alone():

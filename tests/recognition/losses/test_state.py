@@ -307,8 +307,8 @@ def test_statistics(case):
     head(*batch(1)).backward()
     head.end_step()
     found = head.statistics()
-    x, labels = batch(1)
     assert {"cos_target", "margin"} <= found.keys()
+    assert not {"cos_target", "margin"} & head.margin.statistics(head._reduce_values).keys()
     end = head.end_epoch()
     for name, value in (found | end).items():
         if isinstance(value, Histogram):
