@@ -20,8 +20,11 @@ MAY_IMPORT = {
     "data_tools/shards.py": ["data_tools.recordio", "data_tools.insightface"],
     "data_tools/insightface.py": ["data_tools.recordio"],
     "data_tools/": ["data_tools.*"],
-    "eval/verification.py": [],
+    "eval/roc.py": [],
+    "eval/verification.py": ["eval.roc"],
     "eval/identification.py": [],
+    "eval/templates.py": [],
+    "eval/bootstrap.py": ["eval.roc"],
     "eval/lfw.py": ["data_tools.*", "eval.verification", "eval.unpickle"],
     "eval/": ["eval.*", "data_tools.*", "recognition.checkpoint", "recognition.backbones.*"],
     "recognition/config.py": [],
@@ -51,7 +54,8 @@ MAY_IMPORT = {
 
 NUMPY_ONLY = [
     "data_tools/recordio.py", "data_tools/order.py", "data_tools/shards.py",
-    "data_tools/insightface.py", "eval/verification.py", "eval/identification.py",
+    "data_tools/insightface.py", "eval/roc.py", "eval/verification.py", "eval/identification.py",
+    "eval/templates.py", "eval/bootstrap.py",
 ]  # fmt: skip
 
 COLLECTIVES = {
