@@ -20,8 +20,8 @@ from eval.roc import (
 )
 
 __all__ = [
-    "auc", "balanced_accuracy", "distances", "eer", "evaluate", "operating_points", "roc",
-    "tar_at_far",
+    "auc", "balanced_accuracy", "distances", "eer", "evaluate", "evaluate_distances",
+    "held_out_answers", "operating_points", "pair_distances", "roc", "tar_at_far",
 ]  # fmt: skip
 
 Floats = NDArray[np.float64]
@@ -29,6 +29,7 @@ Floats = NDArray[np.float64]
 THRESHOLDS = np.arange(400) * 0.01  # [T] squared distances 0.00 .. 3.99 of the accuracy
 VAL_THRESHOLDS = np.arange(4000) * 0.001  # [T] the finer ones of VAL@FAR
 VAL_FAR = 1e-3
+_CHUNK_BYTES = 64 << 20  # of features gathered at once
 
 
 def distances(embeddings: ArrayLike) -> Floats:
@@ -52,6 +53,31 @@ def distances(embeddings: ArrayLike) -> Floats:
     return np.sum(np.square(unit[0::2] - unit[1::2]), axis=1)
 
 
+def pair_distances(features: ArrayLike, first: ArrayLike, second: ArrayLike) -> Floats:
+    """`distances` of the rows first[i] and second[i] of features [N, D]: [P].
+
+    Raises:
+        ValueError: as `distances`, naming the row.
+    """
+    x = np.asarray(features)
+    one, other = np.asarray(first), np.asarray(second)
+    step = max(1, _CHUNK_BYTES // (32 * max(1, x.shape[1])))
+    whole = np.empty(len(one))
+    for start in range(0, len(one), step):
+        some = slice(start, start + step)
+        rows = np.stack([one[some], other[some]], axis=1).ravel()
+        whole[some] = distances(x[rows])
+    return whole
+
+
+def held_out_answers(metrics: dict, distance: ArrayLike, issame: ArrayLike) -> NDArray[np.bool_]:
+    """[P]: whether each pair is answered rightly at its fold's threshold; metrics of `evaluate`."""
+    thresholds = np.asarray(metrics["best_thresholds"])
+    same = np.asarray(issame, dtype=bool)
+    called = np.asarray(distance) < thresholds[_folds(len(same), len(thresholds))]
+    return called == same
+
+
 def evaluate(embeddings: ArrayLike, issame: ArrayLike, folds: int = 10) -> dict:
     """The LFW protocol as InsightFace computes it, as plain floats and lists.
 
@@ -73,7 +99,12 @@ def evaluate(embeddings: ArrayLike, issame: ArrayLike, folds: int = 10) -> dict:
         ValueError: shapes that do not agree, labels other than 0 and 1, fewer pairs than folds,
             embeddings that are not finite.
     """
-    distance = distances(embeddings)  # [P]
+    return evaluate_distances(distances(embeddings), issame, folds)
+
+
+def evaluate_distances(distance: ArrayLike, issame: ArrayLike, folds: int = 10) -> dict:
+    """`evaluate` of squared distances [P] that are there already."""
+    distance = np.asarray(distance, dtype=np.float64)
     same = check_labels(issame, len(distance))
     fold = _folds(len(same), folds)  # [P]
     rows = np.arange(folds)
