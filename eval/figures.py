@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 SERIES = 7  # the page's colours --s1 .. --s7
@@ -72,6 +72,9 @@ def lines(
         axes.set_xlabel(axes_text[0])
         axes.set_ylabel(axes_text[1])
         axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+        if "y" in log:
+            axes.yaxis.set_minor_formatter(FuncFormatter(_percent))
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         if len(curves) > 1 or large:
             axes.legend(loc="best")
         return _svg(figure, title)
@@ -190,7 +193,7 @@ def _of(series: int) -> dict:
 
 
 def _percent(value: float, _: object = None) -> str:
-    return f"{100 * value:.6g} %"
+    return f"{100 * value:.4g} %"
 
 
 def _plain(name: str) -> str:

@@ -104,9 +104,9 @@ class Files:
 class Subset:
     """Some images of a set, by their numbers."""
 
-    def __init__(self, whole: ImageSet, numbers: Sequence[int]) -> None:
+    def __init__(self, whole: ImageSet, numbers: Sequence[int], name: str) -> None:
         self.whole, self.numbers = whole, numbers
-        self.name, self.alignment = whole.name, whole.alignment
+        self.name, self.alignment = name, whole.alignment
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -95,7 +95,7 @@ def pair_arrays(
     smaller norm of its two), the errors that stay when pairs of low quality are rejected."""
     low, high = float(scores.min()), float(scores.max())
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
-    far, tar, threshold = _thinned(points)
+    far, tar, threshold = thinned(points)
     arrays = {
         "far": far,
         "tar": tar,
@@ -187,7 +187,7 @@ def load_all(directory: str | Path) -> list[Result]:
     return found
 
 
-def _thinned(points: roc.Curve) -> tuple[NDArray, NDArray, NDArray]:
+def thinned(points: roc.Curve) -> tuple[NDArray, NDArray, NDArray]:
     """(FAR, TAR, threshold): points of the ROC that show its shape on linear and on log axes."""
     last = len(points.fp) - 1
     if last < CURVE_POINTS:

@@ -93,8 +93,13 @@ def section(group: Group) -> Iterator[str]:
 
 def _curves(group: Group) -> Iterator[str]:
     arrays = {model: result.arrays for model, result in group.results.items()}
-    title = f"{group.protocol} {group.name}"
+    title = group.name if group.protocol == "lfw" else f"{group.protocol} {group.name}"
     roc = {m: (a["far"], a["tar"]) for m, a in arrays.items() if "far" in a}
+    for model, result in group.results.items():
+        groups = result.metrics.get("groups", {})
+        by_group = {g: (result.arrays[f"far {g}"], result.arrays[f"tar {g}"]) for g in groups}
+        if by_group:
+            yield f'<div class="wide">{figures.roc(by_group, f"ROC of the groups, {model}")}</div>'
     if roc:
         yield f'<div class="wide">{figures.roc(roc, f"ROC, {title}")}</div>'
         yield f'<div class="wide">{figures.det(roc, f"DET, {title}")}</div>'

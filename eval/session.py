@@ -113,9 +113,15 @@ class Session:
         if self.is_first:
             print(f"warning: {text}", file=sys.stderr)
 
-    def features(self, images: "ImageSet", flip: bool | None = None) -> "Features | None":
-        """The embeddings of a set, with a progress bar; None in other processes than the first."""
-        from eval.extract import extract
+    def features(
+        self, images: "ImageSet", flip: bool | None = None, embedder: "Embedder | None" = None,
+        alone: bool = False,
+    ) -> "Features | None":  # fmt: skip
+        """The embeddings of a set, with a progress bar; None in other processes than the first.
+
+        embedder: another than the session's. alone: this process computes all of them.
+        """
+        from eval.extract import Place, extract
 
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -125,8 +131,9 @@ class Session:
         with Progress(*columns, console=console, disable=not self.is_first) as progress:
             task = progress.add_task(images.name, total=len(images))
             return extract(
-                self.embedder, images, self.args.flip if flip is None else flip, self.cache,
-                self.args.batch_size, self.args.threads, self.place,
+                embedder or self.embedder, images, self.args.flip if flip is None else flip,
+                self.cache, self.args.batch_size, self.args.threads,
+                Place() if alone else self.place,
                 lambda n: progress.advance(task, n),
             )  # fmt: skip
 

@@ -90,15 +90,19 @@ def search_table(result: Result) -> Table:
             f"{part['counts']['gallery']}" if "counts" in part else "",
             f"{part['counts']['mated']}" if "counts" in part else "",
             f"{part['counts']['nonmated']}" if "counts" in part else "",
-            *(percent(part[key]) for key in ranks),
-            *(percent(part["tpir_at_fpir"][x]) for x in fpirs),
+            *(_plain(part[key]) for key in ranks),
+            *(_plain(part["tpir_at_fpir"][x]) for x in fpirs),
         ]
         for name, part in ({**n["galleries"], "all": n["all"]}).items()
         if name != "all" or len(n["galleries"]) > 1
     ]
     heads = ["gallery", "templates", "mated", "strangers"]
-    heads += [f"rank {key[4:]}" for key in ranks] + [f"TPIR at FPIR {x}" for x in fpirs]
-    return f"{result.name}, identification", heads, rows
+    heads += [f"rank {key[4:]}" for key in ranks] + [f"TPIR at {x}" for x in fpirs]
+    return f"{result.name}, identification: ranks, and TPIR at FPIR, in %", heads, rows
+
+
+def _plain(value: float | None) -> str:
+    return "none" if value is None else f"{100 * value:.2f}"
 
 
 def as_rich(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:

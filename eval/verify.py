@@ -12,7 +12,7 @@ from eval.pair_lists import Pairs
 from eval.results import Result
 from eval.session import Session
 
-CHECKED = 300  # pairs of each kind on which another input contract is tried
+CHECKED = 150  # pairs of each kind on which another input contract is tried
 INTERVAL_FARS = (1e-4, 1e-3)
 UNEVEN = 1.5  # same to different pairs, or the reverse: beyond it the accuracy misleads
 THRESHOLD_UNIT = "squared L2 distance of unit embeddings, 0 to 4; accept where it is below"
@@ -110,19 +110,17 @@ def contract_warning(session: Session, pairs: Pairs) -> str:
     On CHECKED pairs of each kind, without the mirror image: RGB against BGR, and scaled pixels
     against plain ones. A difference counts if 99 % of resamples of the pairs have it.
     """
-    from eval.extract import Place, extract
     from eval.images import Subset
 
     chosen = np.concatenate([np.flatnonzero(kind)[:CHECKED] for kind in
                              (pairs.issame, ~pairs.issame)])  # fmt: skip
     numbers, place = np.unique([pairs.first[chosen], pairs.second[chosen]], return_inverse=True)
-    some = Subset(pairs.images, numbers.tolist())
+    some = Subset(pairs.images, numbers.tolist(), "input contract")
     first, second = place.reshape(2, -1)
     issame = pairs.issame[chosen]
 
     def score(embedder) -> NDArray:
-        found = extract(embedder, some, False, session.cache, session.args.batch_size,
-                        session.args.threads, Place())  # fmt: skip
+        found = session.features(some, False, embedder, alone=True)
         assert found is not None
         return -verification.pair_distances(found.matrix(np.float64), first, second)
 
