@@ -148,10 +148,7 @@ def batches(
     """(numbers, prepare(uint8 RGB [n, 112, 112, 3])) of each range, decoded ahead by threads."""
 
     def read(numbers: range) -> Any:
-        pixels = np.empty((len(numbers), *images[numbers[0]].shape), dtype=np.uint8)
-        for k, i in enumerate(numbers):
-            pixels[k] = images[i]
-        return prepare(pixels)
+        return prepare(np.stack([images[i] for i in numbers]))
 
     threads = threads or min(16, max(1, (os.cpu_count() or 2) // 2))
     with ThreadPoolExecutor(threads) as pool:

@@ -57,9 +57,13 @@ def lines(
     """Curves of shares, one for each model or set; the y axis in percent, log axes where said."""
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
         figure, axes = _figure(*((6.6, 4.2) if large else (4.6, 2.8)))
-        for i, (name, (x, y)) in enumerate(curves.items()):
-            x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-            shown = ((x > 0) | ("x" not in log)) & ((y > 0) | ("y" not in log))
+        points = {name: np.asarray(curve, dtype=float) for name, curve in curves.items()}
+        if "x" in log:
+            points = {name: xy[:, xy[0] > 0] for name, xy in points.items()}
+        if "y" in log and not any((xy[1] > 0).any() for xy in points.values()):
+            log = log.replace("y", "")  # no error at all has no place on a log axis
+        for i, (name, (x, y)) in enumerate(points.items()):
+            shown = (y > 0) | ("y" not in log)
             where = {"drawstyle": "steps-post"} if step else {}
             axes.plot(x[shown], y[shown], label=_plain(name), **where, **_of(i))
         axes.set_xscale("log" if "x" in log else "linear")

@@ -14,8 +14,9 @@ import pytest
 from rich.console import Console
 
 from eval import __main__ as cli
-from eval import report, verification
-from eval.lfw_command import _table, run_dir
+from eval import tables, verification
+from eval.lfw_command import table
+from eval.session import run_dir
 from tests.eval.test_embed import channel_means, make_run
 from tests.eval.test_report import run_directory
 
@@ -62,10 +63,10 @@ def test_table(capsys, model, bin_file):
 def test_the_table_fits_80_columns():
     number = {"pairs": 13233, "same": 9000, "different": 700, "accuracy_mean": 1.0}
     number |= {"accuracy_std": 0.0, "eer": 0.5, "auc": 0.98765, "xnorm": 123.456}
-    number |= {"operating_points": [{"far_target": 1e-3, "tar": 1.0}]}
+    number |= {"operating_points": [{"far_target": 1e-3, "tar": 1.0, "resolved": False}]}
     name = "lfw_pairsDevTrain"
     console = Console(width=80, file=io.StringIO())
-    console.print(_table([report.row(name, number)]))
+    console.print(table([tables.pair_row(name, number)]))
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
     words = ("100.00 ± 0.00 %†", "100.00 %*", "13233", "50.00 %", "0.98765", "123.46", "FAR 0.1 %")
@@ -168,7 +169,10 @@ def test_user_errors_are_one_line(capsys, tmp_path, model, bin_file):
         ((model, tmp_path / "broken.bin"), "broken image 119: .*"),
         ((model, tmp_path / "few.bin"), "4 pairs cannot be cut into 10 folds"),
         ((model, tmp_path / "absent.bin"), "absent.bin"),
-        ((tmp_path / "absent", bin_file), "no run directory and no .onnx file at .*absent"),
+        (
+            (tmp_path / "absent", bin_file),
+            "no run directory, backbone file or .onnx file at .*absent",
+        ),
         ((tmp_path / "few.bin", bin_file), "few.bin is not an ONNX model"),
         ((model, bin_file, other), "two sets of one name among colors, colors"),
         ((model, f"{tmp_path}/absent.txt:{tmp_path}"), "absent.txt"),
@@ -193,8 +197,8 @@ def test_help_needs_no_network_library():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     for word in (
-        "RUN_OR_ONNX",
-        "PAIRS.TXT:IMAGE_DIR",
+        "MODEL",
+        "LIST:IMAGE_DIR:LANDMARKS",
         "--report",
         "--json",
         "example:",
