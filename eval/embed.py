@@ -96,7 +96,7 @@ def _from_run(path: Path) -> tuple[nn.Module, dict[str, object], str]:
 def _from_weights(path: Path) -> tuple[nn.Module, dict[str, object], str]:
     try:
         state = initial_weights(str(path))
-    except ValueError as error:
+    except Exception as error:  # damaged bytes can fail anywhere in torch's reader
         raise ValueError(f"{path} is not a backbone: {error}") from error
     name, size = _network_of({key: tuple(value.shape) for key, value in state.items()}, path)
     module = BACKBONES[name](embedding_size=size)

@@ -106,7 +106,8 @@ def test_report_beside_a_run(capsys, tmp_path, bin_file):
     code, out, _ = run(capsys, "lfw", tmp_path, bin_file, "--report", page, "--json")
     assert code == 0 and json.loads(out)["report"] == str(page)
     assert "Accuracy during training" in page.read_text()
-    assert json.loads((tmp_path / "report.json").read_text())["model"]["network"] == "mbf_tiny"
+    (result,) = json.loads((tmp_path / "report.json").read_text())["models"][str(tmp_path)]
+    assert result["model"]["network"] == "mbf_tiny"
     for inside in (tmp_path / "checkpoints" / "step-7", tmp_path / "model.onnx"):
         assert run_dir(inside) == tmp_path.resolve()
 
@@ -171,7 +172,7 @@ def test_user_errors_are_one_line(capsys, tmp_path, model, bin_file):
         ((model, tmp_path / "absent.bin"), "absent.bin"),
         (
             (tmp_path / "absent", bin_file),
-            "no run directory, backbone file or .onnx file at .*absent",
+            "no run directory, .* file at .*absent",
         ),
         ((tmp_path / "few.bin", bin_file), "few.bin is not an ONNX model"),
         ((model, bin_file, other), "two sets of one name among colors, colors"),
