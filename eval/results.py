@@ -10,6 +10,8 @@ Letters: P pairs, U distinct scores, H hard pairs.
 import json
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -177,7 +179,7 @@ def load_all(directory: str | Path) -> list[Result]:
         try:
             with np.load(path.with_suffix(".npz"), allow_pickle=False) as data:
                 arrays = {key: data[key] for key in data.files}
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path.with_suffix('.npz')}: {error}; evaluate again") from error
         found.append(Result(facts, arrays))
     if not found:

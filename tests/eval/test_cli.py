@@ -17,29 +17,8 @@ from eval import __main__ as cli
 from eval import tables, verification
 from eval.lfw_command import table
 from eval.session import run_dir
+from tests.eval.made import run_directory, tinted
 from tests.eval.test_embed import channel_means, make_run
-from tests.eval.test_report import run_directory
-
-
-def tinted(person, image):
-    """A JPEG whose mean colour says who it is."""
-    rng = np.random.default_rng([person, image])
-    hue = np.uint8([[[(person * 37) % 180, 220, 200]]])
-    color = cv2.cvtColor(hue, cv2.COLOR_HSV2BGR)[0, 0].astype(float)
-    pixels = np.clip(color + rng.normal(0, 10, (112, 112, 3)) + rng.normal(0, 2, 3), 0, 255)
-    return cv2.imencode(".jpg", pixels.astype(np.uint8))[1].tobytes()
-
-
-@pytest.fixture(scope="module")
-def bin_file(tmp_path_factory):
-    images, labels = [], []
-    for i in range(60):
-        other = i if i % 2 == 0 else i + 2
-        images += [tinted(i, 0), tinted(other, 1)]
-        labels.append(i % 2 == 0)
-    path = tmp_path_factory.mktemp("sets") / "colors.bin"
-    path.write_bytes(pickle.dumps((images, labels)))
-    return path
 
 
 @pytest.fixture

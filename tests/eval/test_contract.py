@@ -13,7 +13,6 @@ from eval import __main__ as cli
 from eval import embed
 from eval.contract import InputContract, sidecar
 from recognition.backbones import BACKBONES
-from tests.eval.test_cli import bin_file  # noqa: F401, a fixture
 from tests.eval.test_embed import IMAGES, channel_means, make_run
 
 
@@ -161,7 +160,7 @@ def test_a_wrong_channel_order_is_warned_of(tmp_path, capsys):
     assert "verify better" not in capsys.readouterr().err
 
 
-def test_flags_reach_the_network_and_the_result(tmp_path, capsys, bin_file):  # noqa: F811
+def test_flags_reach_the_network_and_the_result(tmp_path, capsys, bin_file):
     model = channel_means(tmp_path / "a.onnx")
     flags = ["--mean", "0", "--std", "1", "--color-order", "BGR", "--json"]
     words = ["lfw", str(model), str(bin_file), *flags, "--results", str(tmp_path / "r")]
