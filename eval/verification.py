@@ -30,6 +30,7 @@ THRESHOLDS = np.arange(400) * 0.01  # [T] squared distances 0.00 .. 3.99 of the 
 VAL_THRESHOLDS = np.arange(4000) * 0.001  # [T] the finer ones of VAL@FAR
 VAL_FAR = 1e-3
 _CHUNK_BYTES = 64 << 20  # of features gathered at once
+_CACHE_BYTES = 1 << 20
 
 
 def distances(embeddings: ArrayLike) -> Floats:
@@ -40,17 +41,25 @@ def distances(embeddings: ArrayLike) -> Floats:
     Raises:
         ValueError: the shape is not [2P, D], or a row holds NaN, infinity or overflows its norm.
     """
-    x = np.asarray(embeddings, dtype=np.float64)  # [2P, D]
+    x = np.asarray(embeddings)  # [2P, D]
     if x.ndim != 2 or len(x) % 2 or x.size == 0:
         raise ValueError(f"embeddings must be [2 * pairs, D], not {list(x.shape)}")
-    norms = np.sqrt(np.einsum("nd,nd->n", x, x))  # [2P]
-    if not np.isfinite(norms).all():
-        row = int(np.flatnonzero(~np.isfinite(norms))[0])
-        raise ValueError(
-            f"embedding {row} (pair {row // 2}) is not finite: its norm is {norms[row]}"
-        )
-    unit = x / np.where(norms == 0, 1, norms)[:, None]
-    return np.sum(np.square(unit[0::2] - unit[1::2]), axis=1)
+    whole = np.empty(len(x) // 2)
+    step = 2 * max(1, _CACHE_BYTES // (32 * x.shape[1]))  # rows that stay in the cache
+    for start in range(0, len(x), step):
+        part = x[start : start + step].astype(np.float64)
+        norms = np.sqrt(np.einsum("nd,nd->n", part, part))
+        if not np.isfinite(norms).all():
+            row = int(np.flatnonzero(~np.isfinite(norms))[0])
+            raise ValueError(
+                f"embedding {start + row} (pair {(start + row) // 2}) is not finite: its norm is "
+                f"{norms[row]}"
+            )
+        part /= np.where(norms == 0, 1, norms)[:, None]
+        apart = np.subtract(part[0::2], part[1::2])
+        np.square(apart, out=apart)
+        np.sum(apart, axis=1, out=whole[start // 2 : (start + step) // 2])
+    return whole
 
 
 def pair_distances(features: ArrayLike, first: ArrayLike, second: ArrayLike) -> Floats:

@@ -74,6 +74,28 @@ def ten_fold_of(distance, issame):
     return np.mean(accuracies), np.std(accuracies), accuracies, chosen
 
 
+def evaluate(embeddings, issame):
+    """All that InsightFace's `evaluate` computes: the ten folds, then VAL at FAR 1e-3."""
+    unit = normalize(embeddings)
+    distance = np.sum(np.square(unit[0::2] - unit[1::2]), 1)
+    return (*ten_fold_of(distance, issame), *val(distance, issame))
+
+
+def val(distance, issame, target=1e-3):
+    """(mean VAL, mean FAR) at the largest threshold with FAR <= target on the other folds."""
+    thresholds = np.arange(0, 4, 0.001)
+    vals, fars = [], []
+    for train, test in KFold(n_splits=10, shuffle=False).split(np.arange(len(issame))):
+        on_train = np.zeros(len(thresholds))
+        for k, threshold in enumerate(thresholds):
+            on_train[k] = rates(threshold, distance[train], issame[train])[1]
+        chosen = thresholds[np.where(on_train <= target)[0].max()]
+        value, far = rates(chosen, distance[test], issame[test])
+        vals.append(value)
+        fars.append(far)
+    return np.mean(vals), np.mean(fars)
+
+
 def accuracy(threshold, distance, issame):
     called = np.less(distance, threshold)
     tp = np.sum(np.logical_and(called, issame))

@@ -109,6 +109,9 @@ def test_ten_folds(seed):
     assert found["accuracy_mean"] == mean and found["accuracy_std"] == std
     assert found["fold_accuracy"] == folds
     np.testing.assert_allclose(found["best_thresholds"], chosen, rtol=0, atol=1e-12)
+    if seed < 3:
+        *_, value, far = baseline.evaluate(embeddings, issame)
+        np.testing.assert_allclose([found["val_mean"], found["val_far_mean"]], [value, far], 1e-12)
 
 
 @pytest.mark.parametrize("seed", range(40))
