@@ -93,25 +93,31 @@ def accuracy_interval(
     return _pair(np.quantile(total / len(right), [(1 - level) / 2, (1 + level) / 2]))
 
 
-def auc_gain_is_real(
-    scores: ArrayLike, others: ArrayLike, labels: ArrayLike, resamples: int = 200, seed: int = 0
+def separation(scores: ArrayLike, labels: ArrayLike) -> float:
+    """d' = (mean of same - mean of different) / root of the mean of their variances.
+
+    Unlike accuracy and AUC it still tells good networks apart, where hardly a pair is in error.
+    """
+    values, same = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
+    spread = np.sqrt((values[same].var() + values[~same].var()) / 2)
+    return float((values[same].mean() - values[~same].mean()) / max(spread, 1e-12))
+
+
+def separates_better(
+    scores: ArrayLike, others: ArrayLike, labels: ArrayLike, resamples: int = 400, seed: int = 0
 ) -> bool:
-    """Whether `others` [P] have a larger AUC than `scores` [P] on the same pairs, beyond chance.
+    """Whether `others` [P] have a larger `separation` than `scores` [P], beyond chance.
 
     In 99 % of the resamples, which take the same pairs from both.
     """
-    same = check_labels(labels, len(np.asarray(scores)))
-    ranks = [np.argsort(np.argsort(np.asarray(x))) for x in (scores, others)]
+    one, other = np.asarray(scores), np.asarray(others)
+    same = check_labels(labels, len(one))
     rng = np.random.default_rng(seed)
-    genuine, impostor = np.flatnonzero(same), np.flatnonzero(~same)
-    # AUC = P(genuine > impostor): its resample is the mean over resampled genuine and impostors.
-    wins = [np.greater.outer(r[genuine], r[impostor]).astype(np.float32) for r in ranks]
-    gain = wins[1] - wins[0]  # [same, different]
+    kinds = [np.flatnonzero(kind) for kind in (same, ~same)]
     ahead = 0
     for _ in range(resamples):
-        a = rng.multinomial(len(genuine), np.full(len(genuine), 1 / len(genuine)))
-        b = rng.multinomial(len(impostor), np.full(len(impostor), 1 / len(impostor)))
-        ahead += float(a @ gain @ b) > 0
+        some = np.concatenate([rng.choice(kind, len(kind)) for kind in kinds])
+        ahead += separation(other[some], same[some]) > separation(one[some], same[some])
     return ahead >= 0.99 * resamples
 
 

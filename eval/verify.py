@@ -108,7 +108,8 @@ def contract_warning(session: Session, pairs: Pairs) -> str:
     """Whether these pairs verify better when the network is fed otherwise; empty if not.
 
     On CHECKED pairs of each kind, without the mirror image: RGB against BGR, and scaled pixels
-    against plain ones. A difference counts if 99 % of resamples of the pairs have it.
+    against plain ones. A difference in the separation d' of same and different pairs counts if
+    99 % of resamples of the pairs have it.
     """
     from eval.images import Subset
 
@@ -122,20 +123,19 @@ def contract_warning(session: Session, pairs: Pairs) -> str:
     def score(embedder) -> NDArray:
         found = session.features(some, False, embedder, alone=True)
         assert found is not None
-        return -verification.pair_distances(found.matrix(np.float64), first, second)
+        return 1 - verification.pair_distances(found.matrix(np.float64), first, second) / 2
 
     own = score(session.embedder)
     better = []
     for change, contract in session.embedder.contract.alternatives().items():
         other = score(session.embedder.with_contract(contract))
-        gain = roc.auc(other, issame) - roc.auc(own, issame)
-        if gain > 0 and bootstrap.auc_gain_is_real(own, other, issame):
-            better.append((gain, change, roc.auc(other, issame)))
+        if bootstrap.separates_better(own, other, issame):
+            better.append((bootstrap.separation(other, issame), change))
     if not better:
         return ""
-    _, change, auc = max(better)
+    gain, change = max(better)
     return (
-        f"{pairs.name}: these pairs verify better with {change} (AUC {roc.auc(own, issame):.4f} -> "
-        f"{auc:.4f} on {len(issame)} pairs); is the input contract of the model right? Now it is "
-        f"{session.embedder.contract.text()}"
+        f"{pairs.name}: these pairs verify better with {change} (separation d' "
+        f"{bootstrap.separation(own, issame):.2f} -> {gain:.2f} on {len(issame)} pairs); is the "
+        f"input contract of the model right? Now it is {session.embedder.contract.text()}"
     )

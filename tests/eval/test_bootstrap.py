@@ -55,19 +55,23 @@ def test_accuracy_interval():
     assert bootstrap.accuracy_interval(np.ones(20), np.arange(20) % 2) == (1.0, 1.0)
 
 
-def test_a_gain_is_real_only_beyond_chance():
+def test_a_gain_counts_only_beyond_chance():
     values, labels = scored(0)
     better = values + 0.5 * labels
-    assert bootstrap.auc_gain_is_real(values, better, labels)
-    assert not bootstrap.auc_gain_is_real(better, values, labels)
-    assert not bootstrap.auc_gain_is_real(values, values, labels)
-    real = sum(
-        bootstrap.auc_gain_is_real(
-            values, values + 0.3 * np.random.default_rng(k).normal(size=600), labels
-        )
-        for k in range(10)
-    )
-    assert real <= 1
+    assert bootstrap.separates_better(values, better, labels)
+    assert not bootstrap.separates_better(better, values, labels)
+    assert not bootstrap.separates_better(values, values, labels)
+    noise = [np.random.default_rng(k).normal(size=600) for k in range(10)]
+    real = [bootstrap.separates_better(values, values + 0.3 * x, labels) for x in noise]
+    assert sum(real) <= 1
+    assert bootstrap.separation([1, 3, 0, 0], [1, 1, 0, 0]) == pytest.approx(2 / np.sqrt(0.5))
+
+
+def test_a_gain_shows_where_no_pair_is_in_error():
+    values, labels = scored(0, gap=12.0)
+    wider = np.where(labels, values + 1, values)
+    assert roc.auc(values, labels) == roc.auc(wider, labels) == 1
+    assert bootstrap.separates_better(values, wider, labels)
 
 
 @pytest.mark.parametrize(
