@@ -149,7 +149,7 @@ def histogram(
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(_percent))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.legend(**_BESIDE_TITLE)
+        axes.legend(loc="best")
         return _svg(figure, f"Histogram of scores, {title}")
 
 

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> dict | None:
     """Search every gallery; print and return ranks and TPIR.
 
     Raises:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict:
             pooled.append(templates.normalised(
                 pairs_command.pool(one.matrix(), faces, args.norm)))  # fmt: skip
     if not work.is_first:
-        return {}
+        return None
     probes = pooled[-1], tables[-1].subjects
     searches = {
         name: identification.search(unit, faces.subjects, *probes)

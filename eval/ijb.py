@@ -233,12 +233,11 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 def _integers(text: bytes, count: int) -> NDArray[np.int64] | None:
     """[count, 3], or None where the text is something else than three integers a line."""
-    if set(text) - set(b"0123456789 \t\r\n"):
+    if text.translate(None, b"0123456789 \t\r\n"):
         return None
     values = np.fromstring(text.decode("ascii"), dtype=np.int64, sep=" ")
     if len(values) != 3 * count:
         return None
-    starts = np.array([], dtype=np.int64)
     if count > 1:  # three numbers on every line, not only on average
         raw = np.frombuffer(text, dtype=np.uint8)
         digit = (raw >= ord("0")) & (raw <= ord("9"))

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> dict | None:
     """Pool the templates once, then score what is asked for.
 
     Raises:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> dict:
         )
     features = work.features(faces.images)
     if features is None:
-        return {}
+        return None
     ids, pooled = ijb.pool(features.matrix(), faces, args.norm, args.detector)
     unit = templates.normalised(pooled)
     contract = work.contract(

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> dict | None:
     """Search the probes of each protocol in both of its galleries.
 
     Raises:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> dict:
     images = Files("IJB-S", args.faces, paths)
     features = work.features(images)
     if features is None:
-        return {}
+        return None
     number = {key: i for i, key in enumerate(dict.fromkeys(owner))}
     rows = np.array([number[key] for key in owner])
     _, sums = templates.pool(features.matrix(), rows, np.arange(len(rows)))

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> dict | None:
     """Print a table of the sets; return the model's facts and the numbers of each set.
 
     Raises:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> dict:
         if features is not None:
             found.append(verify.verify(work, pairs, features, "lfw"))
     if not work.is_first:
-        return {}
+        return None
     if args.check and not Path(args.model).is_dir():
         if text := verify.contract_warning(work, sets[0]):
             work.warn(text)

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> dict | None:
     """Rates of the pairs; with ten and more pairs of images also the ten-fold accuracy.
 
     Raises:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict:
     work = session.Session(args)
     features = work.features(pairs.images)
     if features is None:
-        return {}
+        return None
     result = verify.verify(work, pairs, features, "pairs")
     work.save(result)
     return lfw_command.finish(work, [result], None)
@@ -86,7 +86,7 @@ def _of_images(args: argparse.Namespace, table: lists.Table, issame) -> pair_lis
     return pair_lists.Pairs(args.pairs.stem, images, first, second, issame)
 
 
-def _of_templates(args: argparse.Namespace, table: lists.Table, issame) -> dict:
+def _of_templates(args: argparse.Namespace, table: lists.Table, issame) -> dict | None:
     faces = lists.read_faces(args.templates, args.images, args.landmarks, ("image", "template"))
     numbers = {name: number for number, name in enumerate(faces.names)}
     sides = []
@@ -98,7 +98,7 @@ def _of_templates(args: argparse.Namespace, table: lists.Table, issame) -> dict:
     work = session.Session(args)
     features = work.features(faces.images)
     if features is None:
-        return {}
+        return None
     pooled = pool(features.matrix(), faces, args.norm)
     unit = templates.normalised(pooled)
     scores = templates.pair_scores(unit, *sides)

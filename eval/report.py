@@ -122,6 +122,8 @@ def _markdown(
     for group in found:
         for title, heads, rows in sections.tables_of(group):
             yield tables.as_markdown(f"**{title}**", heads, rows)
+        for note in sections.notes_of(group):
+            yield f"{note}\n".replace("*", "\\*")
         for name, result in group.results.items():
             contract = result.facts["contract"]
             listed = "; ".join(f"{key}: {value}" for key, value in contract.items()

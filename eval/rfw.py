@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fmr", type=float, default=1e-3, metavar="X", help="default 1e-3")
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> dict | None:
     """Verify the four groups; print and return the fairness report.
 
     Raises:
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> dict:
     work = session.Session(args)
     features = {group: work.features(pairs.images) for group, pairs in sets.items()}
     if not work.is_first:
-        return {}
+        return None
     distance, missing = {}, 0
     for group, pairs in sets.items():
         found = features[group]

@@ -35,6 +35,8 @@ def curve(scores: ArrayLike, labels: ArrayLike) -> Curve:
             kind of pair.
     """
     score = np.asarray(scores)
+    if score.dtype.kind != "f":
+        score = score.astype(np.float64)
     if score.ndim != 1 or np.isnan(score).any():
         raise ValueError(f"scores must be one row of numbers without NaN, not {list(score.shape)}")
     same = check_labels(labels, len(score))

@@ -42,28 +42,38 @@ def grouped(models: Mapping[str, Sequence[Result]]) -> list[Group]:
 
 
 def tables_of(group: Group) -> list[tables.Table]:
-    """The tables of a group; with several models, one row or one table for each."""
+    """The tables of a group; with several models, each row or column says whose it is."""
     some = next(iter(group.results.values()))
     title = f"{TITLES.get(group.protocol, group.protocol)}: {group.name}"
     several = len(group.results) > 1
-    if "groups" in some.metrics:
-        return [(f"{title}, {model}" if several else title, *tables.fairness_table(result)[1:])
-                for model, result in group.results.items()]  # fmt: skip
+    if "groups" in some.metrics or "galleries" in some.metrics:
+        of_one = tables.fairness_table if "groups" in some.metrics else tables.search_table
+        if not several:
+            return [(title, *of_one(some)[1:])]
+        parts = {model: of_one(result) for model, result in group.results.items()}
+        rows = [[model, *row] for model, (_, _, body) in parts.items() for row in body]
+        return [(title, ["model", *of_one(some)[1]], rows)]
     found: list[tables.Table] = []
     if "fold_accuracy" in some.metrics:
         heads = ["model", *tables.PAIR_HEADS[1:]] if several else tables.PAIR_HEADS
-        rows = [tables.pair_row(model if several else group.name, result.metrics)
-                for model, result in group.results.items()]  # fmt: skip
-        found.append((title, heads, rows))
-    if "galleries" in some.metrics:
-        return [(f"{title}, {model}" if several else title, *tables.search_table(result)[1:])
-                for model, result in group.results.items()]  # fmt: skip
+        pairs = [tables.pair_row(model if several else group.name, result.metrics)
+                 for model, result in group.results.items()]  # fmt: skip
+        found.append((title, heads, pairs))
+    if several:
+        found.append((f"{group.name}: TAR at FAR", *tables.far_comparison(group.results)))
     for model, result in group.results.items():
         name = f"{group.name}, {model}" if several else group.name
         found.append((f"{name}: TAR and thresholds", *tables.far_table(result)[1:]))
         if result.metrics.get("intervals"):
             found.append((f"{name}: intervals", *tables.interval_table(result)[1:]))
     return found
+
+
+def notes_of(group: Group) -> list[str]:
+    """What the marks in the group's tables mean."""
+    metrics = {model: result.metrics for model, result in group.results.items()}
+    rows = [row for _, _, body in tables_of(group) for row in body]
+    return tables.pair_notes(metrics, [["", *row] for row in rows])
 
 
 def section(group: Group) -> Iterator[str]:
@@ -73,11 +83,8 @@ def section(group: Group) -> Iterator[str]:
     for title, heads, rows in tables_of(group):
         yield f"<h3>{escape(title)}</h3>"
         yield _table(heads, rows)
-    metrics = {model: result.metrics for model, result in group.results.items()}
-    if all("fold_accuracy" in n for n in metrics.values()):
-        rows = [tables.pair_row(model, n) for model, n in metrics.items()]
-        for note in tables.pair_notes(metrics, rows):
-            yield f"<p>{escape(note)}</p>"
+    for note in notes_of(group):
+        yield f"<p>{escape(note)}</p>"
     yield from _curves(group)
     for model, result in group.results.items():
         yield from _pictures(model if len(group.results) > 1 else "", result)

@@ -78,6 +78,20 @@ def far_table(result: Result) -> Table:
     return title, ["FAR", "TAR insightface", "TAR strict", "FAR reached", "threshold"], rows
 
 
+def far_comparison(found: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
+    """TAR of several models at each FAR, by both rules."""
+    rules = {"insightface": "tar_insightface", "strict": "tar"}
+    heads = ["FAR", *(f"{model}, {rule}" for model in found for rule in rules)]
+    first = next(iter(found.values()))
+    rows = []
+    for point in first.metrics["operating_points"]:
+        x = point["far_target"]
+        cells = [percent(tar_at(r.metrics, x)[key]) for r in found.values()
+                 for key in rules.values()]  # fmt: skip
+        rows.append([f"{x:g}" + ("" if point["resolved"] else "*"), *cells])
+    return heads, rows
+
+
 def search_table(result: Result) -> Table:
     """Ranks and TPIR of each gallery, then of all."""
     n = result.metrics

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace) -> dict | None:
     """Search all probes; print and return the ranks.
 
     Raises:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict:
     images = Files("TinyFace", root, paths)
     features = work.features(images)
     if features is None:
-        return {}
+        return None
     unit = templates.normalised(features.matrix())
     # A distractor is nobody's mate: a subject of its own below every id.
     lowest = int(min(gallery[1].min(), probes[1].min()))

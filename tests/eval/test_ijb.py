@@ -154,7 +154,8 @@ def test_two_processes_give_the_numbers_of_one(root, models, tmp_path):
                 cwd=ROOT, capture_output=True, text=True, timeout=240,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
-            found = json.loads([x for x in done.stdout.splitlines() if x.startswith("{")][-1])
+            (line,) = [x for x in done.stdout.splitlines() if x.startswith("{")]
+            found = json.loads(line)
             outputs.append({key: found[key] for key in ("ijb 1:1", "ijb 1:N")})
         assert outputs[0] == outputs[1]
 

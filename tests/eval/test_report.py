@@ -221,8 +221,10 @@ def test_models_side_by_side(tmp_path):
     text = (tmp_path / "page.html").read_text()
     page = Page(text)
     assert [row[0] for row in page.rows if row and row[0].startswith("run")] == [
-        "run0", "run1", "run2",
+        "run0", "run1", "run2", *(f"run{i}" for i in range(3) for _ in ("G1", "G2", "all")),
     ]  # fmt: skip
+    heads = next(row for row in page.rows if row and row[0] == "FAR" and len(row) == 7)
+    assert heads[1:3] == ["run0, insightface", "run0, strict"]
     assert text.count('aria-label="ROC, lfw"') == 1  # one figure, three curves
     assert text.count('aria-label="Histogram of scores, lfw, run') == 3
     assert "Training" not in text
@@ -380,7 +382,7 @@ def test_in_headless_chromium(tmp_path, bin_file, capsys):
     assert title, done.stderr[-2000:]
     svgs, num_tables, shown, images, wide = json.loads(title[1])
     assert svgs == text.count("<svg") == 2 + 2 + 1 + 1 + (2 + 1 + 1)
-    assert num_tables == text.count("<table") == 1 + 2 * 2 + 2
+    assert num_tables == text.count("<table") == (1 + 1 + 2 * 2) + 1
     assert shown == images == text.count("<img") == 2 * 2 * 24
     assert not wide
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
