@@ -136,7 +136,10 @@ def _digest(path: Path, graph: onnx.GraphProto) -> str:
 
 def _providers() -> list[Any]:
     device = {"device_id": int(os.environ.get("LOCAL_RANK", 0))}
-    wanted = (("CUDAExecutionProvider", device), ("CPUExecutionProvider", {}))
+    wanted: tuple[tuple[str, dict[str, int]], ...] = (
+        ("CUDAExecutionProvider", device),
+        ("CPUExecutionProvider", {}),
+    )
     return [entry for entry in wanted if entry[0] in onnxruntime.get_available_providers()]
 
 

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> dict | None:
             found.append(verify.verify(work, pairs, features, "lfw"))
     if not work.is_first:
         return None
-    if args.check and not Path(args.model).is_dir():
+    if args.check and not verify.contract_is_known(work):
         if text := verify.contract_warning(work, sets[0]):
             work.warn(text)
     for result in found:

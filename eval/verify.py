@@ -3,10 +3,13 @@
 Letters: P pairs, N images, D embedding size.
 """
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
 from eval import bootstrap, results, roc, verification
+from eval.contract import InputContract
 from eval.extract import Features
 from eval.pair_lists import Pairs
 from eval.results import Result
@@ -102,6 +105,14 @@ def set_warning(pairs: Pairs) -> str:
     if pairs.missing:
         parts.append(f"the first left out: {pairs.missing[0]}")
     return f"{pairs.name}: {'; '.join(parts)}" if parts else ""
+
+
+def contract_is_known(session: Session) -> bool:
+    """Whether nobody can be wrong about it: a run, or our export fed as its metadata say."""
+    metadata = session.embedder.facts.get("metadata")
+    if not isinstance(metadata, dict):
+        return Path(session.args.model).is_dir()
+    return "mean" in metadata and InputContract.from_metadata(metadata) == session.embedder.contract
 
 
 def contract_warning(session: Session, pairs: Pairs) -> str:
