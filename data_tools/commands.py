@@ -1,7 +1,8 @@
 """`python -m PACKAGE COMMAND ...`: the parser, the errors and the exit code of such a program.
 
 A command is a module with `add_arguments(parser)` and `run(args) -> dict`; the dict is what
-`--json` prints, and an `ok` of False in it makes the exit code 1.
+`--json` prints, and an `ok` of False in it makes the exit code 1. A process that only helped
+another one returns None and prints nothing.
 """
 
 import argparse
@@ -40,6 +41,8 @@ def main(
     except KeyboardInterrupt:
         print("error: interrupted; nothing half-made is left", file=sys.stderr)
         return 130
+    if result is None:
+        return 0
     if args.json:
         print(json.dumps(result, allow_nan=False))
     return 0 if result.get("ok", True) else 1

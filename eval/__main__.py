@@ -3,10 +3,28 @@
 import sys
 
 from data_tools import commands
-from eval import lfw_command
+from eval import (
+    identify_command,
+    ijb_command,
+    ijbs,
+    lfw_command,
+    pairs_command,
+    report_command,
+    rfw,
+    thresholds_command,
+    tinyface,
+)
 
 _COMMANDS = {
-    "lfw": (lfw_command, "verify pairs: LFW, CFP-FP, AgeDB-30, CALFW, CPLFW, sets of your own"),
+    "lfw": (lfw_command, "verify pairs: LFW, CFP-FP, AgeDB-30, CALFW, CPLFW, any .bin or list"),
+    "ijb": (ijb_command, "IJB-B and IJB-C, 1:1 and 1:N"),
+    "tinyface": (tinyface, "TinyFace: rank 1, 5, 20 with distractors"),
+    "ijbs": (ijbs, "IJB-S: surveillance to single, booking, surveillance"),
+    "rfw": (rfw, "RFW: four groups and a shared threshold"),
+    "pairs": (pairs_command, "verify pairs of your own images or templates"),
+    "identify": (identify_command, "search your own probes in your own galleries"),
+    "report": (report_command, "one page on all that was evaluated, of one model or several"),
+    "thresholds": (thresholds_command, "choose the operating points that export writes"),
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 SERIES = 7  # the page's colours --s1 .. --s7
@@ -45,52 +45,112 @@ _BESIDE_TITLE = {"loc": "lower right", "bbox_to_anchor": (1, 0.98), "ncols": 4, 
 Curve = tuple[Sequence[float] | NDArray, Sequence[float] | NDArray]  # x, y
 
 
-def roc(curves: Mapping[str, Curve]) -> str:
-    """TAR over FAR on a log axis; curves: set -> (FAR, TAR) as `verification.roc` returns them."""
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": "roc"}):
-        figure, axes = _figure(6.6, 4.2)
-        finest = 1.0
-        for i, (name, (far, tar)) in enumerate(curves.items()):
-            shown = np.asarray(far) > 0  # the log axis starts at one false accept
-            finest = min(finest, np.asarray(far)[shown][0])
-            axes.step(
-                np.asarray(far)[shown],
-                np.asarray(tar)[shown],
-                where="post",
-                label=_plain(name),
-                **_of(i),
-            )
-        axes.set_xscale("log")
-        axes.set_xlim(finest, 1)
-        lowest = min(np.asarray(y)[np.asarray(x) > 0][0] for x, y in curves.values())
-        axes.set_ylim(max(0.0, lowest - 0.05 * (1 - lowest) - 0.002), 1.002)
-        axes.set_xlabel("FAR: different people accepted")
-        axes.set_ylabel("TAR: same person accepted")
+def lines(
+    title: str,
+    curves: Mapping[str, Curve],
+    axes_text: tuple[str, str],  # x, y
+    log: str = "",  # "x", "y" or "xy"
+    step: bool = False,
+    limits: tuple[tuple[float, float] | None, tuple[float, float] | None] = (None, None),
+    large: bool = False,
+) -> str:
+    """Curves of shares, one for each model or set; the y axis in percent, log axes where said."""
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
+        figure, axes = _figure(*((6.6, 4.2) if large else (4.6, 2.8)))
+        points = {name: np.asarray(curve, dtype=float) for name, curve in curves.items()}
+        if "x" in log:
+            points = {name: xy[:, xy[0] > 0] for name, xy in points.items()}
+        if "y" in log and not any((xy[1] > 0).any() for xy in points.values()):
+            log = log.replace("y", "")  # no error at all has no place on a log axis
+        for i, (name, (x, y)) in enumerate(points.items()):
+            shown = (y > 0) | ("y" not in log)
+            where = {"drawstyle": "steps-post"} if step else {}
+            axes.plot(x[shown], y[shown], label=_plain(name), **where, **_of(i))
+        axes.set_xscale("log" if "x" in log else "linear")
+        axes.set_yscale("log" if "y" in log else "linear")
+        if limits[0]:
+            axes.set_xlim(*limits[0])
+        if limits[1]:
+            axes.set_ylim(*limits[1])
+        axes.set_title(title)
+        axes.set_xlabel(axes_text[0])
+        axes.set_ylabel(axes_text[1])
         axes.yaxis.set_major_formatter(FuncFormatter(_percent))
-        axes.legend(loc="lower right")
-        return _svg(figure, "ROC curves")
+        if "y" in log:
+            axes.yaxis.set_minor_formatter(FuncFormatter(_percent))
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        if len(curves) > 1 or large:
+            axes.legend(loc="best")
+        return _svg(figure, title)
 
 
-def histogram(name: str, cosine: NDArray, issame: NDArray, threshold: float) -> str:
-    """Shares of same and different pairs over the cosine; a line at `threshold`."""
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": f"histogram {name}"}):
+def roc(curves: Mapping[str, Curve], title: str = "ROC curves") -> str:
+    """TAR over FAR on a log axis; curves: name -> (FAR, TAR). It starts at one false accept."""
+    positive = [(np.asarray(x)[np.asarray(x) > 0], np.asarray(y)[np.asarray(x) > 0])
+                for x, y in curves.values()]  # fmt: skip
+    finest = min((float(x[0]) for x, _ in positive if len(x)), default=0.5)
+    lowest = min((float(y[0]) for _, y in positive if len(y)), default=0.0)
+    limits = ((min(finest, 0.5), 1.0), (max(0.0, lowest - 0.05 * (1 - lowest) - 0.002), 1.002))
+    text = ("FAR: different people accepted", "TAR: same person accepted")
+    return lines(title, curves, text, "x", True, limits, large=True)
+
+
+def det(curves: Mapping[str, Curve], title: str = "DET curves") -> str:
+    """1 - TAR over FAR, both axes log; curves: name -> (FAR, TAR)."""
+    misses = {name: (x, 1 - np.asarray(y)) for name, (x, y) in curves.items()}
+    text = ("FAR: different people accepted", "1 - TAR: same person rejected")
+    return lines(title, misses, text, "xy", True, large=True)
+
+
+def cmc(curves: Mapping[str, Sequence[float] | NDArray], title: str = "CMC curves") -> str:
+    """Share of mated probes found within a rank; curves: name -> [K]."""
+    by_rank = {name: (np.arange(1, len(y) + 1), y) for name, y in curves.items()}
+    return lines(title, by_rank, ("rank", "mated probes found"), "x")
+
+
+def folds(title: str, accuracy: Mapping[str, Sequence[float]]) -> str:
+    """The accuracy of each fold as a dot, its mean as a line; one column a model or set."""
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
         figure, axes = _figure(4.6, 2.8)
-        low, high = float(np.min(cosine)), max(1.0, float(np.max(cosine)))
-        bins = np.linspace(low, high if high > low else low + 1, 61)
-        for kind, label, color in ((~issame, "different", 1), (issame, "same", 0)):
-            shares = np.histogram(cosine[kind], bins)[0] / max(1, kind.sum())
+        for i, values in enumerate(accuracy.values()):
+            shift = (np.arange(len(values)) - (len(values) - 1) / 2) * 0.05
+            axes.scatter(i + shift, values, s=14, color=_COLORS[i % SERIES], zorder=3)
+            axes.hlines(np.mean(values), i - 0.35, i + 0.35, color=_INK, linewidth=1)
+        axes.set_xticks(range(len(accuracy)), [_plain(name) for name in accuracy])
+        axes.set_xlim(-0.6, len(accuracy) - 0.4)
+        axes.set_title(title)
+        axes.set_ylabel("accuracy of a fold")
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        return _svg(figure, title)
+
+
+def histogram(
+    title: str,
+    edges: NDArray,
+    same: NDArray,  # counts
+    different: NDArray,
+    threshold: float | None = None,
+    labels: tuple[str, str] = ("different", "same"),
+) -> str:
+    """Shares of both kinds over the score; a line at `threshold`."""
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": f"histogram {title}"}):
+        figure, axes = _figure(4.6, 2.8)
+        for counts, label, color in ((different, labels[0], 1), (same, labels[1], 0)):
+            shares = counts / max(1, counts.sum())
             style = _of(color)
-            axes.stairs(shares, bins, fill=True, alpha=0.25, color=style["color"])
-            axes.stairs(shares, bins, label=label, **style)
-        axes.axvline(threshold, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
-        axes.set_title(_plain(name))
-        axes.set_xlabel("cosine of the pair")
-        axes.set_ylabel("share of pairs")
+            axes.stairs(shares, edges, fill=True, alpha=0.25, color=style["color"])
+            axes.stairs(shares, edges, label=label, **style)
+        if threshold is not None:
+            axes.axvline(threshold, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+        axes.set_title(_plain(title))
+        axes.set_xlabel("score")
+        axes.set_ylabel("share")
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(_percent))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.legend(**_BESIDE_TITLE)
-        return _svg(figure, f"Histogram of scores, {name}")
+        axes.legend(loc="best")
+        return _svg(figure, f"Histogram of scores, {title}")
 
 
 def curves(
@@ -137,7 +197,7 @@ def _of(series: int) -> dict:
 
 
 def _percent(value: float, _: object = None) -> str:
-    return f"{100 * value:.6g} %"
+    return f"{100 * value:.4g} %"
 
 
 def _plain(name: str) -> str:

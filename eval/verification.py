@@ -1,17 +1,36 @@
-"""Verification of pairs, NumPy only: ten-fold accuracy, the exact ROC, TAR at a given FAR.
+"""Verification of pairs, NumPy only: ten-fold accuracy; the exact ROC is in eval/roc.py.
 
-Letters: P pairs, D embedding size, F folds, T thresholds, U distinct scores.
+Letters: P pairs, D embedding size, F folds, T thresholds.
 A *score* grows with likeness; a *distance* is the squared L2 distance of unit vectors, 0 to 4.
 """
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from eval.roc import (
+    area_of,
+    auc,
+    check_labels,
+    curve,
+    eer,
+    eer_of,
+    operating_points,
+    roc,
+    tar_at_far,
+)
+
+__all__ = [
+    "auc", "balanced_accuracy", "distances", "eer", "evaluate", "evaluate_distances",
+    "held_out_answers", "operating_points", "pair_distances", "roc", "tar_at_far",
+]  # fmt: skip
+
 Floats = NDArray[np.float64]
 
 THRESHOLDS = np.arange(400) * 0.01  # [T] squared distances 0.00 .. 3.99 of the accuracy
 VAL_THRESHOLDS = np.arange(4000) * 0.001  # [T] the finer ones of VAL@FAR
 VAL_FAR = 1e-3
+_CHUNK_BYTES = 64 << 20  # of features gathered at once
+_CACHE_BYTES = 1 << 20
 
 
 def distances(embeddings: ArrayLike) -> Floats:
@@ -22,17 +41,50 @@ def distances(embeddings: ArrayLike) -> Floats:
     Raises:
         ValueError: the shape is not [2P, D], or a row holds NaN, infinity or overflows its norm.
     """
-    x = np.asarray(embeddings, dtype=np.float64)  # [2P, D]
+    x = np.asarray(embeddings)  # [2P, D]
     if x.ndim != 2 or len(x) % 2 or x.size == 0:
         raise ValueError(f"embeddings must be [2 * pairs, D], not {list(x.shape)}")
-    norms = np.sqrt(np.einsum("nd,nd->n", x, x))  # [2P]
-    if not np.isfinite(norms).all():
-        row = int(np.flatnonzero(~np.isfinite(norms))[0])
-        raise ValueError(
-            f"embedding {row} (pair {row // 2}) is not finite: its norm is {norms[row]}"
-        )
-    unit = x / np.where(norms == 0, 1, norms)[:, None]
-    return np.sum(np.square(unit[0::2] - unit[1::2]), axis=1)
+    whole = np.empty(len(x) // 2)
+    step = 2 * max(1, _CACHE_BYTES // (32 * x.shape[1]))  # rows that stay in the cache
+    for start in range(0, len(x), step):
+        part = x[start : start + step].astype(np.float64)
+        norms = np.sqrt(np.einsum("nd,nd->n", part, part))
+        if not np.isfinite(norms).all():
+            row = int(np.flatnonzero(~np.isfinite(norms))[0])
+            raise ValueError(
+                f"embedding {start + row} (pair {(start + row) // 2}) is not finite: its norm is "
+                f"{norms[row]}"
+            )
+        part /= np.where(norms == 0, 1, norms)[:, None]
+        apart = np.subtract(part[0::2], part[1::2])
+        np.square(apart, out=apart)
+        np.sum(apart, axis=1, out=whole[start // 2 : (start + step) // 2])
+    return whole
+
+
+def pair_distances(features: ArrayLike, first: ArrayLike, second: ArrayLike) -> Floats:
+    """`distances` of the rows first[i] and second[i] of features [N, D]: [P].
+
+    Raises:
+        ValueError: as `distances`, naming the row.
+    """
+    x = np.asarray(features)
+    one, other = np.asarray(first), np.asarray(second)
+    step = max(1, _CHUNK_BYTES // (32 * max(1, x.shape[1])))
+    whole = np.empty(len(one))
+    for start in range(0, len(one), step):
+        some = slice(start, start + step)
+        rows = np.stack([one[some], other[some]], axis=1).ravel()
+        whole[some] = distances(x[rows])
+    return whole
+
+
+def held_out_answers(metrics: dict, distance: ArrayLike, issame: ArrayLike) -> NDArray[np.bool_]:
+    """[P]: whether each pair is answered rightly at its fold's threshold; metrics of `evaluate`."""
+    thresholds = np.asarray(metrics["best_thresholds"])
+    same = np.asarray(issame, dtype=bool)
+    called = np.asarray(distance) < thresholds[_folds(len(same), len(thresholds))]
+    return called == same
 
 
 def evaluate(embeddings: ArrayLike, issame: ArrayLike, folds: int = 10) -> dict:
@@ -56,8 +108,13 @@ def evaluate(embeddings: ArrayLike, issame: ArrayLike, folds: int = 10) -> dict:
         ValueError: shapes that do not agree, labels other than 0 and 1, fewer pairs than folds,
             embeddings that are not finite.
     """
-    distance = distances(embeddings)  # [P]
-    same = _labels(issame, len(distance))
+    return evaluate_distances(distances(embeddings), issame, folds)
+
+
+def evaluate_distances(distance: ArrayLike, issame: ArrayLike, folds: int = 10) -> dict:
+    """`evaluate` of squared distances [P] that are there already."""
+    distance = np.asarray(distance, dtype=np.float64)
+    same = check_labels(issame, len(distance))
     fold = _folds(len(same), folds)  # [P]
     rows = np.arange(folds)
     num_same = np.bincount(fold[same], minlength=folds)  # [F]
@@ -76,6 +133,7 @@ def evaluate(embeddings: ArrayLike, issame: ArrayLike, folds: int = 10) -> dict:
     val = _rate(tp[rows, last], num_same)
 
     both = same.any() and not same.all()
+    points = curve(-distance, same) if both else None
     return {
         "accuracy_mean": float(np.mean(fold_accuracy)),
         "accuracy_std": float(np.std(fold_accuracy)),
@@ -85,8 +143,8 @@ def evaluate(embeddings: ArrayLike, issame: ArrayLike, folds: int = 10) -> dict:
         "val_std": float(np.std(val)),
         "val_far_mean": float(np.mean(_rate(fp[rows, last], num_diff))),
         "val_thresholds": VAL_THRESHOLDS[last].tolist(),
-        "auc": auc(-distance, same) if both else None,
-        "eer": eer(-distance, same) if both else None,
+        "auc": area_of(points) if points else None,
+        "eer": eer_of(points) if points else None,
     }
 
 
@@ -102,7 +160,7 @@ def balanced_accuracy(distance: ArrayLike, issame: ArrayLike, folds: int = 10) -
         ValueError: as `evaluate`.
     """
     distance = np.asarray(distance, dtype=np.float64)
-    same = _labels(issame, len(distance))
+    same = check_labels(issame, len(distance))
     fold = _folds(len(same), folds)  # [P]
     rows = np.arange(folds)
     tp = _below(distance[same], fold[same], folds, THRESHOLDS)  # [F, T] on the held-out folds
@@ -115,111 +173,6 @@ def balanced_accuracy(distance: ArrayLike, issame: ArrayLike, folds: int = 10) -
     tar = _rate(tp[rows, best].sum(), num_same.sum())
     far = _rate(fp[rows, best].sum(), num_diff.sum())
     return float((tar + 1 - far) / 2)
-
-
-def roc(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats, Floats]:
-    """(FAR, TAR, threshold), each [U + 1]: the exact ROC, accepting where score >= threshold.
-
-    One point for each distinct score, highest first, behind (0, 0, inf); nothing is dropped.
-
-    Raises:
-        ValueError: shapes that do not agree, labels other than 0 and 1, a NaN score, or only one
-            kind of pair.
-    """
-    fp, tp, thresholds = _counts(scores, labels)
-    return (
-        np.concatenate(([0.0], fp / fp[-1])),
-        np.concatenate(([0.0], tp / tp[-1])),
-        np.concatenate(([np.inf], thresholds)),
-    )
-
-
-def tar_at_far(
-    scores: ArrayLike, labels: ArrayLike, fars: ArrayLike, rule: str = "insightface"
-) -> Floats:
-    """TAR at each of `fars`: [len(fars)].
-
-    rule "insightface": the point of the ROC whose FAR is *nearest* the target, hence possibly above
-    it. Interior points where the second differences of FP and of TP are both zero are left out
-    first (scikit-learn's drop_intermediate); of equally near points the one with the larger FAR
-    counts, then with the larger TAR. This is what the published IJB tables hold.
-    rule "strict": the largest TAR with FAR <= target.
-
-    Raises:
-        ValueError: as `roc`, or an unknown rule, or a target outside [0, 1].
-    """
-    if rule not in ("insightface", "strict"):
-        raise ValueError(f"unknown rule {rule!r}: choose 'insightface' or 'strict'")
-    if rule == "strict":
-        return operating_points(scores, labels, fars)[0]
-    targets = _targets(fars)
-    fp, tp, _ = _counts(scores, labels)
-    kept = np.ones(len(fp), dtype=bool)
-    kept[1:-1] = (np.diff(fp, 2) != 0) | (np.diff(tp, 2) != 0)
-    # Reversed, so that argmin meets the larger FAR (and at equal FAR the larger TAR) first.
-    far = np.concatenate(([0.0], fp[kept] / fp[-1]))[::-1]
-    tar = np.concatenate(([0.0], tp[kept] / tp[-1]))[::-1]
-    return np.array([tar[np.argmin(np.abs(far - target))] for target in targets])
-
-
-def operating_points(
-    scores: ArrayLike, labels: ArrayLike, fars: ArrayLike
-) -> tuple[Floats, Floats, Floats]:
-    """(TAR, FAR, threshold), each [len(fars)]: the ROC's last point with FAR <= each target.
-
-    The threshold accepts score >= threshold; inf accepts nothing.
-
-    Raises:
-        ValueError: as `roc`, or a target outside [0, 1].
-    """
-    targets = _targets(fars)
-    far, tar, thresholds = roc(scores, labels)
-    last = np.searchsorted(far, targets, side="right") - 1
-    return tar[last], far[last], thresholds[last]
-
-
-def auc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Area under the exact ROC: P(genuine score > impostor score), ties counting one half.
-
-    Raises:
-        ValueError: as `roc`.
-    """
-    far, tar, _ = roc(scores, labels)
-    return float(np.trapezoid(tar, far))
-
-
-def eer(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Equal error rate: FAR where FAR = 1 - TAR, on straight lines between the ROC's points.
-
-    Raises:
-        ValueError: as `roc`.
-    """
-    far, tar, _ = roc(scores, labels)
-    gap = far + tar - 1  # rises from -1 to 1
-    after = int(np.argmax(gap >= 0))
-    before = after - 1
-    share = -gap[before] / (gap[after] - gap[before])
-    return float(far[before] + share * (far[after] - far[before]))
-
-
-def _counts(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray, NDArray]:
-    """(FP, TP, threshold), each [U]: what scores >= threshold, highest threshold first."""
-    score = np.asarray(scores)
-    if score.ndim != 1 or np.isnan(score).any():
-        raise ValueError(f"scores must be one row of numbers without NaN, not {list(score.shape)}")
-    same = _labels(labels, len(score))
-    if not same.any() or same.all():
-        kind = "same" if same.any() else "different"
-        raise ValueError(
-            f"all {len(same)} pairs are {kind!r} pairs: a ROC needs both kinds; check the labels"
-        )
-    ordered = np.sort(score)
-    first = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))  # [U]
-    thresholds = ordered[first]  # ascending
-    at = np.bincount(np.searchsorted(thresholds, score[same]), minlength=len(first))
-    tp = np.cumsum(at[::-1])
-    fp = (len(score) - first)[::-1] - tp
-    return fp, tp, thresholds[::-1]
 
 
 def _folds(num_pairs: int, folds: int) -> NDArray:
@@ -240,20 +193,3 @@ def _below(distance: Floats, fold: NDArray, folds: int, thresholds: NDArray) -> 
 
 def _rate(part: NDArray, whole: NDArray) -> Floats:
     return part / np.maximum(whole, 1)
-
-
-def _labels(labels: ArrayLike, num_pairs: int) -> NDArray[np.bool_]:
-    given = np.asarray(labels)
-    if given.shape != (num_pairs,):
-        raise ValueError(f"{num_pairs} pairs need {num_pairs} labels, not {list(given.shape)}")
-    same = given.astype(bool)
-    if not np.array_equal(same, given):
-        raise ValueError(f"labels must be 0 or 1, not {given[same != given][0]}")
-    return same
-
-
-def _targets(fars: ArrayLike) -> Floats:
-    targets = np.atleast_1d(np.asarray(fars, dtype=np.float64))
-    if targets.ndim != 1 or not ((targets >= 0) & (targets <= 1)).all():
-        raise ValueError(f"a FAR lies between 0 and 1: {fars!r}")
-    return targets

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from data_tools import commands, shards
 from data_tools.decode import decode
+from eval import session, thresholds_command
 from eval.align import TEMPLATE
-from recognition.checkpoint import load_backbone
+from recognition.checkpoint import load_backbone, newest, read_manifest
 from recognition.export import ExportError, Images, export_onnx
 
 NUM_EXAMPLES = 7
@@ -23,7 +24,8 @@ Write the network of a run as an ONNX file: input `input` float32 [batch, 3, 112
 (pixel - 127.5) / 127.5, output `embedding` float32 [batch, D], not normalised. The file takes its
 name only after ONNX Runtime has agreed with torch on batches of 1, 2 and 7 images of the run's
 data set (seeded noise where that set is not on this machine); otherwise nothing is left and the
-exit code is 1. Its metadata say how to feed it."""
+exit code is 1. Its metadata say how to feed it, and from which scores to accept, where
+`python -m eval thresholds` has chosen that."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,14 +55,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export_run(run: str, out: Path) -> dict[str, Any]:
     """Export the network of `run` to `out`; the report of export_onnx."""
-    module, config = load_backbone(run)
+    found = run if (Path(run) / "manifest.json").is_file() else newest(run)
+    module, config = load_backbone(found or run)
     metadata = {
         "network": config["network"],
         "margin": config["margin"],
         "commit": config["commit"] or "unknown",  # trained outside a git checkout
         "alignment": ";".join(f"{x:.4f},{y:.4f}" for x, y in TEMPLATE),  # five points, x,y
+        **_weights(str(found), Path(run)),
     }
     return export_onnx(module, out, metadata=metadata, example_images=images_of(config["rec"]))
+
+
+def _weights(checkpoint: str, run: Path) -> dict[str, str]:
+    """Which weights these are, and the operating points that were chosen for them."""
+    sha256 = read_manifest(checkpoint)["files"]["model.safetensors"]["sha256"]
+    chosen = thresholds_command.of_run(session.run_dir(run) or run)
+    if chosen is not None and chosen["weights_sha256"] != sha256:
+        print(
+            f"warning: {thresholds_command.FILE} is of other weights and left out: evaluate these, "
+            "then run `python -m eval thresholds` again",
+            file=sys.stderr,
+        )
+        chosen = None
+    entries = {} if chosen is None else {"thresholds": json.dumps(chosen)}
+    return {"weights_sha256": sha256, **entries}
 
 
 def images_of(rec: str) -> Images | None:

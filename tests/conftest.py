@@ -14,6 +14,12 @@ from tests import ranks
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the cores among processes
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Embeddings that the tests make are kept in a directory of theirs, not in the user's."""
+    os.environ["ARCLINE_CACHE"] = str(tmp_path_factory.mktemp("embeddings"))
+
+
 @pytest.fixture(scope="session")
 def shards_dir(tmp_path_factory):
     """16 generated people x 8 images in two shards, and heldout.bin of 4 people beside them."""

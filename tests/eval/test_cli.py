@@ -14,31 +14,11 @@ import pytest
 from rich.console import Console
 
 from eval import __main__ as cli
-from eval import report, verification
-from eval.lfw_command import _table, run_dir
+from eval import tables, verification
+from eval.lfw_command import table
+from eval.session import run_dir
+from tests.eval.made import run_directory, tinted
 from tests.eval.test_embed import channel_means, make_run
-from tests.eval.test_report import run_directory
-
-
-def tinted(person, image):
-    """A JPEG whose mean colour says who it is."""
-    rng = np.random.default_rng([person, image])
-    hue = np.uint8([[[(person * 37) % 180, 220, 200]]])
-    color = cv2.cvtColor(hue, cv2.COLOR_HSV2BGR)[0, 0].astype(float)
-    pixels = np.clip(color + rng.normal(0, 10, (112, 112, 3)) + rng.normal(0, 2, 3), 0, 255)
-    return cv2.imencode(".jpg", pixels.astype(np.uint8))[1].tobytes()
-
-
-@pytest.fixture(scope="module")
-def bin_file(tmp_path_factory):
-    images, labels = [], []
-    for i in range(60):
-        other = i if i % 2 == 0 else i + 2
-        images += [tinted(i, 0), tinted(other, 1)]
-        labels.append(i % 2 == 0)
-    path = tmp_path_factory.mktemp("sets") / "colors.bin"
-    path.write_bytes(pickle.dumps((images, labels)))
-    return path
 
 
 @pytest.fixture
@@ -62,10 +42,10 @@ def test_table(capsys, model, bin_file):
 def test_the_table_fits_80_columns():
     number = {"pairs": 13233, "same": 9000, "different": 700, "accuracy_mean": 1.0}
     number |= {"accuracy_std": 0.0, "eer": 0.5, "auc": 0.98765, "xnorm": 123.456}
-    number |= {"operating_points": [{"far_target": 1e-3, "tar": 1.0}]}
+    number |= {"operating_points": [{"far_target": 1e-3, "tar": 1.0, "resolved": False}]}
     name = "lfw_pairsDevTrain"
     console = Console(width=80, file=io.StringIO())
-    console.print(_table([report.row(name, number)]))
+    console.print(table([tables.pair_row(name, number)]))
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
     words = ("100.00 ± 0.00 %†", "100.00 %*", "13233", "50.00 %", "0.98765", "123.46", "FAR 0.1 %")
@@ -105,7 +85,8 @@ def test_report_beside_a_run(capsys, tmp_path, bin_file):
     code, out, _ = run(capsys, "lfw", tmp_path, bin_file, "--report", page, "--json")
     assert code == 0 and json.loads(out)["report"] == str(page)
     assert "Accuracy during training" in page.read_text()
-    assert json.loads((tmp_path / "report.json").read_text())["model"]["network"] == "mbf_tiny"
+    (result,) = json.loads((tmp_path / "report.json").read_text())["models"][str(tmp_path)]
+    assert result["model"]["network"] == "mbf_tiny"
     for inside in (tmp_path / "checkpoints" / "step-7", tmp_path / "model.onnx"):
         assert run_dir(inside) == tmp_path.resolve()
 
@@ -168,7 +149,10 @@ def test_user_errors_are_one_line(capsys, tmp_path, model, bin_file):
         ((model, tmp_path / "broken.bin"), "broken image 119: .*"),
         ((model, tmp_path / "few.bin"), "4 pairs cannot be cut into 10 folds"),
         ((model, tmp_path / "absent.bin"), "absent.bin"),
-        ((tmp_path / "absent", bin_file), "no run directory and no .onnx file at .*absent"),
+        (
+            (tmp_path / "absent", bin_file),
+            "no run directory, .* file at .*absent",
+        ),
         ((tmp_path / "few.bin", bin_file), "few.bin is not an ONNX model"),
         ((model, bin_file, other), "two sets of one name among colors, colors"),
         ((model, f"{tmp_path}/absent.txt:{tmp_path}"), "absent.txt"),
@@ -193,8 +177,8 @@ def test_help_needs_no_network_library():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     for word in (
-        "RUN_OR_ONNX",
-        "PAIRS.TXT:IMAGE_DIR",
+        "MODEL",
+        "LIST:IMAGE_DIR:LANDMARKS",
         "--report",
         "--json",
         "example:",

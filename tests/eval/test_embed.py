@@ -85,7 +85,9 @@ def test_onnx_metadata_is_obeyed(tmp_path):
     path = channel_means(tmp_path / "a.onnx", names=("Sub_0", "Mul_1"), metadata=metadata)
     embedder = embed.open_embedder(path)
     np.testing.assert_allclose(embedder(IMAGES), means(IMAGES, 100, 64)[:, ::-1], atol=1e-5)
-    assert embedder.facts["input"] == {"size": 112, "color_order": "BGR", "mean": 100, "std": 64}
+    assert embedder.facts["input"] == {
+        "height": 112, "width": 112, "color_order": "BGR", "mean": 100, "std": 64,
+    }  # fmt: skip
     assert embedder.facts["network"] == "r50" and embedder.facts["metadata"] == metadata
     assert embedder.facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -106,13 +108,13 @@ def test_weights_among_the_inputs_are_dropped(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"size": 128}, "takes images of \\[3, 128, 128\\]"),
+        ({"size": 128}, "a.onnx: images of 128 x 128 cannot be made"),
         ({"metadata": {"mean": "0.5"}}, "metadata of the input: .*input_size"),
         ({"metadata": METADATA | {"mean": "none"}}, "metadata of the input: .*'none'"),
-        ({"metadata": METADATA | {"color_order": "GRB"}}, "cannot be followed: .*GRB"),
-        ({"metadata": METADATA | {"std": "0"}}, "cannot be followed: .*'std': '0'"),
-        ({"metadata": METADATA | {"input_size": "128,128"}}, "not \\[3, 112, 112\\]"),
-        ({"metadata": METADATA | {"input_size": "112,96"}}, "cannot be followed"),
+        ({"metadata": METADATA | {"color_order": "GRB"}}, "cannot be followed: GRB"),
+        ({"metadata": METADATA | {"std": "0"}}, "'std': '0'.* cannot be followed"),
+        ({"metadata": METADATA | {"input_size": "128,128"}}, "128 x 128 cannot be made"),
+        ({"metadata": METADATA | {"input_size": "112,96"}}, "metadata say 112 x 96, its input"),
     ],
 )
 def test_other_onnx_networks_are_refused(tmp_path, options, message):

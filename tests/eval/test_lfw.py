@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from sklearn.preprocessing import normalize
 
-from eval import lfw
-from tests.real import REAL, real
+from eval import extract, images, lfw
 
 
 def face(seed, size=112, quality=95):
@@ -50,7 +49,6 @@ def test_load_bin(tmp_path, faces, protocol, kind):
     assert pairs.name == "agedb_30"
     assert pairs.encoded == faces
     assert pairs.issame.dtype == bool and pairs.issame.tolist() == labels
-    assert pairs.missing == ()
 
 
 def test_load_bin_takes_labels_of_numpy(tmp_path, faces):
@@ -87,91 +85,6 @@ def test_a_label_of_endless_text_is_not_printed(tmp_path):
     with pytest.raises(ValueError, match=r"issame\[0\] \(list\) is neither a boo") as caught:
         lfw.load_bin(path)
     assert len(str(caught.value)) < 300
-
-
-@pytest.fixture
-def listing(tmp_path, faces):
-    """Three people; Cy has only image 1, as PNG."""
-    for name, n, extension in (("Ann_A", 1, "jpg"), ("Ann_A", 12, "jpeg"), ("Bo", 1, "jpg")):
-        folder = tmp_path / "images" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}_{n:04d}.{extension}").write_bytes(faces[n])
-    (tmp_path / "images" / "Cy").mkdir()
-    (tmp_path / "images" / "Cy" / "Cy_0001.png").write_bytes(faces[2])
-
-    def write(text):
-        (tmp_path / "pairs.txt").write_text(text)
-        return tmp_path / "pairs.txt", tmp_path / "images"
-
-    return write
-
-
-def test_load_pairs(listing, faces):
-    body = "Ann_A\t1\t12\nBo\t1\tCy\t1\n"
-    for header in ("", "1\t1\n"):
-        pairs = lfw.load_pairs(*listing(header + body))
-        assert pairs.name == "pairs"
-        assert pairs.encoded == [faces[1], faces[12], faces[1], faces[2]]
-        assert pairs.issame.tolist() == [True, False]
-        assert pairs.missing == ()
-
-
-def test_folds_of_a_list_without_folds_hold_both_kinds(listing):
-    # View 1 of LFW: all same pairs, then all different ones. View 2 keeps its order.
-    body = "Ann_A 1 12\n" * 40 + "Bo 1 Cy 1\n" * 40
-    pairs = lfw.load_pairs(*listing("40\n" + body))
-    assert pairs.issame.reshape(10, 8).sum(axis=1).tolist() == [4] * 10
-    for i, same in enumerate(pairs.issame):
-        assert (pairs.encoded[2 * i + 1] == pairs.encoded[1]) == same  # images moved along
-    view2 = lfw.load_pairs(*listing("2 20\n" + body))
-    assert view2.issame.tolist() == [True] * 40 + [False] * 40
-
-
-def test_load_pairs_lists_what_is_absent(listing):
-    pairs = lfw.load_pairs(*listing("2\nAnn_A 1 12\nBo 1 2\nBo 1 Cy 1\nBo 2 Cy 2\n"))
-    assert pairs.issame.tolist() == [True, False] and len(pairs.encoded) == 4
-    assert len(pairs.missing) == 2
-    assert "pairs.txt:3: no image Bo_0002" in pairs.missing[0]
-    assert "pairs.txt:5: no image Bo_0002 and Cy_0002" in pairs.missing[1]
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("Dee 1 2\nEve 1 2\n", "none of the 2 pairs .* e.g. .*images/Dee/Dee_0001.jpg"),
-        ("Ann_A 1 x\n", "pairs.txt:1: 'Ann_A 1 x' is neither"),
-        ("Ann_A 1 12\nBo\n", "pairs.txt:2: 'Bo' is neither"),
-        ("3\nAnn_A 1 12\nBo 1 Cy 1\n", "2 pairs where its first line announces 6"),
-        ("10 300\n", "0 pairs where its first line announces 6000"),
-        ("", "no pairs"),
-    ],
-)
-def test_load_pairs_refuses(listing, text, message):
-    with pytest.raises(ValueError, match=message):
-        lfw.load_pairs(*listing(text))
-
-
-def test_the_official_list_and_its_images():
-    listed = real("lfw_pairsDevTrain.txt")
-    pairs = lfw.load_pairs(listed, REAL / "lfw112")
-    lines = [x.split() for x in listed.read_text().splitlines()[1:]]
-    present = {path.stem for path in (REAL / "lfw112").glob("*/*.jpg")}
-
-    def there(name, n):
-        return f"{name}_{int(n):04d}" in present
-
-    kept = [
-        x for x in lines if there(x[0], x[1]) and there(*(x[2:] if len(x) == 4 else (x[0], x[2])))
-    ]
-    assert len(pairs.issame) == len(kept) > 1000
-    same = sum(len(x) == 3 for x in kept)
-    assert np.count_nonzero(pairs.issame) == same
-    assert len(pairs.missing) == 2200 - len(kept) > 0
-    first = REAL / "lfw112" / "Aaron_Peirsol" / "Aaron_Peirsol_0001.jpg"
-    assert first.read_bytes() in pairs.encoded
-    folds = np.array_split(pairs.issame, 10)
-    share = same / len(kept)
-    assert all(abs(fold.mean() - share) < 0.02 for fold in folds)
 
 
 @pytest.mark.parametrize("batch_size", [1, 10, 43, 44, 100])
@@ -240,16 +153,16 @@ def test_an_unreadable_image_is_named(faces, broken):
         lfw.embed(projection(), encoded, 4, where="agedb_30")
 
 
-def test_no_more_than_two_batches_are_decoded_at_once(faces, monkeypatch):
-    alive, decode = [], lfw.decode
-    monkeypatch.setattr(lfw, "decode", lambda *x: alive.append(0) or decode(*x))
+def test_few_batches_are_decoded_ahead(faces, monkeypatch):
+    alive, decode = [], images.decode
+    monkeypatch.setattr(images, "decode", lambda *x: alive.append(0) or decode(*x))
     in_use = []
 
-    def forward(images):
+    def forward(batch):
         in_use.append(len(alive))
-        return np.ones((len(images), 2), np.float32)
+        return np.ones((len(batch), 2), np.float32)
 
     lfw.embed(forward, faces, 4)
     assert len(alive) == 44
     for i in range(0, len(in_use), 2):  # two calls a batch: plain and mirrored
-        assert in_use[i] <= 4 * (i // 2 + 2)
+        assert in_use[i] <= 4 * (i // 2 + 2 + extract.AHEAD)

@@ -5,11 +5,14 @@ import pickle
 import pickletools
 import resource
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from eval import unpickle
+from tests.real import ROOT
 
 IMAGES = [b"", b"\xff\xd8jpeg\x00\x80\n'\\", bytes(range(256)) * 300]
 
@@ -187,3 +190,72 @@ def test_the_allowed_instructions_are_the_documented_ones():
     assert names <= known
     calling = {"NEWOBJ", "NEWOBJ_EX", "OBJ", "INST", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
     assert not names & calling
+
+
+@pytest.mark.parametrize("depth", [10**5, 10**6])
+@pytest.mark.parametrize("closing", [b"a", b"t", b"0"])
+def test_deep_nesting_ends_in_an_error(tmp_path, depth, closing):
+    """Lists in lists, tuples in tuples: no recursion of ours, and none when they are let go."""
+    if closing == b"a":
+        content = b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."
+    elif closing == b"t":
+        content = b"\x80\x02" + b"(" * depth + b"t" * depth + b"."
+    else:
+        content = b"\x80\x02" + b"]" * depth + b"0" * depth + b"."
+    path = write(tmp_path, content)
+    code = (
+        "import sys; from eval import lfw\n"
+        "try: lfw.load_bin(sys.argv[1])\n"
+        "except ValueError as error: print('refused', len(str(error)) < 500)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "refused True\n", (done.returncode, done.stderr[-500:])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_mutations_never_get_past_the_reader(tmp_path, seed):
+    """Bytes flipped, cut in and out: an error that names the file, or harmless content."""
+    rng = np.random.default_rng(seed)
+    images = [np.arange(30, dtype=np.uint8), b"abcdef" * 5]
+    base = pickle.dumps((images, [True]), protocol=int(rng.integers(0, 6)))
+    for _ in range(200):
+        content = bytearray(base)
+        for _ in range(int(rng.integers(1, 6))):
+            at = int(rng.integers(len(content)))
+            kind = rng.integers(3)
+            if kind == 0:
+                content[at] = int(rng.integers(256))
+            elif kind == 1:
+                del content[at : at + int(rng.integers(1, 8))]
+            else:
+                content[at:at] = rng.bytes(int(rng.integers(1, 8)))
+        path = write(tmp_path, bytes(content) or b"x")
+        try:
+            found = unpickle.load(path)
+        except ValueError as error:
+            assert "set.bin" in str(error)
+        else:
+            assert isinstance(
+                found, tuple | list | bytes | str | bool | int | unpickle.Array | None
+            )
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"(cnumpy\nndarray\no.", "forbidden instruction 'o'"),  # OBJ
+        (b"(X\x02\x00\x00\x00idios\nsystem\n.", "forbidden instruction 'i'"),  # INST
+        (b"\x80\x02cbuiltins\neval\n.", "forbidden global builtins.eval"),
+        (b"\x80\x04\x8c\x08builtins\x8c\x04exec\x93.", "forbidden global builtins.exec"),
+        (b"\x80\x02cnumpy.core.multiarray\n_reconstruct.__globals__\n.", "forbidden global"),
+        (b"\x80\x04\x8c\x05numpy\x8c\x1andarray.__class__.__base__\x93.", "forbidden global"),
+        (b"\x80\x02ccopyreg\n_reconstructor\n.", "forbidden global copyreg"),
+        (b"\x80\x02\x82\x01.", "forbidden instruction"),  # EXT1
+        (b"\x80\x02Pid\n.", "forbidden instruction 'P'"),  # PERSID
+    ],
+)
+def test_ways_around_the_allow_list(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        unpickle.load(write(tmp_path, content))

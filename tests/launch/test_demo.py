@@ -31,7 +31,8 @@ def test_a_small_folder_and_the_same_again(tmp_path):
     assert (index["classes"], index["held_out"]["identities"]) == (9, 3)
     assert index["held_out"]["pairs"] == 2 * 3 * 15 // 20 * 20  # 15 pairs of each of 3 people
     assert "80 pairs made, not 2000" in first.stderr
-    assert json.loads((out / "run" / "report.json").read_text())["sets"]["heldout"]["pairs"] == 80
+    (results,) = json.loads((out / "run" / "report.json").read_text())["models"].values()
+    assert [(x["name"], x["metrics"]["pairs"]) for x in results] == [("heldout", 80)]
     stamps = {path: path.stat().st_mtime_ns for path in (out / "shards").iterdir()}
     checkpoints = os.listdir(out / "run" / "checkpoints")
 

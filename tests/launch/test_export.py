@@ -288,6 +288,7 @@ def test_missing_directory_is_told_before_the_work(tmp_path):
 def run(monkeypatch):
     config = {**METADATA, "rec": "nowhere"}
     monkeypatch.setattr(launch.export, "load_backbone", lambda path: (Linear().eval(), config))
+    monkeypatch.setattr(launch.export, "_weights", lambda *_: {})
 
 
 def test_command_writes_the_file_and_one_json_line_last(run, tmp_path, capsys):

@@ -1,0 +1,139 @@
+"""Verify a list of pairs of your own: two images a pair, or two templates of many images."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from eval import lfw_command, lists, pair_lists, results, roc, session, templates
+from eval.results import Result
+
+PAIRS = ("first", "second", "same")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "PAIRS is a text table with the columns first, second, same (1 or 0), named in its first\n"
+        "line or in that order: paths of images below --images, or, with --templates, names of\n"
+        "templates. TEMPLATES has the columns image, template and, where there are any, media,\n"
+        "score (a weight, such as the detector's) and x1 y1 .. x5 y5: media are averaged, then\n"
+        "summed, as in IJB.\n\n"
+        "example: python -m eval pairs model.onnx pairs.csv --images faces\n"
+        "YTF: a template a video, a row a frame, all of one media number."
+    )
+    session.add_arguments(parser)
+    parser.add_argument("pairs", metavar="PAIRS", type=Path)
+    parser.add_argument("--images", metavar="DIR", type=Path, help="default: where the table lies")
+    parser.add_argument("--templates", metavar="TEMPLATES", type=Path)
+    parser.add_argument(
+        "--landmarks", metavar="FILE|DIR", type=Path,
+        help="align the images by them, as in `eval lfw`; default: they are aligned",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-norm", dest="norm", action="store_false",
+        help="L2-normalise each image's embedding before pooling; default: its norm is a weight",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> dict | None:
+    """Rates of the pairs; with ten and more pairs of images also the ten-fold accuracy.
+
+    Raises:
+        ValueError, OSError: a table, an image or the model is not what it must be.
+    """
+    table = lists.read(args.pairs, PAIRS, PAIRS)
+    for row, label in enumerate(table.columns["same"]):
+        if label not in ("0", "1"):
+            raise ValueError(f"{table.where(row)}: same is {label!r}, neither 0 nor 1")
+    issame = np.array(table.columns["same"]) == "1"
+    if issame.all() or not issame.any():
+        raise ValueError(f"{args.pairs} holds pairs of one kind only: there is nothing to tell "
+                         "apart")  # fmt: skip
+    if args.templates is not None:
+        return _of_templates(args, table, issame)
+    if len(issame) < 10:
+        raise ValueError(f"{args.pairs}: {len(issame)} pairs; at least 10 are needed")
+    from eval import verify
+
+    pairs = _of_images(args, table, issame)
+    work = session.Session(args)
+    features = work.features(pairs.images)
+    if features is None:
+        return None
+    result = verify.verify(work, pairs, features, "pairs")
+    work.save(result)
+    return lfw_command.finish(work, [result], None)
+
+
+def _of_images(args: argparse.Namespace, table: lists.Table, issame) -> pair_lists.Pairs:
+    from eval.images import Files
+
+    base = args.images or args.pairs.parent
+    numbers: dict[str, int] = {}
+    first, second = (
+        np.array([numbers.setdefault(text, len(numbers)) for text in table.columns[side]])
+        for side in ("first", "second")
+    )
+    absent = [text for text in numbers if not (base / text).is_file()]
+    if absent:
+        row = next(i for i in range(len(issame)) if absent[0] in
+                   (table.columns["first"][i], table.columns["second"][i]))  # fmt: skip
+        raise FileNotFoundError(f"{table.where(row)}: no image {base / absent[0]}; "
+                                f"{len(absent)} of {len(numbers)} are absent")  # fmt: skip
+    paths = list(numbers)
+    points = pair_lists.points_of(paths, args.landmarks)
+    images = Files(args.pairs.stem, base, paths, points)
+    return pair_lists.Pairs(args.pairs.stem, images, first, second, issame)
+
+
+def _of_templates(args: argparse.Namespace, table: lists.Table, issame) -> dict | None:
+    faces = lists.read_faces(args.templates, args.images, args.landmarks, ("image", "template"))
+    numbers = {name: number for number, name in enumerate(faces.names)}
+    sides = []
+    for side in ("first", "second"):
+        for row, name in enumerate(table.columns[side]):
+            if name not in numbers:
+                raise ValueError(f"{table.where(row)}: no template {name!r} in {args.templates}")
+        sides.append(np.array([numbers[name] for name in table.columns[side]]))
+    work = session.Session(args)
+    features = work.features(faces.images)
+    if features is None:
+        return None
+    pooled = pool(features.matrix(), faces, args.norm)
+    unit = templates.normalised(pooled)
+    scores = templates.pair_scores(unit, *sides)
+    points = roc.curve(scores, issame)
+    quality = np.linalg.norm(pooled, axis=1)[np.stack(sides)].min(axis=0)
+    metrics = {"pairs": len(issame), "templates": len(unit), "images": len(faces.images),
+               **results.pair_metrics(points)}  # fmt: skip
+    contract = work.contract(faces.images, **pooling(args.norm, faces.score is not None))
+    arrays = results.pair_arrays(points, scores, issame, quality)
+    result = results.make(
+        "templates", args.pairs.stem, work.embedder.facts, contract, metrics, arrays
+    )
+    work.save(result)
+    show(work, [result])
+    return work.output({"sets": {result.name: metrics}})
+
+
+def pool(matrix: np.ndarray, faces: lists.Faces, keep_norm: bool) -> np.ndarray:
+    """[T, D] templates, not normalised."""
+    x = matrix if keep_norm else templates.normalised(matrix)
+    return templates.pool(x, faces.template, faces.media, faces.score)[1]
+
+
+def pooling(keep_norm: bool, weighted: bool) -> dict[str, object]:
+    return {
+        "norm": "N1: kept, a weight" if keep_norm else "N0: each image L2-normalised",
+        "detector": "D1: its score is a weight" if weighted else "D0: not used",
+        "template": "sum over media of the mean over a medium's images, then L2-normalised",
+        "score": "dot product of templates, float64",
+        "far_rules": results.RULES,
+    }
+
+
+def show(work: session.Session, found: list[Result]) -> None:
+    from eval import tables
+
+    for result in found:
+        work.console.print(tables.as_rich(*tables.far_table(result)))
