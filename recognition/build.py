@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
-from data_tools import shards
+from data_tools import dali, shards
 from data_tools.loader import check_labels
 from eval import lfw
 from recognition import checkpoint, collectives
@@ -73,6 +73,8 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     Raises:
         ValueError, KeyError, FileNotFoundError: a mistake in the configuration or the data.
     """
+    if cfg.loader == "dali":
+        dali.check_installed()
     resumed_from = resume_point(cfg)
     cfg = _with_kept_batch(cfg, resumed_from, runtime.world)
     data = shards.open(cfg.rec)
@@ -232,9 +234,12 @@ def _changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path: st
         ValueError: the order of samples would be another one.
     """
     now = dataclasses.asdict(cfg) | facts
-    for key in ("seed", "labels_crc32"):
+    order = {"seed": "seed", "labels_crc32": "data set", "shuffle_block": "shuffle_block"}
+    if cfg.shuffle_block:
+        order["shuffle_window"] = "shuffle_window"
+    saved = {f.name: f.default for f in dataclasses.fields(Config)} | saved  # keys newer than it
+    for key, what in order.items():
         if saved.get(key) != now[key]:
-            what = "seed" if key == "seed" else "data set"
             raise ValueError(
                 f"cannot resume from {path} with another {what}: images of the epoch would come "
                 "twice or never. Start a new run with init_from= and another output"

@@ -34,7 +34,15 @@ class Config:
     num_classes: int | None = None  # checked against rec; read from it when absent
     num_image: int | None = None  # likewise
     num_workers: int = _between(2, 1)  # decoding threads per process
-    loader: Literal["cpu"] = "cpu"
+    loader: Literal["cpu", "dali"] = (
+        "cpu"  # dali decodes on the GPU; on the CPU where there is none
+    )
+    # AdaFace's augmentations, how often each; its models had 0.2. Mirroring is always on.
+    crop_augmentation_prob: float = _between(0.0, 0.0, 1.0)
+    low_res_augmentation_prob: float = _between(0.0, 0.0, 1.0)
+    photometric_augmentation_prob: float = _between(0.0, 0.0, 1.0)
+    shuffle_block: int = _between(0, 0)  # neighbouring images shuffled as one; 0: each alone
+    shuffle_window: int = _between(64, 1)  # blocks that are mixed
 
     # Network and loss
     network: str = "r50"
@@ -100,7 +108,7 @@ _RENAMED = {
     "warmup_epoch": "warmup_epochs",
     "gradient_acc": "accumulation",
     "fp16": 'precision="fp16"',
-    "dali": 'loader, and only "cpu" exists as yet',
+    "dali": 'loader: "cpu" or "dali"',
     "verbose": "verify_every",
     "frequent": "log_every",
     "save_all_states": "checkpoint_every (every checkpoint resumes)",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_tools.augment import Probabilities
+from data_tools.dali import Dali
 from data_tools.loader import Batch, BatchSource, Loader, normalise
-from data_tools.order import rank_slice
+from data_tools.order import Blocks, rank_slice
 from eval import lfw
 from recognition import checkpoint, collectives, progress
 from recognition.build import TrainState
@@ -21,7 +23,6 @@ from recognition.run_dir import owned, write_config
 from recognition.sampling import hash_words
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_LOADERS: dict[str, Callable[..., BatchSource]] = {"cpu": Loader}
 _VERIFY_BATCH = 64  # images
 _DROPOUT_KEY = 4  # the purpose of this draw, as in sampling.py
 _LEAST_SCALE = 2.0**-14  # of fp16; below it nothing is left of the gradient
@@ -245,8 +246,7 @@ def _end_epoch(state: TrainState, logger: Logger) -> None:
 
 def make_loader(state: TrainState) -> BatchSource:
     cfg, runtime = state.cfg, state.runtime
-    return _LOADERS[cfg.loader](
-        state.data,
+    stream: dict[str, Any] = dict(
         seed=cfg.seed,
         global_batch=cfg.global_batch(runtime.world),
         world=runtime.world,
@@ -254,8 +254,16 @@ def make_loader(state: TrainState) -> BatchSource:
         accumulation=cfg.accumulation,
         samples_seen=state.samples_seen,
         workers=cfg.num_workers,
-        pin_memory=runtime.device.type == "cuda",
+        blocks=Blocks(cfg.shuffle_block, cfg.shuffle_window) if cfg.shuffle_block else None,
+        chances=Probabilities(
+            cfg.crop_augmentation_prob,
+            cfg.low_res_augmentation_prob,
+            cfg.photometric_augmentation_prob,
+        ),
     )
+    if cfg.loader == "dali":
+        return Dali(state.data, device=runtime.device, **stream)
+    return Loader(state.data, pin_memory=runtime.device.type == "cuda", **stream)
 
 
 def _shares(count: int, world: int) -> list[tuple[int, int]]:

@@ -118,6 +118,36 @@ def test_fifty_steps_after_a_resume_at_another_world_size(shards_dir, tmp_path):
     assert largest_difference(unbroken, resumed) < 1e-8
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"crop_augmentation_prob": 0.4, "photometric_augmentation_prob": 0.4, "shuffle_block": 7}],
+    ids=str,
+)
+def test_dali_trains_the_same_model_to_the_bit(shards_dir, tmp_path, keys):
+    """On the CPU both loaders decode with libjpeg-turbo; the DALI run is resumed by the other."""
+    keys = {"rec": str(shards_dir), "precision": "fp32", "shuffle_window": 3} | keys
+    cpu = ranks.run(2, runs.run, keys | {"output": str(tmp_path / "a")})[0]
+    with_dali = keys | {"output": str(tmp_path / "b"), "loader": "dali"}
+    ranks.run(2, runs.run, with_dali, 3)
+    resumed = ranks.run(2, runs.run, with_dali)[0]
+    assert all(torch.equal(cpu[k], resumed[k]) for k in cpu)
+
+
+def test_augmentations_and_block_shuffle_change_the_run(shards_dir, tmp_path):
+    keys = {"rec": str(shards_dir), "output": str(tmp_path / "run"), "resume": None}
+    plain = ranks.run(1, runs.first_loss, keys)[0]
+    for other in [{"low_res_augmentation_prob": 1.0}, {"shuffle_block": 4}]:
+        assert ranks.run(1, runs.first_loss, keys | other)[0] != plain
+
+
+@pytest.mark.parametrize("key", ["shuffle_block", "shuffle_window"])
+def test_a_resume_in_another_order_is_refused(shards_dir, tmp_path, key):
+    keys = {"rec": str(shards_dir), "output": str(tmp_path / "run"), "shuffle_block": 8}
+    ranks.run(1, runs.run, keys, 1)
+    kind, message = ranks.run(1, refused, keys | {key: 16})[0]
+    assert kind == "ValueError" and f"another {key}" in message
+
+
 def test_the_metrics_have_what_scripts_rely_on(shards_dir, tmp_path):
     keys = {"rec": str(shards_dir), "val_targets": ["heldout"], "output": str(tmp_path / "run")}
     ranks.run(2, runs.run, keys)
