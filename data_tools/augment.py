@@ -59,10 +59,6 @@ class Draws(NamedTuple):
     turn: np.ndarray  # int32 [b, 3]: the order of BRIGHTNESS, CONTRAST, SATURATION
     factor: np.ndarray  # float32 [b, 3]: of the three in that order; 1 changes nothing
 
-    def changed(self) -> np.ndarray:
-        """bool [b]"""
-        return self.crop | self.low_res | self.photometric
-
 
 def flip_mask(seed: int, positions: np.ndarray) -> np.ndarray:
     """bool [b]: which images to mirror left to right, half of them, for the int64 positions [b]."""

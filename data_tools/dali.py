@@ -25,6 +25,7 @@ from data_tools import augment
 from data_tools.decode import decode, decode_any_size, fault
 from data_tools.loader import Batch, Stream, check_workers
 from data_tools.shards import Shards
+from data_tools.union import Union
 
 REQUIREMENT = "nvidia-dali-cuda130==2.4.0"
 _ROWS_PER_TASK = 64  # images read by a thread between two looks at the queue
@@ -55,7 +56,7 @@ class Dali:
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Shards | Union,
         *,
         device: torch.device | str = "cpu",
         workers: int = 2,  # threads that read, and as many that decode
@@ -75,9 +76,8 @@ class Dali:
         self.device = torch.device(device)
         if normalised is None:
             normalised = self.device.type == "cuda"
-        accumulation, world, _ = self._stream.share
         self._pipe = _pipeline(
-            most_rows=-(-self._stream.global_batch // (accumulation * world)) + 1,
+            most_rows=self._stream.most_rows(),
             threads=workers,
             device=self.device,
             size=size,
@@ -188,7 +188,7 @@ class Dali:
         return None
 
 
-def _read(shards: Shards, ids: np.ndarray) -> list[np.ndarray]:
+def _read(shards: Shards | Union, ids: np.ndarray) -> list[np.ndarray]:
     """The encoded images, uint8 [bytes] each. Raises: ValueError naming one that is damaged."""
     encoded = []
     for image in ids.tolist():

@@ -10,7 +10,7 @@ order.py's pure function, so the number of threads changes nothing but the speed
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -22,7 +22,9 @@ from torch import Tensor
 from data_tools import augment
 from data_tools.decode import decode
 from data_tools.order import Blocks, Order
+from data_tools.read_ahead import ReadAhead
 from data_tools.shards import Shards
+from data_tools.union import Union
 
 _ROWS_PER_TASK = 16  # images that a thread decodes between two looks at the queue: 1 to 2 ms
 
@@ -65,7 +67,7 @@ class Stream:
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Shards | Union,
         *,
         seed: int,
         global_batch: int,  # images of one optimiser step, over all ranks and micro-steps
@@ -76,6 +78,7 @@ class Stream:
         size: int = 112,  # pixels, height and width
         blocks: Blocks | None = None,  # None: every image is shuffled on its own
         chances: augment.Probabilities = augment.Probabilities(),  # noqa: B008 (immutable)
+        shares: Sequence[int] = (),  # of the batch, for each set of a Union; none: one stream
     ) -> None:
         if accumulation < 1 or samples_seen < 0:
             raise ValueError(
@@ -95,21 +98,31 @@ class Stream:
         self.shards = shards
         self.size = size
         self.chances = chances
-        self._order = Order((shards.num_images,), seed, blocks=blocks)
-        self.global_batch = global_batch
-        self.share = (accumulation, world, rank)
+        self._order = make_order(shards, seed, shares, blocks)
+        first = self._order.rows_per_rank(samples_seen, global_batch, accumulation, 0, world)
+        if min(first) < 1:
+            raise ValueError(f"a global batch of {global_batch} leaves a rank without an image")
+        self._read_ahead = ReadAhead(shards, self._order)
+        self._global_batch = global_batch
+        self._share = (accumulation, world, rank)
         self._samples_seen = samples_seen  # at the start of the next optimiser step
         self._micro = 0
 
+    def most_rows(self) -> int:
+        """No micro-step has more: a set may add a row by the division and one by its share."""
+        accumulation, world, _ = self._share
+        return self._global_batch // (accumulation * world) + 2 * len(self._order.sizes)
+
     def next(self) -> tuple[Batch, augment.Draws | None]:
         """The next micro-step, its images still empty (uint8 [0]), and how to augment them."""
-        accumulation, world, rank = self.share
+        accumulation, world, rank = self._share
         stretches = self._order.stretches(
-            self._samples_seen, self.global_batch, accumulation, self._micro, world, rank
+            self._samples_seen, self._global_batch, accumulation, self._micro, world, rank
         )
         self._micro = (self._micro + 1) % accumulation
         if self._micro == 0:
-            self._samples_seen += self.global_batch
+            self._samples_seen += self._global_batch
+        self._read_ahead.ask(stretches)
         positions, ids = self._order.draw(stretches)  # [b]
         seed = self._order.seed
         labels = torch.from_numpy(self.shards.labels[ids])
@@ -134,7 +147,7 @@ class Loader:
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Shards | Union,
         *,
         workers: int = 2,  # decoding threads
         prefetch: int = 4,  # batches made ahead of the caller
@@ -238,15 +251,42 @@ def normalise(images: Tensor, flip: Tensor, dtype: torch.dtype = torch.float32) 
 
 
 def _decode_rows(
-    shards: Shards, ids: np.ndarray, draws: augment.Draws | None, rows: np.ndarray, first: int
+    shards: Shards | Union,
+    ids: np.ndarray,
+    draws: augment.Draws | None,
+    rows: np.ndarray,
+    first: int,
 ) -> None:
     """Decodes images `ids` [b] into rows [b, size, size, 3], a task's worth of them."""
     size = rows.shape[1]
     for row in range(first, min(first + _ROWS_PER_TASK, len(ids))):
         image = int(ids[row])
         _, encoded = shards[image]
-        pixels = decode(encoded, size, f"{shards.where(image)}, image {image}")
+        try:
+            pixels = decode(encoded, size)
+        except ValueError:  # once more, to say which: a name for each image costs 1 %
+            decode(encoded, size, f"{shards.where(image)}, image {image}")
+            raise
         rows[row] = pixels if draws is None else augment.apply(pixels, draws, row)
+
+
+def make_order(
+    data: Shards | Union, seed: int, shares: Sequence[int] = (), blocks: Blocks | None = None
+) -> Order:
+    """The order of a set; of a Union as one stream, or by the share of each set in a batch.
+
+    Raises:
+        ValueError: the shares are not a positive number for each set.
+    """
+    if not shares:
+        return Order((data.num_images,), seed, blocks=blocks)
+    sizes = data.sizes if isinstance(data, Union) else (data.num_images,)
+    if len(shares) != len(sizes) or min(shares) < 1:
+        raise ValueError(
+            f"shares of the batch {list(shares)} for {len(sizes)} data sets: a positive whole "
+            "number for each"
+        )
+    return Order(sizes, seed, tuple(shares), blocks)
 
 
 def check_workers(workers: int, prefetch: int) -> None:
@@ -254,7 +294,7 @@ def check_workers(workers: int, prefetch: int) -> None:
         raise ValueError(f"workers = {workers}, prefetch = {prefetch} must be at least 1")
 
 
-def check_labels(shards: Shards) -> None:
+def check_labels(shards: Shards | Union) -> None:
     """Refuses labels that the classification layer has no row for, once for the whole data set."""
     wrong = np.flatnonzero((shards.labels < 0) | (shards.labels >= shards.num_classes))
     if wrong.size:

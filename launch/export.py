@@ -63,8 +63,9 @@ def export_run(run: str, out: Path) -> dict[str, Any]:
     return export_onnx(module, out, metadata=metadata, example_images=images_of(config["rec"]))
 
 
-def images_of(rec: str) -> Images | None:
-    """[7, 112, 112, 3] RGB, spread over the data set at `rec`; None where it is not there."""
+def images_of(rec: str | list[str]) -> Images | None:
+    """[7, 112, 112, 3] RGB, spread over the (first) data set at `rec`; None where there is none."""
+    rec = rec if isinstance(rec, str) else rec[0]
     if not Path(rec).is_dir():
         return None
     data = shards.open(rec)

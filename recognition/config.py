@@ -29,7 +29,10 @@ class Config:
     """Everything that decides a run. Lengths are in epochs, steps are optimiser steps."""
 
     # Data
-    rec: str  # directory of shards, or a classic InsightFace directory
+    # Directory of shards, or a classic InsightFace directory; or several, read as one with the
+    # classes of each beside those of the others.
+    rec: str | list[str]
+    rec_shares: list[int] = field(default_factory=list)  # of a batch, for each rec; []: by size
     val_targets: list[str] = field(default_factory=list)  # <name>.bin files in rec
     num_classes: int | None = None  # checked against rec; read from it when absent
     num_image: int | None = None  # likewise
@@ -85,6 +88,10 @@ class Config:
     verify_every: int = _between(2000, 1)  # steps; also before the first and after the last
     checkpoint_every: int = _between(2000, 1)  # steps; also after the last
     keep_checkpoints: int = _between(3, 1)  # newest ones kept
+
+    @property
+    def recs(self) -> list[str]:
+        return [self.rec] if isinstance(self.rec, str) else self.rec
 
     def global_batch(self, world: int) -> int:
         """Images of one optimiser step."""
@@ -160,7 +167,9 @@ def make(values: Mapping[str, Any]) -> Config:
         checked[key] = _checked(key, value, hints[key], fields[key].metadata.get("range"))
     if checked.get("clip_norm") == 0:
         raise ValueError("clip_norm=0 would stop the backbone: a positive number, or none for off")
-    if "rec" not in checked:
+    if isinstance(checked.get("rec"), list) and len(checked["rec"]) < 2:
+        checked["rec"] = "".join(checked["rec"])
+    if not checked.get("rec"):
         raise KeyError("rec is missing: say which data set to train on, rec=DIRECTORY")
     return Config(**checked)
 
@@ -204,6 +213,8 @@ def _checked(key: str, value: Any, hint: Any, bounds: tuple[float, float] | None
     if value is None and type(None) in options:
         return None
     kind = options[0]
+    if isinstance(value, list | tuple) and list in [typing.get_origin(o) for o in options]:
+        kind = next(option for option in options if typing.get_origin(option) is list)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise ValueError(f"{key}={value!r}: one of {', '.join(typing.get_args(kind))}")

@@ -152,7 +152,7 @@ def test_batches_stay_as_they_are_while_later_ones_are_made(data):
     [
         (encoded(30)[:400], "truncated"),
         (b"", "zero bytes"),
-        (encoded(3)[:300] + encoded(3)[-2:], "damaged"),
+        (encoded(3)[:300] + encoded(3)[-2:], "truncated"),
         (encoded(30, 64), "64x64 pixels"),
         (encoded(30, 112, 100), "not square"),
     ],

@@ -13,6 +13,7 @@ from data_tools import shards
 from recognition import build, config, trainer
 from recognition.rows import SampledRows
 from tests import ranks
+from tests.conftest import command
 from tests.recognition import runs
 
 
@@ -146,6 +147,41 @@ def test_a_resume_in_another_order_is_refused(shards_dir, tmp_path, key):
     ranks.run(1, runs.run, keys, 1)
     kind, message = ranks.run(1, refused, keys | {key: 16})[0]
     assert kind == "ValueError" and f"another {key}" in message
+
+
+@pytest.fixture(scope="module")
+def two_sets(shards_dir, tmp_path_factory):
+    """The shared set, and another of 6 people."""
+    other = tmp_path_factory.mktemp("other")
+    command("-m", "data_tools", "synthesize", other / "faces", "--identities", 6, "--images", 5)
+    command("-m", "data_tools", "pack", other / "faces", other / "set")
+    return [str(shards_dir), str(other / "set")]
+
+
+@pytest.mark.parametrize("shares", [[], [2, 1]], ids=str)
+def test_two_sets_train_the_same_model_at_any_world_size_and_resume(two_sets, tmp_path, shares):
+    keys = {
+        "rec": two_sets, "rec_shares": shares, "precision": "fp64", "sync_bn": True,
+        "global_batch_size": 25, "accumulation": 2, "max_steps": 4,
+    }  # fmt: skip
+    one = ranks.run(1, runs.run, keys | {"output": str(tmp_path / "a")})[0]
+    ranks.run(2, runs.run, keys | {"output": str(tmp_path / "b")}, 3)
+    two = ranks.run(2, runs.run, keys | {"output": str(tmp_path / "b")})[0]
+    assert one["rows"].shape[0] == 16 + 6  # classes of both
+    assert largest_difference(one, two) < 1e-9
+    last = steps(tmp_path / "a")[-1]
+    if shares:  # of 100 samples, 66 and 34
+        assert last["set_epoch"] == {two_sets[0]: 66 / 128, two_sets[1]: 34 / 30}
+        message = ranks.run(2, refused, keys | {"rec_shares": [], "output": str(tmp_path / "b")})[0]
+        assert "another rec_shares" in message[1]
+    else:
+        assert "set_epoch" not in last
+
+
+def test_shares_must_fit_the_sets(two_sets, tmp_path):
+    keys = {"rec": two_sets, "rec_shares": [1], "output": str(tmp_path / "run")}
+    kind, message = ranks.run(1, refused, keys)[0]
+    assert kind == "ValueError" and "for 2 data sets" in message
 
 
 def test_the_metrics_have_what_scripts_rely_on(shards_dir, tmp_path):
