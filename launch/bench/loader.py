@@ -6,7 +6,8 @@
 Every round times, in an order that turns, on --threads threads each:
 
     bare        cv2.imdecode alone of images that lie in memory
-    cpu, dali   our two loaders; dali_normalised with mirror and normalisation in DALI's graph
+    cpu, dali   our two loaders; dali_normalised with mirror and normalisation in DALI's graph;
+                *_augmented with AdaFace's three at 0.2; dali_gpu decodes on a GPU, if there is one
     dali_mxnet  DALI's fn.readers.mxnet with its own shuffle buffer, into the same decoder: what
                 dali would be if it did not have to keep an order or resume
     arcface     arcface_torch's way, written out below: records, OpenCV's decoder as in MXNet, a PIL
@@ -14,8 +15,9 @@ Every round times, in an order that turns, on --threads threads each:
 
 Rates are images/s until batches are in memory, after a warm-up; a ratio is taken round by round, so
 that other work on the machine meets both, and its median counts. arcface's batches are normalised
-float32 and those of the others uint8, so `cpu+normalise` normalises its batches too. One JSON line
-comes last.
+float32 and those of the others uint8, as the network's device normalises them; `cpu+normalise` does
+it here, in one thread. Other work on the machine slows threads that wait for one another more than
+others: the same ratios by processor time stand beside. One JSON line comes last.
 """
 
 from __future__ import annotations
@@ -35,9 +37,10 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from data_tools import order, shards
+from data_tools.augment import Probabilities
 from data_tools.commands import one_line
 from data_tools.dali import Dali
 from data_tools.decode import _FLAGS
@@ -46,8 +49,10 @@ from data_tools.loader import Loader, normalise
 _BATCH = 128  # images
 _WARM_UP = 10  # batches: more than any of them holds ready
 _RATIOS = [  # of rates, and the target
-    ("cpu", "bare", 0.85), ("cpu+normalise", "arcface", 2.5), ("dali", "cpu", 1.0),
-    ("dali", "bare", None), ("dali_normalised", "dali", None), ("dali", "dali_mxnet", None),
+    ("cpu", "bare", 0.85), ("cpu", "arcface", 2.5), ("cpu+normalise", "arcface", None),
+    ("dali", "cpu", 1.0), ("dali", "bare", None), ("dali", "dali_mxnet", None),
+    ("dali_normalised", "dali", None), ("cpu_augmented", "cpu", None),
+    ("dali_augmented", "cpu_augmented", None),
 ]  # fmt: skip
 
 
@@ -76,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def rates(data: shards.Shards, threads: int, rounds: int, batches: int) -> dict:
+    arcface = ArcfaceTorch(data)
+    adaface = Probabilities(0.2, 0.2, 0.2)
     ways: dict[str, Callable[[], Iterator]] = {
         "bare": lambda: bare(data, threads),
         "cpu": lambda: _endless(Loader(data, seed=0, global_batch=_BATCH, workers=threads)),
@@ -86,36 +93,60 @@ def rates(data: shards.Shards, threads: int, rounds: int, batches: int) -> dict:
         "dali_normalised": lambda: _endless(
             Dali(data, seed=0, global_batch=_BATCH, workers=threads, normalised=True)
         ),
+        "cpu_augmented": lambda: _endless(
+            Loader(data, seed=0, global_batch=_BATCH, workers=threads, chances=adaface)
+        ),
+        "dali_augmented": lambda: _endless(
+            Dali(data, seed=0, global_batch=_BATCH, workers=threads, chances=adaface)
+        ),
         "dali_mxnet": lambda: dali_mxnet(data, threads),
         "arcface": lambda: iter(
             DataLoader(
-                ArcfaceTorch(data), _BATCH, shuffle=True, num_workers=threads, drop_last=True
+                arcface,
+                _BATCH,
+                sampler=RandomSampler(arcface, num_samples=_BATCH * (_WARM_UP + batches)),
+                num_workers=threads,
             )
         ),
     }
+    if torch.cuda.is_available():
+        ways["dali_gpu"] = lambda: _endless(
+            Dali(data, device="cuda", seed=0, global_batch=_BATCH, workers=threads)
+        )
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {name: [] for name in ways}
+    processor: dict[str, list[float]] = {name: [] for name in ways}  # seconds, without children
     names = list(ways)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             source = ways[name]()
             _consume(source, _WARM_UP)
-            began = time.perf_counter()
+            began, spent = time.perf_counter(), time.process_time()
             _consume(source, batches)
             found[name].append(batches * _BATCH / (time.perf_counter() - began))
-            del source
+            processor[name].append(time.process_time() - spent)
+            if hasattr(source, "close"):  # a generator: ends its threads before the next begins
+                source.close()
+            source = None
         print(f"round {i + 1}/{rounds}", file=sys.stderr, flush=True)
     ratios = {}
     for one, other, target in _RATIOS:
         pairs = [a / b for a, b in zip(found[one], found[other], strict=True)]
-        ratios[f"{one} / {other}"] = {
-            "median": round(statistics.median(pairs), 3),
-            "min": round(min(pairs), 3),
-            "max": round(max(pairs), 3),
-            "target": target,
-        }
+        ratios[f"{one} / {other}"] = _summary(pairs) | {"target": target}
+    spent_on = {}
+    for one, other in [("cpu", "bare"), ("dali", "bare"), ("dali", "cpu")]:
+        pairs = [b / a for a, b in zip(processor[one], processor[other], strict=True)]
+        spent_on[f"{one} / {other}"] = _summary(pairs)
     medians = {name: round(statistics.median(values)) for name, values in found.items()}
-    return {"threads": threads, "rounds": rounds, "images_per_second": medians, "ratios": ratios}
+    return {
+        "threads": threads, "rounds": rounds, "images_per_second": medians, "ratios": ratios,
+        "images_per_processor_second": spent_on,
+    }  # fmt: skip
+
+
+def _summary(values: list[float]) -> dict[str, float | None]:
+    median = statistics.median(values)
+    return {"median": round(median, 3), "min": round(min(values), 3), "max": round(max(values), 3)}
 
 
 def _consume(source: Iterator, batches: int) -> None:
@@ -139,11 +170,13 @@ def bare(data: shards.Shards, threads: int) -> Iterator[None]:
     ids = order.ids(len(data), 0, 0, 32 * _BATCH).tolist()
     images = [np.frombuffer(data[image][1], np.uint8) for image in ids]
     ready, stop = threading.Semaphore(0), threading.Event()
+    part = _BATCH // threads  # images between two signs of life, so that these cost nothing
 
     def work(first: int) -> None:
         while not stop.is_set():
-            for at in range(first, len(images), threads):
-                cv2.imdecode(images[at], _FLAGS)
+            for at in range(first * part, len(images), threads * part):
+                for image in images[at : at + part]:
+                    cv2.imdecode(image, _FLAGS)
                 ready.release()
 
     workers = [threading.Thread(target=work, args=(k,), daemon=True) for k in range(threads)]
@@ -151,7 +184,7 @@ def bare(data: shards.Shards, threads: int) -> Iterator[None]:
         worker.start()
     try:
         while True:
-            for _ in range(_BATCH):
+            for _ in range(threads):
                 ready.acquire()
             yield None
     finally:

@@ -238,6 +238,12 @@ def test_on_a_gpu_the_order_is_the_same_and_the_pixels_nearly(data):
         assert b.images.is_cuda and b.images.dtype == torch.float32
         difference = (normalise(a.images, a.flip) - b.images.cpu()).abs() * 127.5
         assert difference.mean() < 1 and difference.max() < 16  # grey levels: nvJPEG's rounding
+    chances = Probabilities(0.5, 0.5, 0.5)
+    kinds = [(Loader, {}), (Dali, {"device": "cuda"})]
+    a, b = (take(kind(data, seed=3, global_batch=40, chances=chances, **more), 1)[0]
+            for kind, more in kinds)  # fmt: skip
+    difference = (normalise(a.images, a.flip) - b.images.cpu()).abs() * 127.5
+    assert difference.mean() < 3
 
 
 def test_the_order_is_that_of_order_py(data):
