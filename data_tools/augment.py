@@ -128,12 +128,14 @@ def _jittered(image: np.ndarray, kind: int, factor: float) -> np.ndarray:
 
     In float32, then cut off to whole numbers in 0 .. 255, as PIL.ImageEnhance does.
     """
+    wide = image.astype(np.float32)
     ground: np.ndarray | np.float32 = np.float32(0)
-    if kind != BRIGHTNESS:
-        grey = (image.astype(np.int32) @ GREY + 2**15) >> 16  # [h, w]
-        ground = grey[:, :, None].astype(np.float32)
+    if kind != BRIGHTNESS:  # whole numbers below 2^24: float32 is exact
+        grey = (cv2.transform(wide, GREY[None].astype(np.float32)) + 2.0**15) * 2.0**-16  # [h, w]
+        ground = np.floor(grey, out=grey).reshape(*grey.shape[:2], 1)
     if kind == CONTRAST:
         ground = np.float32(int(np.mean(ground) + 0.5))
-    wide = image.astype(np.float32)
-    wide = ground + np.float32(factor) * (wide - ground)
-    return np.clip(wide, 0, 255).astype(np.uint8)
+    wide -= ground
+    wide *= np.float32(factor)
+    wide += ground
+    return np.clip(wide, 0, 255, out=wide).astype(np.uint8)
