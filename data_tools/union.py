@@ -8,6 +8,7 @@ classes, which then repel one another (README: when to use which).
 import bisect
 import functools
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def open_all(paths: str | Sequence[str]) -> Shards | Union:
     """One directory as Shards, several as their Union. Raises: as shards.open, and ValueError."""
     if isinstance(paths, str):
         return shards.open(paths)
-    twice = [path for path in paths if list(paths).count(path) > 1]
+    places = [os.path.realpath(path) for path in paths]
+    twice = [path for path, place in zip(paths, places, strict=True) if places.count(place) > 1]
     if twice:
         raise ValueError(f"rec names {twice[0]} twice: its people would repel themselves")
     return Union([shards.open(path) for path in paths])

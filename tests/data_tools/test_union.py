@@ -41,7 +41,7 @@ def test_images_and_classes_follow_one_another(paths):
 
 def test_the_same_set_twice_is_refused(paths):
     with pytest.raises(ValueError, match="names .*a twice"):
-        open_all([paths[0], paths[1], paths[0]])
+        open_all([paths[0], paths[1], paths[0] + "/"])
 
 
 @pytest.mark.parametrize("source", [Loader, Dali])
