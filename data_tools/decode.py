@@ -6,6 +6,7 @@ import numpy as np
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 _SOI, _EOI, _SOS = b"\xff\xd8", b"\xff\xd9", 0xDA
+_SCAN = bytes((0xFF, _SOS))
 _KINDS = (_SOI, b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF")
 # IGNORE_ORIENTATION: faces were aligned as pixels, and a tag that survived that would turn them
 # away again. MXNet 1.9.1 follows it in `mx.image.imdecode` and ImageRecordIter, not in unpack_img.
@@ -25,8 +26,8 @@ def decode(encoded: bytes, size: int = 112, where: str = "") -> np.ndarray:
 
 def decode_any_size(encoded: bytes, where: str = "") -> np.ndarray:
     """RGB pixels at the image's own size, uint8 [h, w, 3]. Raises: ValueError naming `where`."""
-    if fault := _fault(encoded):
-        raise ValueError(f"{where or 'image'}: {fault}")
+    if what := fault(encoded):
+        raise ValueError(f"{where or 'image'}: {what}")
     try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), _FLAGS)
     except cv2.error as error:
@@ -62,7 +63,7 @@ def _resized(image: np.ndarray, size: int, where: str) -> np.ndarray:
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
 
 
-def _fault(encoded: bytes) -> str | None:
+def fault(encoded: bytes) -> str | None:
     """What is wrong with the file, if it shows without decoding."""
     if not encoded:
         return "no image: zero bytes"
@@ -70,6 +71,8 @@ def _fault(encoded: bytes) -> str | None:
         return f"not a JPEG, PNG, BMP or WebP image: it starts with {encoded[:8]!r}"
     # OpenCV refuses a JPEG that is cut off, but paints over one whose end is zeros or rubbish. An
     # end marker before the scan is that of an EXIF thumbnail; within the scan 0xFF is escaped.
+    if encoded.endswith(_EOI) and _SCAN in encoded:
+        return None  # nearly all, without the walk; what ends in a thumbnail OpenCV will refuse
     if encoded.startswith(_SOI) and encoded.rfind(_EOI, _scan(encoded)) < 0:
         return f"truncated: {len(encoded)} bytes and no end of the image"
     return None

@@ -82,8 +82,9 @@ def _weights(checkpoint: str, run: Path) -> dict[str, str]:
     return {"weights_sha256": sha256, **entries}
 
 
-def images_of(rec: str) -> Images | None:
-    """[7, 112, 112, 3] RGB, spread over the data set at `rec`; None where it is not there."""
+def images_of(rec: str | list[str]) -> Images | None:
+    """[7, 112, 112, 3] RGB, spread over the (first) data set at `rec`; None where there is none."""
+    rec = rec if isinstance(rec, str) else rec[0]
     if not Path(rec).is_dir():
         return None
     data = shards.open(rec)

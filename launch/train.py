@@ -71,7 +71,11 @@ def _without_missing_targets(cfg: config.Config, overrides: list[str]) -> config
     """The recipe's val_targets that rec has, with a warning for the others; typed ones all stay."""
     if any(text.startswith("val_targets=") for text in overrides):
         return cfg
-    there = [name for name in cfg.val_targets if os.path.isfile(f"{cfg.rec}/{name}.bin")]
+    there = [
+        name
+        for name in cfg.val_targets
+        if any(os.path.isfile(f"{rec}/{name}.bin") for rec in cfg.recs)
+    ]
     for name in sorted(set(cfg.val_targets) - set(there)):
         if os.environ.get("RANK", "0") == "0":
             print(f"warning: no {name}.bin in {cfg.rec}: not verified on", file=sys.stderr)

@@ -15,8 +15,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
-from data_tools import shards
-from data_tools.loader import check_labels
+from data_tools import dali
+from data_tools.loader import check_labels, make_order
+from data_tools.order import Blocks, Order
+from data_tools.shards import Shards
+from data_tools.union import Union, open_all
 from eval import lfw
 from recognition import checkpoint, collectives
 from recognition.backbones import BACKBONES
@@ -45,7 +48,8 @@ class TrainState:
 
     cfg: Config
     runtime: Runtime
-    data: shards.Shards
+    data: Shards | Union
+    order: Order
     val_sets: list[lfw.PairSet]
     precision: str
     model: DistributedDataParallel
@@ -73,9 +77,13 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     Raises:
         ValueError, KeyError, FileNotFoundError: a mistake in the configuration or the data.
     """
+    if cfg.loader == "dali":
+        dali.check_installed()
     resumed_from = resume_point(cfg)
     cfg = _with_kept_batch(cfg, resumed_from, runtime.world)
-    data = shards.open(cfg.rec)
+    data = open_all(cfg.rec)
+    blocks = Blocks(cfg.shuffle_block, cfg.shuffle_window) if cfg.shuffle_block else None
+    order = make_order(data, cfg.seed, cfg.rec_shares, blocks)
     labels_crc32 = zlib.crc32(np.ascontiguousarray(data.labels).data)
     _check_same_everywhere(
         runtime,
@@ -119,7 +127,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         encoder.load_state_dict(backbone.state_dict())
     parts = checkpoint.Parts(backbone, optimizer, head, row_optimizer, scaler, encoder)
     state = TrainState(
-        cfg, runtime, data, val_sets, precision, model, parts,
+        cfg, runtime, data, order, val_sets, precision, model, parts,
         _make_schedule(cfg, len(data), runtime.world),
         FiniteGuard(runtime.group, runtime.device),
         facts={
@@ -214,7 +222,7 @@ def _make_schedule(cfg: Config, num_images: int, world: int) -> Schedule:
     )
 
 
-def _load_val_set(data: shards.Shards, name: str) -> lfw.PairSet:
+def _load_val_set(data: Shards | Union, name: str) -> lfw.PairSet:
     pairs = lfw.load_bin(data.bin_path(name.removesuffix(".bin")))
     same = int(pairs.issame.sum())
     if len(pairs.issame) < 10 or same in (0, len(pairs.issame)):
@@ -232,9 +240,14 @@ def _changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path: st
         ValueError: the order of samples would be another one.
     """
     now = dataclasses.asdict(cfg) | facts
-    for key in ("seed", "labels_crc32"):
+    order = {"seed": "seed", "labels_crc32": "data set", "shuffle_block": "shuffle_block"}
+    if cfg.rec_shares or saved.get("rec_shares"):
+        order["rec_shares"] = "rec_shares"
+    if cfg.shuffle_block:
+        order["shuffle_window"] = "shuffle_window"
+    saved = dataclasses.asdict(Config(rec="")) | saved  # keys newer than the checkpoint
+    for key, what in order.items():
         if saved.get(key) != now[key]:
-            what = "seed" if key == "seed" else "data set"
             raise ValueError(
                 f"cannot resume from {path} with another {what}: images of the epoch would come "
                 "twice or never. Start a new run with init_from= and another output"
@@ -268,14 +281,15 @@ def _check_same_everywhere(runtime: Runtime, **facts: Any) -> None:
             )
 
 
-def _check_counts(cfg: Config, data: shards.Shards, world: int) -> None:
+def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
     for name, said, true in [
         ("num_classes", cfg.num_classes, data.num_classes),
         ("num_image", cfg.num_image, data.num_images),
     ]:
         if said is not None and said != true:
             raise ValueError(f"{name}={said}, but {cfg.rec} has {true}: leave {name} out")
-    least = cfg.global_batch(world) // (world * cfg.accumulation)
+    # A share of a batch may be a row more or less from step to step.
+    least = cfg.global_batch(world) // (world * cfg.accumulation) - len(cfg.rec_shares)
     if least < 2:
         raise ValueError(
             f"a global batch of {cfg.global_batch(world)} over {world} processes and "

@@ -29,12 +29,23 @@ class Config:
     """Everything that decides a run. Lengths are in epochs, steps are optimiser steps."""
 
     # Data
-    rec: str  # directory of shards, or a classic InsightFace directory
+    # Directory of shards, or a classic InsightFace directory; or several, read as one with the
+    # classes of each beside those of the others.
+    rec: str | list[str]
+    rec_shares: list[int] = field(default_factory=list)  # of a batch, for each rec; []: by size
     val_targets: list[str] = field(default_factory=list)  # <name>.bin files in rec
     num_classes: int | None = None  # checked against rec; read from it when absent
     num_image: int | None = None  # likewise
     num_workers: int = _between(2, 1)  # decoding threads per process
-    loader: Literal["cpu"] = "cpu"
+    loader: Literal["cpu", "dali"] = (
+        "cpu"  # dali decodes on the GPU; on the CPU where there is none
+    )
+    # AdaFace's augmentations, how often each; its models had 0.2. Mirroring is always on.
+    crop_augmentation_prob: float = _between(0.0, 0.0, 1.0)
+    low_res_augmentation_prob: float = _between(0.0, 0.0, 1.0)
+    photometric_augmentation_prob: float = _between(0.0, 0.0, 1.0)
+    shuffle_block: int = _between(0, 0)  # neighbouring images shuffled as one; 0: each alone
+    shuffle_window: int = _between(64, 1)  # blocks that are mixed
 
     # Network and loss
     network: str = "r50"
@@ -78,6 +89,10 @@ class Config:
     checkpoint_every: int = _between(2000, 1)  # steps; also after the last
     keep_checkpoints: int = _between(3, 1)  # newest ones kept
 
+    @property
+    def recs(self) -> list[str]:
+        return [self.rec] if isinstance(self.rec, str) else self.rec
+
     def global_batch(self, world: int) -> int:
         """Images of one optimiser step."""
         if self.global_batch_size is not None:
@@ -100,7 +115,7 @@ _RENAMED = {
     "warmup_epoch": "warmup_epochs",
     "gradient_acc": "accumulation",
     "fp16": 'precision="fp16"',
-    "dali": 'loader, and only "cpu" exists as yet',
+    "dali": 'loader: "cpu" or "dali"',
     "verbose": "verify_every",
     "frequent": "log_every",
     "save_all_states": "checkpoint_every (every checkpoint resumes)",
@@ -152,7 +167,9 @@ def make(values: Mapping[str, Any]) -> Config:
         checked[key] = _checked(key, value, hints[key], fields[key].metadata.get("range"))
     if checked.get("clip_norm") == 0:
         raise ValueError("clip_norm=0 would stop the backbone: a positive number, or none for off")
-    if "rec" not in checked:
+    if isinstance(checked.get("rec"), list) and len(checked["rec"]) < 2:
+        checked["rec"] = "".join(checked["rec"])
+    if not checked.get("rec"):
         raise KeyError("rec is missing: say which data set to train on, rec=DIRECTORY")
     return Config(**checked)
 
@@ -196,6 +213,8 @@ def _checked(key: str, value: Any, hint: Any, bounds: tuple[float, float] | None
     if value is None and type(None) in options:
         return None
     kind = options[0]
+    if isinstance(value, list | tuple) and list in [typing.get_origin(o) for o in options]:
+        kind = next(option for option in options if typing.get_origin(option) is list)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise ValueError(f"{key}={value!r}: one of {', '.join(typing.get_args(kind))}")

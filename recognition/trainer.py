@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_tools.augment import Probabilities
+from data_tools.dali import Dali
 from data_tools.loader import Batch, BatchSource, Loader, normalise
 from data_tools.order import rank_slice
 from eval import lfw
@@ -21,7 +23,6 @@ from recognition.run_dir import owned, write_config
 from recognition.sampling import hash_words
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_LOADERS: dict[str, Callable[..., BatchSource]] = {"cpu": Loader}
 _VERIFY_BATCH = 64  # images
 _DROPOUT_KEY = 4  # the purpose of this draw, as in sampling.py
 _LEAST_SCALE = 2.0**-14  # of fp16; below it nothing is left of the gradient
@@ -143,9 +144,10 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
     loss = torch.zeros((), device=runtime.device)
     looked_at: dict[str, Tensor] = {}
     for micro in range(cfg.accumulation):
-        first, last = rank_slice(global_batch, cfg.accumulation, micro)
-        counts = [stop - start for start, stop in _shares(last - first, runtime.world)]
-        share = (last - first) / global_batch
+        counts = state.order.rows_per_rank(
+            state.samples_seen, global_batch, cfg.accumulation, micro, runtime.world
+        )
+        share = sum(counts) / global_batch
         synchronise = micro == cfg.accumulation - 1
         with contextlib.nullcontext() if synchronise else state.model.no_sync():
             micro_loss, local_x = _forward(state, next(batches), micro, counts)
@@ -245,8 +247,7 @@ def _end_epoch(state: TrainState, logger: Logger) -> None:
 
 def make_loader(state: TrainState) -> BatchSource:
     cfg, runtime = state.cfg, state.runtime
-    return _LOADERS[cfg.loader](
-        state.data,
+    stream: dict[str, Any] = dict(
         seed=cfg.seed,
         global_batch=cfg.global_batch(runtime.world),
         world=runtime.world,
@@ -254,8 +255,17 @@ def make_loader(state: TrainState) -> BatchSource:
         accumulation=cfg.accumulation,
         samples_seen=state.samples_seen,
         workers=cfg.num_workers,
-        pin_memory=runtime.device.type == "cuda",
+        blocks=state.order.blocks,
+        shares=cfg.rec_shares,
+        chances=Probabilities(
+            cfg.crop_augmentation_prob,
+            cfg.low_res_augmentation_prob,
+            cfg.photometric_augmentation_prob,
+        ),
     )
+    if cfg.loader == "dali":
+        return Dali(state.data, device=runtime.device, **stream)
+    return Loader(state.data, pin_memory=runtime.device.type == "cuda", **stream)
 
 
 def _shares(count: int, world: int) -> list[tuple[int, int]]:
@@ -278,7 +288,7 @@ def _due(step: int, every: int, total: int) -> bool:
 def _announce(state: TrainState, logger: Logger) -> None:
     cfg, runtime = state.cfg, state.runtime
     logger.say(
-        f"{cfg.network} + {cfg.margin} on {cfg.rec}: {len(state.data)} images, "
+        f"{cfg.network} + {cfg.margin} on {state.data.path}: {len(state.data)} images, "
         f"{state.data.num_classes} classes; {runtime.world} x {runtime.device.type}, "
         f"{state.precision}, batch {cfg.global_batch(runtime.world)}, "
         f"{state.schedule.total_steps} steps -> {cfg.output}"
@@ -309,7 +319,8 @@ def _continuation(state: TrainState) -> str:
 def _log(
     state: TrainState, logger: Logger, loss: Tensor, grad_norm: Tensor, watch: progress.Stopwatch
 ) -> None:
-    global_batch = state.cfg.global_batch(state.runtime.world)
+    cfg = state.cfg
+    global_batch = cfg.global_batch(state.runtime.world)
     statistics = state.head.statistics()
     record: dict[str, Any] = {
         "step": state.step,
@@ -320,6 +331,9 @@ def _log(
         "grad_norm": grad_norm.item(),
         "head": as_numbers(statistics),
     }
+    if cfg.rec_shares:  # how often each set has been seen by now
+        seen = zip(cfg.recs, state.order.count(state.samples_seen), state.order.sizes, strict=True)
+        record["set_epoch"] = {rec: count / size for rec, count, size in seen}
     if state.parts.scaler is not None:
         record["loss_scale"] = state.parts.scaler.scale.item()
         record["skipped_steps"] = int(state.parts.scaler.skipped.item())

@@ -291,3 +291,21 @@ def test_half_the_images_are_flipped_afresh_each_epoch():
         assert abs(mask.mean() - 0.5) < 5 * 0.5 / np.sqrt(n)
     assert not np.array_equal(first, flip_mask(2, np.arange(n)))
     assert np.array_equal(first[100:200], flip_mask(1, np.arange(100, 200)))
+
+
+def test_memory_is_used_again_but_never_while_a_batch_is_held():
+    data = Memory()
+    with Loader(data, seed=0, global_batch=12, prefetch=1) as loader:
+        held = [next(loader) for _ in range(5)]
+        part = held.pop(2).images[3:5, 1].numpy()  # a view of a view keeps the whole alive
+        before, of_part = [batch.images.clone() for batch in held], part.copy()
+        seen = set()
+        for _ in range(20):
+            batch = next(loader)
+            seen.add(batch.images.data_ptr())
+            assert batch.images.data_ptr() not in {other.images.data_ptr() for other in held}
+        assert len(seen) <= 4  # prefetch + 1 in work, this one, and one between
+        assert all(torch.equal(a, b.images) for a, b in zip(before, held, strict=True))
+        assert np.array_equal(part, of_part)
+    del loader
+    assert all(torch.equal(a, b.images) for a, b in zip(before, held, strict=True))

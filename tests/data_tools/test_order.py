@@ -145,3 +145,93 @@ def test_arguments_that_make_no_sense_are_refused(arguments: tuple, message: str
 def test_a_rank_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="part 4 of 4"):
         order.rank_slice(10, 4, 4)
+
+
+# --- In blocks ------------------------------------------------------------------------------------
+
+BLOCKS = [order.Blocks(1, 1), order.Blocks(4, 3), order.Blocks(7, 100), order.Blocks(1000, 2)]
+
+
+@pytest.mark.parametrize("num_images", [1, 5, 12, 13, 100, 1023, 10007])
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+def test_in_blocks_too_every_id_comes_once_an_epoch(num_images: int, blocks: order.Blocks):
+    for epoch in (0, 3):
+        got = order.ids(num_images, 7, epoch * num_images, num_images, blocks)
+        assert np.array_equal(np.sort(got), np.arange(num_images))
+    whole = order.ids(num_images, 7, 0, 3 * num_images, blocks)  # over the ends of epochs
+    part = order.ids(num_images, 7, 1, 2 * num_images, blocks)
+    assert np.array_equal(part, whole[1 : 1 + 2 * num_images])
+
+
+@pytest.mark.parametrize("num_images", [100, 1000, 1009])
+def test_a_window_reads_the_stretches_that_are_said_and_no_others(num_images: int):
+    blocks = order.Blocks(10, 4)
+    for epoch in range(3):
+        for first in range(0, num_images, 40):
+            start = epoch * num_images + first
+            got = order.ids(num_images, 1, start, min(40, num_images - first), blocks)
+            stretches = order.window_stretches(num_images, 1, start, blocks)
+            said = np.concatenate([np.arange(a, b) for a, b in stretches])
+            assert np.array_equal(np.sort(got), np.sort(said))
+            assert len(stretches) <= 4 + 2  # blocks, the rest, the end of the set
+            assert (stretches[1:, 0] >= stretches[:-1, 1]).all()
+
+
+def test_the_randomness_of_blocks():
+    """Within a window as a whole shuffle; neighbours on the disk share a window, as they must."""
+    n, blocks = 200_000, order.Blocks(100, 50)
+    epochs = order.ids(n, 3, 0, 2 * n, blocks).reshape(2, n)
+    place = np.argsort(epochs, axis=1)
+    assert abs(np.corrcoef(place[0], place[1])[0, 1]) < 0.15  # 2000 blocks: 1 / sqrt(2000) x 5
+    for row in epochs:
+        assert abs(np.corrcoef(row, np.arange(n))[0, 1]) < 0.15
+        for lag in (1, 2, 100):  # no run of neighbours, in any direction
+            together = np.abs(row[lag:] - row[:-lag]) == 1
+            assert together.mean() < 4 * 2 / 5000
+    offsets = [order.ids(n, seed, 0, 5000, blocks).min() % 100 for seed in range(200)]
+    assert len(set(offsets)) > 60  # blocks are cut elsewhere each time
+    within = epochs[0][:5000]
+    ranks = np.argsort(np.argsort(within))
+    assert abs(np.corrcoef(ranks, np.arange(5000))[0, 1]) < 5 / np.sqrt(5000)
+
+
+def test_blocks_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="a block needs an image"):
+        order.ids(10, 0, 0, 5, order.Blocks(0, 3))
+
+
+# --- Several sets ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shares", [(1, 1), (3, 1), (1, 2, 5), (7, 1, 1, 4)])
+def test_shares_add_up_and_each_set_reads_its_own_stream(shares: tuple):
+    sizes = (50, 31, 7, 200)[: len(shares)]
+    mixed = order.Order(sizes, 5, shares)
+    read: list[list] = [[] for _ in sizes]
+    samples = 0
+    for batch in [16, 16, 9, 40, 16]:  # a batch size that changes at resumes
+        positions = []
+        for micro in range(2):
+            rows = [mixed.stretches(samples, batch, 2, micro, 3, rank) for rank in range(3)]
+            counts = mixed.rows_per_rank(samples, batch, 2, micro, 3)
+            assert counts == [len(mixed.draw(stretches)[1]) for stretches in rows]
+            for stretches in rows:
+                places, ids = mixed.draw(stretches)
+                positions += places.tolist()
+                for k, first in enumerate(np.cumsum([0, *sizes])[:-1].tolist()):
+                    own = ids[(ids >= first) & (ids < first + sizes[k])]
+                    read[k] += (own - first).tolist()
+        assert len(set(positions)) == len(positions) == batch
+        samples += batch
+    for k, (size, share) in enumerate(zip(sizes, shares, strict=True)):
+        assert read[k] == order.ids(size, 5 + k, 0, len(read[k])).tolist()
+        assert abs(len(read[k]) - samples * share / sum(shares)) < len(shares)
+
+
+def test_one_set_is_what_it_was_without_shares():
+    one = order.Order((103,), 4)
+    for micro in range(3):
+        positions, ids = one.draw(one.stretches(43, 43, 3, micro, 2, 1))
+        assert np.array_equal(ids, order.step_ids(103, 4, 43, 43, 3, micro, 2, 1))
+        start, stop = order.step_positions(43, 43, 3, micro, 2, 1)
+        assert np.array_equal(positions, np.arange(start, stop))

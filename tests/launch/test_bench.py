@@ -97,3 +97,26 @@ def test_a_batch_that_two_processes_cannot_share():
     done = run(*TORCHRUN, SCRIPT, *SMALL, "--batch", 15)
     assert done.returncode != 0 and done.stdout == ""
     assert "): --batch 15: not divisible by 2 processes" in done.stderr
+
+
+def test_the_loader_bench_gives_every_ratio(shards_dir):
+    done = command("launch/bench/loader.py", shards_dir, "--rounds", 1, "--batches", 1)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["threads"] == 2 and min(report["images_per_second"].values()) > 0
+    assert report["ratios"]["cpu / bare"]["target"] == 0.85
+    for found in report["ratios"].values():
+        assert 0 < found["min"] <= found["median"] <= found["max"]
+
+
+def test_the_loader_bench_opens_a_large_index():
+    """The targets at 42 million, held at four: resident 8 + 8 bytes an image, nothing private."""
+    done = command("launch/bench/loader.py", "--index", 4_000_000)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["open_seconds"] < 10 and report["resident_mib"] < 4e6 * 16 / 2**20 + 64
+    assert report["of_it_private_mib"] < 64
+
+
+def test_the_loader_bench_says_what_it_wants(tmp_path):
+    for typed, words, code in [([], "name a packed set", 2), ([tmp_path / "no"], "no such", 1)]:
+        done = run("launch/bench/loader.py", *typed)
+        assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr

@@ -71,7 +71,7 @@ def test_overrides(recipe, typed, key, value):
         ("num_epoch=3", KeyError, "num_epochs"),
         ("fp16=True", KeyError, 'precision="fp16"'),
         ("verbose=2000", KeyError, "verify_every"),
-        ("dali=True", KeyError, 'only "cpu" exists'),
+        ("dali=True", KeyError, '"cpu" or "dali"'),
         ("output=True", TypeError, "expected str"),
         ("clip_norm=0", ValueError, "none for off"),
         ("margin_list=(1,2)", ValueError, r"expected \(m1, m2, m3\)"),
@@ -177,3 +177,15 @@ def test_every_key_is_read_somewhere():
     )
     for field in dataclasses.fields(config.Config):
         assert re.search(rf"cfg\.{field.name}\b", code), f"nobody reads {field.name}"
+
+
+def test_several_data_sets_are_a_list_typed_or_written():
+    assert config.make({"rec": "a"}).recs == ["a"]
+    assert config.make({"rec": ["a"]}).rec == "a"
+    several = config.make({"rec": ["a", "b"], "rec_shares": [2, 1]})
+    assert several.recs == ["a", "b"] and several.rec_shares == [2, 1]
+    for empty in ([], ""):
+        with pytest.raises(KeyError, match="rec is missing"):
+            config.make({"rec": empty})
+    with pytest.raises(TypeError, match="expected str"):
+        config.make({"rec": [["a"]]})

@@ -13,6 +13,7 @@ from data_tools import shards
 from recognition import build, config, trainer
 from recognition.rows import SampledRows
 from tests import ranks
+from tests.conftest import command
 from tests.recognition import runs
 
 
@@ -116,6 +117,71 @@ def test_fifty_steps_after_a_resume_at_another_world_size(shards_dir, tmp_path):
     ranks.run(2, runs.run, keys | {"output": str(tmp_path / "b")}, 3)
     resumed = ranks.run(3, runs.run, keys | {"output": str(tmp_path / "b")})[0]
     assert largest_difference(unbroken, resumed) < 1e-8
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"crop_augmentation_prob": 0.4, "photometric_augmentation_prob": 0.4, "shuffle_block": 7}],
+    ids=str,
+)
+def test_dali_trains_the_same_model_to_the_bit(shards_dir, tmp_path, keys):
+    """On the CPU both loaders decode with libjpeg-turbo; the DALI run is resumed by the other."""
+    keys = {"rec": str(shards_dir), "precision": "fp32", "shuffle_window": 3} | keys
+    cpu = ranks.run(2, runs.run, keys | {"output": str(tmp_path / "a")})[0]
+    with_dali = keys | {"output": str(tmp_path / "b"), "loader": "dali"}
+    ranks.run(2, runs.run, with_dali, 3)
+    resumed = ranks.run(2, runs.run, with_dali)[0]
+    assert all(torch.equal(cpu[k], resumed[k]) for k in cpu)
+
+
+def test_augmentations_and_block_shuffle_change_the_run(shards_dir, tmp_path):
+    keys = {"rec": str(shards_dir), "output": str(tmp_path / "run"), "resume": None}
+    plain = ranks.run(1, runs.first_loss, keys)[0]
+    for other in [{"low_res_augmentation_prob": 1.0}, {"shuffle_block": 4}]:
+        assert ranks.run(1, runs.first_loss, keys | other)[0] != plain
+
+
+@pytest.mark.parametrize("key", ["shuffle_block", "shuffle_window"])
+def test_a_resume_in_another_order_is_refused(shards_dir, tmp_path, key):
+    keys = {"rec": str(shards_dir), "output": str(tmp_path / "run"), "shuffle_block": 8}
+    ranks.run(1, runs.run, keys, 1)
+    kind, message = ranks.run(1, refused, keys | {key: 16})[0]
+    assert kind == "ValueError" and f"another {key}" in message
+
+
+@pytest.fixture(scope="module")
+def two_sets(shards_dir, tmp_path_factory):
+    """The shared set, and another of 6 people."""
+    other = tmp_path_factory.mktemp("other")
+    command("-m", "data_tools", "synthesize", other / "faces", "--identities", 6, "--images", 5)
+    command("-m", "data_tools", "pack", other / "faces", other / "set")
+    return [str(shards_dir), str(other / "set")]
+
+
+@pytest.mark.parametrize("shares", [[], [2, 1]], ids=str)
+def test_two_sets_train_the_same_model_at_any_world_size_and_resume(two_sets, tmp_path, shares):
+    keys = {
+        "rec": two_sets, "rec_shares": shares, "precision": "fp64", "sync_bn": True,
+        "global_batch_size": 25, "accumulation": 2, "max_steps": 4,
+    }  # fmt: skip
+    one = ranks.run(1, runs.run, keys | {"output": str(tmp_path / "a")})[0]
+    ranks.run(2, runs.run, keys | {"output": str(tmp_path / "b")}, 3)
+    two = ranks.run(2, runs.run, keys | {"output": str(tmp_path / "b")})[0]
+    assert one["rows"].shape[0] == 16 + 6  # classes of both
+    assert largest_difference(one, two) < 1e-9
+    last = steps(tmp_path / "a")[-1]
+    if shares:  # of 100 samples, 66 and 34
+        assert last["set_epoch"] == {two_sets[0]: 66 / 128, two_sets[1]: 34 / 30}
+        message = ranks.run(2, refused, keys | {"rec_shares": [], "output": str(tmp_path / "b")})[0]
+        assert "another rec_shares" in message[1]
+    else:
+        assert "set_epoch" not in last
+
+
+def test_shares_must_fit_the_sets(two_sets, tmp_path):
+    keys = {"rec": two_sets, "rec_shares": [1], "output": str(tmp_path / "run")}
+    kind, message = ranks.run(1, refused, keys)[0]
+    assert kind == "ValueError" and "for 2 data sets" in message
 
 
 def test_the_metrics_have_what_scripts_rely_on(shards_dir, tmp_path):
