@@ -1,7 +1,6 @@
 """`inspect`: what a data set is."""
 
 import argparse
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def describe(path: Path) -> dict[str, Any]:
         "verification": [
             {"file": file.name, "bytes": file.stat().st_size} for file in data.bin_paths()
         ],
-        "fingerprint": _fingerprint(data),
+        "fingerprint": data.fingerprint,
     }
     for key in ("source", "options", "skipped", "resized", "empty_identities", "held_out"):
         if key in data.index:
@@ -60,15 +59,6 @@ def _histogram(sizes: np.ndarray) -> list[dict[str, int]]:
         for step, classes in enumerate(np.bincount(steps).tolist())
         if classes
     ]
-
-
-def _fingerprint(data: shards.Shards) -> str:
-    """12 hex digits that tell data sets apart: of index.json, or of the labels and offsets."""
-    if data.index["format"] == shards.FORMAT:
-        content = (data.path / shards.INDEX).read_bytes()
-    else:
-        content = data.labels.tobytes() + data.offsets.tobytes()
-    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def _print(facts: dict[str, Any]) -> None:

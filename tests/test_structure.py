@@ -17,7 +17,11 @@ FILES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py
 MAY_IMPORT = {
     "data_tools/recordio.py": [],
     "data_tools/order.py": [],
-    "data_tools/shards.py": ["data_tools.recordio", "data_tools.insightface"],
+    "data_tools/shards.py": [
+        "data_tools.recordio", "data_tools.insightface", "data_tools.relabel",
+    ],
+    "data_tools/relabel.py": [],
+    "data_tools/alignment.py": ["data_tools.*", "eval.align"],
     "data_tools/insightface.py": ["data_tools.recordio"],
     "data_tools/": ["data_tools.*"],
     "eval/verification.py": [],
@@ -51,7 +55,8 @@ MAY_IMPORT = {
 
 NUMPY_ONLY = [
     "data_tools/recordio.py", "data_tools/order.py", "data_tools/shards.py",
-    "data_tools/insightface.py", "eval/verification.py", "eval/identification.py",
+    "data_tools/insightface.py", "data_tools/relabel.py", "eval/verification.py",
+    "eval/identification.py",
 ]  # fmt: skip
 
 COLLECTIVES = {

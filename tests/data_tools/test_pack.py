@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_tools import parallel, shards, sources
+from data_tools import files, parallel, shards
 from data_tools.__main__ import main
 from data_tools.decode import decode
 from data_tools.pack import Options, pack
@@ -454,8 +454,8 @@ def test_a_failing_source_disk_stops_the_pack(source, tmp_path, monkeypatch):
     def broken(path, *args):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(sources, "open", broken, raising=False)
-    with pytest.raises(OSError, match=r"Input/output error: .*p00/0\.jpg"):
+    monkeypatch.setattr(files, "open", broken, raising=False)
+    with pytest.raises(OSError, match=r"Input/output error: .*p0\d/\d\.jpg"):
         pack(source, tmp_path / "set", Options(shards=2))
     assert not (tmp_path / "set").exists() and not (tmp_path / "set.partial").exists()
 
