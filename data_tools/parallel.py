@@ -46,8 +46,8 @@ def run_tasks(
     A task is asked for when a process will soon be free for it: an iterator's tasks are never all
     there at once. Never more processes than a list has tasks, nor than `total`, what all tasks
     together advance by, is worth; instead of one, this process does it. The first exception of a
-    task stops the others at their next `advance` and comes out here; so does an interruption. A worker
-    whose parent was killed ends at once: nobody goes on writing.
+    task stops the others at their next `advance` and comes out here; so does an interruption. A
+    worker whose parent was killed ends at once: nobody goes on writing.
 
     Raises: ChildProcessError if a worker was killed.
     """

@@ -6,8 +6,8 @@
 
 A line is (image, new class | drop); images count 0 .. N-1 and classes 0 .. C-1 as in the set
 without the index, whatever was cleaned before; a class of C or more is a new one. Images not
-named keep their class. What is left is numbered densely, in the order of the old numbers, as sub-center
-ArcFace's drop.py does. As DIR/relabel.txt it holds whenever DIR is opened.
+named keep their class. What is left is numbered densely, in the order of the old numbers,
+as sub-center ArcFace's drop.py does. As DIR/relabel.txt it holds whenever DIR is opened.
 """
 
 import os
