@@ -222,7 +222,8 @@ class RecordFile:
 
     def close(self) -> None:
         if isinstance(self._data, mmap.mmap):
-            self._data.close()
+            with contextlib.suppress(BufferError):  # an error on its way up holds a view of it
+                self._data.close()
 
 
 class IndexedReader:
