@@ -2,13 +2,34 @@
 
 import sys
 
-from data_tools import commands, inspect, pack_command, pairs, synthetic, verify
+from data_tools import (
+    commands,
+    embed,
+    inspect,
+    merge,
+    overlap,
+    pack_command,
+    pairs,
+    purify,
+    relabel_command,
+    synthetic,
+    unpack,
+    verify,
+    view,
+)
 
 _COMMANDS = {
     "pack": (pack_command, "pack images into shards"),
     "inspect": (inspect, "print what a data set is"),
     "verify": (verify, "check every record and hash of a data set"),
     "pairs": (pairs, "make a verification set NAME.bin"),
+    "unpack": (unpack, "a data set back to files"),
+    "view": (view, "a contact sheet of an identity or a query"),
+    "embed": (embed, "features of a data set"),
+    "purify": (purify, "find wrong images by a sub-center run"),
+    "overlap": (overlap, "find what training and test set share"),
+    "merge": (merge, "propose labels to join and to cut"),
+    "relabel": (relabel_command, "put a decision of cleaning in force"),
     "synthesize": (synthetic, "draw faces of generated identities"),
 }
 

@@ -5,12 +5,19 @@ import numpy as np
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name counts as an image; hidden ones do not."""
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
 _SOI, _EOI, _SOS = b"\xff\xd8", b"\xff\xd9", 0xDA
 _SCAN = bytes((0xFF, _SOS))
 _KINDS = (_SOI, b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF")
 # IGNORE_ORIENTATION: faces were aligned as pixels, and a tag that survived that would turn them
 # away again. MXNet 1.9.1 follows it in `mx.image.imdecode` and ImageRecordIter, not in unpack_img.
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF markers of a JPEG: its size and channels
 
 
 def decode(encoded: bytes, size: int = 112, where: str = "") -> np.ndarray:
@@ -21,15 +28,23 @@ def decode(encoded: bytes, size: int = 112, where: str = "") -> np.ndarray:
     Raises: ValueError naming `where` for an empty, truncated or unreadable image, or one that is
     not square: faces are aligned before they come here; stretching or cropping would misalign them.
     """
-    return _resized(decode_any_size(encoded, where), size, where)
+    image = decode_any_size(encoded, where)
+    height, width = image.shape[:2]
+    if height != width:
+        raise ValueError(
+            f"{where or 'image'}: {width}x{height} pixels is not square; align the faces to "
+            f"{size}x{size} first"
+        )
+    return resized(image, size)
 
 
-def decode_any_size(encoded: bytes, where: str = "") -> np.ndarray:
+def decode_any_size(encoded: bytes, where: str = "", follow_exif: bool = False) -> np.ndarray:
     """RGB pixels at the image's own size, uint8 [h, w, 3]. Raises: ValueError naming `where`."""
     if what := fault(encoded):
         raise ValueError(f"{where or 'image'}: {what}")
+    flags = cv2.IMREAD_COLOR_RGB if follow_exif else _FLAGS
     try:
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), _FLAGS)
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error as error:
         raise ValueError(f"{where or 'image'}: {error.err or error}") from error
     if image is None:
@@ -37,30 +52,50 @@ def decode_any_size(encoded: bytes, where: str = "") -> np.ndarray:
     return image
 
 
-def to_jpeg(encoded: bytes, size: int, quality: int, where: str = "") -> tuple[bytes, bool]:
-    """The same bytes if they are a readable size x size JPEG, else that image as one; if resized.
-
-    Raises: ValueError as `decode` does.
-    """
-    image = decode_any_size(encoded, where)
-    if encoded.startswith(_SOI) and image.shape[:2] == (size, size):
-        return encoded, False
-    resized = image.shape[:2] != (size, size)
-    image = _resized(image, size, where)
-    _, jpeg = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return jpeg.tobytes(), resized
-
-
-def _resized(image: np.ndarray, size: int, where: str) -> np.ndarray:
-    height, width = image.shape[:2]
-    if height != width:
-        raise ValueError(
-            f"{where or 'image'}: {width}x{height} pixels is not square; align the faces to "
-            f"{size}x{size} first"
-        )
-    if height == size:
+def resized(image: np.ndarray, size: int) -> np.ndarray:
+    """A square image at another size, bicubic."""
+    if image.shape[0] == size:
         return image
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def size_of(encoded: bytes, where: str = "") -> tuple[int, int] | None:
+    """Width and height as a JPEG or PNG states them; None for other kinds, which must be decoded.
+
+    Raises: ValueError naming `where` for what is cut short or no image.
+    """
+    if what := fault(encoded):
+        raise ValueError(f"{where or 'image'}: {what}")
+    if encoded.startswith(_SOI):
+        frame = _frame(encoded)
+        if frame is None:
+            raise ValueError(f"{where or 'image'}: a JPEG without a frame")
+        return frame[:2]
+    if encoded.startswith(_KINDS[1]):
+        if encoded[12:16] != b"IHDR" or len(encoded) < 24 or b"IEND" not in encoded[-12:]:
+            raise ValueError(f"{where or 'image'}: a PNG that is cut short or damaged")
+        return int.from_bytes(encoded[16:20], "big"), int.from_bytes(encoded[20:24], "big")
+    return None
+
+
+def channels_of(jpeg: bytes) -> int:
+    """Of a JPEG: 1 grey, 3 colour, 4 CMYK or YCCK; 0 if it does not say."""
+    frame = _frame(jpeg)
+    return frame[2] if frame else 0
+
+
+def has_exif(encoded: bytes) -> bool:
+    """Whether the image may state an orientation."""
+    return b"Exif\0\0" in encoded[: 1 << 16] or b"eXIf" in encoded or b"EXIF" in encoded[: 1 << 16]
+
+
+def _frame(jpeg: bytes) -> tuple[int, int, int] | None:
+    """Width, height and channels of a JPEG's first frame."""
+    at = _segment(jpeg, _FRAMES)
+    if at + 10 > len(jpeg):
+        return None
+    height, width = int.from_bytes(jpeg[at + 5 : at + 7]), int.from_bytes(jpeg[at + 7 : at + 9])
+    return width, height, jpeg[at + 9]
 
 
 def fault(encoded: bytes) -> str | None:
@@ -73,17 +108,17 @@ def fault(encoded: bytes) -> str | None:
     # end marker before the scan is that of an EXIF thumbnail; within the scan 0xFF is escaped.
     if encoded.endswith(_EOI) and _SCAN in encoded:
         return None  # nearly all, without the walk; what ends in a thumbnail OpenCV will refuse
-    if encoded.startswith(_SOI) and encoded.rfind(_EOI, _scan(encoded)) < 0:
+    if encoded.startswith(_SOI) and encoded.rfind(_EOI, _segment(encoded, {_SOS})) < 0:
         return f"truncated: {len(encoded)} bytes and no end of the image"
     return None
 
 
-def _scan(jpeg: bytes) -> int:
-    """Offset of the first scan (SOS) of a JPEG; its length if the segments break off before."""
+def _segment(jpeg: bytes, markers: set[int]) -> int:
+    """Offset of the first segment of such a kind; the length of the JPEG if it has none."""
     at = 2
     while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
         marker = jpeg[at + 1]
-        if marker == _SOS:
+        if marker in markers:
             return at
         if marker == 0xFF:  # a fill byte
             at += 1

@@ -1,17 +1,19 @@
 """`inspect`: what a data set is."""
 
 import argparse
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_tools import shards
+from data_tools.quality import sampled, statistics
+from data_tools.sheet import face, write_sheet
 from data_tools.wording import count, file_size
 
 _BAR = 40  # characters of the longest bar
 _SHARDS_SHOWN = 4
+_SHOWN = 100  # faces on the sheet
 _KINDS = {
     shards.FORMAT: "shards with index.json",
     "insightface-A": "layout A: header and identity records",
@@ -40,8 +42,15 @@ def describe(path: Path) -> dict[str, Any]:
         "verification": [
             {"file": file.name, "bytes": file.stat().st_size} for file in data.bin_paths()
         ],
-        "fingerprint": _fingerprint(data),
+        "fingerprint": data.fingerprint,
     }
+    if data.cleaned is not None:
+        whole = shards.open(path, shards.NO_RELABEL)
+        facts["cleaned"] = {
+            "index": str(data.cleaned.place),
+            "images_before": whole.num_images,
+            "classes_before": whole.num_classes,
+        }
     for key in ("source", "options", "skipped", "resized", "empty_identities", "held_out"):
         if key in data.index:
             facts[key] = data.index[key]
@@ -62,15 +71,6 @@ def _histogram(sizes: np.ndarray) -> list[dict[str, int]]:
     ]
 
 
-def _fingerprint(data: shards.Shards) -> str:
-    """12 hex digits that tell data sets apart: of index.json, or of the labels and offsets."""
-    if data.index["format"] == shards.FORMAT:
-        content = (data.path / shards.INDEX).read_bytes()
-    else:
-        content = data.labels.tobytes() + data.offsets.tobytes()
-    return hashlib.sha256(content).hexdigest()[:12]
-
-
 def _print(facts: dict[str, Any]) -> None:
     size = "x".join(map(str, facts["image_size"])) if facts["image_size"] else "not stated"
     per_class = facts["images_per_class"]
@@ -80,6 +80,12 @@ def _print(facts: dict[str, Any]) -> None:
     print(f"  classes      {facts['classes']}")
     print(f"  image size   {size}")
     print(f"  fingerprint  {facts['fingerprint']}")
+    if "cleaned" in facts:
+        before = facts["cleaned"]
+        print(
+            f"  cleaned      {before['index']}: before, {before['images_before']} images and "
+            f"{before['classes_before']} classes"
+        )
     if "source" in facts:
         print(f"  packed from  {facts['source']['path']} ({facts['source']['kind']})")
         print(f"  options      {', '.join(f'{k}={v}' for k, v in facts['options'].items())}")
@@ -108,11 +114,32 @@ def _print(facts: dict[str, Any]) -> None:
         print(f"  pairs        {file['file']}, {file_size(file['bytes'])}")
 
 
+def _print_quality(quality: dict[str, Any]) -> None:
+    print(f"  of {count(quality['sampled'], 'image')}, {quality['unreadable']} unreadable")
+    for name in ("bytes", "width", "brightness", "contrast", "sharpness"):
+        if name in quality:
+            row = quality[name]
+            print(f"    {name:<12} 5 % {row['p5']:g}, median {row['p50']:g}, 95 % {row['p95']:g}")
+    print(f"    {'grey':<12} {100 * quality['grey_share']:.1f} %, kinds {quality['kinds']}")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="a data set directory, or an InsightFace one")
+    parser.add_argument(
+        "--quality", type=int, default=0, metavar="N", help="decode N images, spread evenly"
+    )
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="show 100 of them")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     facts = describe(args.path)
     _print(facts)
+    data = shards.open(args.path)
+    if args.quality:
+        facts["quality"] = statistics(data, sampled(data, args.quality))
+        _print_quality(facts["quality"])
+    if args.sheet:
+        chosen = sampled(data, _SHOWN)
+        titles = [f"{i} {data.identities[data.labels[i]]}" for i in chosen]
+        write_sheet(args.sheet, [face(data, i) for i in chosen], titles)
     return facts

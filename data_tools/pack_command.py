@@ -1,30 +1,55 @@
 """`pack`: images -> shards. The same source and options give the same bytes, at any --workers.
 
-1. Of each identity one image is decoded, more if it fails: one without any gets no class.
-2. --hold-out identities, drawn by the seed, are left out of training and become heldout.bin.
-3. All other images are shuffled as one list and cut into shards; a worker writes a shard at a time.
+1. The source is listed; --min-images, --hold-out, --split, --max-images choose of it by the seed.
+2. --hold-out identities are left out of training and become heldout.bin.
+3. All other images are shuffled as one list and cut into shards; a worker writes a shard at a time
+   and reads each image once. What cannot be used is counted, and listed in skipped.txt; an identity
+   of which nothing can be used gets no class.
+
+Killed, the same command goes on after the last finished shard and ends in the same bytes.
 """
 
 import argparse
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from data_tools.pack import HELD_OUT, Options, pack
+from data_tools.pack import HELD_OUT, Options, Sources, pack
 from data_tools.pairs import resized_text
+from data_tools.sources import JOINS
 from data_tools.wording import count, file_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     standard = Options()
     parser.add_argument(
-        "source",
+        "sources",
         type=Path,
-        help="folder of identities (SOURCE/<identity>/<image>.jpg), or an InsightFace directory "
-        "(train.rec, train.idx, property), or a data set packed before",
+        nargs="+",
+        metavar="SOURCE",
+        help="a folder of identities (SOURCE/<identity>/<image>.jpg); zip or tar archives, or a "
+        "directory of them; a .lst of im2rec or InsightFace; an InsightFace directory or a .rec, "
+        "with or without .idx; a set packed before",
     )
     parser.add_argument("out", type=Path, help="directory to make")
+    parser.add_argument(
+        "--join",
+        choices=JOINS,
+        default="offset",
+        help="several sources: nobody of one is in another (offset), or the same name is the same "
+        "person (name)",
+    )
+    parser.add_argument(
+        "--nested", action="store_true", help="folders: look for identities at any depth"
+    )
+    parser.add_argument(
+        "--root", type=Path, metavar="DIR", help="where the paths of a .lst start (beside it)"
+    )
+    parser.add_argument(
+        "--relabel", type=Path, metavar="FILE", help="follow this relabel index of a record source"
+    )
     parser.add_argument(
         "--shards", type=int, default=standard.shards, help="files to cut the images into (8)"
     )
@@ -58,14 +83,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="verification pairs of the identities held out, a multiple of 20; fewer where these "
         "people do not have so many (3000)",
     )
+    parser.add_argument(
+        "--split",
+        default="",
+        metavar="WHAT=SHARE",
+        help="set images=SHARE of each identity, or identities=SHARE, aside as the set OUT/split",
+    )
+    parser.add_argument(
+        "--min-images", type=int, default=1, metavar="N", help="leave out identities with fewer (1)"
+    )
+    parser.add_argument(
+        "--max-images", type=int, default=0, metavar="N", help="of an identity, drawn (all)"
+    )
+    parser.add_argument(
+        "--pass-through",
+        action="store_true",
+        help="keep the bytes of every square image, whatever its size, and do not decode it: "
+        "damaged pixels show only in `verify --deep`",
+    )
+    parser.add_argument(
+        "--exif",
+        choices=("ignore", "follow"),
+        default="",
+        help="an orientation that an image states (ignored; followed with --align)",
+    )
+    parser.add_argument(
+        "--align",
+        action="store_true",
+        help="warp each face to the template by five points: of --landmarks, of the .lst, or found",
+    )
+    parser.add_argument(
+        "--landmarks", type=Path, metavar="FILE", help="lines: path [score] x1 y1 .. x5 y5"
+    )
+    parser.add_argument(
+        "--detector", type=Path, metavar="FILE", help="a YuNet ONNX file that finds the five points"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a data set")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: must be 1 or more")
-    options = Options(args.shards, args.seed, args.size, args.quality, args.hold_out, args.pairs)
-    done = pack(args.source, args.out, options, args.workers, args.overwrite)
+    options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
+    sources = Sources(args.sources, args.join, args.nested, args.root, args.relabel)
+    done = pack(sources, args.out, options, args.workers, args.overwrite)
     if done["skipped"] or done["empty_identities"]:
         print(
             f"warning: {done['skipped']} "

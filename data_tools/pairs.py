@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.convert import Conversion, convert_all
 from data_tools.parallel import Advance, run_tasks
-from data_tools.sources import Images, Source, open_source, read_jpegs
+from data_tools.sources import Images, Source, open_source
 from data_tools.wording import count
 
 FOLDS = 10
@@ -29,8 +30,7 @@ class PairOptions:
 
     num_pairs: int  # asked for
     seed: int
-    size: int = 112  # pixels
-    quality: int = 95  # of images that have to be encoded again
+    conversion: Conversion = Conversion()
     fewer: bool = False  # make as many as there are where those asked for are too many
 
 
@@ -146,7 +146,7 @@ def make_pairs(
     Raises: ValueError if there are not enough different pairs.
     """
     readable, resized = [], 0
-    for jpeg in read_jpegs(images, options.size, options.quality, skipped, advance):
+    for jpeg in convert_all(images, options.conversion, skipped, advance):
         readable.append(jpeg.i)
         resized += jpeg.resized
     num_pairs = options.num_pairs
@@ -154,7 +154,7 @@ def make_pairs(
         num_pairs = min(num_pairs, max(most_pairs(labels[readable]), PAIRS_STEP))
     pairs, issame = draw_pairs(labels[readable], num_pairs, options.seed)
     used, pairs = np.unique(np.array(readable)[pairs], return_inverse=True)
-    jpegs = read_jpegs(images.select(used), options.size, options.quality, skipped, lambda n: None)
+    jpegs = convert_all(images.select(used), options.conversion, skipped, lambda n: None)
     write_bin(path, [jpeg.encoded for jpeg in jpegs], pairs.reshape(-1, 2), issame)
     return {
         "file": path.name,
@@ -163,6 +163,7 @@ def make_pairs(
         "images": len(used),
         "readable": len(readable),
         "resized": resized,
+        "readable_identities": np.unique(labels[readable]),
     }
 
 
@@ -194,7 +195,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.identities:
         chosen = np.flatnonzero(np.isin(source.labels, _numbers_of(source, args.identities)))
     skipped = list(source.skipped)
-    options = PairOptions(args.pairs, args.seed, args.size)
+    options = PairOptions(args.pairs, args.seed, Conversion(args.size))
     (made,) = run_tasks(
         lambda images, advance: make_pairs(
             images, source.labels[chosen], args.out, options, skipped, advance
@@ -204,6 +205,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         total=len(chosen),
         title="reading faces",
     )
+    del made["readable_identities"]
     for where, reason in skipped:
         print(f"skipped {where}: {reason}", file=sys.stderr)
     print(

@@ -1,11 +1,13 @@
 """Tasks spread over processes, with one progress bar for all of them."""
 
+import functools
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_end
 from multiprocessing.sharedctypes import Synchronized
@@ -13,7 +15,14 @@ from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -22,28 +31,32 @@ Advance = Callable[[int], None]  # a task calls it with the number of images it 
 # The least that a process is started for: starting one takes as long as packing some 500 images.
 ITEMS_PER_WORKER = 500
 _POLL = 0.1  # seconds between two looks at the workers
+_AHEAD = 2  # tasks that wait, so that no worker does
 
 
 def run_tasks(
     function: Callable[[Task, Advance], Result],
-    tasks: list[Task],
+    tasks: Iterable[Task],
     workers: int,
     total: int,
     title: str,
 ) -> list[Result]:
     """`[function(task, advance) for task in tasks]`, by at most that many processes.
 
-    Never more than there are tasks, nor than `total`, what all tasks together advance by, is worth;
-    instead of one, this process does it. The first exception of a task stops the others at their
-    next `advance` and comes out here; so does an interruption. A worker whose parent was killed
-    ends at once: nobody goes on writing.
+    A task is asked for when a process will soon be free for it: an iterator's tasks are never all
+    there at once. Never more processes than a list has tasks, nor than `total`, what all tasks
+    together advance by, is worth; instead of one, this process does it. The first exception of a
+    task stops the others at their next `advance` and comes out here; so does an interruption. A
+    worker whose parent was killed ends at once: nobody goes on writing.
 
     Raises: ChildProcessError if a worker was killed.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task(title, total=total)
-        workers = min(workers, len(tasks), total // ITEMS_PER_WORKER)
+        if isinstance(tasks, Sized):
+            workers = min(workers, len(tasks))
+        workers = min(workers, total // ITEMS_PER_WORKER)
         if workers <= 1:
             return [function(task, lambda n: progress.advance(bar, n)) for task in tasks]
         context = multiprocessing.get_context("spawn")  # fork would copy OpenCV's threads mid-work
@@ -51,10 +64,10 @@ def run_tasks(
         with ProcessPoolExecutor(
             workers, context, initializer=_start_worker, initargs=(done, stop)
         ) as pool:
-            futures = [pool.submit(_call, function, task) for task in tasks]
+            submitted = (pool.submit(_call, function, task) for task in tasks)
             try:
-                _watch(futures, lambda: progress.update(bar, completed=done.value))
-                return [future.result() for future in futures]
+                show = functools.partial(_show, progress, bar, done)
+                return _collect(submitted, workers + _AHEAD, show)
             except BrokenProcessPool as error:
                 raise ChildProcessError(
                     "a worker process was killed; if memory ran out, use fewer --workers"
@@ -64,11 +77,21 @@ def run_tasks(
                 pool.shutdown(cancel_futures=True)
 
 
-def _watch(futures: list[Future], show: Callable[[], None]) -> None:
-    """Returns when all are done, or raises the first exception."""
-    pending = set(futures)
-    while pending:
-        finished, pending = wait(pending, timeout=_POLL, return_when=FIRST_EXCEPTION)
+def _show(progress: Progress, bar: TaskID, done: Synchronized) -> None:
+    progress.update(bar, completed=done.value)
+
+
+def _collect(submitted: Iterator[Future], window: int, show: Callable[[], None]) -> list[Any]:
+    """All results in order, at most `window` tasks in flight; or the first exception."""
+    futures: list[Future] = []
+    pending: set[Future] = set()
+    while True:
+        fresh = list(itertools.islice(submitted, window - len(pending)))
+        futures += fresh
+        pending |= set(fresh)
+        if not pending:
+            return [future.result() for future in futures]
+        finished, pending = wait(pending, timeout=_POLL, return_when=FIRST_COMPLETED)
         show()
         for future in finished:
             future.result()

@@ -3,18 +3,20 @@
 import fcntl
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 
 class PartialDirectory:
     """`OUT.partial`, empty and this process's own until it is closed or becomes `OUT`.
 
-    What a killed process left in it is cleared. `close` removes it unless `rename` came before.
+    What a killed process left in it is cleared, unless `keep(path)` says that it can be used.
+    `close` removes it unless `rename` came before.
 
     Raises: FileExistsError if another process is writing it.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, keep: Callable[[Path], bool] = lambda path: False) -> None:
         self.out = out
         self.path = out.with_name(out.name + ".partial")
         self._renamed = False
@@ -25,7 +27,7 @@ class PartialDirectory:
         except BaseException:
             os.close(self._lock)
             raise
-        for left_over in self.path.iterdir():
+        for left_over in [] if keep(self.path) else list(self.path.iterdir()):
             shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
 
     def _claim(self) -> None:

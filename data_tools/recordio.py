@@ -35,6 +35,7 @@ _FRAME = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
 _IDX_LINES = re.compile(rb"(?:[0-9]{1,18}+\t[0-9]{1,18}+\n)*+")
 _IDX_BLOCK = 1 << 24  # bytes of .idx text parsed at a time
+LABEL_AT = 12  # bytes from the start of a record to the label of its header
 _HEADER_WORDS = 9  # of a frame, a header and the first of the array labels
 _HEADER_BLOCK = 1 << 20  # records whose headers are gathered at a time
 
@@ -221,7 +222,8 @@ class RecordFile:
 
     def close(self) -> None:
         if isinstance(self._data, mmap.mmap):
-            self._data.close()
+            with contextlib.suppress(BufferError):  # an error on its way up holds a view of it
+                self._data.close()
 
 
 class IndexedReader:

@@ -1,26 +1,19 @@
 """Writes a data set directory (the format of shards.py): complete, or not at all."""
 
-import hashlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from data_tools.journal import Journal, WrittenShard, file_sha256, is_of_plan
 from data_tools.partial import PartialDirectory
-from data_tools.recordio import Header, Writer
+from data_tools.recordio import LABEL_AT, Header, Writer
 from data_tools.shards import FORMAT, INDEX, VERSION, read_index
-
-
-class WrittenShard(NamedTuple):
-    """What `write_shard` tells of a shard with n images."""
-
-    entry: dict[str, Any]  # its line of index.json
-    labels: np.ndarray  # int64 [n]
-    offsets: np.ndarray  # int64 [n]
 
 
 def write_shard(directory: Path, name: str, images: Iterable[tuple[int, bytes]]) -> WrittenShard:
@@ -50,18 +43,22 @@ class ShardWriter:
         writer.finish(written, identities, image_size, about)
 
     Left by an exception, or without `finish`, it removes what it wrote; killed, it leaves
-    OUT.partial, which the next one clears. OUT itself is never half there.
+    OUT.partial, whose whole shards the next one takes over if it has the same plan. OUT itself is
+    never half there.
 
     Raises: FileExistsError if `out` exists (with `overwrite`: and is not a data set), or if another
     process is writing it.
     """
 
-    def __init__(self, out: str | Path, overwrite: bool = False) -> None:
+    def __init__(
+        self, out: str | Path, overwrite: bool = False, plan: dict[str, Any] | None = None
+    ) -> None:
         self.out = Path(os.path.abspath(out))
         self._replaced = self.out.with_name(self.out.name + ".replaced")
-        self._aside = PartialDirectory(self.out)
+        self._aside = PartialDirectory(self.out, lambda path: is_of_plan(path, plan))
         self.partial = self._aside.path
         try:
+            self.journal = Journal(self.partial, plan)
             if self._replaced.exists() and self._is_free():
                 self._replaced.rename(self.out)  # killed between the two renames of `finish`
             self._check_free(overwrite)
@@ -95,32 +92,8 @@ class ShardWriter:
         about: dict[str, Any],
     ) -> dict[str, Any]:
         """The index written, `about` joined to it; the directory now has its name."""
-        labels = np.concatenate([shard.labels for shard in written])
-        np.save(self.partial / "labels.npy", labels, allow_pickle=False)
-        offsets = np.concatenate([shard.offsets for shard in written])
-        np.save(self.partial / "offsets.npy", offsets, allow_pickle=False)
-        names = b"".join(os.fsencode(name) + b"\n" for name in identities)
-        (self.partial / "identities.txt").write_bytes(names)
-        sizes, counts = np.unique(
-            np.bincount(labels, minlength=len(identities)), return_counts=True
-        )
-        index = {
-            "format": FORMAT,
-            "version": VERSION,
-            "images": len(labels),
-            "classes": len(identities),
-            "image_size": list(image_size),
-            "class_sizes": {str(s): int(c) for s, c in zip(sizes, counts, strict=True)},
-            **{key: self._listed(f"{key}.npy") for key in ("labels", "offsets")},
-            "identities": self._listed("identities.txt"),
-            "verification": [self._listed(bin.name) for bin in sorted(self.partial.glob("*.bin"))],
-            **about,
-            "shards": [shard.entry for shard in written],
-        }
-        (self.partial / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        _sync(
-            *(p for p in self.partial.iterdir() if p.suffix not in (".rec", ".idx")), self.partial
-        )
+        self.journal.remove()
+        index = write_index(self.partial, written, identities, image_size, about)
         if self.out.exists():
             self.out.rename(self._replaced)
         self._aside.rename()
@@ -128,9 +101,6 @@ class ShardWriter:
         if self._replaced.exists():
             shutil.rmtree(self._replaced)
         return index
-
-    def _listed(self, name: str) -> dict[str, str]:
-        return {"file": name, "sha256": file_sha256(self.partial / name)}
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -141,9 +111,55 @@ class ShardWriter:
             raise OSError(f"{self.out}: {error}; what was written is removed") from error
 
 
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def write_index(
+    directory: Path,
+    written: list[WrittenShard],
+    identities: list[str],
+    image_size: tuple[int, int],
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """Complete a directory of shards: columns, names, index.json; all of it on the disk."""
+
+    def listed(name: str) -> dict[str, str]:
+        return {"file": name, "sha256": file_sha256(directory / name)}
+
+    labels = np.concatenate([shard.labels for shard in written])
+    np.save(directory / "labels.npy", labels, allow_pickle=False)
+    offsets = np.concatenate([shard.offsets for shard in written])
+    np.save(directory / "offsets.npy", offsets, allow_pickle=False)
+    names = b"".join(os.fsencode(name) + b"\n" for name in identities)
+    (directory / "identities.txt").write_bytes(names)
+    sizes, counts = np.unique(np.bincount(labels, minlength=len(identities)), return_counts=True)
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "images": len(labels),
+        "classes": len(identities),
+        "image_size": list(image_size),
+        "class_sizes": {str(s): int(c) for s, c in zip(sizes, counts, strict=True)},
+        **{key: listed(f"{key}.npy") for key in ("labels", "offsets")},
+        "identities": listed("identities.txt"),
+        "verification": [listed(bin.name) for bin in sorted(directory.glob("*.bin"))],
+        **about,
+        "shards": [shard.entry for shard in written],
+    }
+    (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    files = [p for p in directory.iterdir() if p.is_file() and p.suffix not in (".rec", ".idx")]
+    _sync(*files, directory)
+    return index
+
+
+def renumber(directory: Path, shard: WrittenShard, new_class: np.ndarray) -> WrittenShard:
+    """The shard with class new_class[c] in place of c, its label fields overwritten in the file."""
+    labels = new_class[shard.labels]
+    rec = directory / f"{shard.entry['name']}.rec"
+    with open(rec, "r+b") as file:
+        for offset, label in zip(shard.offsets.tolist(), labels.tolist(), strict=True):
+            file.seek(offset + LABEL_AT)
+            file.write(struct.pack("<f", label))
+    sha256 = {**shard.entry["sha256"], "rec": file_sha256(rec)}
+    _sync(rec)
+    return WrittenShard({**shard.entry, "sha256": sha256}, labels, shard.offsets)
 
 
 def _sync(*paths: Path) -> None:

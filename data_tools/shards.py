@@ -6,22 +6,26 @@
     offsets.npy   int64 [N]         where each record starts in its shard: opening parses no text
     identities.txt                  line c is the name of class c
     <name>.bin                      verification pairs
+    relabel.txt                     what cleaning decided, if anything (relabel.py)
 
 `open` reads an InsightFace directory (`train.rec`, `train.idx`, `property`) through the same face.
+With a relabel index the images it drops are not there, and the classes are those it leaves.
 """
 
 import bisect
 import functools
+import hashlib
 import itertools
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_tools import insightface
+from data_tools import relabel as relabelling
 from data_tools.recordio import Header, RecordFile, unpack_record
 
 FORMAT = "arcline-shards"
@@ -42,8 +46,10 @@ class Shards:
         files: list[RecordFile],
         offsets: np.ndarray,  # int64 [N] byte of each record in its file
         labels: np.ndarray | None,  # int64 [N]; None: they stand in the records only
+        cleaned: "Cleaned | None" = None,
     ) -> None:
         self.path = path
+        self._opened = path if index["format"] == FORMAT else files[0].path
         self.index = index
         self.files = files
         self.offsets = offsets
@@ -54,9 +60,10 @@ class Shards:
         size = index["image_size"]
         self.image_size: tuple[int, int] | None = (size[0], size[1]) if size else None  # (h, w)
         self._labels = labels
+        self.cleaned = cleaned
 
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        return open, (self.path,)
+    def __reduce__(self) -> tuple[Any, tuple[Path, Path | None]]:
+        return open, (self._opened, self.cleaned.place if self.cleaned else None)
 
     def __len__(self) -> int:
         return self.num_images
@@ -72,9 +79,24 @@ class Shards:
     def identities(self) -> list[str]:
         """The name of every class; in an InsightFace directory its number."""
         if "identities" not in self.index:
-            return [str(c) for c in range(self.num_classes)]
-        text = (self.path / self.index["identities"]["file"]).read_bytes()
-        return [os.fsdecode(line) for line in text.split(b"\n")[:-1]]
+            names = [str(c) for c in range(self.num_classes)] if not self.cleaned else []
+        else:
+            text = (self.path / self.index["identities"]["file"]).read_bytes()
+            names = [os.fsdecode(line) for line in text.split(b"\n")[:-1]]
+        if self.cleaned is None:
+            return names
+        # A class of a number that the set does not have was split off by cleaning.
+        return [names[c] if c < len(names) else str(c) for c in self.cleaned.classes.tolist()]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """12 hex digits that tell data sets apart; cleaning leaves them as they are."""
+        if self.index["format"] == FORMAT:
+            content = (self.path / INDEX).read_bytes()
+        else:
+            uncleaned = self if self.cleaned is None else open(self._opened, NO_RELABEL)
+            content = uncleaned.labels.tobytes() + uncleaned.offsets.tobytes()
+        return hashlib.sha256(content).hexdigest()[:12]
 
     def locate(self, i: int) -> tuple[int, int]:
         """Shard number and byte offset of image i. Raises: IndexError."""
@@ -96,7 +118,13 @@ class Shards:
             return insightface.class_label(header, self.num_classes, file.where(offset)), encoded
         label = int(self._labels[i])
         image = int(i) % self.num_images
-        if fault := record_fault(header, image - self.starts[shard], label):
+        if self.cleaned is None:
+            key, stated = image - self.starts[shard], label
+        else:
+            key, stated = int(self.cleaned.keys[image]), int(self.cleaned.record_labels[image])
+        if self.index["format"] != FORMAT:
+            return label, encoded
+        if fault := record_fault(header, key, stated):
             raise ValueError(
                 f"{file.where(offset)}: image {image}: {fault}; labels.npy, offsets.npy or the "
                 f".rec is not what was packed: run `python -m data_tools verify {self.path}`"
@@ -127,13 +155,38 @@ def record_fault(header: Header, key: int, label: int) -> str | None:
     return None
 
 
-def open(path: str | Path) -> Shards:
-    """The data set in a directory: shards with their index.json, or an InsightFace directory.
+class Cleaned(NamedTuple):
+    """What a relabel index has left of a set: M images, C classes."""
+
+    place: Path  # of the index
+    images: np.ndarray  # int64 [M] number of each image before
+    classes: np.ndarray  # int64 [C] number of each class before
+    keys: np.ndarray  # int64 [M] key of each image in its shard
+    record_labels: np.ndarray  # int64 [M] the label that stands in its record
+
+
+NO_RELABEL = Path(os.devnull)  # as `relabel`: the set as it was before any cleaning
+
+
+def open(path: str | Path, relabel: Path | None = None) -> Shards:
+    """The data set in a directory: shards with their index.json, or InsightFace's (or a .rec).
+
+    relabel: the index to follow; default: relabel.txt beside the shards, if there is one.
 
     Raises: FileNotFoundError if there is neither; ValueError naming the file that is damaged,
     missing or disagrees with index.json.
     """
     path = Path(path)
+    data = _open(path)
+    place = data.path / relabelling.NAME if relabel is None else relabel
+    if place == NO_RELABEL or (relabel is None and not place.is_file()):
+        return data
+    return _cleaned(data, place)
+
+
+def _open(path: Path) -> Shards:
+    if path.suffix == ".rec" and path.is_file():
+        return _open_insightface(path.parent, path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such directory")
     if (path / INDEX).is_file():
@@ -145,6 +198,25 @@ def open(path: str | Path) -> Shards:
             f"make one of it with `python -m data_tools pack {path} OUT`"
         )
     return _open_insightface(path, rec)
+
+
+def _cleaned(data: Shards, place: Path) -> Shards:
+    relabel = relabelling.read(place)
+    relabelling.check(relabel, place, data.fingerprint, data.num_images, data.num_classes)
+    kept, labels, classes = relabelling.dense(relabelling.apply(relabel, data.labels))
+    shard_of = np.searchsorted(data.starts, kept, side="right") - 1
+    counts = np.bincount(shard_of, minlength=len(data.files)).tolist()
+    index = {
+        **data.index,
+        "images": len(kept),
+        "classes": len(classes),
+        "shards": [
+            {**shard, "images": n} for shard, n in zip(data.index["shards"], counts, strict=True)
+        ],
+    }
+    keys = kept - np.array(data.starts)[shard_of]
+    cleaned = Cleaned(place, kept, classes, keys, data.labels[kept])
+    return Shards(data.path, index, data.files, data.offsets[kept], labels, cleaned)
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -1,36 +1,36 @@
-"""What can be packed: a folder of identities, an InsightFace directory, or shards that exist.
+"""What can be packed, and several of them as one.
 
-A folder of identities is `SOURCE/<identity>/<image>`, one level deep. Its rules:
-
-- identities and images count in lexicographic order of their names;
-- images are files named .jpg .jpeg .png .bmp .webp, in any case; links to files and folders are
-  followed; other files, and all that is hidden (.name), are counted and left out;
-- an image beside the identity folders, or a folder inside one, has no identity that we could be
-  sure of: it is listed as skipped, never guessed.
+| source | told by | rules |
+|---|---|---|
+| a folder of identities | a directory | files.py |
+| zip and tar archives, alone or a directory of them | .zip, .tar | archives.py |
+| a list of images | .lst | lists.py |
+| an InsightFace directory or a .rec, with or without .idx | .rec | insightface.py |
+| shards packed before, cleaned or not | index.json | shards.py |
 """
 
 import hashlib
 import os
-import stat
-from array import array
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from data_tools import shards
-from data_tools.decode import IMAGE_SUFFIXES, to_jpeg
-from data_tools.parallel import Advance
+from data_tools.archives import ArchiveSource, is_archive, refuse_packed
+from data_tools.decode import is_image as is_image  # for those who count images before packing
+from data_tools.files import FolderSource, stamp
+from data_tools.lists import ListSource
 from data_tools.recordio import RecordFile, unpack_record
 
-_UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)
+JOINS = ("offset", "name")
 
 
 class Images(Protocol):
     """n encoded images; travels to other processes by pickle."""
 
     def __len__(self) -> int: ...
+    def name(self, i: int) -> bytes: ...
     def where(self, i: int) -> str: ...
     def select(self, indices: np.ndarray) -> "Images": ...
     def read(self, i: int) -> bytes:
@@ -40,7 +40,7 @@ class Images(Protocol):
 class Source(Images, Protocol):
     """N images of known identities."""
 
-    kind: str  # "folder" | "insightface-A" | "insightface-plain" | "arcline-shards"
+    kind: str  # "folder" | "archives" | "lst" | "joined" | the format of records
     path: Path
     identities: list[str]  # names, in the order of their numbers
     labels: np.ndarray  # int64 [N] number of the identity of each image
@@ -50,132 +50,42 @@ class Source(Images, Protocol):
     bins: list[Path]  # verification sets that lie beside the images
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(
+    path: str | Path,
+    nested: bool = False,
+    root: Path | None = None,
+    relabel: Path | None = None,
+) -> Source:
     """The source at `path`, told by what it holds.
 
-    Raises: FileNotFoundError if there is no such directory; ValueError if it holds nothing to pack.
+    nested: in folders, look for identities at any depth. root: where the paths of a .lst start
+    (default: the folder of the .lst). relabel: an index of cleaning to follow, of records only.
+
+    Raises: FileNotFoundError if there is nothing; ValueError if it holds nothing to pack.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such directory")
-    if (path / shards.INDEX).is_file() or any(path.glob("*.rec")):
-        return RecordSource(path)
-    return FolderSource(path)
-
-
-class Jpeg(NamedTuple):
-    """Image i of a source as a JPEG of the size asked for."""
-
-    i: int
-    encoded: bytes
-    resized: bool
-
-
-def read_jpegs(
-    images: Images, size: int, quality: int, skipped: list[tuple[str, str]], advance: Advance
-) -> Iterator[Jpeg]:
-    """Each readable image as a size x size JPEG; (where, why) of the others joins `skipped`."""
-    for i in range(len(images)):
-        where = images.where(i)
-        try:
-            jpeg, resized = to_jpeg(images.read(i), size, quality, where)
-        except ValueError as error:
-            skipped.append((where, str(error).removeprefix(f"{where}: ")))
-        else:
-            yield Jpeg(i, jpeg, resized)
-        advance(1)
-
-
-class Paths:
-    """Images by path. Their names are one block of bytes: 42 million cost about 1 GB, not 5."""
-
-    def __init__(self, root: Path, names: Iterable[bytes]) -> None:
-        self.root = root
-        lengths = array("i")
-        blob = bytearray()
-        for name in names:  # relative to root
-            blob += name
-            lengths.append(len(name))
-        self._blob = bytes(blob)
-        self._ends = np.cumsum(lengths, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def name(self, i: int) -> bytes:
-        return self._blob[self._ends[i - 1] if i else 0 : self._ends[i]]
-
-    def where(self, i: int) -> str:
-        return os.fsdecode(self.name(i))
-
-    def read(self, i: int) -> bytes:
-        path = os.path.join(os.fsencode(self.root), self.name(i))
-        try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise ValueError(f"{self.where(i)}: not a regular file")
-            with open(path, "rb") as file:
-                return file.read()
-        except _UNREADABLE as error:
-            raise ValueError(f"{self.where(i)}: {error.strerror}") from error
-        except OSError as error:  # a disk at fault, not the image: nobody should train without it
-            raise OSError(error.errno, error.strerror, path) from error
-
-    def select(self, indices: np.ndarray) -> "Paths":
-        return Paths(self.root, (self.name(int(i)) for i in indices))
-
-
-class FolderSource(Paths):
-    """A folder of identities; see the top of the file for its rules."""
-
-    kind = "folder"
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.identities: list[str] = []
-        self.skipped: list[tuple[str, str]] = []
-        self.ignored = 0
-        self.bins: list[Path] = []
-        self._digest = hashlib.sha256()
-        self._counts: list[int] = []  # images of each identity
-        super().__init__(path, self._names())
-        if not len(self):
-            raise ValueError(
-                f"{path}: no images: expected {path}/<identity>/<image>.jpg; found "
-                f"{len(self.identities)} folders, {len(self.skipped)} misplaced images or folders"
-            )
-        self.labels = np.repeat(np.arange(len(self.identities)), self._counts)
-        self.sha256 = self._digest.hexdigest()
-
-    def _names(self) -> Iterator[bytes]:
-        for entry in _sorted_entries(self.path):
-            if entry.name.startswith("."):
-                self.ignored += 1
-            elif entry.is_dir():
-                found = self._images_of(entry)
-                self.identities.append(entry.name)
-                self._counts.append(len(found))
-                yield from found
-            elif is_image(entry.name):
-                self.skipped.append((entry.name, "lies outside any identity folder"))
-            else:
-                self.ignored += 1
-
-    def _images_of(self, identity: os.DirEntry) -> list[bytes]:
-        if "\n" in identity.name or "\r" in identity.name:
-            raise ValueError(f"{identity.path!r}: a line break in the name of an identity")
-        found = []
-        for entry in _sorted_entries(identity.path):
-            name = f"{identity.name}/{entry.name}"
-            if entry.name.startswith("."):
-                self.ignored += 1
-            elif entry.is_dir():
-                self.skipped.append((name, "a folder inside an identity folder"))
-            elif is_image(entry.name):
-                found.append(os.fsencode(name))
-                self._digest.update(found[-1] + b"\0" + _stamp(entry) + b"\n")
-            else:
-                self.ignored += 1
-        return found
+    refuse_packed(path)
+    archives = [path] if is_archive(path) else []
+    if path.is_dir() and not (path / shards.INDEX).is_file():
+        archives = sorted(entry for entry in path.iterdir() if is_archive(entry))
+    records = path.suffix == ".rec" or (
+        path.is_dir() and ((path / shards.INDEX).is_file() or any(path.glob("*.rec")))
+    )
+    if relabel is not None and not records:
+        raise ValueError(
+            f"--relabel {relabel}: {path} is no set of records, whose images it counts"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such directory or file")
+    if records:
+        return RecordSource(path, relabel)
+    if archives:
+        return ArchiveSource(path, archives)
+    if path.suffix == ".lst":
+        return ListSource(path, root)
+    if path.is_dir():
+        return FolderSource(path, nested)
+    raise ValueError(f"{path}: neither a directory nor a .rec, .lst, .zip or .tar")
 
 
 class Records:
@@ -189,6 +99,9 @@ class Records:
     def __len__(self) -> int:
         return len(self._offsets)
 
+    def name(self, i: int) -> bytes:
+        return os.fsencode(self.where(i))
+
     def where(self, i: int) -> str:
         return self._files[self._file_of[i]].where(int(self._offsets[i]))
 
@@ -201,12 +114,13 @@ class Records:
 
 
 class RecordSource(Records):
-    """An InsightFace directory, or shards that exist; its identities may be without images."""
+    """Records of InsightFace, or shards that exist; its identities may be without images."""
 
-    def __init__(self, path: Path) -> None:
-        data = shards.open(path)
+    def __init__(self, path: Path, relabel: Path | None = None) -> None:
+        data = shards.open(path, relabel)
         counts = np.diff(data.starts)
-        super().__init__(data.files, np.repeat(np.arange(len(counts)), counts), data.offsets)
+        file_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        super().__init__(data.files, file_of, data.offsets)
         self.path = path
         self.kind: str = data.index["format"]
         self.labels = data.labels
@@ -215,26 +129,95 @@ class RecordSource(Records):
         self.ignored = 0
         self.bins = data.bin_paths()
         digest = hashlib.sha256()
-        for entry in _sorted_entries(path):
-            if entry.is_file():
-                digest.update(os.fsencode(entry.name) + b"\0" + _stamp(entry) + b"\n")
+        with os.scandir(data.path) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_file():
+                    digest.update(os.fsencode(entry.name) + b"\0" + stamp(entry) + b"\n")
+        if relabel is not None:
+            digest.update(relabel.read_bytes())
         self.sha256 = digest.hexdigest()
 
 
-def _sorted_entries(path: Any) -> list[os.DirEntry]:
-    with os.scandir(path) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
+class Joined:
+    """Images of several sources as one sequence."""
+
+    def __init__(self, parts: list[Images], part_of: np.ndarray, index: np.ndarray) -> None:
+        self._parts = parts
+        self._part_of = part_of  # [n] position in parts
+        self._index = index  # int64 [n] position in that part
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def name(self, i: int) -> bytes:
+        return self._parts[self._part_of[i]].name(int(self._index[i]))
+
+    def where(self, i: int) -> str:
+        return self._parts[self._part_of[i]].where(int(self._index[i]))
+
+    def read(self, i: int) -> bytes:
+        return self._parts[self._part_of[i]].read(int(self._index[i]))
+
+    def select(self, indices: np.ndarray) -> "Joined":
+        part_of, old = self._part_of[indices], self._index[indices]
+        index = np.empty(len(indices), np.int64)
+        parts = []
+        for p, part in enumerate(self._parts):
+            mine = np.flatnonzero(part_of == p)
+            parts.append(part.select(old[mine]))
+            index[mine] = np.arange(len(mine))
+        return Joined(parts, part_of, index)
 
 
-def is_image(name: str) -> bool:
-    """Whether a file of this name counts as an image; hidden ones do not."""
-    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+class JoinedSource(Joined):
+    """Several sources as one set.
+
+    join="offset": no person of one is in another; labels are offset, and the names get the name of
+    the source before them. join="name": the same name is the same person (as of the ten .rec files
+    of one im2rec run); identities count in order of first appearance.
+
+    Raises: ValueError if two sources have the same name under "offset".
+    """
+
+    kind = "joined"
+
+    def __init__(self, sources: list[Source], join: str = "offset") -> None:
+        sizes = [len(source) for source in sources]
+        super().__init__(
+            list(sources),
+            np.repeat(np.arange(len(sources), dtype=np.int16), sizes),
+            np.concatenate([np.arange(size) for size in sizes]),
+        )
+        self.path = sources[0].path.parent
+        self.skipped = [fault for source in sources for fault in source.skipped]
+        self.ignored = sum(source.ignored for source in sources)
+        self.bins = _distinct_bins(sources)
+        digest = hashlib.sha256(join.encode())
+        number_of: dict[str, int] = {}
+        labels = []
+        stems = [source.path.name for source in sources]
+        if join == "offset" and len(set(stems)) < len(stems):
+            raise ValueError(
+                f"two of the sources {', '.join(stems)} have one name, and their identities would: "
+                f"rename one, or --join name if the same name is the same person"
+            )
+        for source, stem in zip(sources, stems, strict=True):
+            digest.update(source.sha256.encode())
+            names = source.identities
+            if join == "offset":
+                names = [f"{stem}/{name}" for name in names]
+            numbers = [number_of.setdefault(name, len(number_of)) for name in names]
+            labels.append(np.array(numbers, np.int64)[source.labels])
+        self.identities = list(number_of)
+        self.labels = np.concatenate(labels)
+        self.sha256 = digest.hexdigest()
 
 
-def _stamp(entry: os.DirEntry) -> bytes:
-    """Size and time of change: what tells without reading it that a file is no longer the same."""
-    try:
-        found = entry.stat()
-    except FileNotFoundError:  # a broken link
-        return b"-"
-    return b"%d %d" % (found.st_size, found.st_mtime_ns)
+def _distinct_bins(sources: list[Source]) -> list[Path]:
+    """The verification sets of all; of one name and content, once."""
+    found: dict[str, Path] = {}
+    for path in (path for source in sources for path in source.bins):
+        other = found.setdefault(path.name, path)
+        if other != path and other.read_bytes() != path.read_bytes():
+            raise ValueError(f"{other} and {path} differ, and a set holds one of a name: move one")
+    return list(found.values())

@@ -19,7 +19,14 @@ MAY_IMPORT = {
     "data_tools/order.py": [],
     "data_tools/augment.py": ["data_tools.order"],
     "data_tools/union.py": ["data_tools.shards"],
-    "data_tools/shards.py": ["data_tools.recordio", "data_tools.insightface"],
+    "data_tools/shards.py": [
+        "data_tools.recordio", "data_tools.insightface", "data_tools.relabel",
+    ],
+    "data_tools/relabel.py": [],
+    "data_tools/alignment.py": ["data_tools.*", "eval.align"],
+    "data_tools/embed.py": ["data_tools.*", "eval.embed"],
+    "data_tools/overlap.py": ["data_tools.*", "eval.lfw"],
+    "data_tools/purify.py": ["data_tools.*", "recognition.checkpoint"],
     "data_tools/insightface.py": ["data_tools.recordio"],
     "data_tools/": ["data_tools.*"],
     "eval/roc.py": [],
@@ -60,8 +67,8 @@ MAY_IMPORT = {
 
 NUMPY_ONLY = [
     "data_tools/recordio.py", "data_tools/order.py", "data_tools/shards.py",
-    "data_tools/insightface.py", "data_tools/union.py", "eval/roc.py", "eval/verification.py",
-    "eval/identification.py", "eval/templates.py", "eval/bootstrap.py",
+    "data_tools/insightface.py", "data_tools/union.py", "data_tools/relabel.py", "eval/roc.py",
+    "eval/verification.py", "eval/identification.py", "eval/templates.py", "eval/bootstrap.py",
 ]  # fmt: skip
 
 COLLECTIVES = {

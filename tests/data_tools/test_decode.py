@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from data_tools.decode import decode, decode_any_size, to_jpeg
+from data_tools.convert import Conversion, convert
+from data_tools.decode import decode, decode_any_size
 from tests.data_tools.samples import encoded, pixels
 from tests.real import real
 
@@ -114,17 +115,17 @@ def test_what_is_no_image_is_said(content, fault):
         decode(content, where="the place")
 
 
-def test_to_jpeg_keeps_the_bytes_that_fit():
+def test_convert_keeps_the_bytes_that_fit():
     jpeg = encoded(10)
-    assert to_jpeg(jpeg, 112, 95) == (jpeg, False)
+    assert convert(jpeg, Conversion()) == (jpeg, False)
     for other, is_resized in ((encoded(10, suffix=".png"), False), (encoded(10, 200), True)):
-        made, resized = to_jpeg(other, 112, 95)
+        made, resized = convert(other, Conversion())
         assert resized == is_resized
         assert made != other and made.startswith(b"\xff\xd8")
         difference = decode(made).astype(int) - decode(other)
         assert np.abs(difference).mean() < 2  # grey levels: what JPEG loses at quality 95
     with pytest.raises(ValueError, match="x: truncated"):
-        to_jpeg(jpeg[:-9], 112, 95, "x")
+        convert(jpeg[:-9], Conversion(), "x")
 
 
 def test_real_faces_decode_as_opencv_decodes_them():

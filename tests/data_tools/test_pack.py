@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_tools import parallel, shards, sources
+from data_tools import files, parallel, shards
 from data_tools.__main__ import main
 from data_tools.decode import decode
 from data_tools.pack import Options, pack
@@ -454,8 +454,8 @@ def test_a_failing_source_disk_stops_the_pack(source, tmp_path, monkeypatch):
     def broken(path, *args):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(sources, "open", broken, raising=False)
-    with pytest.raises(OSError, match=r"Input/output error: .*p00/0\.jpg"):
+    monkeypatch.setattr(files, "open", broken, raising=False)
+    with pytest.raises(OSError, match=r"Input/output error: .*p0\d/\d\.jpg"):
         pack(source, tmp_path / "set", Options(shards=2))
     assert not (tmp_path / "set").exists() and not (tmp_path / "set.partial").exists()
 
@@ -527,3 +527,65 @@ def test_real_faces(tmp_path):
         label, image = data[i]
         folder_of = source / data.identities[label]
         assert image in {path.read_bytes() for path in folder_of.iterdir()}
+
+
+# --- going on after a kill ---
+
+
+def kill_after(shards_done, source, out, *arguments):
+    process = start_pack(source, out, *arguments)
+    journal = Path(f"{out}.partial") / "journal"
+    wait_for(lambda: len(list(journal.glob("*-of-*[0-9].npz"))) >= shards_done, "those shards")
+    below = descendants(process.pid)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the workers' end")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_pack_goes_on_to_the_same_bytes(slow_source, tmp_path, workers):
+    (slow_source / "p3" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    options = Options(shards=6, hold_out=2, pairs=20)
+    words = ["--shards", "6", "--hold-out", "2", "--pairs", "20", "--workers", str(workers)]
+    out = tmp_path / "set"
+    kill_after(2, slow_source, out, *words)
+    done = sorted((tmp_path / "set.partial" / "journal").glob("*.npz"))
+    kept = {path.stem: (tmp_path / "set.partial" / f"{path.stem}.rec").stat() for path in done[:2]}
+    assert pack(slow_source, out, options, workers)["status"] == "resumed"
+    for name, was in kept.items():
+        now = (out / f"{name}.rec").stat()
+        assert (now.st_ino, now.st_mtime_ns) == (was.st_ino, was.st_mtime_ns), "written again"
+    assert pack(slow_source, tmp_path / "unbroken", options)["status"] == "packed"
+    assert contents(out) == contents(tmp_path / "unbroken")
+
+
+def test_what_a_kill_left_is_not_trusted_blindly(slow_source, tmp_path):
+    out = tmp_path / "set"
+    kill_after(2, slow_source, out, "--shards", "4", "--workers", "1")
+    partial = tmp_path / "set.partial"
+    (partial / "train-00000-of-00004.rec").write_bytes(b"damaged since")
+    next((partial / "journal").glob("train-00001*.npz")).write_bytes(b"PK")
+    assert pack(slow_source, out, Options(shards=4))["images"] == 240
+    assert main(["verify", str(out)]) == 0
+    pack(slow_source, tmp_path / "unbroken", Options(shards=4))
+    assert contents(out) == contents(tmp_path / "unbroken")
+
+
+def test_other_options_do_not_take_over_what_a_kill_left(slow_source, tmp_path):
+    out = tmp_path / "set"
+    kill_after(1, slow_source, out, "--shards", "2", "--workers", "1")
+    assert pack(slow_source, out, Options(shards=2, seed=1))["status"] == "packed"
+
+
+def test_an_identity_whose_images_all_fail_leaves_no_gap(tmp_path):
+    source = folder(tmp_path / "faces", [3, 2, 4, 2])
+    for path in (source / "p01").iterdir():
+        path.write_bytes(b"\xff\xd8 no picture")
+    pack(source, tmp_path / "set", Options(shards=2))
+    shutil.rmtree(source / "p01")
+    data = shards.open(tmp_path / "set")
+    assert data.identities == ["p00", "p02", "p03"]
+    assert by_identity(data) == {
+        path.name: {image.read_bytes() for image in path.iterdir()} for path in source.iterdir()
+    }
+    assert main(["verify", str(tmp_path / "set"), "--deep"]) == 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 
 from data_tools import shards
+from data_tools.__main__ import main
 from data_tools.decode import decode
-from data_tools.pack import Options, pack
+from data_tools.pack import Options, Sources, pack
 from data_tools.recordio import Header, IndexedReader, Writer
 from tests.data_tools.samples import encoded, folder
 from tests.data_tools.test_decode import exif
-from tests.real import REAL, ROOT
+from tests.real import REAL, ROOT, real
 
 PEER = ROOT / ".venv-peers" / "bin" / "python"
 MAGIC = bytes.fromhex("0a23d7ce")
@@ -118,3 +120,64 @@ def test_mxnet_follows_exif_where_we_do_not(tmp_path):
     turned = np.ascontiguousarray(np.rot90(decode(plain), -1))  # orientation 6: clockwise
     assert sha256 == hashlib.sha256(turned.tobytes()).hexdigest()
     np.testing.assert_array_equal(decode(rotated), decode(plain))
+
+
+@pytest.mark.parametrize("layout", ["folder", "insightface"])
+def test_mxnet_reads_what_we_unpack(packed, tmp_path, layout):
+    """Layout A, with header and identity records; and a folder through im2rec and back."""
+    assert main(["unpack", str(packed), str(tmp_path / "out"), "--layout", layout]) == 0
+    if layout == "insightface":
+        stem = tmp_path / "out" / "train"
+        assert mxnet("read", stem) == ours(stem)
+        mxnet("copy", stem, tmp_path / "copy")
+        assert_same_bytes(stem, tmp_path / "copy")
+        return
+    im2rec = [PEER, "-W", "ignore", "-m", "mxnet.tools.im2rec"]
+    for words in (["--list", "--recursive"], ["--pass-through"]):
+        done = subprocess.run(
+            [*im2rec, *words, tmp_path / "im", tmp_path / "out"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    stem = tmp_path / "im"
+    assert mxnet("read", stem) == ours(stem)
+    expected = sorted(shards.open(packed))
+    (tmp_path / "only").mkdir()
+    shutil.copy(f"{stem}.rec", tmp_path / "only" / "x.rec")  # layout E: no .idx
+    for source in (Path(f"{stem}.rec"), tmp_path / "only"):
+        pack(source, tmp_path / f"{source.name}-again", Options(shards=1))
+        assert sorted(shards.open(tmp_path / f"{source.name}-again")) == expected
+    pack(Sources([Path(f"{stem}.lst")], root=tmp_path / "out"), tmp_path / "lst", Options(shards=1))
+    assert sorted(shards.open(tmp_path / "lst")) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["london/recbuilder", "london/face2rec2", "london/seq", "popkorn", "enkhtogtokh"]
+)
+def test_mxnet_and_we_read_the_recordings_of_others_alike(name, tmp_path):
+    stem = real(f"recordio/{name}") / "train"
+    found = mxnet("read", stem)
+    assert sorted(found) == sorted(ours(stem))
+    mxnet("copy", stem, tmp_path / "theirs")
+    with (
+        IndexedReader(f"{stem}.idx", f"{stem}.rec") as reader,
+        Writer(tmp_path / "ours.idx", tmp_path / "ours.rec") as writer,
+    ):
+        for key, *_ in found:
+            writer.write(key, *reader[key])
+    assert_same_bytes(tmp_path / "ours", tmp_path / "theirs")
+
+
+def test_what_float32_cannot_hold_is_exact_with_us(tmp_path):
+    """A layout-A header beyond 2^24: MXNet's own ranges are rounded, ours come from the labels."""
+    first = 2**24 + 1
+    stem = tmp_path / "train"
+    with Writer(f"{stem}.idx", f"{stem}.rec") as writer:
+        for key in range(first - 6, first):  # a set whose other images were left away
+            writer.write(key, Header(0, float((key - first + 6) // 2), key, 0), encoded(key % 9))
+        for c in range(3):
+            keys = np.array([first - 6 + 2 * c, first - 4 + 2 * c], np.float32)
+            writer.write(first + c, Header(2, keys, first + c, 0), b"")
+        writer.write(0, Header(2, np.array([first, first + 3], np.float32), 0, 0), b"")
+    header = next(row for row in mxnet("read", stem) if row[0] == 0)
+    assert header[2][0] != first  # what MXNet would take for the first identity
+    assert [label for label, _ in shards.open(tmp_path)] == [0, 0, 1, 1, 2, 2]

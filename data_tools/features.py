@@ -1,0 +1,100 @@
+"""Embeddings of a data set on disk: files of consecutive images, each complete or absent.
+
+    features.json               of (fingerprint of the set), images N, size D, block, network
+    features-<start>-<stop>.npy float32 [stop - start, D], not normalised
+
+Images count as in the set without any relabel index, so that cleaning does not make them stale.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+INDEX = "features.json"
+
+
+class Features:
+    """Rows of a finished directory, mapped. Raises: ValueError, FileNotFoundError naming a file."""
+
+    def __init__(self, directory: Path, of: str | None = None) -> None:
+        self.path = directory
+        self.index = read_index(directory)
+        if of is not None and self.index["of"] != of:
+            raise ValueError(
+                f"{directory} is of the set {self.index['of']}, not of {of}: embed again"
+            )
+        self.num_images: int = self.index["images"]
+        self.size: int = self.index["size"]
+        self._block: int = self.index["block"]
+        self._files = []
+        for start, stop in blocks(self.num_images, self._block):
+            path = block_path(directory, start, stop)
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{path} is missing: run embed again, it goes on from there"
+                )
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            if rows.shape != (stop - start, self.size) or rows.dtype != np.float32:
+                raise ValueError(
+                    f"{path}: {rows.dtype} {list(rows.shape)} is not what {INDEX} says"
+                )
+            self._files.append(rows)
+
+    def unit(self, images: np.ndarray) -> np.ndarray:
+        """Normalised rows float32 [n, D] of images [n]. Raises: ValueError for a zero or NaN."""
+        rows = np.empty((len(images), self.size), np.float32)
+        block_of = images // self._block
+        for b in np.unique(block_of).tolist():
+            mine = np.flatnonzero(block_of == b)
+            rows[mine] = self._files[b][images[mine] - b * self._block]
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
+        if len(bad):
+            raise ValueError(
+                f"{self.path}: the embedding of image {images[bad[0]]} has no direction"
+            )
+        return rows / norms
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((directory / INDEX).read_bytes())
+        assert {"of", "images", "size", "block", "network"} <= index.keys()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{directory}: no {INDEX}: no directory that embed made") from error
+    except (ValueError, AssertionError, AttributeError) as error:
+        raise ValueError(f"{directory / INDEX} is damaged: {error}") from error
+    return index
+
+
+def blocks(num_images: int, block: int) -> Iterator[tuple[int, int]]:
+    return ((s, min(s + block, num_images)) for s in range(0, num_images, block))
+
+
+def block_path(directory: Path, start: int, stop: int) -> Path:
+    return directory / f"features-{start:09d}-{stop:09d}.npy"
+
+
+def write_block(directory: Path, start: int, stop: int, rows: np.ndarray) -> None:
+    path = block_path(directory, start, stop)
+    _whole(path, lambda file: np.save(file, rows.astype(np.float32), allow_pickle=False))
+
+
+def write_index(directory: Path, index: dict[str, Any]) -> None:
+    _whole(directory / INDEX, lambda file: file.write(json.dumps(index, indent=1).encode()))
+
+
+def _whole(path: Path, write: Callable[[Any], object]) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,139 @@
+"""Images in files: a folder of identities, and the reading of any image by its path.
+
+A folder of identities is `SOURCE/<identity>/<image>`, one level deep. Its rules:
+
+- identities and images count in lexicographic order of their names;
+- images are files named .jpg .jpeg .png .bmp .webp, in any case; links to files and folders are
+  followed; other files, and all that is hidden (.name), are counted and left out;
+- an image beside the identity folders, or a folder inside one, has no identity that we could be
+  sure of: it is listed as skipped, never guessed. With `nested` a folder inside one is searched as
+  well: every folder that holds images is an identity, named by its path.
+"""
+
+import hashlib
+import os
+import stat
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.decode import is_image
+from data_tools.listing import Names
+
+_UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+class Paths:
+    """Images by path, relative to a root."""
+
+    def __init__(self, root: Path, names: Names) -> None:
+        self.root = root
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, i: int) -> bytes:
+        return self.names[i]
+
+    def where(self, i: int) -> str:
+        return os.fsdecode(self.names[i])
+
+    def read(self, i: int) -> bytes:
+        path = os.path.join(os.fsencode(self.root), self.names[i])
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise ValueError(f"{self.where(i)}: not a regular file")
+            with open(path, "rb") as file:
+                return file.read()
+        except _UNREADABLE as error:
+            raise ValueError(f"{self.where(i)}: {error.strerror}") from error
+        except OSError as error:  # a disk at fault, not the image: nobody should train without it
+            raise OSError(error.errno, error.strerror, path) from error
+
+    def select(self, indices: np.ndarray) -> "Paths":
+        return Paths(self.root, self.names.select(indices))
+
+
+class FolderSource(Paths):
+    """A folder of identities; see the top of the file for its rules."""
+
+    kind = "folder"
+
+    def __init__(self, path: Path, nested: bool = False) -> None:
+        self.path = path
+        self.identities: list[str] = []
+        self.skipped: list[tuple[str, str]] = []
+        self.ignored = 0
+        self.bins: list[Path] = []
+        self._nested = nested
+        self._digest = hashlib.sha256()
+        self._counts = array("q")  # images of each identity
+        super().__init__(path, Names.of(self._identities(path, "")))
+        if not len(self):
+            raise ValueError(
+                f"{path}: no images: expected {path}/<identity>/<image>.jpg; found "
+                f"{len(self.identities)} folders, {len(self.skipped)} misplaced images or folders"
+                + ("" if nested else "; --nested looks into folders of folders")
+            )
+        self.labels = np.repeat(np.arange(len(self.identities)), self._counts)
+        self.sha256 = self._digest.hexdigest()
+
+    def _identities(self, path: Any, above: str) -> Iterator[bytes]:
+        """The images of the folders in `path`, `above` their names: '' or 'parent/'."""
+        for entry in _sorted_entries(path):
+            name = above + entry.name
+            if entry.name.startswith("."):
+                self.ignored += 1
+            elif entry.is_dir():
+                yield from self._images_of(entry, name)
+            elif is_image(entry.name):
+                self.skipped.append(
+                    (name, _BESIDE if above else "lies outside any identity folder")
+                )
+            else:
+                self.ignored += 1
+
+    def _images_of(self, identity: os.DirEntry, path: str) -> Iterator[bytes]:
+        if "\n" in identity.name or "\r" in identity.name:
+            raise ValueError(f"{identity.path!r}: a line break in the name of an identity")
+        entries = _sorted_entries(identity.path)
+        folders = [e for e in entries if not e.name.startswith(".") and e.is_dir()]
+        if self._nested and folders:
+            yield from self._identities(identity.path, path + "/")
+            return
+        self.identities.append(path)
+        self._counts.append(0)
+        for entry in entries:
+            name = f"{path}/{entry.name}"
+            if entry.name.startswith("."):
+                self.ignored += 1
+            elif entry.is_dir():
+                self.skipped.append((name, "a folder inside an identity folder"))
+            elif is_image(entry.name):
+                encoded = os.fsencode(name)
+                self._counts[-1] += 1
+                self._digest.update(encoded + b"\0" + stamp(entry) + b"\n")
+                yield encoded
+            else:
+                self.ignored += 1
+
+
+_BESIDE = "lies beside identity folders"
+
+
+def _sorted_entries(path: Any) -> list[os.DirEntry]:
+    with os.scandir(path) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def stamp(entry: os.DirEntry) -> bytes:
+    """Size and time of change: what tells without reading it that a file is no longer the same."""
+    try:
+        found = entry.stat()
+    except FileNotFoundError:  # a broken link
+        return b"-"
+    return b"%d %d" % (found.st_size, found.st_mtime_ns)
