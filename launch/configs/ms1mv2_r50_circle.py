@@ -1,7 +1,9 @@
 """MS1MV2 (85 742 identities, 5.8 M images), r50, circle loss at the level of classes.
 
-No published recipe with figures for this set is known to us: network and schedule are those of
-ms1mv2_r50_arcface.
+FaceX-Zoo trained MobileFaceNet with it on MS-Celeb-1M-v1c less the test sets' people (72 778
+identities, 3.28 M images; batch 512, 18 epochs, a tenth at 10, 13 and 16): LFW 99.57, CPLFW 83.42,
+CALFW 94.00, AgeDB-30 95.73. For this set no figures are known to us: network and schedule are those
+of ms1mv2_r50_arcface.
 """
 
 from easydict import EasyDict as edict

@@ -15,19 +15,19 @@ import argparse
 import inspect
 import json
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from recognition.losses import MARGINS, make_margin
-from recognition.losses.arguments import arguments_of
+from recognition.losses.arguments import Argument, arguments_of
 from recognition.losses.margin import Layer, Margin, Options
 
 
 class Entry(NamedTuple):
     name: str
     formula: str  # z_y is the target's logit, z_j another class's; with the source
-    arguments: dict[str, Any]  # own ones, with their defaults
+    arguments: dict[str, Any]  # own ones, with their defaults; of words the default comes first
     state: list[str]
     gradients: list[str]
 
@@ -42,6 +42,7 @@ def markdown() -> str:
     lines.append("|" + "---|" * 5)
     for entry in entries():
         arguments = ", ".join(f"{k}={_value(v)}" for k, v in entry.arguments.items())
+        arguments = arguments.replace("|", "\\|")
         cells = [
             f"`{entry.name}`", entry.formula.replace("|", "\\|"), f"`{arguments}`",
             "; ".join(entry.state) or "-", ", ".join(entry.gradients),
@@ -71,11 +72,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _entry(name: str, margin: type[Margin]) -> Entry:
     taken = arguments_of(margin)
-    own = {key: argument.default for key, argument in taken.items() if key not in _SHARED}
+    own = {key: _shown(argument) for key, argument in taken.items() if key not in _SHARED}
     first_paragraph = (inspect.getdoc(margin) or "").split("\n\n")[0]
     gradients = ["exact", "straight_through"] if "gradient" in taken else ["exact"]
     formula = " ".join(first_paragraph.split())
     return Entry(name, formula, own, _state(make_margin(name, {})), gradients)
+
+
+def _shown(argument: Argument) -> Any:
+    """The default, and the other words where it is one of some."""
+    words = [word for kind in argument.kinds for word in get_args(kind)]
+    others = [word for word in words if word != argument.default]
+    return "|".join([argument.default, *others]) if others else argument.default
 
 
 _SHARED = set(Options.__annotations__) | {"gradient"}

@@ -183,6 +183,7 @@ class SphereFaceR(Margin):
     """v1: z_y = s cos(min(m t_y, pi)); v2: z_j = s cos(t_j / m) instead (SphereFace-R,
     arXiv:2109.05565).
 
+    The authors weigh the loss by 50 / s, which is left to the learning rate here.
     gradient="straight_through" is the authors' "characteristic gradient detachment": slope 1 of
     whatever m acts on; the value is theirs. The norm of the features is not used (their "H" form).
     """

@@ -49,7 +49,8 @@ class KappaFace(AngularMargin):
     Differs from the authors' code: psi is that of the row's own class on every rank; classes with
     one image take w_k of the median class and stay out of mean and deviation, r is at most 0.999
     (one image over and over has no finite kappa); n_c are the images seen, not those that exist; a
-    class not seen keeps its psi; the slow copy has BatchNorm's statistics; all state is saved.
+    class not seen keeps its psi; the slow copy moves after the step, theirs before it; the slow
+    copy has BatchNorm's statistics; all state is saved.
     """
 
     per_class = ("psi", "feature_sum", "seen")

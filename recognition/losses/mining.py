@@ -137,8 +137,8 @@ class InterFace(AngularMargin):
     d has no gradient. gradient="straight_through" acts on the target.
 
     The authors' code gathers all centres and all logits on every rank, and with sampling takes the
-    wrong rows. Here the centres of the batch's own classes are shared, B * D values a step. One
-    centre a class: sub-centres are refused.
+    wrong rows. Here the centres of the batch's own classes are shared, B * D values a step. dd and
+    dc compare one centre a class: sub-centres are refused.
     """
 
     def __init__(
@@ -160,10 +160,10 @@ class InterFace(AngularMargin):
         self.needs_centres = variant != "cc"
 
     def bind(self, layer: Layer) -> None:
-        if layer.num_subcenters > 1:
+        if self.needs_centres and layer.num_subcenters > 1:
             raise ValueError(
                 f"interface compares one centre a class, not num_subcenters="
-                f"{layer.num_subcenters}: use num_subcenters=1, or another margin"
+                f"{layer.num_subcenters}: use num_subcenters=1, variant='cc', or another margin"
             )
 
     def target(self, rows: Rows) -> Tensor:
