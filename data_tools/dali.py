@@ -156,8 +156,10 @@ class Dali:
             # On the stream that will use them: nothing waits, and freed memory is not reused early.
             gpu = self.device.type == "cuda"
             stream = torch.cuda.current_stream(self.device) if gpu else None
-            (images,) = self._pipe.share_outputs(cuda_stream=stream)
+            images, *decoded = self._pipe.share_outputs(cuda_stream=stream)
             shapes = {tuple(shape) for shape in images.shape()}
+            if decoded:  # what a low resolution would have made look right
+                shapes |= {(h, w, 3) for h, w, _ in decoded[0].as_array().tolist()}  # or grey
         except RuntimeError as error:
             raise self._named(batch, encoded) or error from error
         size = self._stream.size
@@ -251,16 +253,18 @@ def _pipeline(
             output_type=types.RGB,
             adjust_orientation=False,
         )
+        outputs: tuple[Any, ...] = ()
         if augmented:
             numbers = fn.external_source(name="numbers", dtype=types.INT32, ndim=1)
             factor = fn.external_source(name="factor", dtype=types.FLOAT, ndim=1)
             images = step(images, numbers, factor)
+            outputs = (fn.peek_image_shape(encoded),)  # [3]: height, width, channels
         if normalised:
             flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
             images = fn.flip(images, horizontal=flip)
             half = types.Constant(0.5, types.FLOAT)
             images = (images / types.Constant(255, types.FLOAT) - half) / half
-        return images
+        return images, *outputs
 
     pipe = graph()
     pipe.build()

@@ -74,11 +74,16 @@ def test_every_batch_is_that_of_the_cpu_loader(data, arguments):
         assert_same(a, b)
 
 
-def test_real_photographs_have_the_same_pixels(tmp_path):
-    pack(real("lfw112"), tmp_path / "set", Options(shards=2))
-    data = shards.open(tmp_path / "set")
-    ours = take(Loader(data, seed=1, global_batch=500), 4)
-    for a, b in zip(ours, take(Dali(data, seed=1, global_batch=500), 4), strict=True):
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> shards.Shards:
+    out = tmp_path_factory.mktemp("photographs") / "set"
+    pack(real("lfw112"), out, Options(shards=2))
+    return shards.open(out)
+
+
+def test_real_photographs_have_the_same_pixels(photographs):
+    ours = take(Loader(photographs, seed=1, global_batch=500), 4)
+    for a, b in zip(ours, take(Dali(photographs, seed=1, global_batch=500), 4), strict=True):
         assert_same(a, b)
 
 
@@ -106,12 +111,10 @@ def test_the_graph_normalises_and_mirrors_to_the_bit(data):
         assert torch.equal(normalise(a.images, a.flip), normalise(b.images, b.flip))
 
 
-def test_a_low_resolution_is_nearly_that_of_opencv(tmp_path):
+def test_a_low_resolution_is_nearly_that_of_opencv(photographs):
     """Mean difference within each pair of interpolations, and the sharpness that is left."""
-    pack(real("lfw112"), tmp_path / "set", Options(shards=1))
-    data = shards.open(tmp_path / "set")
     arguments = {"seed": 3, "global_batch": 1500, "chances": Probabilities(low_res=1.0)}
-    a, b = (take(kind(data, **arguments), 1)[0] for kind in (Loader, Dali))
+    a, b = (take(kind(photographs, prefetch=1, **arguments), 1)[0] for kind in (Loader, Dali))
     kinds = draw(3, a.positions, arguments["chances"], 112).interpolation
     difference = (a.images.float() - b.images.float()).abs().mean((1, 2, 3)).numpy()
     sharpness = [
@@ -145,6 +148,13 @@ def test_batches_stay_as_they_are_while_later_ones_are_made(data):
         for _ in range(8):
             next(source)
         assert torch.equal(first.images, before)
+
+
+def test_an_image_of_another_size_does_not_slip_through_the_augmentations(tmp_path):
+    data = packed(tmp_path / "set", [encoded(i, 64 if i == 30 else 112) for i in range(N)])
+    for chances in (Probabilities(low_res=1.0), Probabilities(1.0, 1.0, 1.0)):
+        with pytest.raises(ValueError, match="image 30: 64x64 pixels"):
+            next(Dali(data, seed=0, global_batch=N, chances=chances))
 
 
 @pytest.mark.parametrize(
