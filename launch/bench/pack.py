@@ -3,10 +3,10 @@
     python launch/bench/pack.py WORK [--images 100000] [--processes 2] [--rounds 3]
 
 Needs the peer's environment (`make .venv-peers/.installed`). Each round packs the same folder by
-im2rec (its default: decode and encode again; and --pass-through), by `pack` (every image decoded once,
-its bytes kept) and `pack --pass-through`, and from the .rec by `pack --pass-through`. The caches are
-warm, as the files were just written. Prints one JSON line: images and megabytes per second (medians),
-and the ratios within rounds (medians) to im2rec's default.
+im2rec (its default: decode and encode again; and --pass-through), by `pack` (every image decoded
+once, its bytes kept) and `pack --pass-through`, and from the .rec by `pack --pass-through`. The
+caches are warm, as the files were just written. Prints one JSON line: images and megabytes per
+second (medians), and the ratios within rounds (medians) to im2rec's default.
 """
 
 import argparse
