@@ -39,6 +39,7 @@ from recognition.optim import LossScaler, RowAdamW, RowSGD
 
 FORMAT = 1
 _DIRECTORY = "checkpoints"
+_MAY_LACK = ("votes",)  # for the log alone; the first checkpoints did not have them
 
 
 @dataclass
@@ -103,6 +104,7 @@ def load(path: str, parts: Parts) -> dict[str, Any]:
     manifest = read_manifest(path)
     head = parts.head
     _check_fit(path, manifest, parts)
+    head.drop_step()
     load_state(parts.backbone, _read(path, "model.safetensors", manifest), path)
     _load_optimizer(parts, _read(path, "optimizer.safetensors", manifest), path)
     _read_rows(path, manifest, parts.rows(), head.shard)
@@ -250,6 +252,7 @@ def _finish(
         "head_step": head.step,
         "row_state": _row_state(parts),
         "margin_state": sorted(parts.margin()),
+        "margin": type(head.margin).__name__,
         "world": head.group.size(),
         "files": files,
     }
@@ -302,22 +305,32 @@ def _check_fit(path: str, manifest: Mapping[str, Any], parts: Parts) -> None:
         "row_state": _row_state(parts),  # of another optimizer or loss it differs
         "margin_state": sorted(parts.margin()),
         "slow encoder": parts.encoder is not None,
+        "margin": type(parts.head.margin).__name__,
     }
-    there = {"margin_state": [], **manifest}  # which the first checkpoints did not have
+    # What the first checkpoints did not have.
+    there = {"margin_state": [], "margin": own["margin"], **manifest}
+    if not (there["margin_state"] or own["margin_state"] or _by_class(parts)):
+        own.pop("margin")  # nothing of it is kept: one may follow the other
     # One that is there and not wanted may lie.
     there["slow encoder"] = parts.encoder is not None and "encoder.safetensors" in manifest["files"]
     wrong = [f"{k} {there[k]} there, {own[k]} here" for k in own if there[k] != own[k]]
     if wrong:
-        saved = manifest["config"]
+        keys = ("margin", "margin_args", "optimizer")
+        saved = [f"{k}={manifest['config'][k]}" for k in keys if k in manifest.get("config", {})]
         raise ValueError(
-            f"cannot resume from {path}, saved with margin={saved['margin']} "
-            f"{saved['margin_args']} and optimizer={saved['optimizer']}: {'; '.join(wrong)}. To "
-            "start a new run from its network, use init_from= and another output"
+            f"cannot resume from {path}{', saved with ' * bool(saved)}{', '.join(saved)}: "
+            f"{'; '.join(wrong)}. To start a new run from its network, use init_from= and another "
+            "output"
         )
 
 
 def _row_state(parts: Parts) -> list[str]:
-    return sorted(name for name in parts.rows() if name != "weight")
+    return sorted(name for name in parts.rows() if name not in ("weight", *_MAY_LACK))
+
+
+def _by_class(parts: Parts) -> bool:
+    """Whether the loss keeps something for each class."""
+    return any(name.startswith("margin.") for name in parts.rows())
 
 
 def _fill(own: dict[str, Tensor], saved: Mapping[str, Tensor], path: str) -> None:
@@ -359,6 +372,8 @@ def _read_rows(
             continue
         with safe_open(_verified(path, name, manifest), "pt") as file:
             for key, tensor in rows.items():
+                if key in _MAY_LACK and key not in file.keys():  # noqa: SIM118  no mapping
+                    continue
                 tensor[low - start : high - start] = file.get_slice(key)[low - first : high - first]
         filled += high - low
     if filled != stop - start:

@@ -96,8 +96,8 @@ class PartialFC(nn.Module):
         self.shard = shard_range(num_classes, world, rank)
         rows = _initial_rows(self.shard, num_subcenters, embedding_size, seed)
         self.weight = nn.Parameter(rows if num_subcenters > 1 else rows[:, 0])  # [C_r, (K,) D]
-        if class_counts is not None and len(class_counts) != num_classes:
-            raise ValueError(f"class_counts of {len(class_counts)} classes, not {num_classes}")
+        if class_counts is not None:
+            class_counts = _checked_counts(class_counts, num_classes)
         margin.bind(
             Layer(
                 num_classes, self.shard, embedding_size, num_subcenters, sample_rate, class_counts
@@ -261,6 +261,16 @@ class PartialFC(nn.Module):
         self._nearest = []
         return sampled
 
+    def drop_step(self) -> None:
+        """Forget the forwards since the last optimiser step, as if they had not been."""
+        self._open.clear()
+        self._done = None
+        self._micro_step = 0
+        self._nearest = []
+        self.margin.commit(torch.ones((), device=self.weight.device))
+        for parameter in self.margin.parameters():
+            parameter.grad = None
+
     @torch.no_grad()
     def end_epoch(self) -> Statistics:
         """To be called by all ranks when an epoch of samples is over; what the log says of it."""
@@ -382,6 +392,15 @@ class PartialFC(nn.Module):
             f"shard={self.shard}, sample_rate={self.sample_rate}, "
             f"num_subcenters={self.num_subcenters}"
         )
+
+
+def _checked_counts(class_counts: object, num_classes: int) -> np.ndarray:
+    counts = np.asarray(class_counts)
+    if counts.shape != (num_classes,):
+        raise ValueError(f"class_counts of shape {counts.shape}, not ({num_classes},)")
+    if counts.dtype.kind not in "iu" or counts.min(initial=0) < 0:
+        raise ValueError(f"class_counts of {counts.dtype}: whole numbers of images, none negative")
+    return counts
 
 
 def _gradient_where(held: Tensor, values: Tensor) -> Tensor:

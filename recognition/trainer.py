@@ -150,13 +150,13 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
         share = sum(counts) / global_batch
         synchronise = micro == cfg.accumulation - 1
         with contextlib.nullcontext() if synchronise else state.model.no_sync():
-            micro_loss, local_x = _forward(state, next(batches), micro, counts)
+            micro_loss, seen = _forward(state, next(batches), micro, counts)
             scaled = micro_loss * share
             if parts.scaler is not None:
                 scaled = scaled * parts.scaler.scale
             scaled.backward()
         loss = loss + micro_loss.detach() * share
-        looked_at[f"embeddings of micro-step {micro}"] = local_x
+        looked_at |= {f"{name} of micro-step {micro}": x for name, x in seen.items()}
     grad_norm = _update(state, lr, looked_at | {"loss": loss})
     state.step += 1
     state.samples_seen += global_batch
@@ -165,21 +165,21 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
 
 def _forward(
     state: TrainState, batch: Batch, micro: int, counts: list[int]
-) -> tuple[Tensor, Tensor]:
-    """The loss of a micro-batch, and this rank's embeddings."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a micro-batch, and what this rank's networks gave, by name."""
     cfg, runtime = state.cfg, state.runtime
     # Dropout's draw is a function of its place in the run, not of what was drawn before it.
     torch.manual_seed(hash_words(cfg.seed, _DROPOUT_KEY, state.step, micro, runtime.rank) >> 1)
     pixels = batch.images.to(runtime.device, non_blocking=True)
     flip = batch.flip.to(runtime.device, non_blocking=True)
     pixels = normalise(pixels, flip, _dtype(state))
-    features = None
     with _autocast(state):
-        local_x = state.model(pixels)
+        seen = {"embeddings": state.model(pixels)}
         if state.parts.encoder is not None:
             with torch.no_grad():
-                features = state.parts.encoder(pixels)
-    return state.head(local_x, batch.labels, counts, features), local_x
+                seen["slow encoder's embeddings"] = state.parts.encoder(pixels)
+    features = seen.get("slow encoder's embeddings")
+    return state.head(seen["embeddings"], batch.labels, counts, features), seen
 
 
 def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tensor:

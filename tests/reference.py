@@ -292,7 +292,7 @@ def end_epoch(
     normalised = torch.zeros_like(seen)
     if several.sum() >= 2:
         kappa = concentration(state["sum"][several], seen[several])
-        if kappa.std() > 0:
+        if kappa.std() > 1e-9 * kappa.mean().abs():  # else rounding
             kappa = (kappa - kappa.mean()) / kappa.std()
             normalised[:] = kappa.median()
             normalised[several] = kappa

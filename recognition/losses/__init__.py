@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from recognition.losses.adaptive import AdaCos, AdaFace, ElasticFace, MagFace
-from recognition.losses.arguments import check_arguments
+from recognition.losses.arguments import checked_arguments
 from recognition.losses.classwise import AdaMSoftmax, DynamicArcFace, JAMsFace
 from recognition.losses.fixed import (
     ArcFace,
@@ -55,11 +55,11 @@ def make_margin(name: str, arguments: Mapping[str, Any] = MappingProxyType({})) 
         TypeError, ValueError: an argument of the wrong type or out of range.
     """
     if name not in MARGINS:
-        near = difflib.get_close_matches(name.lower(), MARGINS, 1)
+        near = difflib.get_close_matches(str(name).lower(), MARGINS, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(MARGINS)}"
         raise KeyError(f"margin={name!r}: {hint}")
-    check_arguments(name, MARGINS[name], arguments)
+    checked = checked_arguments(name, MARGINS[name], arguments)
     try:
-        return MARGINS[name](**arguments)
-    except ValueError as error:
-        raise ValueError(f"margin={name} with {dict(arguments)}: {error}") from error
+        return MARGINS[name](**checked)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"margin={name} with {checked}: {error}") from error

@@ -94,7 +94,7 @@ def _state(margin: Margin) -> list[str]:
     margin.bind(Layer(4, (0, 4), 8, class_counts=np.ones(4, dtype=np.int64)))
     learned = dict(margin.named_parameters())
     kinds: dict[str, list[str]] = {}
-    for name in [*learned, *dict(margin.named_buffers())]:
+    for name in margin.state_dict():
         place = "of each class" if name in margin.per_class else "of the model"
         kinds.setdefault(f"learned, {place}" if name in learned else place, []).append(name)
     return [f"{', '.join(names)} ({kind})" for kind, names in kinds.items()]

@@ -119,6 +119,8 @@ class MagFace(AngularMargin):
         super().__init__(scale, gradient, overflow, **options)
         check_angle("l_m", l_m)
         check_angle("u_m", u_m)
+        if l_m > u_m:
+            raise ValueError(f"l_m={l_m}, u_m={u_m}: the margin rises with the norm, l_m <= u_m")
         if not 0 < l_a < u_a < math.inf:
             raise ValueError(f"l_a={l_a}, u_a={u_a}: two norms, 0 < l_a < u_a (10 and 110)")
         if not 0 <= lambda_g < math.inf:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -31,23 +32,37 @@ def arguments_of(margin: type[Margin]) -> dict[str, Argument]:
     return taken
 
 
-def check_arguments(name: str, margin: type[Margin], arguments: Mapping[str, Any]) -> None:
-    """Raises:
-    KeyError: an argument that the margin does not take; with the nearest.
-    TypeError: a value of the wrong type.
+def checked_arguments(
+    name: str, margin: type[Margin], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments, each one that the margin takes and of its type.
+
+    Raises:
+        KeyError: an argument that the margin does not take; with the nearest.
+        TypeError: a value of the wrong type, or no mapping at all.
     """
-    taken = arguments_of(margin)
+    if not isinstance(arguments, Mapping):
+        raise TypeError(f"margin_args={arguments!r}: expected arguments by name")
+    taken, checked = arguments_of(margin), {}
     for argument, value in arguments.items():
         if argument not in taken:
-            near = difflib.get_close_matches(argument, taken, 1)
+            near = difflib.get_close_matches(str(argument), taken, 1)
             raise KeyError(
                 f"margin_args.{argument}: {name} takes {', '.join(taken)}"
                 + (f"; did you mean {near[0]}?" if near else "")
             )
         kinds = taken[argument].kinds
+        if value is None and any("none" in typing.get_args(kind) for kind in kinds):
+            value = "none"  # as the command line reads that word
         if not any(_is(value, kind) for kind in kinds):
             expected = " or ".join(_word(kind) for kind in kinds)
             raise TypeError(f"margin_args.{argument}={value!r}: expected {expected}")
+        checked[argument] = (
+            float(value)
+            if isinstance(value, numbers.Real) and not isinstance(value, bool | int)
+            else value
+        )
+    return checked
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
@@ -59,7 +74,7 @@ def _is(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) is Literal:
         return isinstance(value, str)  # which of the words, the constructor says
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, numbers.Real) and not isinstance(value, bool)
     return isinstance(value, kind)
 
 

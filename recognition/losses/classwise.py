@@ -71,12 +71,14 @@ class JAMsFace(AngularMargin):
         super().__init__(scale, gradient, overflow, **options)
         one_of("scope", scope, ("all", "batch"))
         check_angle("angular_bound", angular_bound)
+        check_range("cosine_bound", cosine_bound, 0.0, 2.0, "largest cosine margin")
         for name, bound, first in (
             ("angular_init", angular_bound, angular_init),
             ("cosine_init", cosine_bound, cosine_init),
         ):
             if not 0 < first < bound:
-                raise ValueError(f"{name}={first}: between 0 and its bound {bound}")
+                of = name.replace("init", "bound")
+                raise ValueError(f"{name}={first}: between 0 and {of}={bound}, neither included")
         for name, weight in (("reg_angular", reg_angular), ("reg_cosine", reg_cosine)):
             check_range(name, weight, 0.0, 1e4, "weight of the regulariser")
         check_range("lr_factor", lr_factor, 0.0, 1e4, "factor of the learning rate")
@@ -201,8 +203,6 @@ class DynamicArcFace(AngularMargin):
     of the head).
     """
 
-    per_class = ("margins",)
-
     def __init__(
         self,
         scale: float = 80.0,
@@ -233,7 +233,8 @@ class DynamicArcFace(AngularMargin):
         spread = u.max() - u.min()
         place = (u - u.min()) / spread if spread > 0 else np.zeros_like(u)
         margins = self.low + (self.high - self.low) * place[slice(*layer.shard)]
-        self.register_buffer("margins", torch.from_numpy(margins).to(torch.get_default_dtype()))
+        margins = torch.from_numpy(margins).to(torch.get_default_dtype())
+        self.register_buffer("margins", margins, persistent=False)  # nothing that is not known
 
     def class_values(self, local_ids: Tensor) -> Tensor:
         return self.margins[local_ids, None]

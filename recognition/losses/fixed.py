@@ -110,6 +110,7 @@ class ArcFace(CombinedMargin):
         overflow: Overflow = "none",
         **options: Unpack[Options],
     ) -> None:
+        check_angle("margin", margin)
         super().__init__(scale, m2=margin, gradient=gradient, overflow=overflow, **options)
 
 

@@ -29,6 +29,8 @@ from recognition.losses.margin import (
 from recognition.losses.statistics import class_histogram, class_mean
 
 _SIZES = (1, 2, 5, 10, 20, 50, 100)  # classes of so many images and more, in the log
+_CHUNK = 1 << 15  # classes
+_ROUNDING = 1e-9  # a deviation below this share of the mean is one of rounding
 _LARGEST_R = 1 - 1e-3  # a mean of unit features this long or longer is as concentrated as can be
 
 
@@ -132,9 +134,10 @@ class KappaFace(AngularMargin):
         return {"psi_mean": class_mean(self.psi, reduce)}
 
     def _concentrations(self) -> Tensor:
-        mean = self.feature_sum.double() / self.seen.clamp_min(1)[:, None]  # [C_r, D]
-        r = torch.linalg.vector_norm(mean, dim=1).clamp_max(_LARGEST_R)
-        return r * (mean.shape[1] - r**2) / (1 - r**2)
+        parts = self.feature_sum.split(_CHUNK)  # in float64, but never all of them at once
+        length = torch.cat([torch.linalg.vector_norm(part.double(), dim=1) for part in parts])
+        r = (length / self.seen.clamp_min(1)).clamp_max(_LARGEST_R)  # [C_r]
+        return r * (self.feature_sum.shape[1] - r**2) / (1 - r**2)
 
     def _standardised(self, kappa: Tensor, several: Tensor, reduce: Reduce) -> Tensor:
         """(kappa - mean) / std [C_r]; the median of all where a class has one image."""
@@ -142,7 +145,8 @@ class KappaFace(AngularMargin):
         mean = reduce(kappa[several].sum(), "sum") / count.clamp_min(1)
         square = reduce((kappa[several] - mean).square().sum(), "sum")
         std = (square / (count - 1).clamp_min(1)).sqrt()
-        standard = (kappa - mean) / torch.where(std > 0, std, torch.inf)
+        spread = std > _ROUNDING * mean.abs()  # else all are alike
+        standard = (kappa - mean) / torch.where(spread, std, torch.inf)
         # The median needs all of them in one place: C numbers, once an epoch.
         every = standard.new_zeros(self.num_classes)
         counted = torch.zeros_like(every, dtype=torch.int64)

@@ -205,6 +205,8 @@ class Circle(Margin):
     def __init__(
         self, gamma: float = 256.0, margin: float = 0.25, **options: Unpack[Options]
     ) -> None:
+        if not (math.isfinite(gamma) and gamma > 0):
+            raise ValueError(f"gamma={gamma}: give a positive number, 256 is the paper's")
         super().__init__(gamma, **options)
         check_range("margin", margin, 0.0, 1.0, "relaxation of the circle")
         self.margin = margin

@@ -118,7 +118,12 @@ class SphereFace2(Margin):
         positive = self.scale * (middle - self.margin)
         negative = self.scale * (middle + self.margin)
         root = math.sqrt((1 - z) ** 2 + 4 * z * math.exp(positive - negative))
-        self.bias.data.fill_(math.log(2 * z) - negative - math.log(1 - z + root))
+        # Two forms of one root, each without a difference of near numbers on its side of z = 1.
+        if z <= 1:
+            bias = math.log(2 * z) - negative - math.log(1 - z + root)
+        else:
+            bias = math.log((z - 1 + root) / 2) - positive
+        self.bias.data.fill_(bias)
 
     def target(self, rows: Rows) -> Tensor:
         grown = with_gradient(self._grown, rows.cos_target, self.gradient)

@@ -8,6 +8,7 @@ import pathlib
 import re
 import textwrap
 
+import numpy as np
 import pytest
 
 from recognition import config
@@ -144,11 +145,18 @@ def test_missing_recipe_and_missing_rec(recipe, tmp_path):
     [
         ("arcfase", {}, KeyError, "did you mean arcface"),
         ("ArcFace", {}, KeyError, "did you mean arcface"),
+        (None, {}, KeyError, "one of softmax"),
+        ("arcface", None, TypeError, "expected arguments by name"),
+        ("arcface", {1: 2}, KeyError, "margin_args.1: arcface takes"),
+        ("arcface", {"scale": 10**400}, ValueError, "margin=arcface"),
+        ("magface", {"l_m": 0.8, "u_m": 0.45}, ValueError, "l_m <= u_m"),
+        ("jamsface", {"angular_bound": 0}, ValueError, "between 0 and angular_bound=0"),
+        ("circle", {"gamma": 0}, ValueError, "gamma=0"),
         ("triplet", {}, KeyError, "one of softmax, arcface"),
         ("arcface", {"margn": 0.5}, KeyError, "did you mean margin"),
         ("arcface", {"margin": "0.5"}, TypeError, "expected a number"),
         ("arcface", {"margin": True}, TypeError, "expected a number"),
-        ("arcface", {"margin": 4.0}, ValueError, "margin=arcface with .*0 <= m2 < pi"),
+        ("arcface", {"margin": 4.0}, ValueError, "margin=arcface with .*0 <= margin < pi"),
         ("arcface", {"scale": -1.0}, ValueError, "positive"),
         ("arcface", {"gradient": "exakt"}, ValueError, "one of exact, straight_through"),
         ("sphereface", {"overflow": "fallback"}, ValueError, "m1=1 only"),
@@ -158,6 +166,14 @@ def test_missing_recipe_and_missing_rec(recipe, tmp_path):
 def test_margin_arguments_are_checked(name, arguments, error, words):
     with pytest.raises(error, match=words):
         make_margin(name, arguments)
+
+
+def test_margin_arguments_as_they_are_typed():
+    """The command line reads `none` as None; numbers may be NumPy's."""
+    assert make_margin("magface", {"overflow": None}).overflow == "none"
+    assert make_margin("adacos", {"scale": None}).scale.isnan()  # chosen by the head
+    assert make_margin("arcface", {"scale": np.float32(32)}).scale == 32
+    assert make_margin("arcface").scale == 64
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -85,7 +85,7 @@ def test_another_loss_cannot_take_the_state(keys):
     ):
         build.build(other, _alone())
     softmax = config.make(runs.BASE | keys | {"margin": "softmax"})
-    with pytest.raises(ValueError, match="saved with margin=adaface .* and optimizer=sgd"):
+    with pytest.raises(ValueError, match="saved with margin=adaface, .*optimizer=sgd"):
         build.build(softmax, _alone())
 
 
@@ -95,6 +95,47 @@ def test_a_slow_copy_cannot_come_in_the_middle(keys):
     momentum = config.make(runs.BASE | keys | CASES["kappaface, momentum encoder"])
     with pytest.raises(ValueError, match="slow encoder False there, True here.*init_from="):
         build.build(momentum, _alone())
+
+
+def test_another_loss_with_state_of_the_same_name_is_refused(keys):
+    ranks.run(1, runs.run, keys | CASES["uniface"], 1)
+    other = config.make(runs.BASE | keys | {"margin": "sphereface2"})
+    with pytest.raises(ValueError, match="margin UniFace there, SphereFace2 here"):
+        build.build(other, _alone())
+
+
+def test_a_margin_by_class_size_follows_its_arguments_on_resume(keys):
+    ranks.run(1, runs.run, keys | {"margin": "dynamicarcface"}, 1)
+    changed = {"margin": "dynamicarcface", "margin_args": {"low": 0.3, "high": 0.3}}
+    state = build.build(config.make(runs.BASE | keys | changed), _alone())
+    assert state.head.margin.margins.tolist() == pytest.approx([0.3] * 16)
+
+
+def test_sub_centres_of_a_checkpoint_without_votes_resume(keys, monkeypatch):
+    keys |= CASES["arcface, 3 sub-centres"]
+    whole = checkpoint.Parts.rows
+    cfg = config.make(runs.BASE | keys)
+    state = build.build(cfg, _alone())
+    with monkeypatch.context() as patch:  # as before there were votes
+        rows = whole(state.parts)
+        del rows["votes"]
+        patch.setattr(checkpoint.Parts, "rows", lambda parts: rows)
+        trainer.save(state)
+    resumed = build.build(cfg, _alone())
+    assert torch.equal(resumed.head.weight, state.head.weight)
+    assert resumed.head.votes.sum() == 0
+
+
+def test_a_slow_encoder_that_is_not_finite_stops_the_run(keys):
+    state = build.build(
+        config.make(runs.BASE | keys | CASES["kappaface, momentum encoder"]), _alone()
+    )
+    next(state.parts.encoder.parameters()).fill_(torch.inf)
+    with trainer.make_loader(state) as loader:
+        trainer.take_step(state, iter(loader))
+    with pytest.raises(FloatingPointError, match="slow encoder's embeddings of micro-step 0"):
+        state.guard.raise_if_found()
+    assert state.head.margin.seen.sum() == 0
 
 
 def _alone():

@@ -232,6 +232,49 @@ def test_kappaface_with_one_image_over_and_over():
     assert head.margin.psi[0] < head.margin.psi[1:3].min()  # the most concentrated, least margin
 
 
+@pytest.mark.parametrize("num", [3, 5, 10, 100])
+def test_kappaface_where_all_classes_are_alike(num):
+    """All concentrations at their limit: a deviation of rounding must not become +-1."""
+    head = PartialFC(MARGINS["kappaface"](), D, num).double()
+    x = torch.eye(D, dtype=torch.float64)[torch.arange(num) % D].repeat(2, 1)
+    head(x, torch.arange(num).repeat(2)).backward()
+    head.end_step()
+    head.end_epoch()
+    w_s = (math.cos(math.pi / 1.05) + 1) / 2
+    torch.testing.assert_close(
+        head.margin.psi, torch.full((num,), 0.7 * 0.5 + 0.3 * w_s, dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize(
+    "scale, num_classes, sample_rate", [(64, 2, 1.0), (40, 2, 1.0), (46, 2, 1.0), (64, 90, 0.0)]
+)
+def test_sphereface2_starts_balanced_with_one_negative(scale, num_classes, sample_rate):
+    """lam / ((1 - lam) n) > 1: the pulls at cos t = 0, target and negatives, are equal."""
+    margin = MARGINS["sphereface2"](scale=float(scale))
+    PartialFC(margin, D, num_classes, sample_rate)
+    bias, middle = margin.bias.item(), 2 * 0.5**3 - 1
+    positive, negative = (scale * (middle + sign * 0.4) + bias for sign in (-1, 1))
+    pull = 0.7 / (1 + math.exp(positive))
+    assert pull == pytest.approx(0.3 / (1 + math.exp(-negative)), rel=1e-4)  # b is fp32
+
+
+def test_an_open_step_can_be_dropped():
+    head = make_head("adaface")
+    before = everything(head)
+    head(*batch(1)).backward()
+    head.drop_step()
+    with pytest.raises(RuntimeError, match="backward"):
+        head.end_step()
+    head(*batch(2)).backward()
+    fresh = make_head("adaface")
+    fresh(*batch(2)).backward()
+    assert torch.equal(head.sampled_grad, fresh.sampled_grad)
+    head.drop_step()
+    for name, value in everything(head).items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_an_epoch_without_a_sample_changes_nothing():
     head = make_head("kappaface")
     head.end_epoch()
@@ -356,7 +399,9 @@ def test_kappaface_histograms_count_classes():
     [
         ("interface", {"num_subcenters": 3}, "one centre a class"),
         ("dynamicarcface", {}, "number of images of each class"),
-        ("arcface", {"class_counts": np.ones(3)}, "class_counts of 3 classes, not 40"),
+        ("arcface", {"class_counts": np.ones(3)}, r"class_counts of shape \(3,\), not \(40,\)"),
+        ("arcface", {"class_counts": np.full(C, 0.5)}, "class_counts of float64: whole numbers"),
+        ("arcface", {"class_counts": np.full(C, -1)}, "none negative"),
     ],
 )
 def test_a_layer_that_a_margin_cannot_serve(name, options, words):
