@@ -79,9 +79,8 @@ class ListSource(Paths):
                 if fields == [b""]:
                     continue
                 if classic is None:
-                    classic = (
-                        len(fields) >= 3 and fields[0] in (b"0", b"1") and not _number(fields[1])
-                    )
+                    classic = fields[0] in (b"0", b"1") and len(fields) >= 3
+                    classic = classic and _number(fields[1]) is None
                 try:
                     name = self._classic(fields) if classic else self._im2rec(fields)
                 except ValueError as error:

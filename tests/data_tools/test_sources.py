@@ -219,6 +219,13 @@ def test_a_list_of_im2rec(faces, tmp_path, form):
     assert people(source) == {str(k): v for k, v in enumerate(expected(faces).values())}
 
 
+@pytest.mark.parametrize("label", ["0", "1", "0.000000"])
+def test_a_list_of_im2rec_that_starts_with_zero_is_no_classic_one(tmp_path, label):
+    (tmp_path / "a.lst").write_text(f"0\t{label}\ta/0.jpg\n1\t3\tb/1.jpg\n")
+    source = open_source(tmp_path / "a.lst")
+    assert source.identities == [label[0], "3"] and source.landmarks is None
+
+
 def test_a_classic_list_and_its_landmarks(faces):
     points = "\t".join(map(str, [38.3, 73.5, 56, 41.5, 70.7, 51.7, 51.5, 71.7, 92.4, 92.2]))
     lines = [f"1\t{name}\t{int(name[1:3])}" for name in sorted(files_of(faces))]
@@ -316,7 +323,7 @@ def test_joined_sources_of_one_name_are_refused(faces, tmp_path, capsys):
 
 @pytest.mark.long
 def test_ten_million_entries_in_bounded_memory(tmp_path):
-    """The listing of 10 M images costs its letters and columns: < 100 bytes an image, resident."""
+    """The listing of 10 M images costs its letters and columns: < 250 bytes an image, resident."""
     import subprocess
     import sys
 
