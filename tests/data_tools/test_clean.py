@@ -121,7 +121,7 @@ def test_embed_is_refused_where_something_else_lies(data, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
     assert main(["embed", str(data.path), str(tmp_path / "none"), str(tmp_path / "out")]) == 1
-    assert "no run directory and no .onnx" in capsys.readouterr().err
+    assert "no run directory, backbone file or .onnx file" in capsys.readouterr().err
 
 
 # --- merge ---
