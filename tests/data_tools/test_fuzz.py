@@ -186,7 +186,7 @@ def mutated(content, others, draw):
             data[at:at] = draw.randbytes(draw.randrange(1, 16))
         elif kind == 4:
             other = draw.choice(others)
-            start = draw.randrange(len(other))
+            start = draw.randrange(len(other) + 1)
             data[at:at] = other[start : start + draw.randrange(1, 64)]
         elif kind == 5:
             data[at : at + 8] = draw.randrange(2**64).to_bytes(8, "little")
