@@ -29,14 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gallery", metavar="TABLE", nargs="+", type=Path, required=True)
     parser.add_argument("--probes", metavar="TABLE", type=Path, required=True)
     parser.add_argument("--images", metavar="DIR", type=Path, help="default: where each table lies")
-    parser.add_argument(
-        "--landmarks", metavar="FILE|DIR", type=Path,
-        help="align the images by them, as in `eval lfw`; default: they are aligned",
-    )  # fmt: skip
-    parser.add_argument(
-        "--no-norm", dest="norm", action="store_false",
-        help="L2-normalise each image's embedding before pooling; default: its norm is a weight",
-    )  # fmt: skip
+    pairs_command.add_image_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict | None:

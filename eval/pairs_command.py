@@ -25,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pairs", metavar="PAIRS", type=Path)
     parser.add_argument("--images", metavar="DIR", type=Path, help="default: where the table lies")
     parser.add_argument("--templates", metavar="TEMPLATES", type=Path)
+    add_image_arguments(parser)
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the images of a table are aligned and pooled."""
     parser.add_argument(
         "--landmarks", metavar="FILE|DIR", type=Path,
         help="align the images by them, as in `eval lfw`; default: they are aligned",

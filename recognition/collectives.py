@@ -112,9 +112,7 @@ class _GatherRows(Function):
 class _Share(Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: ProcessGroup) -> Tensor:
-        shared = values.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(shared, group=group)
-        return shared
+        return sum_over_ranks(values, group)
 
     @staticmethod
     @once_differentiable
@@ -270,7 +268,7 @@ def largest_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
 
 def sum_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over the ranks, the same on all, without gradient. One all-reduce."""
-    total = values.detach().clone()
+    total = values.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
 

@@ -61,14 +61,15 @@ def sample(
     classes = np.concatenate(drawn) if drawn else np.empty(0, np.int64)
 
     here = labels[owned]
-    missed = np.unique(here[~cells.is_drawn(here)])
+    undrawn = ~cells.is_drawn(labels)  # [B]
+    missed = np.unique(here[undrawn[owned]])
     classes_and_missed = np.concatenate([classes, missed])
     position = np.searchsorted(classes, here)
     found = position < len(classes)
     found[found] = classes[position[found]] == here[found]
     position[~found] = len(classes) + np.searchsorted(missed, here[~found])
     order = np.argsort(position, kind="stable")
-    total = cells.num + len(np.unique(labels[~cells.is_drawn(labels)]))
+    total = cells.num + len(np.unique(labels[undrawn]))
     return Sample(classes_and_missed, owned[order], position[order], total)
 
 
