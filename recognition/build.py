@@ -125,7 +125,8 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     if head.margin.encoder_momentum is not None:
         encoder = _make_backbone(cfg).to(runtime.device, dtype).eval().requires_grad_(False)
         encoder.load_state_dict(backbone.state_dict())
-    parts = checkpoint.Parts(backbone, optimizer, head, row_optimizer, scaler, encoder)
+    heads = [checkpoint.HeadParts(head, row_optimizer)]
+    parts = checkpoint.Parts(backbone, optimizer, heads, scaler, encoder)
     state = TrainState(
         cfg, runtime, data, order, val_sets, precision, model, parts,
         _make_schedule(cfg, len(data), runtime.world),
