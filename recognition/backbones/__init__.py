@@ -15,7 +15,7 @@ from recognition.backbones.iresnet import IResNet
 from recognition.backbones.mobilefacenet import MobileFaceNet
 from recognition.backbones.vit import VisionTransformer
 
-BACKBONES: dict[str, partial[nn.Module]] = {
+BACKBONES: dict[str, partial[Any]] = {
     "r18": partial(IResNet, (2, 2, 2, 2)),
     "r34": partial(IResNet, (3, 4, 6, 3)),
     "r50": partial(IResNet, (3, 4, 14, 3)),
