@@ -22,7 +22,7 @@ from data_tools.shards import Shards
 from data_tools.union import Union, open_all
 from eval import lfw
 from recognition import checkpoint, collectives
-from recognition.backbones import BACKBONES
+from recognition.backbones import make_backbone
 from recognition.config import Config
 from recognition.finite import FiniteGuard
 from recognition.head import PartialFC
@@ -148,9 +148,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
 
 
 def _make_backbone(cfg: Config) -> nn.Module:
-    if cfg.network not in BACKBONES:
-        raise KeyError(f"network={cfg.network!r}: one of {', '.join(BACKBONES)}")
-    return BACKBONES[cfg.network](embedding_size=cfg.embedding_size)
+    return make_backbone(cfg.network, cfg.embedding_size, cfg.network_args)
 
 
 def _make_margin(cfg: Config) -> Margin:
