@@ -96,8 +96,8 @@ def convert(
         if width != height:
             raise ValueError(f"{where or 'image'}: {not_square(width, height, how.size)}")
         return encoded, width != how.size
-    face = how.size, how.size
-    if encoded.startswith(_JPEG) and not (follow or cmyk) and size_of(encoded, where) == face:
+    own = how.size, how.size
+    if encoded.startswith(_JPEG) and not (follow or cmyk) and size_of(encoded, where) == own:
         check_jpeg(encoded, where)
         return encoded, False
     image = decode_any_size(encoded, where, follow)

@@ -68,7 +68,7 @@ def open_detector(path: str) -> Detector:
         outputs = len(onnx.load(path, load_external_data=False).graph.output)
     except Exception as error:  # protobuf's DecodeError, which onnx does not name
         raise ValueError(f"--detector {path}: not a face detector: not an ONNX file") from error
-    kinds = {12: _YuNet, 9: _Scrfd}
+    kinds: dict[int, type[_YuNet] | type[_Scrfd]] = {12: _YuNet, 9: _Scrfd}
     if outputs not in kinds:
         without = " (an SCRFD without key points: take one of the _kps models)" * (outputs == 6)
         raise ValueError(
@@ -147,10 +147,10 @@ class _Scrfd:
             boxes.append(np.concatenate([low, high - low], 1))
             points.append(centres[:, None] + point.reshape(-1, 5, 2) * stride)
         all_boxes = np.concatenate(boxes) / scale
-        kept = cv2.dnn.NMSBoxes(
+        found_at = cv2.dnn.NMSBoxes(
             all_boxes.tolist(), np.concatenate(scores).tolist(), self.SCORE, self.OVERLAP
         )
-        kept = np.asarray(kept, np.int64).reshape(-1)[:_MOST]
+        kept = np.asarray(found_at, np.int64).reshape(-1)[:_MOST]
         return Faces(all_boxes[kept], np.concatenate(points)[kept] / scale)
 
     def _canvas(self, image: np.ndarray) -> tuple[np.ndarray, float]:
