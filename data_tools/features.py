@@ -44,6 +44,9 @@ class Features:
                 )
             self._files.append(rows)
 
+    def __reduce__(self) -> tuple[type["Features"], tuple[Path]]:
+        return Features, (self.path,)
+
     def unit(self, images: np.ndarray) -> np.ndarray:
         """Normalised rows float32 [n, D] of images [n]. Raises: ValueError for a zero or NaN."""
         rows = np.empty((len(images), self.size), np.float32)

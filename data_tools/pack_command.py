@@ -16,7 +16,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from data_tools.pack import HELD_OUT, Options, Sources, pack
+from data_tools.pack import pack
+from data_tools.pack_options import HELD_OUT, Options, Sources
 from data_tools.pairs import resized_text
 from data_tools.sources import JOINS
 from data_tools.wording import count, file_size

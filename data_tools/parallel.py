@@ -1,5 +1,6 @@
 """Tasks spread over processes, with one progress bar for all of them."""
 
+import contextlib
 import functools
 import itertools
 import multiprocessing
@@ -32,6 +33,19 @@ Advance = Callable[[int], None]  # a task calls it with the number of images it 
 ITEMS_PER_WORKER = 500
 _POLL = 0.1  # seconds between two looks at the workers
 _AHEAD = 2  # tasks that wait, so that no worker does
+
+
+class Tasks:
+    """Tasks that are made when they are asked for, of a known number."""
+
+    def __init__(self, number: int, tasks: Iterator[Any]) -> None:
+        self._number, self._tasks = number, tasks
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._tasks
 
 
 def run_tasks(
@@ -86,7 +100,8 @@ def _collect(submitted: Iterator[Future], window: int, show: Callable[[], None])
     futures: list[Future] = []
     pending: set[Future] = set()
     while True:
-        fresh = list(itertools.islice(submitted, window - len(pending)))
+        with _interrupts_held():
+            fresh = list(itertools.islice(submitted, window - len(pending)))
         futures += fresh
         pending |= set(fresh)
         if not pending:
@@ -95,6 +110,17 @@ def _collect(submitted: Iterator[Future], window: int, show: Callable[[], None])
         show()
         for future in finished:
             future.result()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits meanwhile; processes started here never see it: they would show a traceback each
+    before their initializer says that the parent stops them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Stopped(Exception):

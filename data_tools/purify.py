@@ -8,15 +8,17 @@ index; `relabel` puts it in force. Then train again from scratch with num_subcen
 """
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_tools import relabel, shards
 from data_tools.decisions import before_cleaning, write_decision
 from data_tools.features import Features
+from data_tools.parallel import Advance, Tasks, run_tasks
 from data_tools.sheet import face, write_sheet
 from data_tools.wording import count
 
@@ -25,9 +27,9 @@ _SHOWN = 100  # faces on the sheet
 
 
 class Centres:
-    """Rows of a checkpoint, [C, K, D], read by range."""
+    """Rows of a head of a checkpoint, [C, K, D], read by range."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, head: int = 0) -> None:
         from recognition import checkpoint  # torch: seconds to import
 
         found = run if (run / "manifest.json").is_file() else checkpoint.newest(str(run))
@@ -35,15 +37,13 @@ class Centres:
             raise FileNotFoundError(f"{run}: neither a checkpoint nor a run directory with one")
         self.path = Path(found)
         manifest = checkpoint.read_manifest(str(found))
-        if len(manifest["heads"]) != 1:
-            raise ValueError(
-                f"{found} has {len(manifest['heads'])} heads: purify takes a run of one"
-            )
-        (head,) = manifest["heads"]
-        self.num_classes: int = head["num_classes"]
-        self.num_subcenters: int = head["num_subcenters"]
-        self.size: int = head["embedding_size"]
-        self._files = checkpoint.row_files(manifest)
+        if not 0 <= head < len(manifest["heads"]):
+            raise ValueError(f"{found} has {len(manifest['heads'])} heads, counted from 0: {head}")
+        facts = manifest["heads"][head]
+        self.num_classes: int = facts["num_classes"]
+        self.num_subcenters: int = facts["num_subcenters"]
+        self.size: int = facts["embedding_size"]
+        self._files = checkpoint.row_files(manifest, head)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Normalised centres float32 [stop - start, K, D]."""
@@ -77,21 +77,43 @@ def dominant_cosines(
     return cos[np.arange(len(x)), votes.argmax(1)[labels]], votes
 
 
+class _Range(NamedTuple):
+    """The images of some neighbouring classes, for a process of its own."""
+
+    features: Features
+    centres: Centres
+    classes: tuple[int, int]
+    images: np.ndarray  # int64 [n] in the set without any cleaning
+    labels: np.ndarray  # int64 [n] less the first class
+
+
 def cosines(
-    data: shards.Shards, features: Features, centres: Centres
+    data: shards.Shards, features: Features, centres: Centres, workers: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of each image the cosine to the dominant centre [M]; images that voted for it [C]."""
     order = np.argsort(data.labels, kind="stable")
     ends = np.searchsorted(data.labels[order], np.arange(data.num_classes + 1))
     numbers = before_cleaning(data)
+    ranges = list(_ranges(data.num_classes))
+    tasks = Tasks(
+        len(ranges),
+        (
+            _Range(features, centres, (start, stop), numbers[mine], data.labels[mine] - start)
+            for start, stop in ranges
+            for mine in [order[ends[start] : ends[stop]]]
+        ),
+    )
+    found = run_tasks(_of_range, tasks, workers, len(data), "angles")
     result = np.empty(len(data), np.float32)
-    dominant = np.empty(data.num_classes, np.int64)
-    for start, stop in _ranges(data.num_classes):
-        mine = order[ends[start] : ends[stop]]
-        x = features.unit(numbers[mine])
-        found, votes = dominant_cosines(x, data.labels[mine] - start, centres.rows(start, stop))
-        result[mine], dominant[start:stop] = found, votes.max(1)
-    return result, dominant
+    result[order] = np.concatenate([cos for cos, _ in found])
+    return result, np.concatenate([votes for _, votes in found])
+
+
+def _of_range(task: _Range, advance: Advance) -> tuple[np.ndarray, np.ndarray]:
+    x = task.features.unit(task.images)
+    cos, votes = dominant_cosines(x, task.labels, task.centres.rows(*task.classes))
+    advance(len(x))
+    return cos, votes.max(1)
 
 
 def _ranges(num_classes: int) -> Iterator[tuple[int, int]]:
@@ -105,19 +127,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="relabel index to write")
     parser.add_argument("--threshold", type=float, default=75.0, help="degrees (75)")
     parser.add_argument("--report", type=Path, metavar="DIR", help="angles.png and dropped.png")
+    parser.add_argument(
+        "--head", type=int, default=0, metavar="K", help="of a run with rec_heads: its K-th (0)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (all cores)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 0 < args.threshold < 180:
         raise ValueError(f"--threshold {args.threshold}: degrees between 0 and 180")
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: must be 1 or more")
     data = shards.open(args.path)
-    features, centres = Features(args.features, data.fingerprint), Centres(args.run)
+    features, centres = Features(args.features, data.fingerprint), Centres(args.run, args.head)
     if centres.num_classes != data.num_classes or centres.size != features.size:
         raise ValueError(
             f"{centres.path} has {centres.num_classes} classes of size {centres.size}, {args.path} "
             f"has {data.num_classes} and {args.features} size {features.size}: not of one another"
         )
-    cos, dominant = cosines(data, features, centres)
+    cos, dominant = cosines(data, features, centres, args.workers)
     keep = cos > np.float32(np.cos(np.radians(args.threshold)))
     if not keep.any():
         raise ValueError(f"no image is within {args.threshold} degrees: is the run trained?")

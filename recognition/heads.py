@@ -129,7 +129,7 @@ def joint_loss(
     features: Tensor | None,  # [b, D] of the slow encoder
 ) -> Joint:
     """The loss of a micro-batch; its collectives are those of each head in turn."""
-    if len(heads) == 1:
+    if not cfg.rec_heads:
         loss = heads[0](embeddings, labels, [sum(own) for own in rows], features)
         return Joint(loss, loss.detach()[None])
     num_rows = sum(map(sum, rows))

@@ -9,13 +9,14 @@ import cv2
 import numpy as np
 import pytest
 
-from data_tools import features, relabel, shards
+from data_tools import features, purify, relabel, shards
 from data_tools.__main__ import main
 from data_tools.decisions import write_decision
 from data_tools.decode import decode
 from data_tools.hashes import near_pairs, perceptual_hash, pixel_hash
 from data_tools.merge import halves, lowest_of_chain, same_pairs
-from data_tools.pack import Options, pack
+from data_tools.pack import pack
+from data_tools.pack_options import Options
 from data_tools.purify import Centres, dominant_cosines
 from tests.data_tools.samples import encoded, folder
 from tests.real import ROOT
@@ -44,6 +45,36 @@ def unit(x):
 
 def last_json(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+class _DrawnCentres:
+    """Centres of 300 classes by their numbers, for processes that get them by pickle."""
+
+    def rows(self, start, stop):
+        return unit(np.random.default_rng(1).normal(size=(300, 3, 8)))[start:stop]
+
+
+class _Labelled:
+    """A set of 2400 images of which only the labels are asked for."""
+
+    labels = np.random.default_rng(0).integers(0, 300, 2400)
+    num_classes, cleaned = 300, None
+
+    def __len__(self):
+        return len(self.labels)
+
+
+def test_purify_by_processes_finds_what_one_finds(tmp_path, monkeypatch):
+    data = _Labelled()
+    x = np.random.default_rng(2).normal(size=(2400, 8)).astype(np.float32)
+    write_features(tmp_path / "features", "x", x, block=700)
+    monkeypatch.setattr(purify, "_CLASSES", 70)
+    one = purify.cosines(data, features.Features(tmp_path / "features"), _DrawnCentres(), 1)
+    two = purify.cosines(data, features.Features(tmp_path / "features"), _DrawnCentres(), 2)
+    found, votes = dominant_cosines(unit(x), data.labels, _DrawnCentres().rows(0, 300))
+    for way in (one, two):
+        np.testing.assert_allclose(way[0], found, atol=1e-6)  # float32, sums of 8
+        np.testing.assert_array_equal(way[1], votes.max(1))
 
 
 def test_dominant_centre_as_drop_py_has_it():

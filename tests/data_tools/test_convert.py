@@ -16,7 +16,8 @@ from data_tools.convert import Conversion, convert
 from data_tools.decode import channels_of, decode, decode_any_size, size_of
 from data_tools.detectors import detect
 from data_tools.listing import Names
-from data_tools.pack import Options, pack
+from data_tools.pack import pack
+from data_tools.pack_options import Options
 from eval.align import TEMPLATE, warp
 from tests.data_tools.samples import encoded, folder, pixels
 from tests.data_tools.scrfd import as_scrfd

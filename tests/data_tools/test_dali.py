@@ -17,7 +17,8 @@ from data_tools.augment import Probabilities, draw
 from data_tools.dali import Dali
 from data_tools.loader import Batch, Loader, normalise
 from data_tools.order import Blocks
-from data_tools.pack import Options, pack
+from data_tools.pack import pack
+from data_tools.pack_options import Options
 from data_tools.shard_writer import ShardWriter, write_shard
 from tests.data_tools.samples import encoded, folder, pixels
 from tests.real import real

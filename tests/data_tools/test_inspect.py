@@ -7,7 +7,8 @@ import pytest
 
 from data_tools.__main__ import main
 from data_tools.inspect import _histogram
-from data_tools.pack import Options, pack
+from data_tools.pack import pack
+from data_tools.pack_options import Options
 from tests.data_tools.samples import folder
 from tests.data_tools.test_shards import insightface_set
 from tests.real import real

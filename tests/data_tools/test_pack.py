@@ -19,7 +19,8 @@ import pytest
 from data_tools import files, parallel, shards
 from data_tools.__main__ import main
 from data_tools.decode import decode
-from data_tools.pack import Options, pack
+from data_tools.pack import pack
+from data_tools.pack_options import Options
 from data_tools.recordio import Header, Writer
 from tests.data_tools.samples import encoded, folder
 from tests.real import ROOT, real

@@ -12,7 +12,8 @@ import pytest
 from data_tools import shards
 from data_tools.__main__ import main
 from data_tools.decode import decode
-from data_tools.pack import Options, Sources, pack
+from data_tools.pack import pack
+from data_tools.pack_options import Options, Sources
 from data_tools.recordio import Header, IndexedReader, Writer
 from tests.data_tools.samples import encoded, folder
 from tests.data_tools.test_decode import exif

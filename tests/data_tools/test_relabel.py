@@ -9,7 +9,8 @@ from data_tools import relabel, shards
 from data_tools.__main__ import main
 from data_tools.decisions import write_decision
 from data_tools.loader import check_labels
-from data_tools.pack import Options, pack
+from data_tools.pack import pack
+from data_tools.pack_options import Options
 from data_tools.split import Choice, choose
 from tests.data_tools.samples import folder
 from tests.data_tools.test_pack import by_identity

@@ -12,7 +12,8 @@ import pytest
 from data_tools import shards, zip_index
 from data_tools.__main__ import main
 from data_tools.listing import Names, repeated
-from data_tools.pack import Options, Sources, pack
+from data_tools.pack import pack
+from data_tools.pack_options import Options, Sources
 from data_tools.recordio import Header, Writer
 from data_tools.sources import open_source
 from tests.data_tools.samples import encoded, folder

@@ -10,7 +10,8 @@ import pytest
 
 from data_tools import parallel, shards
 from data_tools.__main__ import main
-from data_tools.pack import Options, pack
+from data_tools.pack import pack
+from data_tools.pack_options import Options
 from data_tools.recordio import Header, Writer
 from tests.data_tools.samples import encoded, folder
 from tests.data_tools.test_shards import edit_index, insightface_set

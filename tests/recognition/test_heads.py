@@ -155,6 +155,13 @@ def test_mistakes_in_heads_are_named(own, kind, said):
     assert said in str(raised.value)
 
 
+def test_the_weight_of_an_only_head_counts(shards_dir, tmp_path):
+    keys = {"rec": str(shards_dir), "output": str(tmp_path / "run"), "resume": None}
+    plain = ranks.run(1, runs.first_loss, keys)[0]
+    half = ranks.run(1, runs.first_loss, keys | {"rec_heads": [{"loss_weight": 0.5}]})[0]
+    assert half == pytest.approx(plain / 2, rel=1e-6)
+
+
 def test_a_head_takes_what_it_does_not_say_from_the_run():
     cfg = config_of_two(sample_rate=0.3, margin_args={"margin": 0.7})
     first, second = config.of_head(cfg, 0), config.of_head(cfg, 1)
