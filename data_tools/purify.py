@@ -8,7 +8,6 @@ index; `relabel` puts it in force. Then train again from scratch with num_subcen
 """
 
 import argparse
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,13 +35,15 @@ class Centres:
             raise FileNotFoundError(f"{run}: neither a checkpoint nor a run directory with one")
         self.path = Path(found)
         manifest = checkpoint.read_manifest(str(found))
-        self.num_classes: int = manifest["num_classes"]
-        self.num_subcenters: int = manifest["num_subcenters"]
-        self.size: int = manifest["embedding_size"]
-        self._files = []
-        for name in manifest["files"]:
-            if held := re.fullmatch(r"rows-(\d+)-(\d+)\.safetensors", name):
-                self._files.append((int(held[1]), int(held[2]), self.path / name))
+        if len(manifest["heads"]) != 1:
+            raise ValueError(
+                f"{found} has {len(manifest['heads'])} heads: purify takes a run of one"
+            )
+        (head,) = manifest["heads"]
+        self.num_classes: int = head["num_classes"]
+        self.num_subcenters: int = head["num_subcenters"]
+        self.size: int = head["embedding_size"]
+        self._files = checkpoint.row_files(manifest)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Normalised centres float32 [stop - start, K, D]."""
@@ -50,10 +51,10 @@ class Centres:
 
         rows = np.empty((stop - start, self.num_subcenters, self.size), np.float32)
         filled = 0
-        for first, last, path in self._files:
+        for name, first, last in self._files:
             low, high = max(start, first), min(stop, last)
             if low < high:
-                with safe_open(path, "np") as file:
+                with safe_open(self.path / name, "np") as file:
                     part = file.get_slice("weight")[low - first : high - first]
                 rows[low - start : high - start] = part.reshape(high - low, -1, self.size)
                 filled += high - low

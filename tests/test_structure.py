@@ -56,9 +56,9 @@ MAY_IMPORT = {
     "recognition/logger.py": ["recognition.losses.margin"],
     "recognition/progress.py": ["data_tools.loader"],
     "recognition/export.py": ["recognition.backbones.*"],
-    "recognition/checkpoint.py": [
-        "recognition.backbones.*", "recognition.collectives", "recognition.head",
-        "recognition.optim",
+    "recognition/checkpoint/": [
+        "recognition.checkpoint.*", "recognition.backbones.*", "recognition.collectives",
+        "recognition.head", "recognition.optim",
     ],
     "recognition/run_dir.py": ["recognition.checkpoint", "recognition.config"],
     "recognition/": ["recognition.*", "data_tools.*", "eval.lfw"],
@@ -87,10 +87,14 @@ def imports(path: pathlib.Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             submodules = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {
-                name if (ROOT / (name.replace(".", "/") + ".py")).exists() else str(node.module)
+                name if _is_module(ROOT / name.replace(".", "/")) else str(node.module)
                 for name in submodules
             }
     return found
+
+
+def _is_module(place: pathlib.Path) -> bool:
+    return place.with_suffix(".py").exists() or (place / "__init__.py").exists()
 
 
 def ours(path: pathlib.Path) -> set[str]:

@@ -47,10 +47,12 @@ def run(keys: dict, stop_after: int | None = None) -> dict[str, torch.Tensor]:
 def tensors(state: build.TrainState) -> dict[str, torch.Tensor]:
     parts = state.parts
     named = {f"backbone.{k}": v.clone() for k, v in state.backbone.state_dict().items()}
-    named |= checkpoint.optimizer_tensors(parts) | parts.margin()
+    named |= checkpoint.optimizer_tensors(parts.backbone, parts.optimizer, parts.scaler)
+    (head,) = parts.heads
+    named |= head.margin()
     if parts.encoder is not None:
         named |= {f"encoder.{k}": v for k, v in parts.encoder.state_dict().items()}
-    for name, local in parts.rows().items():
+    for name, local in head.rows().items():
         every: list = [None] * dist.get_world_size()
         dist.all_gather_object(every, local)
         named["rows" if name == "weight" else name] = torch.cat(every)

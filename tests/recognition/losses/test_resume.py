@@ -74,7 +74,9 @@ def test_what_a_checkpoint_holds_of_a_loss(keys):
     ranks.run(2, runs.run, keys | CASES["kappaface, momentum encoder"], 3)
     files = json.load(open(f"{checkpoint.newest(keys['output'])}/manifest.json"))
     assert "encoder.safetensors" in files["files"]
-    assert {"margin.psi", "margin.seen", "margin.feature_sum"} <= set(files["row_state"])
+    assert {"margin.psi", "margin.seen", "margin.feature_sum"} <= set(
+        files["heads"][0]["row_state"]
+    )
 
 
 def test_another_loss_cannot_take_the_state(keys):
@@ -113,13 +115,13 @@ def test_a_margin_by_class_size_follows_its_arguments_on_resume(keys):
 
 def test_sub_centres_of_a_checkpoint_without_votes_resume(keys, monkeypatch):
     keys |= CASES["arcface, 3 sub-centres"]
-    whole = checkpoint.Parts.rows
+    whole = checkpoint.HeadParts.rows
     cfg = config.make(runs.BASE | keys)
     state = build.build(cfg, _alone())
     with monkeypatch.context() as patch:  # as before there were votes
-        rows = whole(state.parts)
+        rows = whole(state.parts.heads[0])
         del rows["votes"]
-        patch.setattr(checkpoint.Parts, "rows", lambda parts: rows)
+        patch.setattr(checkpoint.HeadParts, "rows", lambda parts: rows)
         trainer.save(state)
     resumed = build.build(cfg, _alone())
     assert torch.equal(resumed.head.weight, state.head.weight)

@@ -1,0 +1,48 @@
+"""The network of a checkpoint alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from recognition.backbones import BACKBONES
+from recognition.checkpoint.directory import newest, read_manifest
+from recognition.checkpoint.tensors import read
+
+
+def load_backbone(path: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a run directory (its newest checkpoint) or checkpoint, and its config.
+
+    The module is on the CPU, in fp32 and eval mode.
+    """
+    checkpoint = path if os.path.isfile(os.path.join(path, "manifest.json")) else newest(path)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{path} is neither a checkpoint nor a run directory with one")
+    manifest = read_manifest(checkpoint)
+    config = manifest["config"]
+    module = BACKBONES[config["network"]](embedding_size=config["embedding_size"])
+    load_state(module, read(checkpoint, "model.safetensors", manifest), checkpoint)
+    return module.float().eval(), config
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load `state` into `module`, every name and shape of it.
+
+    Raises:
+        ValueError: listing the names that are missing, unexpected, or of another shape.
+    """
+    own = module.state_dict()
+    problems = [f"missing {name}" for name in own if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in own]
+    problems += [
+        f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        listed = "\n  ".join(problems[:12]) + ("\n  ..." if len(problems) > 12 else "")
+        raise ValueError(f"{source} does not fit this network ({len(problems)} names):\n  {listed}")
+    module.load_state_dict(dict(state))

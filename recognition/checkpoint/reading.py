@@ -1,0 +1,92 @@
+"""Filling a run's parts from a checkpoint, at any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from recognition.checkpoint.backbone import load_state
+from recognition.checkpoint.directory import older, read_manifest, row_files
+from recognition.checkpoint.optimizer import load_optimizer
+from recognition.checkpoint.parts import MAY_LACK, HeadParts, Parts
+from recognition.checkpoint.tensors import read, verified
+
+
+def load(path: str, parts: Parts) -> dict[str, Any]:
+    """Fill `parts` from the checkpoint at `path`, saved at any number of ranks; return its facts.
+
+    Raises:
+        ValueError: it is of another network or class count; the message lists what differs.
+        OSError: a file of it is missing or damaged.
+    """
+    manifest = read_manifest(path)
+    _check_fit(path, manifest, parts)
+    load_state(parts.backbone, read(path, "model.safetensors", manifest), path)
+    state = read(path, "optimizer.safetensors", manifest)
+    load_optimizer(parts.backbone, parts.optimizer, parts.scaler, state, path)
+    for i, (prefix, part) in enumerate(parts.named_heads()):
+        part.head.drop_step()
+        _read_rows(path, manifest, i, part)
+        if part.margin():
+            _fill(part.margin(), read(path, f"{prefix}margin.safetensors", manifest), path)
+        part.head.step = manifest["heads"][i]["step"]
+    if parts.encoder is not None:
+        load_state(parts.encoder, read(path, "encoder.safetensors", manifest), path)
+    return manifest
+
+
+def _check_fit(path: str, manifest: Mapping[str, Any], parts: Parts) -> None:
+    wrong = []
+    if len(manifest["heads"]) != len(parts.heads):
+        wrong.append(f"{len(manifest['heads'])} heads there, {len(parts.heads)} here")
+    for (prefix, part), there in zip(parts.named_heads(), manifest["heads"], strict=False):
+        wrong += [f"{prefix}{difference}" for difference in _differences(part, there)]
+    # One that is there and not wanted may lie.
+    if parts.encoder is not None and "encoder.safetensors" not in manifest["files"]:
+        wrong.append("slow encoder False there, True here")
+    if wrong:
+        keys = ("margin", "margin_args", "optimizer")
+        saved = [f"{k}={manifest['config'][k]}" for k in keys if k in manifest.get("config", {})]
+        raise ValueError(
+            f"cannot resume from {path}{', saved with ' * bool(saved)}{', '.join(saved)}: "
+            f"{'; '.join(wrong)}. To start a new run from its network, use init_from= and another "
+            "output"
+        )
+
+
+def _differences(part: HeadParts, there: Mapping[str, Any]) -> list[str]:
+    own = part.facts()
+    del own["step"]
+    kept = there["margin_state"] or own["margin_state"] or part.keeps_by_class()
+    if not kept or there["margin"] is None:
+        del own["margin"]  # nothing of it is kept: one may follow the other
+    return [f"{k} {there.get(k)} there, {own[k]} here" for k in own if there.get(k) != own[k]]
+
+
+def _fill(own: dict[str, Tensor], saved: Mapping[str, Tensor], path: str) -> None:
+    for name, tensor in own.items():
+        if name not in saved or saved[name].shape != tensor.shape:
+            raise OSError(f"{path} lacks {name} of {list(tensor.shape)}{older(path)}")
+        tensor.copy_(saved[name])
+
+
+def _read_rows(path: str, manifest: Mapping[str, Any], head: int, part: HeadParts) -> None:
+    """Fill this rank's rows from the files whose class ranges overlap its own."""
+    start, stop = part.head.shard
+    rows = part.rows()
+    filled = 0
+    for name, first, last in row_files(manifest, head):
+        low, high = max(start, first), min(stop, last)
+        if low >= high:
+            continue
+        with safe_open(verified(path, name, manifest), "pt") as file:
+            for key, tensor in rows.items():
+                if key in MAY_LACK and key not in file.keys():  # noqa: SIM118  no mapping
+                    continue
+                tensor[low - start : high - start] = file.get_slice(key)[low - first : high - first]
+        filled += high - low
+    if filled != stop - start:
+        raise OSError(f"{path} lacks {stop - start - filled} of the classes {start} to {stop - 1}")

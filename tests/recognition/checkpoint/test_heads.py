@@ -1,0 +1,105 @@
+"""Checkpoints of several heads, and those that an earlier version wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from recognition import checkpoint
+from recognition.backbones import BACKBONES
+from recognition.checkpoint import directory
+from recognition.head import PartialFC
+from recognition.losses import make_margin
+from recognition.optim import RowAdamW, RowSGD
+from tests import ranks
+from tests.recognition import runs
+
+# Two heads over different classes, with different losses and optimisers; 7 and 10 divide by no W.
+HEADS = [("uniface", 7, RowSGD, 1), ("arcface", 10, RowAdamW, 3)]
+
+
+def make_parts(heads=HEADS, network_seed=0):
+    torch.manual_seed(network_seed)
+    backbone = BACKBONES["mbf_tiny"](embedding_size=8)
+    optimizer = torch.optim.SGD(backbone.parameters(), 0.1, momentum=0.9)
+    made = []
+    for name, classes, row_optimizer, centres in heads:
+        head = PartialFC(make_margin(name, {}), 8, classes, 1.0, centres, seed=network_seed)
+        made.append(checkpoint.HeadParts(head, row_optimizer(head)))
+    return checkpoint.Parts(backbone, optimizer, made)
+
+
+def mark(part, salt):
+    """Every value a function of its class, its name and the head."""
+    start, stop = part.head.shard
+    for i, tensor in enumerate(part.rows().values()):
+        classes = torch.arange(start, stop).view(-1, *[1] * (tensor.dim() - 1))
+        tensor.copy_(classes + 100 * i + 1000 * salt)
+    for i, tensor in enumerate(part.margin().values()):
+        tensor.fill_(i + 0.5 + salt)
+    part.head.step = 3 + salt
+
+
+def saved(run_dir):
+    parts = make_parts()
+    for salt, part in enumerate(parts.heads):
+        mark(part, salt)
+    facts = {"step": 3, "samples_seen": 36, "config": {}}
+    return checkpoint.save(run_dir, parts, facts, 1)
+
+
+def loaded_alike(path, heads):
+    """Whether a load gives what was marked; the message of the refusal, if it is refused."""
+    parts = make_parts(heads, network_seed=1)
+    try:
+        checkpoint.load(path, parts)
+    except ValueError as error:
+        return str(error)
+    expected = make_parts()
+    for salt, (part, there) in enumerate(zip(expected.heads, parts.heads, strict=True)):
+        mark(part, salt)
+        assert part.head.step == there.head.step
+        for own, other in ((part.rows(), there.rows()), (part.margin(), there.margin())):
+            assert own.keys() == other.keys()
+            assert all(torch.equal(own[name], other[name]) for name in own)
+    state = expected.backbone.state_dict()
+    return all(torch.equal(x, state[n]) for n, x in parts.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_two_heads_saved_on_two_ranks(tmp_path, world):
+    path = ranks.run(2, saved, str(tmp_path))[0]
+    assert {
+        "head0-margin.safetensors",
+        "head0-rows-0-4.safetensors",
+        "head1-rows-5-10.safetensors",
+    } <= set(os.listdir(path))
+    assert ranks.run(world, loaded_alike, path, HEADS) == [True] * world
+
+
+def test_other_heads_are_refused(tmp_path):
+    path = ranks.run(1, saved, str(tmp_path))[0]
+    (message,) = ranks.run(1, loaded_alike, path, HEADS[:1])
+    assert "2 heads there, 1 here" in message
+    (message,) = ranks.run(1, loaded_alike, path, HEADS[::-1])
+    assert "head0-num_classes 7 there, 10 here" in message
+
+
+def test_a_checkpoint_of_format_1_still_loads(shards_dir, tmp_path):
+    """The facts of its one head stood among the others."""
+    keys = {"rec": str(shards_dir), "precision": "fp32", "output": str(tmp_path / "run")}
+    unbroken = ranks.run(2, runs.run, keys | {"output": str(tmp_path / "unbroken")})[0]
+    ranks.run(2, runs.run, keys, 3)
+    name = os.path.join(checkpoint.newest(keys["output"]), "manifest.json")
+    with open(name) as file:
+        manifest = json.load(file)
+    (head,) = manifest.pop("heads")
+    manifest |= {"head_step": head.pop("step"), "format": 1} | head
+    del manifest["sha256"]
+    with open(name, "w") as file:
+        json.dump(manifest | {"sha256": directory.digest(manifest)}, file)
+    resumed = ranks.run(2, runs.run, keys)[0]
+    assert all(torch.equal(unbroken[k], resumed[k]) for k in unbroken)
