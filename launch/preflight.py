@@ -2,11 +2,11 @@
 
     torchrun --nnodes 4 --nproc-per-node 8 ... launch/preflight.py RECIPE key=value ...
 
-takes what launch/train.py takes, which also runs it at its start (preflight_seconds=0 leaves it out).
-It looks at: rendezvous, network interface and its link, clocks, versions of torch, CUDA and driver, GPUs,
-latency and bandwidth of an all-reduce, the output's file system (free, shared), the data (readable, alike
-on every machine), file descriptors, shared memory. What would stop a run is an error and exit code 1;
-what would slow it down, a warning.
+takes what launch/train.py takes, which also runs it at its start (preflight_seconds=0 leaves it
+out). It looks at: rendezvous, network interface and its link, clocks, versions of torch, CUDA and
+driver, GPUs, latency and bandwidth of an all-reduce, the output's file system (free, shared), the
+data (readable, alike on every machine), file descriptors, shared memory. What would stop a run is
+an error and exit code 1; what would slow it down, a warning.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _disk(cfg: config.Config, facts: dict[str, Any]) -> dict[str, Any]:
 def _checkpoint_bytes(cfg: config.Config) -> int:
     """About what a checkpoint takes: parameters, class rows, and one or two states of each."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError), torch.device("meta"):
-        network = make_backbone(cfg.network, cfg.embedding_size, **cfg.network_args)
+        network = make_backbone(cfg.network, cfg.embedding_size, cfg.network_args)
         classes = sum(data.num_classes for data in map(open_all, cfg.recs))
         numbers = sum(p.numel() for p in network.parameters())
         numbers += classes * cfg.num_subcenters * cfg.embedding_size
@@ -200,7 +200,8 @@ def _data(cfg: config.Config) -> tuple[str, int]:
         digest.update(json.dumps([names, sizes]).encode())
         count, total = count + len(names), total + sum(sizes)
         for i in range(min(_PIECES, len(names))):
-            name, size = [(n, s) for n, s in zip(names, sizes, strict=True)][i * len(names) // min(_PIECES, len(names))]
+            at = i * len(names) // min(_PIECES, len(names))
+            name, size = names[at], sizes[at]
             with open(os.path.join(rec, name), "rb") as file:
                 for place in (0, size // 2, max(size - _PIECE, 0)):
                     file.seek(place)
@@ -209,9 +210,10 @@ def _data(cfg: config.Config) -> tuple[str, int]:
 
 
 def _in_words(facts: dict[str, Any]) -> str:
-    gpus = f"{len(facts['gpus'])} x {facts['gpus'][0]}, driver {facts['driver']}, CUDA {facts['cuda']}"
+    gpus = facts["gpus"]
+    device = f"{len(gpus)} x {gpus[0]}, driver {facts['driver']}" if gpus else "no GPU"
     return (
-        f"{gpus if facts['gpus'] else 'no GPU'}; torch {facts['torch']}; {facts['interface']}; "
+        f"{device}; torch {facts['torch']}; {facts['interface']}; "
         f"{facts['free'] / 1e9:.0f} GB free for the output; data {facts['data']}; "
         f"{facts['files']} file descriptors"
     )
@@ -259,7 +261,8 @@ def _shared_output(found: Findings, cfg: config.Config, place: runtime.Runtime) 
     if failure:
         found.errors.append(f"output cannot be written: {failure}")
     elif not all(seen) or len(set(paths)) > 1:
-        blind = seen.index(False) if not all(seen) else paths.index(next(p for p in paths if p != path))
+        lost = [there != paths[0] or not sees for there, sees in zip(paths, seen, strict=True)]
+        blind = lost.index(True)
         found.errors.append(
             f"output={cfg.output} is not shared: rank {blind} does not see what rank 0 writes"
         )
@@ -346,11 +349,9 @@ def main(arguments: list[str] | None = None) -> int:
         with runtime.start(min(cfg.collective_timeout, 60.0)) as place:
             found = check(cfg, place, args.seconds)
             found.numbers["seconds"] = time.perf_counter() - began
-            if args.json and place.rank == 0 and not found.errors:
-                numbers = found.numbers | {"warnings": found.warnings}
             report(found, place, everything=True)
             if args.json and place.rank == 0:
-                print(json.dumps(numbers))
+                print(json.dumps(found.numbers | {"warnings": found.warnings}))
     except (ValueError, KeyError, TypeError, OSError) as error:
         print(f"error (rank {os.environ.get('RANK', '0')}): {one_line(error)}", file=sys.stderr)
         return 1

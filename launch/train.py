@@ -21,6 +21,7 @@ import os
 import sys
 
 from data_tools.commands import one_line
+from launch import preflight
 from recognition import build, config, runtime, stop, trainer, watchdog
 from recognition.backbones import BACKBONES
 from recognition.losses import MARGINS
@@ -49,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
             cfg = config.load(args.recipe, args.overrides)
             cfg = _without_missing_targets(cfg, args.overrides)
             place = stack.enter_context(runtime.start(cfg.collective_timeout))
+            if cfg.preflight_seconds:
+                found = preflight.check(cfg, place, cfg.preflight_seconds)
+                preflight.report(found, place, everything=False)
             state = build.build(cfg, place)
         except (ValueError, KeyError, TypeError, OSError) as error:  # a mistake in what was asked
             raise SystemExit(_said(error)) from None
