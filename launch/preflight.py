@@ -30,9 +30,6 @@ from typing import Any
 
 import torch
 
-if __name__ == "__main__":  # run as a file: the repository is not on the path
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 from data_tools.commands import one_line
 from data_tools.union import open_all
 from launch import interfaces
@@ -58,7 +55,7 @@ class Findings:
 def check(cfg: config.Config, place: runtime.Runtime, seconds: float) -> Findings:
     """Look at everything, on every rank at once; the same findings on all.
 
-    seconds: about what it may take; the bandwidth is measured for a tenth of it.
+    seconds: about what it may take; the bandwidth is measured for a twentieth of it.
     """
     found = Findings()
     everybody = collectives.gather_objects(_machine(cfg), place.group)
@@ -83,7 +80,7 @@ def check(cfg: config.Config, place: runtime.Runtime, seconds: float) -> Finding
         )
     _clocks(found, place, everybody)
     _shared_output(found, cfg, place)
-    _network(found, place, seconds / 10, len(hosts), leaders)
+    _network(found, place, seconds / 20, len(hosts), leaders)
     return found
 
 
@@ -280,7 +277,7 @@ def _network(
         return
     latency = statistics.median(_time(place, 1) for _ in range(15))
     bytes_sent, took, spent = 1 << 16, 0.0, 0.0
-    while spent < seconds and bytes_sent < 1 << 28:
+    while 4 * spent < seconds and bytes_sent < 1 << 28:
         bytes_sent *= 4
         took = min(_time(place, bytes_sent // 4) for _ in range(2))
         spent += 2 * took
@@ -303,8 +300,9 @@ def far_below(bandwidth: float, link: interfaces.Interface) -> list[str]:
     if share >= _FAR_BELOW:
         return []
     return [
-        f"the all-reduce has {100 * share:.0f} % of {link.name}'s {link.megabits / 1000:g} Gb/s: is "
-        "it the right network? GLOO_SOCKET_IFNAME=, NCCL_SOCKET_IFNAME= and NCCL_IB_HCA= name it"
+        f"the all-reduce has {100 * share:.0f} % of the {link.megabits / 1000:g} Gb/s of "
+        f"{link.name}: is it the right network? "
+        "GLOO_SOCKET_IFNAME=, NCCL_SOCKET_IFNAME= and NCCL_IB_HCA= name it"
     ]
 
 

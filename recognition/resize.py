@@ -79,8 +79,8 @@ def plan(cfg: Config, manifest: Mapping[str, Any] | None, world: int) -> Plan:
             f"per process ({first_rows} at the start), accumulation {accumulation}"
         )
     same = (batch, fitted.accumulation) == (cfg.global_batch(world), cfg.accumulation)
-    if manifest["world"] == world and (same or rule == "lr"):
-        return Plan(fitted if rule == "lr" else cfg, first_batch, first_rows)
+    if manifest["world"] == world:
+        return Plan(cfg if same and rule != "lr" else fitted, first_batch, first_rows)
     said = f"{manifest['world']} -> {world} processes, elastic={rule}: {how}"
     return Plan(fitted, first_batch, first_rows, said)
 

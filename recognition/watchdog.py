@@ -220,7 +220,7 @@ def suspects(places: list[Place]) -> tuple[list[Place], list[Place]]:
     for holds_up in (
         lambda place: place.age > _SILENT,
         lambda place: place.step < max(p.step for p in places),
-        lambda place: waiting not in place.does and "backward" not in place.does,
+        lambda place: waiting not in place.does and "averages" not in place.does,
     ):
         first = [place for place in places if holds_up(place)]
         if first:
@@ -237,6 +237,8 @@ def what_it_does(frame: FrameType | None) -> str:
     path = frame.f_code.co_filename.removeprefix(_ROOT)
     does = next((words for start, words in _DOES.items() if path.startswith(start)), "computes")
     text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    if text.endswith(".backward()"):
+        does = "computes or averages gradients"
     return f"{does} ({path}:{frame.f_lineno}, {frame.f_code.co_name}: {text})"
 
 
