@@ -198,10 +198,8 @@ class Watchdog:
         )
         if places and self._rank == min(place.rank for place in places if place.age <= _SILENT):
             first, others = suspects(places)
-            _say(
-                f"warning: held up by {'; '.join(map(str, first)) or 'nobody in particular'}"
-                + (f". Of the others, {others[0]}" if others else "")
-            )
+            named = f"held up by {'; '.join(map(str, first))}" if first else "all ranks are alike"
+            _say(f"warning: {named}" + (f". Of the others, {others[0]}" if others else ""))
 
     def _end(self, why: str) -> None:
         """End this process, with the first cause as its last word."""

@@ -33,9 +33,9 @@ def test_a_frozen_rank_is_named_and_everybody_ends_within_the_time_out(shards_di
         wait(lambda: "ends at 12 s" in run.text(), 30, run.text)
         began = time.monotonic()
         wait(lambda: "error (rank 0)" in run.text(), 12, run.text)
+        lines = run.text().splitlines()
         os.kill(worker, signal.SIGCONT)  # its torchrun cannot end a stopped process by SIGTERM
         assert run.agent.wait(40) != 0 and time.monotonic() - began < 40
-        lines = run.text().splitlines()
         warned = [line for line in lines if line.startswith("warning: held up by")][-1]
         assert "rank 1 on" in warned and "not heard of for" in warned
         assert "rank 0 on" in warned and any(
