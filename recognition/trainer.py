@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from data_tools.dali import Dali
 from data_tools.loader import Batch, BatchSource, Loader, normalise
 from data_tools.order import rank_slice
 from eval import lfw
-from recognition import checkpoint, collectives, progress
+from recognition import checkpoint, collectives, progress, saving
 from recognition.build import TrainState
 from recognition.logger import Logger, as_numbers, histograms
 from recognition.run_dir import owned, write_config
@@ -46,11 +45,14 @@ def train(state: TrainState) -> dict[str, Any]:
         collectives.together(runtime.group, "start the run", take_output)
         logger = stack.enter_context(Logger(cfg.output, runtime.rank, state.step))
         loader = stack.enter_context(make_loader(state))
+        saver = stack.enter_context(saving.make_saver(state, logger))
         _announce(state, logger)
-        return _run(state, logger, loader)
+        return _run(state, logger, loader, saver)
 
 
-def _run(state: TrainState, logger: Logger, loader: BatchSource) -> dict[str, Any]:
+def _run(
+    state: TrainState, logger: Logger, loader: BatchSource, saver: checkpoint.Saver
+) -> dict[str, Any]:
     cfg, runtime, total = state.cfg, state.runtime, state.schedule.total_steps
     results = verify(state, logger) if state.step == 0 else {}
     batches = iter(loader)
@@ -62,8 +64,8 @@ def _run(state: TrainState, logger: Logger, loader: BatchSource) -> dict[str, An
             _end_epoch(state, logger)
         logging = _due(state.step, cfg.log_every, total)
         verifying = _due(state.step, cfg.verify_every, total)
-        saving = _due(state.step, cfg.checkpoint_every, total)
-        if runtime.device.type == "cpu" or logging or verifying or saving:
+        due = _due(state.step, cfg.checkpoint_every, total)
+        if runtime.device.type == "cpu" or logging or verifying or due:
             state.guard.raise_if_found()
         if logging:
             _log(state, logger, loss, grad_norm, watch)
@@ -71,21 +73,9 @@ def _run(state: TrainState, logger: Logger, loader: BatchSource) -> dict[str, An
             # In this order: a run killed in between does both again.
             if verifying:
                 results = verify(state, logger)
-            if saving:
-                save(state)
+            if due:
+                saving.save(saver, state, results if verifying else {})
     return results
-
-
-def save(state: TrainState) -> str:
-    """Write a checkpoint of the present step; its path."""
-    facts = {
-        "step": state.step,
-        "samples_seen": state.samples_seen,
-        "global_batch": state.cfg.global_batch(state.runtime.world),
-        "epoch": state.samples_seen / len(state.data),
-        "config": dataclasses.asdict(state.cfg) | state.facts,
-    }
-    return checkpoint.save(state.cfg.output, state.parts, facts, state.cfg.keep_checkpoints)
 
 
 @torch.no_grad()
@@ -295,6 +285,9 @@ def _announce(state: TrainState, logger: Logger) -> None:
     )
     if state.precision == "fp16" and runtime.device.type == "cpu":
         logger.say("warning: fp16 takes a CPU many times fp32's time: use precision=bf16 or fp32")
+    for damage in state.set_aside:
+        record = {"step": state.step, "damaged_checkpoint": damage}
+        logger.record(record, f"warning: {damage}; going on from step {state.step}")
     if state.step >= state.schedule.total_steps:
         logger.say(f"already complete: {state.step} of {state.schedule.total_steps} steps")
     elif state.saved_by is not None:
