@@ -21,14 +21,15 @@ from data_tools.shards import Shards
 from data_tools.union import Union, open_all
 from eval import lfw
 from recognition import checkpoint, collectives, resume
-from recognition.backbones import BACKBONES
+from recognition.backbones import make_backbone
 from recognition.config import Config
 from recognition.finite import FiniteGuard
 from recognition.head import PartialFC
 from recognition.losses import Margin, make_margin
 from recognition.optim import LossScaler, RowAdamW, RowSGD, Schedule
+from recognition.precision import dtype_of, resolve
 from recognition.run_dir import commit, initial_weights
-from recognition.runtime import Runtime, bf16_is_fast
+from recognition.runtime import Runtime
 from recognition.sampling import hash_words
 
 _NETWORK_KEY = 3  # the purpose of this draw, as in sampling.py
@@ -95,10 +96,8 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     )
     _check_counts(cfg, data, runtime.world)
     val_sets = [_load_val_set(data, name) for name in cfg.val_targets]
-    precision = cfg.precision
-    if precision == "auto":
-        precision = "bf16" if bf16_is_fast(runtime.device) else "fp32"
-    dtype = torch.float64 if precision == "fp64" else torch.float32
+    precision = resolve(cfg.precision, runtime.device)
+    dtype = dtype_of(precision)
 
     torch.manual_seed(hash_words(cfg.seed, _NETWORK_KEY) >> 1)  # the same network on every rank
     backbone = _make_backbone(cfg)
@@ -150,9 +149,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
 
 
 def _make_backbone(cfg: Config) -> nn.Module:
-    if cfg.network not in BACKBONES:
-        raise KeyError(f"network={cfg.network!r}: one of {', '.join(BACKBONES)}")
-    return BACKBONES[cfg.network](embedding_size=cfg.embedding_size)
+    return make_backbone(cfg.network, cfg.embedding_size, cfg.network_args)
 
 
 def _make_margin(cfg: Config) -> Margin:

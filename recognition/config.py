@@ -49,6 +49,7 @@ class Config:
 
     # Network and loss
     network: str = "r50"
+    network_args: dict = field(default_factory=dict)  # dropout (r*), drop_path, mask_ratio... (vit)
     embedding_size: int = _between(512, 1)
     margin: str = "arcface"
     margin_args: dict = field(default_factory=dict)  # as recognition.losses.MARGINS[margin] takes
@@ -150,12 +151,13 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     for pair in _ALTERNATIVES:
         if any(key in typed for key in pair):
             values = {key: value for key, value in values.items() if key not in pair}
-    if "margin" in typed and typed["margin"] != values.get("margin"):
-        values.pop("margin_args", None)  # they belong to the recipe's margin
-    for key in [key for key in typed if key.startswith("margin_args.")]:
-        name = key.removeprefix("margin_args.")
-        typed["margin_args"] = {**values.get("margin_args", {}), **typed.get("margin_args", {})}
-        typed["margin_args"][name] = typed.pop(key)
+    for what in ("margin", "network"):
+        args = f"{what}_args"
+        if what in typed and typed[what] != values.get(what):
+            values.pop(args, None)  # they belong to the recipe's
+        for key in [key for key in typed if key.startswith(f"{args}.")]:
+            typed[args] = {**values.get(args, {}), **typed.get(args, {})}
+            typed[args][key.removeprefix(f"{args}.")] = typed.pop(key)
     return make(values | typed)
 
 

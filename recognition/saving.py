@@ -25,8 +25,7 @@ def make_saver(state: TrainState, logger: Logger) -> checkpoint.Saver:
             "older ones are, and the next save tries again",
         )
 
-    keep = checkpoint.Keep(cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best)
-    return checkpoint.Saver(cfg.output, state.runtime.group, keep, cfg.save_async, report)
+    return checkpoint.Saver(cfg.output, state.runtime.group, _keep(state), cfg.save_async, report)
 
 
 def save(saver: checkpoint.Saver, state: TrainState, results: Mapping[str, Any]) -> None:
@@ -50,6 +49,16 @@ def save_now(
     return saver.save_now(state.parts, facts(state, results or {}), _LAST_WAITS)
 
 
+def save_here(state: TrainState) -> str:
+    """A checkpoint of the present step for those who write a loop of their own; its path.
+
+    Raises:
+        OSError: some rank could not write. No trace of the attempt stays, older checkpoints do.
+    """
+    saver = checkpoint.Saver(state.cfg.output, state.runtime.group, _keep(state), background=False)
+    return saver.save_now(state.parts, facts(state, {}))
+
+
 def facts(state: TrainState, results: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest says beside the files."""
     return {
@@ -60,3 +69,8 @@ def facts(state: TrainState, results: Mapping[str, Any]) -> dict[str, Any]:
         "metrics": {name: result["accuracy_mean"] for name, result in results.items()},
         "config": dataclasses.asdict(state.cfg) | state.facts,
     }
+
+
+def _keep(state: TrainState) -> checkpoint.Keep:
+    cfg = state.cfg
+    return checkpoint.Keep(cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best)

@@ -6,25 +6,21 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data_tools.augment import Probabilities
 from data_tools.dali import Dali
 from data_tools.loader import Batch, BatchSource, Loader, normalise
-from data_tools.order import rank_slice
-from eval import lfw
-from recognition import checkpoint, collectives, progress, saving
+from recognition import checkpoint, collectives, progress, report, saving
 from recognition.build import TrainState
 from recognition.logger import Logger, as_numbers, histograms
+from recognition.precision import autocast, dtype_of
 from recognition.run_dir import owned, write_config
 from recognition.sampling import hash_words
+from recognition.verification import verify
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_VERIFY_BATCH = 64  # images
 _DROPOUT_KEY = 4  # the purpose of this draw, as in sampling.py
-_LEAST_SCALE = 2.0**-14  # of fp16; below it nothing is left of the gradient
 
 
 def train(state: TrainState) -> dict[str, Any]:
@@ -46,7 +42,7 @@ def train(state: TrainState) -> dict[str, Any]:
         logger = stack.enter_context(Logger(cfg.output, runtime.rank, state.step))
         loader = stack.enter_context(make_loader(state))
         saver = stack.enter_context(saving.make_saver(state, logger))
-        _announce(state, logger)
+        report.announce(state, logger)
         return _run(state, logger, loader, saver)
 
 
@@ -68,7 +64,7 @@ def _run(
         if runtime.device.type == "cpu" or logging or verifying or due:
             state.guard.raise_if_found()
         if logging:
-            _log(state, logger, loss, grad_norm, watch)
+            report.log_step(state, logger, loss, grad_norm, watch)
         with watch.paused():
             # In this order: a run killed in between does both again.
             if verifying:
@@ -76,50 +72,6 @@ def _run(
             if due:
                 saving.save(saver, state, results if verifying else {})
     return results
-
-
-@torch.no_grad()
-def verify(state: TrainState, logger: Logger) -> dict[str, Any]:
-    """Ten-fold accuracy on every val_target, the images spread over the ranks."""
-    rank, world, group = state.runtime.rank, state.runtime.world, state.runtime.group
-    state.backbone.eval()
-    results = {}
-    for pairs in state.val_sets:
-        counts = [stop - start for start, stop in _shares(len(pairs.encoded), world)]
-        start, stop = rank_slice(len(pairs.encoded), world, rank)
-        local = lfw.embed(
-            lambda images: embed(state, images),
-            pairs.encoded[start:stop],
-            _VERIFY_BATCH,
-            f"{pairs.name}.bin, counted from image {start}:",
-        )
-        sums, norms = (
-            collectives.gather_parts(torch.from_numpy(part), counts, group) for part in local
-        )
-        results[pairs.name] = lfw.score(sums.numpy(), norms.numpy(), pairs.issame)
-    state.backbone.train()
-    if results:
-        short = {
-            name: {key: score[key] for key in ("accuracy_mean", "accuracy_std", "xnorm")}
-            for name, score in results.items()
-        }
-        line = "  ".join(
-            f"{name} {100 * score['accuracy_mean']:.2f} +- {100 * score['accuracy_std']:.2f} %"
-            for name, score in short.items()
-        )
-        record = {"step": state.step, "verification": short}
-        logger.record(record, f"step {state.step}  verification  {line}")
-    return results
-
-
-def embed(state: TrainState, images: np.ndarray) -> np.ndarray:  # uint8 [n, 112, 112, 3] -> [n, D]
-    """Embeddings of the network as it stands, float32."""
-    device = state.runtime.device
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device, non_blocking=True)
-    unflipped = torch.zeros(len(pixels), dtype=torch.bool, device=device)
-    with _autocast(state):
-        embeddings = state.backbone(normalise(pixels, unflipped, _dtype(state)))
-    return embeddings.float().cpu().numpy()
 
 
 # --- One step -------------------------------------------------------------------------------------
@@ -162,8 +114,8 @@ def _forward(
     torch.manual_seed(hash_words(cfg.seed, _DROPOUT_KEY, state.step, micro, runtime.rank) >> 1)
     pixels = batch.images.to(runtime.device, non_blocking=True)
     flip = batch.flip.to(runtime.device, non_blocking=True)
-    pixels = normalise(pixels, flip, _dtype(state))
-    with _autocast(state):
+    pixels = normalise(pixels, flip, dtype_of(state.precision))
+    with autocast(state.precision, runtime.device):
         seen = {"embeddings": state.model(pixels)}
         if state.parts.encoder is not None:
             with torch.no_grad():
@@ -258,82 +210,5 @@ def make_loader(state: TrainState) -> BatchSource:
     return Loader(state.data, pin_memory=runtime.device.type == "cuda", **stream)
 
 
-def _shares(count: int, world: int) -> list[tuple[int, int]]:
-    return [rank_slice(count, world, rank) for rank in range(world)]
-
-
-def _dtype(state: TrainState) -> torch.dtype:
-    return torch.float64 if state.precision == "fp64" else torch.float32
-
-
-def _autocast(state: TrainState) -> torch.autocast:
-    dtype = _AUTOCAST.get(state.precision)
-    return torch.autocast(state.runtime.device.type, dtype, enabled=dtype is not None)
-
-
 def _due(step: int, every: int, total: int) -> bool:
     return step % every == 0 or step == total
-
-
-def _announce(state: TrainState, logger: Logger) -> None:
-    cfg, runtime = state.cfg, state.runtime
-    logger.say(
-        f"{cfg.network} + {cfg.margin} on {state.data.path}: {len(state.data)} images, "
-        f"{state.data.num_classes} classes; {runtime.world} x {runtime.device.type}, "
-        f"{state.precision}, batch {cfg.global_batch(runtime.world)}, "
-        f"{state.schedule.total_steps} steps -> {cfg.output}"
-    )
-    if state.precision == "fp16" and runtime.device.type == "cpu":
-        logger.say("warning: fp16 takes a CPU many times fp32's time: use precision=bf16 or fp32")
-    for damage in state.set_aside:
-        record = {"step": state.step, "damaged_checkpoint": damage}
-        logger.record(record, f"warning: {damage}; going on from step {state.step}")
-    if state.step >= state.schedule.total_steps:
-        logger.say(f"already complete: {state.step} of {state.schedule.total_steps} steps")
-    elif state.saved_by is not None:
-        logger.say(f"continues after step {state.step}: {_continuation(state)}")
-
-
-def _continuation(state: TrainState) -> str:
-    """In what sense a resumed run is the one that was saved."""
-    processes = f"saved by {state.saved_by} processes"
-    if state.changes:
-        return f"{processes}, with changes: {', '.join(state.changes)}"
-    if state.saved_by == state.runtime.world:
-        return f"{processes}, on the CPU bit for bit as if it had not stopped"
-    if state.cfg.sync_bn:
-        return f"{processes}, the same samples, classes and statistics: the same curve to rounding"
-    return (
-        f"{processes}, the same samples and classes; BatchNorm takes its statistics per process, "
-        "so the curve is another one of the same kind (sync_bn=true makes them one)"
-    )
-
-
-def _log(
-    state: TrainState, logger: Logger, loss: Tensor, grad_norm: Tensor, watch: progress.Stopwatch
-) -> None:
-    cfg = state.cfg
-    global_batch = cfg.global_batch(state.runtime.world)
-    statistics = state.head.statistics()
-    record: dict[str, Any] = {
-        "step": state.step,
-        "epoch": state.samples_seen / len(state.data),
-        "loss": loss.item(),
-        "lr": state.schedule.lr_at(state.step - 1),
-        **progress.speed(watch.read(state.step), global_batch),
-        "grad_norm": grad_norm.item(),
-        "head": as_numbers(statistics),
-    }
-    if cfg.rec_shares:  # how often each set has been seen by now
-        seen = zip(cfg.recs, state.order.count(state.samples_seen), state.order.sizes, strict=True)
-        record["set_epoch"] = {rec: count / size for rec, count, size in seen}
-    if state.parts.scaler is not None:
-        record["loss_scale"] = state.parts.scaler.scale.item()
-        record["skipped_steps"] = int(state.parts.scaler.skipped.item())
-        if record["loss_scale"] < _LEAST_SCALE:
-            raise FloatingPointError(
-                f"the fp16 loss scale fell to {record['loss_scale']:.1e} by step {state.step}: "
-                "every step overflows. Use precision=bf16 or fp32, or lower lr"
-            )
-    line = progress.line(record, state.schedule.total_steps, global_batch)
-    logger.record(record, line, histograms(statistics))

@@ -1,18 +1,21 @@
 """The networks that a recipe can name: `BACKBONES[name](embedding_size=512)` -> nn.Module.
 
 Each takes float images [n, 3, 112, 112] (RGB, normalised to [-1, 1]) and returns embeddings
-[n, embedding_size], not normalised.
+[n, embedding_size], not normalised. What else a network takes is a recipe's `network_args`.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from recognition.backbones.iresnet import IResNet
 from recognition.backbones.mobilefacenet import MobileFaceNet
+from recognition.backbones.vit import VisionTransformer
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {
+BACKBONES: dict[str, partial[Any]] = {
     "r18": partial(IResNet, (2, 2, 2, 2)),
     "r34": partial(IResNet, (3, 4, 6, 3)),
     "r50": partial(IResNet, (3, 4, 14, 3)),
@@ -20,7 +23,37 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "r200": partial(IResNet, (6, 26, 60, 6)),
     "mbf": partial(MobileFaceNet, (1, 4, 6, 2), width=128, expansion=128, head_width=512),
     "mbf_large": partial(MobileFaceNet, (2, 8, 12, 4), width=256, expansion=128, head_width=512),
+    "vit_t": partial(VisionTransformer, 256, 12),
+    "vit_s": partial(VisionTransformer, 512, 12),
+    "vit_b": partial(VisionTransformer, 512, 24),
+    "vit_l": partial(VisionTransformer, 768, 24),
     # Ours, for the demo and for tests on a CPU: a quarter of mbf's width and a third of its blocks
     # trains at some 150 images/s on one core, mbf at 12.
     "mbf_tiny": partial(MobileFaceNet, (0, 1, 2, 1), width=32, expansion=32, head_width=128),
 }
+
+
+def make_backbone(name: str, embedding_size: int, arguments: Mapping[str, Any]) -> nn.Module:
+    """BACKBONES[name] with the `network_args` of a recipe.
+
+    Raises:
+        KeyError: no such network.
+        TypeError, ValueError: it does not take the arguments.
+    """
+    if name not in BACKBONES:
+        raise KeyError(f"network={name!r}: one of {', '.join(BACKBONES)}")
+    known = inspect.signature(BACKBONES[name]).parameters
+    fixed = {"embedding_size", *BACKBONES[name].keywords}
+    taken = {
+        key: type(parameter.default)
+        for key, parameter in known.items()
+        if parameter.default is not parameter.empty and key not in fixed
+    }
+    for key, value in arguments.items():
+        if key not in taken:
+            listed = ", ".join(taken) or "nothing else"
+            raise TypeError(f"network_args: {name} takes no {key!r}; it takes {listed}")
+        number = taken[key] is float and isinstance(value, int) and not isinstance(value, bool)
+        if not (number or type(value) is taken[key]):
+            raise TypeError(f"network_args.{key}={value!r}: expected {taken[key].__name__}")
+    return BACKBONES[name](embedding_size=embedding_size, **arguments)

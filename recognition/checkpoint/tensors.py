@@ -67,7 +67,7 @@ def _header(ordered: list[tuple[str, Tensor]]) -> memoryview:
 
 def _chunks(ordered: list[tuple[str, Tensor]]) -> Iterator[memoryview]:
     for _, tensor in ordered:
-        flat = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         for start in range(0, len(flat), _CHUNK):
             yield flat[start : start + _CHUNK]
 

@@ -190,7 +190,7 @@ def test_batch_norms_use_the_official_eps(name):
         module for module in on_meta(name).modules()
         if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d)
     ]  # fmt: skip
-    assert {module.eps for module in norms} == {1e-5}
+    assert {module.eps for module in norms} == {2e-5 if name.startswith("vit") else 1e-5}
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -10,8 +10,10 @@ import textwrap
 
 import numpy as np
 import pytest
+import torch
 
 from recognition import config
+from recognition.backbones import make_backbone
 from recognition.losses import MARGINS, make_margin
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -181,6 +183,17 @@ def test_every_recipe_loads(path):
     cfg = config.load(str(path), ["rec=somewhere"])
     assert cfg.margin in MARGINS
     make_margin(cfg.margin, cfg.margin_args)
+    with torch.device("meta"):
+        make_backbone(cfg.network, cfg.embedding_size, cfg.network_args)
+
+
+def test_arguments_of_the_network_are_typed_one_by_one_and_leave_with_it(recipe):
+    path = recipe(
+        'config.rec = "d"\nconfig.network = "vit_t"\nconfig.network_args = {"drop_path": 0.1}'
+    )
+    cfg = config.load(path, ["network_args.mask_ratio=0.05"])
+    assert cfg.network_args == {"drop_path": 0.1, "mask_ratio": 0.05}
+    assert config.load(path, ["network=r50"]).network_args == {}
 
 
 def test_every_key_is_read_somewhere():

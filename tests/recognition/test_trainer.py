@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_tools import shards
-from recognition import build, config, trainer
+from recognition import build, config, trainer, verification
 from recognition.rows import SampledRows
 from tests import ranks
 from tests.conftest import command
@@ -215,7 +215,7 @@ def test_verification_is_the_same_on_any_number_of_ranks(shards_dir, tmp_path):
 def verified(keys):
     state = build.build(config.make(runs.BASE | keys), runs.here())
     with trainer.Logger(state.cfg.output, state.runtime.rank, 0) as logger:
-        return trainer.verify(state, logger)["heldout"]
+        return verification.verify(state, logger)["heldout"]
 
 
 def test_a_non_finite_value_stops_every_rank_by_name(shards_dir, tmp_path):

@@ -1,0 +1,77 @@
+"""What a run says of itself: once at its start, and at each log step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from recognition import progress
+from recognition.build import TrainState
+from recognition.logger import Logger, as_numbers, histograms
+
+_LEAST_SCALE = 2.0**-14  # of fp16; below it nothing is left of the gradient
+
+
+def announce(state: TrainState, logger: Logger) -> None:
+    cfg, runtime = state.cfg, state.runtime
+    logger.say(
+        f"{cfg.network} + {cfg.margin} on {state.data.path}: {len(state.data)} images, "
+        f"{state.data.num_classes} classes; {runtime.world} x {runtime.device.type}, "
+        f"{state.precision}, batch {cfg.global_batch(runtime.world)}, "
+        f"{state.schedule.total_steps} steps -> {cfg.output}"
+    )
+    if state.precision == "fp16" and runtime.device.type == "cpu":
+        logger.say("warning: fp16 takes a CPU many times fp32's time: use precision=bf16 or fp32")
+    for damage in state.set_aside:
+        record = {"step": state.step, "damaged_checkpoint": damage}
+        logger.record(record, f"warning: {damage}; going on from step {state.step}")
+    if state.step >= state.schedule.total_steps:
+        logger.say(f"already complete: {state.step} of {state.schedule.total_steps} steps")
+    elif state.saved_by is not None:
+        logger.say(f"continues after step {state.step}: {_continuation(state)}")
+
+
+def _continuation(state: TrainState) -> str:
+    """In what sense a resumed run is the one that was saved."""
+    processes = f"saved by {state.saved_by} processes"
+    if state.changes:
+        return f"{processes}, with changes: {', '.join(state.changes)}"
+    if state.saved_by == state.runtime.world:
+        return f"{processes}, on the CPU bit for bit as if it had not stopped"
+    if state.cfg.sync_bn:
+        return f"{processes}, the same samples, classes and statistics: the same curve to rounding"
+    return (
+        f"{processes}, the same samples and classes; BatchNorm takes its statistics per process, "
+        "so the curve is another one of the same kind (sync_bn=true makes them one)"
+    )
+
+
+def log_step(
+    state: TrainState, logger: Logger, loss: Tensor, grad_norm: Tensor, watch: progress.Stopwatch
+) -> None:
+    cfg = state.cfg
+    global_batch = cfg.global_batch(state.runtime.world)
+    statistics = state.head.statistics()
+    record: dict[str, Any] = {
+        "step": state.step,
+        "epoch": state.samples_seen / len(state.data),
+        "loss": loss.item(),
+        "lr": state.schedule.lr_at(state.step - 1),
+        **progress.speed(watch.read(state.step), global_batch),
+        "grad_norm": grad_norm.item(),
+        "head": as_numbers(statistics),
+    }
+    if cfg.rec_shares:  # how often each set has been seen by now
+        seen = zip(cfg.recs, state.order.count(state.samples_seen), state.order.sizes, strict=True)
+        record["set_epoch"] = {rec: count / size for rec, count, size in seen}
+    if state.parts.scaler is not None:
+        record["loss_scale"] = state.parts.scaler.scale.item()
+        record["skipped_steps"] = int(state.parts.scaler.skipped.item())
+        if record["loss_scale"] < _LEAST_SCALE:
+            raise FloatingPointError(
+                f"the fp16 loss scale fell to {record['loss_scale']:.1e} by step {state.step}: "
+                "every step overflows. Use precision=bf16 or fp32, or lower lr"
+            )
+    line = progress.line(record, state.schedule.total_steps, global_batch)
+    logger.record(record, line, histograms(statistics))
