@@ -2,7 +2,7 @@
 
 | input | what is packed |
 |---|---|
-| a JPEG of size x size, grey or RGB | its own bytes |
+| a JPEG of size x size, grey or RGB | its own bytes, if they can be decoded |
 | another square image | decoded, resized (bicubic), a JPEG of the quality asked for |
 | `pass_through` | the bytes of any square image, whose pixels are not looked at |
 | a JPEG of four channels (CMYK, YCCK) | always a JPEG of its RGB: decoders differ on it |
@@ -20,7 +20,14 @@ import cv2
 import numpy as np
 
 from data_tools.alignment import Aligner
-from data_tools.decode import channels_of, decode_any_size, has_exif, resized, size_of
+from data_tools.decode import (
+    channels_of,
+    check_jpeg,
+    decode_any_size,
+    has_exif,
+    resized,
+    size_of,
+)
 from data_tools.parallel import Advance
 from data_tools.sources import Images
 
@@ -89,6 +96,10 @@ def convert(
         if width != height:
             raise ValueError(f"{where or 'image'}: {not_square(width, height, how.size)}")
         return encoded, width != how.size
+    own = how.size, how.size
+    if encoded.startswith(_JPEG) and not (follow or cmyk) and size_of(encoded, where) == own:
+        check_jpeg(encoded, where)
+        return encoded, False
     image = decode_any_size(encoded, where, follow)
     height, width = image.shape[:2]
     if height != width:
@@ -96,8 +107,6 @@ def convert(
     other = width != how.size
     if how.pass_through and not follow and not cmyk:
         return encoded, other
-    if encoded.startswith(_JPEG) and not (other or cmyk or follow):
-        return encoded, False
     return _jpeg(resized(image, how.size), how.quality), other
 
 

@@ -40,9 +40,12 @@ def decode(encoded: bytes, size: int = 112, where: str = "") -> np.ndarray:
 
 def decode_any_size(encoded: bytes, where: str = "", follow_exif: bool = False) -> np.ndarray:
     """RGB pixels at the image's own size, uint8 [h, w, 3]. Raises: ValueError naming `where`."""
+    return _decode(encoded, cv2.IMREAD_COLOR_RGB if follow_exif else _FLAGS, where)
+
+
+def _decode(encoded: bytes, flags: int, where: str) -> np.ndarray:
     if what := fault(encoded):
         raise ValueError(f"{where or 'image'}: {what}")
-    flags = cv2.IMREAD_COLOR_RGB if follow_exif else _FLAGS
     try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error as error:
@@ -50,6 +53,15 @@ def decode_any_size(encoded: bytes, where: str = "", follow_exif: bool = False) 
     if image is None:
         raise ValueError(f"{where or 'image'}: the pixels cannot be decoded: cut off or damaged")
     return image
+
+
+def check_jpeg(encoded: bytes, where: str = "") -> None:
+    """Reads all of a JPEG's entropy-coded data, which is where damage shows, but makes an eighth of
+    its pixels: half the time of decoding it.
+
+    Raises: ValueError naming `where` exactly when decode_any_size() would.
+    """
+    _decode(encoded, cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_IGNORE_ORIENTATION, where)
 
 
 def resized(image: np.ndarray, size: int) -> np.ndarray:

@@ -4,16 +4,19 @@ A name is bytes; all names are one block, so that 42 million of them cost what t
 """
 
 import hashlib
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+_HASHED = 1 << 16  # names hashed at a time
+
 
 class Names:
     """n byte strings in one block."""
 
-    def __init__(self, block: bytes, ends: np.ndarray) -> None:
+    def __init__(self, block: bytearray, ends: np.ndarray) -> None:
         self._block = block
         self._ends = ends  # int64 [n]
 
@@ -24,18 +27,18 @@ class Names:
         for name in names:
             block += name
             lengths.append(len(name))
-        return cls(bytes(block), np.cumsum(lengths, dtype=np.int64))
+        return cls(block, np.cumsum(lengths, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def __getitem__(self, i: int) -> bytes:
-        return self._block[self._ends[i - 1] if i else 0 : self._ends[i]]
+        return bytes(self._block[self._ends[i - 1] if i else 0 : self._ends[i]])
 
     def __iter__(self) -> Iterator[bytes]:
         start = 0
         for end in self._ends:
-            yield self._block[start:end]
+            yield bytes(self._block[start:end])
             start = end
 
     def select(self, indices: np.ndarray) -> "Names":
@@ -43,15 +46,21 @@ class Names:
 
     def hashes(self) -> np.ndarray:
         """uint64 [n]: equal names are equal, others practically never (64 bits of BLAKE2)."""
-        digests = (hashlib.blake2b(name, digest_size=8).digest() for name in self)
-        return np.frombuffer(b"".join(digests), np.uint64)
+        found = np.empty(len(self), np.uint64)
+        names = iter(self)
+        for start in range(0, len(found), _HASHED):  # a join holds all that it joins as objects
+            some = itertools.islice(names, _HASHED)
+            digests = b"".join([hashlib.blake2b(name, digest_size=8).digest() for name in some])
+            found[start : start + _HASHED] = np.frombuffer(digests, np.uint64)
+        return found
 
 
 def repeated(names: Names) -> list[tuple[int, int]]:
     """(i, j) for every name i that stands again at j > i, its next place, in order of i."""
     hashes = names.hashes()
     order = np.argsort(hashes, kind="stable")
-    at = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    hashes = hashes[order]
+    at = np.flatnonzero(hashes[1:] == hashes[:-1])
     return sorted(zip(order[at].tolist(), order[at + 1].tolist(), strict=True))
 
 

@@ -46,21 +46,23 @@ class ListSource(Paths):
         self._digest = hashlib.sha256()
         super().__init__(root or path.parent, Names.of(self._lines()))
         self.sha256 = self._digest.hexdigest()
-        labels = np.array(self._labels, np.int64)
-        unaligned = np.array(self._unaligned, bool)
-        points = np.array(self._points, np.float32).reshape(-1, _POINTS)
+        labels = np.frombuffer(self._labels, np.int64)
+        unaligned = np.frombuffer(self._unaligned, bool)
+        points = np.frombuffer(self._points, np.float32).reshape(-1, _POINTS)
         keep = self._first_of_each(labels)
-        if not len(keep):
+        if not keep.any():
             raise ValueError(f"{path}: no image in it")
-        if len(keep) < len(labels):
-            self.names = self.names.select(keep)
-        values, self.labels = np.unique(labels[keep], return_inverse=True)
+        if not keep.all():
+            self.names = self.names.select(np.flatnonzero(keep))
+            labels = labels[keep]
+        values, self.labels = _numbered(labels)
         self.identities = [str(value) for value in values.tolist()]
         self.unaligned = unaligned[keep]
         self.landmarks = points[keep] if len(points) else None
         del self._labels, self._unaligned, self._points, self._digest
 
     def _first_of_each(self, labels: np.ndarray) -> np.ndarray:
+        """Which lines count, bool [N]."""
         again: dict[int, int] = {}
         for i, j in repeated(self.names):
             first = again.get(i, i)
@@ -68,7 +70,9 @@ class ListSource(Paths):
             one, other = int(labels[first]), int(labels[j])
             label = f" with label {other} instead of {one}" if one != other else ""
             self.skipped.append((self.where(j), f"listed again{label}: the first line counts"))
-        return np.setdiff1d(np.arange(len(labels)), list(again))
+        keep = np.ones(len(labels), bool)
+        keep[list(again)] = False
+        return keep
 
     def _lines(self) -> Iterator[bytes]:
         classic: bool | None = None
@@ -113,6 +117,18 @@ class ListSource(Paths):
         self._labels.append(label)
         self._unaligned.append(fields[0] == b"0")
         return name
+
+
+def _numbered(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The labels that occur, ascending, and the place of each label [N] among them: int64.
+
+    As np.unique, whose sort takes five times the memory of the labels.
+    """
+    if int(labels.max()) > 4 * len(labels) + 1_000_000:
+        return np.unique(labels, return_inverse=True)
+    occurs = np.zeros(int(labels.max()) + 1, bool)
+    occurs[labels] = True
+    return np.flatnonzero(occurs), (np.cumsum(occurs) - 1)[labels]
 
 
 def _image(name: bytes) -> bytes:

@@ -100,8 +100,8 @@ class Stream:
         self.size = size
         self.chances = chances
         self._order = make_order(shards, seed, shares, blocks)
-        first = self._order.rows_per_rank(samples_seen, global_batch, accumulation, 0, world)
-        if min(first) < 1:
+        first = self._order.rows(samples_seen, global_batch, accumulation, 0, world)
+        if min(map(sum, first)) < 1:
             raise ValueError(f"a global batch of {global_batch} leaves a rank without an image")
         self._read_ahead = ReadAhead(shards, self._order)
         self._global_batch = global_batch

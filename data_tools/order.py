@@ -240,13 +240,13 @@ class Order:
             for start, stop in zip(seen, after, strict=True)
         ]
 
-    def rows_per_rank(
+    def rows(
         self, samples_seen: int, global_batch: int, accumulation: int, micro: int, world: int
-    ) -> list[int]:
-        """How many rows each rank has in a micro-step."""
+    ) -> list[list[int]]:
+        """How many rows each rank has of each set in a micro-step: [world][sets]."""
         step = (samples_seen, global_batch, accumulation, micro, world)
         stretches = [self.stretches(*step, rank) for rank in range(world)]
-        return [sum(stop - start for start, stop in one) for one in stretches]
+        return [[stop - start for start, stop in one] for one in stretches]
 
     def draw(self, stretches: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """Positions and ids, int64 [b] each, set by set. No two rows of a run share a position."""

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from data_tools import shards
-from data_tools.alignment import Aligner, detector_sha256, read_landmarks
+from data_tools.alignment import Aligner, read_landmarks
 from data_tools.convert import Conversion, Pointed, convert_all
+from data_tools.detectors import detector_sha256
 from data_tools.journal import Finished, Journal, WrittenShard, file_sha256
 from data_tools.listing import Names
 from data_tools.lists import ListSource

@@ -116,7 +116,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--landmarks", type=Path, metavar="FILE", help="lines: path [score] x1 y1 .. x5 y5"
     )
     parser.add_argument(
-        "--detector", type=Path, metavar="FILE", help="a YuNet ONNX file that finds the five points"
+        "--detector",
+        type=Path,
+        metavar="FILE",
+        help="an ONNX file of YuNet or SCRFD that finds the five points",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a data set")
 

@@ -33,6 +33,7 @@ WHOLE, FIRST, MIDDLE, LAST = range(4)  # cflag
 _MAGIC = struct.pack("<I", MAGIC)
 _FRAME = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
+_FRAMED_HEADER = struct.Struct("<IIIfQQ")
 _IDX_LINES = re.compile(rb"(?:[0-9]{1,18}+\t[0-9]{1,18}+\n)*+")
 _IDX_BLOCK = 1 << 24  # bytes of .idx text parsed at a time
 LABEL_AT = 12  # bytes from the start of a record to the label of its header
@@ -176,6 +177,21 @@ class RecordFile:
                 f"{self.size}: it is cut short, or damaged here"
             )
         return cflag, start, start + length, end
+
+    def read_image(self, offset: int) -> tuple[Header, bytes]:
+        """Header and image bytes of the record that starts at `offset`.
+
+        Raises: ValueError as read() and unpack_record().
+        """
+        # Nearly all records are whole and have a scalar label: their bytes are copied once.
+        if 0 <= offset <= self.size - _FRAMED_HEADER.size and offset % 4 == 0:
+            magic, lrec, flag, label, id_, id2 = _FRAMED_HEADER.unpack_from(self._data, offset)
+            stop = offset + _FRAME.size + lrec
+            whole = magic == MAGIC and _HEADER.size <= lrec <= MAX_RECORD  # with its cflag
+            if whole and flag == 0 and stop + -lrec % 4 <= self.size:
+                encoded = self._data[offset + _FRAMED_HEADER.size : stop]
+                return Header(0, label, id_, id2), encoded
+        return unpack_record(self.read(offset)[0], self.where(offset))
 
     def scan(self) -> Iterator[int]:
         """The offset of every record in file order, found by walking the file."""

@@ -26,7 +26,7 @@ import numpy as np
 
 from data_tools import insightface
 from data_tools import relabel as relabelling
-from data_tools.recordio import Header, RecordFile, unpack_record
+from data_tools.recordio import Header, RecordFile
 
 FORMAT = "arcline-shards"
 VERSION = 1
@@ -98,11 +98,15 @@ class Shards:
             content = uncleaned.labels.tobytes() + uncleaned.offsets.tobytes()
         return hashlib.sha256(content).hexdigest()[:12]
 
-    def locate(self, i: int) -> tuple[int, int]:
-        """Shard number and byte offset of image i. Raises: IndexError."""
+    def _position(self, i: int) -> int:
+        """i, counted from the start. Raises: IndexError."""
         if not -self.num_images <= i < self.num_images:
             raise IndexError(f"{self.path}: image {i} of {self.num_images}")
-        i = int(i) % self.num_images
+        return int(i) + self.num_images if i < 0 else int(i)
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """Shard number and byte offset of image i. Raises: IndexError."""
+        i = self._position(i)
         return bisect.bisect_right(self.starts, i) - 1, int(self.offsets[i])
 
     def where(self, i: int) -> str:
@@ -113,11 +117,11 @@ class Shards:
     def __getitem__(self, i: int) -> tuple[int, bytes]:
         shard, offset = self.locate(i)
         file = self.files[shard]
-        header, encoded = unpack_record(file.read(offset)[0], file.where(offset))
+        header, encoded = file.read_image(offset)
         if self._labels is None:
             return insightface.class_label(header, self.num_classes, file.where(offset)), encoded
-        label = int(self._labels[i])
-        image = int(i) % self.num_images
+        image = self._position(i)
+        label = int(self._labels[image])
         if self.cleaned is None:
             key, stated = image - self.starts[shard], label
         else:
@@ -148,7 +152,7 @@ class Shards:
 
 def record_fault(header: Header, key: int, label: int) -> str | None:
     """In what a packed record contradicts the columns: the packer wrote its class and its key."""
-    if header.flag or header.label != np.float32(label):
+    if header.flag or (header.label != label and header.label != np.float32(label)):
         return f"the record's label is {header.label}, that of labels.npy {label}"
     if header.id != key:
         return f"the record's id is {header.id}, not its key {key}"

@@ -21,7 +21,7 @@ from data_tools.archives import ArchiveSource, is_archive, refuse_packed
 from data_tools.decode import is_image as is_image  # for those who count images before packing
 from data_tools.files import FolderSource, stamp
 from data_tools.lists import ListSource
-from data_tools.recordio import RecordFile, unpack_record
+from data_tools.recordio import RecordFile
 
 JOINS = ("offset", "name")
 
@@ -106,8 +106,7 @@ class Records:
         return self._files[self._file_of[i]].where(int(self._offsets[i]))
 
     def read(self, i: int) -> bytes:
-        record, _ = self._files[self._file_of[i]].read(int(self._offsets[i]))
-        return unpack_record(record, self.where(i))[1]
+        return self._files[self._file_of[i]].read_image(int(self._offsets[i]))[1]
 
     def select(self, indices: np.ndarray) -> "Records":
         return Records(self._files, self._file_of[indices], self._offsets[indices])

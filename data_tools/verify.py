@@ -219,7 +219,7 @@ def _scan(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
 def _has_header(file: RecordFile, keys: np.ndarray, offsets: np.ndarray) -> bool:
     for offset in offsets[keys == 0].tolist():
         try:
-            header, image = unpack_record(file.read(offset)[0], file.where(offset))
+            header, image = file.read_image(offset)
         except ValueError:
             return True  # damaged: checking it will say so; better no fault too many
         return header.flag == 2 and not image

@@ -20,12 +20,11 @@ from data_tools.order import Blocks, Order
 from data_tools.shards import Shards
 from data_tools.union import Union, open_all
 from eval import lfw
-from recognition import checkpoint, collectives, resume
+from recognition import checkpoint, collectives, heads, resume
 from recognition.backbones import make_backbone
 from recognition.config import Config
 from recognition.finite import FiniteGuard
 from recognition.head import PartialFC
-from recognition.losses import Margin, make_margin
 from recognition.optim import LossScaler, RowAdamW, RowSGD, Schedule
 from recognition.precision import dtype_of, resolve
 from recognition.run_dir import commit, initial_weights
@@ -63,6 +62,7 @@ class TrainState:
     set_aside: list[str] = field(default_factory=list)  # damaged checkpoints, what was wrong
     step: int = 0  # completed optimiser steps
     samples_seen: int = 0
+    head_losses: torch.Tensor | None = None  # [heads] of the last step, without their weights
 
     @property
     def backbone(self) -> nn.Module:
@@ -70,6 +70,7 @@ class TrainState:
 
     @property
     def head(self) -> PartialFC:
+        """The head, where there is one."""
         return self.parts.head
 
 
@@ -85,7 +86,8 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     cfg = _with_kept_batch(cfg, resumed_from, runtime.world)
     data = open_all(cfg.rec)
     blocks = Blocks(cfg.shuffle_block, cfg.shuffle_window) if cfg.shuffle_block else None
-    order = make_order(data, cfg.seed, cfg.rec_shares, blocks)
+    order = make_order(data, cfg.seed, heads.shares(cfg, data), blocks)
+    heads.check_rows(cfg, order, runtime.world)
     labels_crc32 = zlib.crc32(np.ascontiguousarray(data.labels).data)
     collectives.check_same(
         runtime.group,
@@ -108,24 +110,17 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     backbone = backbone.to(runtime.device, dtype)
     backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = _distribute(backbone, runtime)
-    head = PartialFC(
-        _make_margin(cfg),
-        cfg.embedding_size,
-        data.num_classes,
-        cfg.sample_rate,
-        cfg.num_subcenters,
-        runtime.group,
-        cfg.seed,
-        np.bincount(data.labels, minlength=data.num_classes),
-    ).to(runtime.device, dtype)
-    optimizer, row_optimizer = _make_optimizers(cfg, backbone, head)
+    own_heads = [
+        head.to(runtime.device, dtype) for head in heads.make_heads(cfg, data, runtime.group)
+    ]
+    optimizer = _make_optimizer(cfg, backbone)
     scaler = LossScaler(runtime.device) if precision == "fp16" else None
     encoder = None
-    if head.margin.encoder_momentum is not None:
+    if heads.encoder_momentum(own_heads) is not None:
         encoder = _make_backbone(cfg).to(runtime.device, dtype).eval().requires_grad_(False)
         encoder.load_state_dict(backbone.state_dict())
-    heads = [checkpoint.HeadParts(head, row_optimizer)]
-    parts = checkpoint.Parts(backbone, optimizer, heads, scaler, encoder)
+    head_parts = [checkpoint.HeadParts(head, _row_optimizer(cfg, head)) for head in own_heads]
+    parts = checkpoint.Parts(backbone, optimizer, head_parts, scaler, encoder)
     state = TrainState(
         cfg, runtime, data, order, val_sets, precision, model, parts,
         _make_schedule(cfg, len(data), runtime.world),
@@ -150,15 +145,6 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
 
 def _make_backbone(cfg: Config) -> nn.Module:
     return make_backbone(cfg.network, cfg.embedding_size, cfg.network_args)
-
-
-def _make_margin(cfg: Config) -> Margin:
-    arguments = dict(cfg.margin_args)
-    if cfg.interclass_filtering_threshold:
-        if "interclass_filtering_threshold" in arguments:
-            raise ValueError("interclass_filtering_threshold stands in margin_args too: keep one")
-        arguments["interclass_filtering_threshold"] = cfg.interclass_filtering_threshold
-    return make_margin(cfg.margin, arguments)
 
 
 def _distribute(backbone: nn.Module, runtime: Runtime) -> DistributedDataParallel:
@@ -190,22 +176,23 @@ def _distribute(backbone: nn.Module, runtime: Runtime) -> DistributedDataParalle
     return model
 
 
-def _make_optimizers(
-    cfg: Config, backbone: nn.Module, head: PartialFC
-) -> tuple[Optimizer, RowSGD | RowAdamW]:
+def _make_optimizer(cfg: Config, backbone: nn.Module) -> Optimizer:
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     if cfg.optimizer == "adamw":
-        backbone_optimizer: Optimizer = AdamW(
-            parameters, cfg.lr, weight_decay=cfg.weight_decay, fused=True
-        )
-        return backbone_optimizer, RowAdamW(head, weight_decay=cfg.weight_decay)
-    backbone_optimizer = SGD(
+        return AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = SGD(
         parameters, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=True
     )
     # torch's fused step allocates a momentum unwritten and leaves it so if it is told to skip.
     for parameter in parameters if cfg.momentum else []:
-        backbone_optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return backbone_optimizer, RowSGD(head, cfg.momentum, cfg.weight_decay)
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def _row_optimizer(cfg: Config, head: PartialFC) -> RowSGD | RowAdamW:
+    if cfg.optimizer == "adamw":
+        return RowAdamW(head, weight_decay=cfg.weight_decay)
+    return RowSGD(head, cfg.momentum, cfg.weight_decay)
 
 
 def _make_schedule(cfg: Config, num_images: int, world: int) -> Schedule:
@@ -289,7 +276,9 @@ def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
         if said is not None and said != true:
             raise ValueError(f"{name}={said}, but {cfg.rec} has {true}: leave {name} out")
     # A share of a batch may be a row more or less from step to step.
-    least = cfg.global_batch(world) // (world * cfg.accumulation) - len(cfg.rec_shares)
+    least = cfg.global_batch(world) // (world * cfg.accumulation) - len(
+        cfg.rec_shares or cfg.rec_heads
+    )
     if least < 2:
         raise ValueError(
             f"a global batch of {cfg.global_batch(world)} over {world} processes and "

@@ -33,6 +33,8 @@ class Config:
     # classes of each beside those of the others.
     rec: str | list[str]
     rec_shares: list[int] = field(default_factory=list)  # of a batch, for each rec; []: by size
+    # A head for each rec with settings of its own (HEAD_KEYS, {} for the run's); []: one over all.
+    rec_heads: list[dict] = field(default_factory=list)
     val_targets: list[str] = field(default_factory=list)  # <name>.bin files in rec
     num_classes: int | None = None  # checked against rec; read from it when absent
     num_image: int | None = None  # likewise
@@ -110,6 +112,12 @@ class Config:
         return max(math.ceil(epochs * num_images / self.global_batch(world)), 1)
 
 
+# What a data set's own head may have of its own; loss_weight is 1 where it is not said.
+HEAD_KEYS = (
+    "margin", "margin_args", "interclass_filtering_threshold", "sample_rate", "num_subcenters",
+    "loss_weight",
+)  # fmt: skip
+
 # Two keys that say the same thing: at most one of them in one place.
 _ALTERNATIVES = [("batch_size", "global_batch_size"), ("max_steps", "num_epochs")]
 
@@ -176,7 +184,27 @@ def make(values: Mapping[str, Any]) -> Config:
         checked["rec"] = "".join(checked["rec"])
     if not checked.get("rec"):
         raise KeyError("rec is missing: say which data set to train on, rec=DIRECTORY")
-    return Config(**checked)
+    cfg = Config(**checked)
+    for k in range(len(cfg.rec_heads)):
+        of_head(cfg, k)
+    return cfg
+
+
+def of_head(cfg: Config, k: int) -> Config:
+    """The configuration of a data set's own head.
+
+    Raises:
+        KeyError, TypeError, ValueError: as make(), and for a key that is not of a head.
+    """
+    place = f"rec_heads[{k}]"
+    own = _translate(dict(cfg.rec_heads[k]), place)
+    for key in own:
+        if key not in HEAD_KEYS:
+            raise KeyError(f"{place}: {_unknown(key, dict.fromkeys(HEAD_KEYS))}")
+    _checked(f"{place}: loss_weight", own.pop("loss_weight", 1.0), float, (0.0, math.inf))
+    if own.get("margin", cfg.margin) != cfg.margin:
+        own.setdefault("margin_args", {})  # the run's belong to its own margin
+    return make({**dataclasses.asdict(cfg), "rec_heads": [], **own})
 
 
 def _translate(values: dict[str, Any], place: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from recognition import progress
+from recognition import config, heads, progress
 from recognition.build import TrainState
 from recognition.logger import Logger, as_numbers, histograms
 
@@ -15,8 +15,9 @@ _LEAST_SCALE = 2.0**-14  # of fp16; below it nothing is left of the gradient
 
 def announce(state: TrainState, logger: Logger) -> None:
     cfg, runtime = state.cfg, state.runtime
+    losses = " + ".join(config.of_head(cfg, k).margin for k in range(len(cfg.rec_heads)))
     logger.say(
-        f"{cfg.network} + {cfg.margin} on {state.data.path}: {len(state.data)} images, "
+        f"{cfg.network} + {losses or cfg.margin} on {state.data.path}: {len(state.data)} images, "
         f"{state.data.num_classes} classes; {runtime.world} x {runtime.device.type}, "
         f"{state.precision}, batch {cfg.global_batch(runtime.world)}, "
         f"{state.schedule.total_steps} steps -> {cfg.output}"
@@ -52,7 +53,10 @@ def log_step(
 ) -> None:
     cfg = state.cfg
     global_batch = cfg.global_batch(state.runtime.world)
-    statistics = state.head.statistics()
+    of_head = {
+        name: part.head.statistics()
+        for name, part in zip(heads.head_names(cfg), state.parts.heads, strict=True)
+    }
     record: dict[str, Any] = {
         "step": state.step,
         "epoch": state.samples_seen / len(state.data),
@@ -60,9 +64,14 @@ def log_step(
         "lr": state.schedule.lr_at(state.step - 1),
         **progress.speed(watch.read(state.step), global_batch),
         "grad_norm": grad_norm.item(),
-        "head": as_numbers(statistics),
     }
-    if cfg.rec_shares:  # how often each set has been seen by now
+    if cfg.rec_heads:
+        assert state.head_losses is not None
+        losses = dict(zip(of_head, state.head_losses.tolist(), strict=True))
+        record["heads"] = {n: {"loss": losses[n], **as_numbers(x)} for n, x in of_head.items()}
+    else:
+        record["head"] = as_numbers(of_head[""])
+    if cfg.rec_shares or cfg.rec_heads:  # how often each set has been seen by now
         seen = zip(cfg.recs, state.order.count(state.samples_seen), state.order.sizes, strict=True)
         record["set_epoch"] = {rec: count / size for rec, count, size in seen}
     if state.parts.scaler is not None:
@@ -74,4 +83,9 @@ def log_step(
                 "every step overflows. Use precision=bf16 or fp32, or lower lr"
             )
     line = progress.line(record, state.schedule.total_steps, global_batch)
-    logger.record(record, line, histograms(statistics))
+    pictures = {
+        f"{head and f'{head}/'}{name}": histogram
+        for head, statistics in of_head.items()
+        for name, histogram in histograms(statistics).items()
+    }
+    logger.record(record, line, pictures)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data_tools.augment import Probabilities
 from data_tools.dali import Dali
 from data_tools.loader import Batch, BatchSource, Loader, normalise
-from recognition import checkpoint, collectives, progress, report, saving
+from recognition import checkpoint, collectives, heads, progress, report, saving
 from recognition.build import TrainState
 from recognition.logger import Logger, as_numbers, histograms
 from recognition.precision import autocast, dtype_of
@@ -54,10 +54,9 @@ def _run(
     batches = iter(loader)
     watch = progress.Stopwatch(loader, state.step)
     while state.step < total:
-        epoch = state.samples_seen // len(state.data)
+        seen_before = state.samples_seen
         loss, grad_norm = take_step(state, batches)
-        if state.samples_seen // len(state.data) > epoch:
-            _end_epoch(state, logger)
+        _end_epochs(state, logger, seen_before)
         logging = _due(state.step, cfg.log_every, total)
         verifying = _due(state.step, cfg.verify_every, total)
         due = _due(state.step, cfg.checkpoint_every, total)
@@ -84,31 +83,37 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
     lr = state.schedule.lr_at(state.step)
     parts.optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=runtime.device)
+    by_head = torch.zeros(len(parts.heads), device=runtime.device)
     looked_at: dict[str, Tensor] = {}
     for micro in range(cfg.accumulation):
-        counts = state.order.rows_per_rank(
+        rows = state.order.rows(
             state.samples_seen, global_batch, cfg.accumulation, micro, runtime.world
         )
-        share = sum(counts) / global_batch
+        share = sum(map(sum, rows)) / global_batch
         synchronise = micro == cfg.accumulation - 1
         with contextlib.nullcontext() if synchronise else state.model.no_sync():
-            micro_loss, seen = _forward(state, next(batches), micro, counts)
-            scaled = micro_loss * share
+            joint, seen = _forward(state, next(batches), micro, rows)
+            scaled = joint.total * share
             if parts.scaler is not None:
                 scaled = scaled * parts.scaler.scale
             scaled.backward()
-        loss = loss + micro_loss.detach() * share
+        loss = loss + joint.total.detach() * share
+        by_head = by_head + joint.by_head * share
         looked_at |= {f"{name} of micro-step {micro}": x for name, x in seen.items()}
     grad_norm = _update(state, lr, looked_at | {"loss": loss})
+    state.head_losses = by_head
     state.step += 1
     state.samples_seen += global_batch
     return loss, grad_norm
 
 
 def _forward(
-    state: TrainState, batch: Batch, micro: int, counts: list[int]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a micro-batch, and what this rank's networks gave, by name."""
+    state: TrainState, batch: Batch, micro: int, rows: list[list[int]]
+) -> tuple[heads.Joint, dict[str, Tensor]]:
+    """The loss of a micro-batch, and what this rank's networks gave, by name.
+
+    rows: [world][sets] of the micro-batch.
+    """
     cfg, runtime = state.cfg, state.runtime
     # Dropout's draw is a function of its place in the run, not of what was drawn before it.
     torch.manual_seed(hash_words(cfg.seed, _DROPOUT_KEY, state.step, micro, runtime.rank) >> 1)
@@ -121,7 +126,9 @@ def _forward(
             with torch.no_grad():
                 seen["slow encoder's embeddings"] = state.parts.encoder(pixels)
     features = seen.get("slow encoder's embeddings")
-    return state.head(seen["embeddings"], batch.labels, counts, features), seen
+    own = [part.head for part in state.parts.heads]
+    loss = heads.joint_loss(cfg, own, seen["embeddings"], batch.labels, rows, features)
+    return loss, seen
 
 
 def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tensor:
@@ -132,11 +139,12 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
     grads = [p.grad for _, p in named if p.grad is not None]
     if scale is not None:
         torch._foreach_mul_(grads, scale.reciprocal())
-    gradients = {"gradient of the class rows": parts.head.sampled_grad}
-    gradients |= {f"gradient of {name}": grad for (name, _), grad in zip(named, grads, strict=True)}
-    for name, parameter in parts.head.margin.named_parameters():
-        if parameter.grad is not None:
-            gradients[f"gradient of the margin's {name}"] = parameter.grad
+    gradients = {f"gradient of {name}": grad for (name, _), grad in zip(named, grads, strict=True)}
+    for name, part in parts.named_heads():
+        gradients[f"gradient of the {name}class rows"] = part.head.sampled_grad
+        for own, parameter in part.head.margin.named_parameters():
+            if parameter.grad is not None:
+                gradients[f"gradient of the {name}margin's {own}"] = parameter.grad
     if parts.scaler is None:
         found = state.guard.look(looked_at | gradients, state.step + 1, {})
     else:
@@ -150,14 +158,16 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
     # The fused step reads the attribute and changes nothing where it is 1.
     setattr(parts.optimizer, "found_inf", found)  # noqa: B010
     parts.optimizer.step()
-    parts.row_optimizer.step(lr, scale, found)
+    for part in parts.heads:
+        part.row_optimizer.step(lr, scale, found)
     if parts.scaler is not None:
         parts.scaler.update(found)
     if not cfg.sync_bn:
         statistics = [b for b in parts.backbone.buffers() if b.is_floating_point()]
         collectives.average_(statistics, state.runtime.group)
     if parts.encoder is not None:
-        _follow(parts.encoder, parts.backbone, parts.head.margin.encoder_momentum, found)
+        momentum = heads.encoder_momentum([part.head for part in parts.heads])
+        _follow(parts.encoder, parts.backbone, momentum, found)
     return grad_norm
 
 
@@ -175,13 +185,17 @@ def _follow(
         buffer.copy_(source)
 
 
-def _end_epoch(state: TrainState, logger: Logger) -> None:
-    """The classes' own margins are computed anew; what the log says of them."""
-    statistics = state.head.end_epoch()
-    if statistics:
-        epoch = state.samples_seen // len(state.data)
-        record = {"step": state.step, "epoch": epoch, "epoch_end": as_numbers(statistics)}
-        logger.record(record, f"step {state.step}  epoch {epoch} is over", histograms(statistics))
+def _end_epochs(state: TrainState, logger: Logger, seen_before: int) -> None:
+    """Where an epoch of a head's images is over, the classes' own margins are computed anew; what
+    the log says of them."""
+    parts = state.parts.heads
+    over = heads.epochs_over(state.order, len(parts), seen_before, state.samples_seen)
+    for name, part, epoch in zip(heads.head_names(state.cfg), parts, over, strict=True):
+        statistics = {} if epoch is None else part.head.end_epoch()
+        if statistics:
+            record = {"step": state.step, "epoch": epoch, "epoch_end": as_numbers(statistics)}
+            said = f"step {state.step}  epoch {epoch}{name and f' of {name}'} is over"
+            logger.record(record, said, histograms(statistics))
 
 
 # --- Small parts ----------------------------------------------------------------------------------
@@ -198,7 +212,7 @@ def make_loader(state: TrainState) -> BatchSource:
         samples_seen=state.samples_seen,
         workers=cfg.num_workers,
         blocks=state.order.blocks,
-        shares=cfg.rec_shares,
+        shares=heads.shares(cfg, state.data),
         chances=Probabilities(
             cfg.crop_augmentation_prob,
             cfg.low_res_augmentation_prob,

@@ -20,8 +20,6 @@ import argparse
 import difflib
 import json
 import os
-import platform
-import re
 import statistics
 import sys
 import time
@@ -32,6 +30,8 @@ import torch
 from torch import Tensor
 
 from data_tools.commands import one_line
+from launch.bench.machine import machine
+from launch.bench.processes import slowest
 from recognition import collectives, runtime
 from recognition.head import PartialFC
 from recognition.losses import MARGINS, make_margin
@@ -160,13 +160,16 @@ def _report(names: list[str], args: argparse.Namespace, here: runtime.Runtime) -
     x, labels = _batch(baseline.head, args, here)
     found: dict[str, Any] = {}
     for name in names:
-        if args.seconds is not None and _slowest(time.perf_counter() - began, here) > args.seconds:
+        if (
+            args.seconds is not None
+            and slowest(time.perf_counter() - began, here.group) > args.seconds
+        ):
             break
         loss = losses()[name]
         found[name] = _compared(baseline, _Step(loss, args, here), loss.limit, x, labels, args)
         _say(here, f"{name:16} " + _line(found[name]))
     return {
-        "machine": _machine(here),
+        "machine": machine(here.device),
         "torch": torch.__version__,
         "commit": commit(),
         "W": here.world,
@@ -203,12 +206,12 @@ class _Step:
 
     def milliseconds(self, x: Tensor, labels: Tensor) -> float:
         """Of one step on the slowest rank, all beginning together."""
-        _slowest(0.0, self.here)
+        slowest(0.0, self.here.group)
         began = time.perf_counter()
         self(x, labels)
         if self.here.device.type == "cuda":
             torch.cuda.synchronize(self.here.device)
-        return 1e3 * _slowest(time.perf_counter() - began, self.here)
+        return 1e3 * slowest(time.perf_counter() - began, self.here.group)
 
 
 def _compared(
@@ -261,23 +264,6 @@ def _batch(
     local = num_rows // here.world
     mine = slice(here.rank * local, (here.rank + 1) * local)
     return x[mine].to(here.device, dtype).requires_grad_(), labels[mine]
-
-
-def _slowest(seconds: float, here: runtime.Runtime) -> float:
-    """The largest over the ranks, once all have come here."""
-    told = torch.tensor([seconds], dtype=torch.float64)  # in host memory: gloo, beside the GPU
-    return float(collectives.largest_over_ranks(told, here.group))
-
-
-def _machine(here: runtime.Runtime) -> dict[str, Any]:
-    processor = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            named = re.search(r"^model name\s*: (.*)$", file.read(), re.MULTILINE)
-        processor = named[1] if named else processor
-    is_gpu = here.device.type == "cuda"
-    gpu = torch.cuda.get_device_name(here.device) if is_gpu else None
-    return {"processor": processor, "cores": os.cpu_count(), "gpu": gpu}
 
 
 def _line(found: Mapping[str, Any]) -> str:

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import alignment, shards
+from data_tools import detectors, shards
 from data_tools.__main__ import main
-from data_tools.alignment import Aligner, detect, read_landmarks
+from data_tools.alignment import Aligner, read_landmarks
 from data_tools.convert import Conversion, convert
 from data_tools.decode import channels_of, decode, decode_any_size, size_of
+from data_tools.detectors import detect
 from data_tools.listing import Names
 from data_tools.pack import Options, pack
 from eval.align import TEMPLATE, warp
 from tests.data_tools.samples import encoded, folder, pixels
+from tests.data_tools.scrfd import as_scrfd
 from tests.data_tools.test_decode import exif
 from tests.real import real
 
@@ -160,7 +162,7 @@ def test_a_file_that_is_no_detector(tmp_path, capsys):
     (tmp_path / "net.onnx").write_bytes(b"not a network")
     words = ["pack", str(source), str(tmp_path / "set"), "--align", "--detector"]
     assert main([*words, str(tmp_path / "net.onnx")]) == 1
-    assert "net.onnx: not a face detector with YuNet's outputs" in capsys.readouterr().err
+    assert "net.onnx: not a face detector: " in capsys.readouterr().err
     assert main([*words, str(tmp_path / "absent.onnx")]) == 1
     assert "absent.onnx: no such file" in capsys.readouterr().err
 
@@ -191,6 +193,21 @@ def test_a_detector_finds_the_landmarks_of_another(yunet):
     assert np.median(distances) < 6 and max(distances) < 22
 
 
+@pytest.fixture(scope="module")
+def scrfd(yunet, tmp_path_factory):
+    """A real network with the outputs of an SCRFD."""
+    return as_scrfd(yunet, tmp_path_factory.mktemp("scrfd") / "scrfd.onnx")
+
+
+def test_the_same_faces_through_the_contract_of_scrfd(yunet, scrfd):
+    for path in sorted(real("lfw250").glob("*/*.jpg"))[:10]:
+        image = cv2.resize(decode_any_size(path.read_bytes()), (640, 640))  # no padding in either
+        one, other = detect(image, str(yunet)), detect(image, str(scrfd))
+        assert np.abs(one - other).max() < 0.5  # OpenCV and ONNX Runtime round int8 weights apart
+    turned = image[:, 100:420]  # not square: in the upper left of the input, the rest is black
+    assert np.abs(detect(turned, str(yunet)) - detect(turned, str(scrfd))).max() < 2
+
+
 def test_faces_that_are_not_found_are_counted(yunet, tmp_path):
     source = tmp_path / "raw"
     people = sorted(path for path in real("lfw250").iterdir() if path.is_dir())[:4]
@@ -206,7 +223,7 @@ def test_faces_that_are_not_found_are_counted(yunet, tmp_path):
     done = pack(source, tmp_path / "set", Options(shards=1, align=True, detector=yunet))
     index = shards.open(tmp_path / "set").index
     assert index["skipped"]["without_face"] == 1 == done["skipped"]
-    assert index["options"]["detector"] == alignment.detector_sha256(str(yunet))
+    assert index["options"]["detector"] == detectors.detector_sha256(str(yunet))
     assert all(decode(face).shape == (112, 112, 3) for _, face in shards.open(tmp_path / "set"))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_tools.convert import Conversion, convert
-from data_tools.decode import decode, decode_any_size
+from data_tools.decode import check_jpeg, decode, decode_any_size
 from tests.data_tools.samples import encoded, pixels
 from tests.real import real
 
@@ -133,3 +133,29 @@ def test_real_faces_decode_as_opencv_decodes_them():
         content = path.read_bytes()
         bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
         np.testing.assert_array_equal(decode(content, where=str(path)), bgr[:, :, ::-1])
+
+
+@pytest.mark.parametrize("progressive", [0, 1])
+def test_a_jpeg_is_checked_as_it_would_be_decoded(progressive):
+    """Files cut, overwritten or with another end: refused by both, or by neither."""
+    random = np.random.default_rng(0)
+    refused = 0
+    for seed in range(40):
+        quality = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_PROGRESSIVE, progressive]
+        whole = cv2.imencode(".jpg", random.integers(0, 256, (112, 112, 3), np.uint8), quality)[1]
+        for _ in range(10):
+            damaged = whole.copy()
+            at = random.integers(0, len(damaged) if seed % 2 else 700, random.integers(1, 20))
+            damaged[at] = random.integers(0, 256, len(at))
+            cut = damaged[: random.integers(2, len(damaged))] if seed % 3 == 0 else damaged
+            file = cut.tobytes() + b"\xff\xd9" * (seed % 4 == 0)
+            outcomes = []
+            for way in (check_jpeg, decode_any_size):
+                try:
+                    way(file, "x")
+                    outcomes.append(None)
+                except ValueError as error:
+                    outcomes.append(str(error).split(":")[1])
+            assert outcomes[0] == outcomes[1]
+            refused += outcomes[0] is not None
+    assert 40 < refused < 360

@@ -213,7 +213,7 @@ def test_shares_add_up_and_each_set_reads_its_own_stream(shares: tuple):
         positions = []
         for micro in range(2):
             rows = [mixed.stretches(samples, batch, 2, micro, 3, rank) for rank in range(3)]
-            counts = mixed.rows_per_rank(samples, batch, 2, micro, 3)
+            counts = [sum(own) for own in mixed.rows(samples, batch, 2, micro, 3)]
             assert counts == [len(mixed.draw(stretches)[1]) for stretches in rows]
             for stretches in rows:
                 places, ids = mixed.draw(stretches)

@@ -323,7 +323,7 @@ def test_joined_sources_of_one_name_are_refused(faces, tmp_path, capsys):
 
 @pytest.mark.long
 def test_ten_million_entries_in_bounded_memory(tmp_path):
-    """The listing of 10 M images costs its letters and columns: < 250 bytes an image, resident."""
+    """The listing of 10 M images costs its letters and columns: < 130 bytes an image, resident."""
     import subprocess
     import sys
 
@@ -348,5 +348,5 @@ def test_ten_million_entries_in_bounded_memory(tmp_path):
     number, kept, _, kilobytes = done.stdout.split()
     assert (int(number), int(kept)) == (10_000_000, (500_000 - 100) * 10)
     print(f"{int(kilobytes) * 1024 / 1e7:.0f} bytes an image")
-    assert int(kilobytes) * 1024 < 250 * 10_000_000
+    assert int(kilobytes) * 1024 < 130 * 10_000_000
     os.unlink(path)

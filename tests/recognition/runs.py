@@ -48,14 +48,15 @@ def tensors(state: build.TrainState) -> dict[str, torch.Tensor]:
     parts = state.parts
     named = {f"backbone.{k}": v.clone() for k, v in state.backbone.state_dict().items()}
     named |= checkpoint.optimizer_tensors(parts.backbone, parts.optimizer, parts.scaler)
-    (head,) = parts.heads
-    named |= head.margin()
+    for prefix, head in parts.named_heads():
+        named |= {prefix + name: value for name, value in head.margin().items()}
     if parts.encoder is not None:
         named |= {f"encoder.{k}": v for k, v in parts.encoder.state_dict().items()}
-    for name, local in head.rows().items():
-        every: list = [None] * dist.get_world_size()
-        dist.all_gather_object(every, local)
-        named["rows" if name == "weight" else name] = torch.cat(every)
+    for prefix, head in parts.named_heads():
+        for name, local in head.rows().items():
+            every: list = [None] * dist.get_world_size()
+            dist.all_gather_object(every, local)
+            named[prefix + ("rows" if name == "weight" else name)] = torch.cat(every)
     return named
 
 
