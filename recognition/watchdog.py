@@ -102,6 +102,7 @@ class Watchdog:
         self._signalled = self._signalled or time.monotonic()
 
     def __enter__(self) -> Watchdog:
+        self._tell_place(0.0)
         self._thread.start()
         return self
 

@@ -36,7 +36,9 @@ def test_a_frozen_rank_is_named_and_everybody_ends_within_the_time_out(shards_di
         lines = run.text().splitlines()
         os.kill(worker, signal.SIGCONT)  # its torchrun cannot end a stopped process by SIGTERM
         assert run.agent.wait(40) != 0 and time.monotonic() - began < 40
-        warned = [line for line in lines if line.startswith("warning: held up by")][-1]
+        found = [line for line in lines if line.startswith("warning: held up by")]
+        assert found, run.text()
+        warned = found[-1]
         assert "rank 1 on" in warned and "not heard of for" in warned
         assert "rank 0 on" in warned and any(
             words in warned for words in ("waits for the other", "averages")
