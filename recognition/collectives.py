@@ -266,6 +266,19 @@ def largest_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
     return largest
 
 
+def start_largest(value: int, group: ProcessGroup) -> Callable[[], int]:
+    """The maximum over the ranks, asked for now and fetched by calling what comes back: nobody
+    waits in between. One all-reduce of 8 bytes in the host's memory, behind the caller's back."""
+    largest = torch.tensor(value)
+    work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=group, async_op=True)
+
+    def fetch() -> int:
+        work.wait()
+        return int(largest)
+
+    return fetch
+
+
 def sum_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over the ranks, the same on all, without gradient. One all-reduce."""
     total = values.detach().clone(memory_format=torch.contiguous_format)
@@ -301,3 +314,20 @@ def together(group: ProcessGroup, what: str, action: Callable[[], Any]) -> list:
     if failures:
         raise OSError(f"cannot {what}: " + "; ".join(failures))
     return [result for result, _ in outcomes]
+
+
+def check_same(group: ProcessGroup, **facts: Any) -> None:
+    """Refuse ranks that would train on other data or from another step.
+
+    Raises:
+        ValueError: on every rank alike, with the first fact that differs.
+    """
+    everywhere = gather_objects(facts, group)
+    for name in facts:
+        values = [there[name] for there in everywhere]
+        other = next((r for r, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"the ranks do not see the same: {name} is {values[0]} on rank 0 and "
+                f"{values[other]} on rank {other}. rec and output must be alike on every machine"
+            )
