@@ -64,13 +64,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="default %(default)s")
     parser.add_argument("--rounds", type=int, default=15, help="default %(default)s")
     parser.add_argument("--batches", type=int, default=16, help="timed in a round; %(default)s")
+    parser.add_argument("--only", nargs="+", metavar="WAY", help="time these alone")
     parser.add_argument("--index", type=int, metavar="N", help="open a generated set of N images")
     args = parser.parse_args(arguments)
     try:
         if args.index:
             report = opened(args.index)
         elif args.shards:
-            report = rates(shards.open(args.shards), args.threads, args.rounds, args.batches)
+            report = rates(shards.open(args.shards), args)
         else:
             parser.error("name a packed set, or --index N")
     except (ValueError, OSError) as error:
@@ -80,7 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def rates(data: shards.Shards, threads: int, rounds: int, batches: int) -> dict:
+def rates(data: shards.Shards, args: argparse.Namespace) -> dict:
+    threads, rounds, batches = args.threads, args.rounds, args.batches
     arcface = ArcfaceTorch(data)
     adaface = Probabilities(0.2, 0.2, 0.2)
     ways: dict[str, Callable[[], Iterator]] = {
@@ -113,6 +115,9 @@ def rates(data: shards.Shards, threads: int, rounds: int, batches: int) -> dict:
         ways["dali_gpu"] = lambda: _endless(
             Dali(data, device="cuda", seed=0, global_batch=_BATCH, workers=threads)
         )
+    if unknown := set(args.only or ()) - ways.keys():
+        raise ValueError(f"--only {', '.join(unknown)}: one of {', '.join(ways)}")
+    ways = {name: way for name, way in ways.items() if not args.only or name in args.only}
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {name: [] for name in ways}
     processor: dict[str, list[float]] = {name: [] for name in ways}  # seconds, without children
@@ -131,10 +136,14 @@ def rates(data: shards.Shards, threads: int, rounds: int, batches: int) -> dict:
         print(f"round {i + 1}/{rounds}", file=sys.stderr, flush=True)
     ratios = {}
     for one, other, target in _RATIOS:
+        if not {one, other} <= ways.keys():
+            continue
         pairs = [a / b for a, b in zip(found[one], found[other], strict=True)]
         ratios[f"{one} / {other}"] = _summary(pairs) | {"target": target}
     spent_on = {}
     for one, other in [("cpu", "bare"), ("dali", "bare"), ("dali", "cpu")]:
+        if not {one, other} <= ways.keys():
+            continue
         pairs = [b / a for a, b in zip(processor[one], processor[other], strict=True)]
         spent_on[f"{one} / {other}"] = _summary(pairs)
     medians = {name: round(statistics.median(values)) for name, values in found.items()}
