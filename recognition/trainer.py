@@ -151,7 +151,8 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
         torch._foreach_mul_(grads, scale.reciprocal())
     gradients = {f"gradient of {name}": grad for (name, _), grad in zip(named, grads, strict=True)}
     for name, part in parts.named_heads():
-        gradients[f"gradient of the {name}class rows"] = part.head.sampled_grad
+        if (rows := part.head.gradient_in_passing()) is not None:
+            gradients[f"gradient of the {name}class rows"] = rows
         for own, parameter in part.head.margin.named_parameters():
             if parameter.grad is not None:
                 gradients[f"gradient of the {name}margin's {own}"] = parameter.grad
