@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,14 +20,14 @@ from data_tools.order import Blocks, Order
 from data_tools.shards import Shards
 from data_tools.union import Union, open_all
 from eval import lfw
-from recognition import checkpoint, collectives, heads
+from recognition import checkpoint, collectives, heads, resume
 from recognition.backbones import make_backbone
 from recognition.config import Config
 from recognition.finite import FiniteGuard
 from recognition.head import PartialFC
 from recognition.optim import LossScaler, RowAdamW, RowSGD, Schedule
 from recognition.precision import dtype_of, resolve
-from recognition.run_dir import commit, initial_weights, resume_point
+from recognition.run_dir import commit, initial_weights
 from recognition.runtime import Runtime
 from recognition.sampling import hash_words
 
@@ -37,7 +36,8 @@ _NETWORK_KEY = 3  # the purpose of this draw, as in sampling.py
 # What may change at a resume without a word: none of it moves a number of the run.
 _FREE = {
     "output", "resume", "rec", "init_from", "val_targets", "num_workers", "log_every",
-    "verify_every", "checkpoint_every", "keep_checkpoints", "commit", "world", "batch_size",
+    "verify_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best",
+    "save_async", "commit", "world", "batch_size",
     "global_batch_size", "num_classes", "num_image",
 }  # fmt: skip
 
@@ -59,6 +59,7 @@ class TrainState:
     facts: dict[str, Any]  # what config.json says beside the configuration
     saved_by: int | None = None  # ranks that wrote the checkpoint it continues from
     changes: list[str] = field(default_factory=list)  # against the run that saved it
+    set_aside: list[str] = field(default_factory=list)  # damaged checkpoints, what was wrong
     step: int = 0  # completed optimiser steps
     samples_seen: int = 0
     head_losses: torch.Tensor | None = None  # [heads] of the last step, without their weights
@@ -81,16 +82,15 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     """
     if cfg.loader == "dali":
         dali.check_installed()
-    resumed_from = resume_point(cfg)
+    resumed_from, set_aside = resume.choose(cfg, runtime)
     cfg = _with_kept_batch(cfg, resumed_from, runtime.world)
     data = open_all(cfg.rec)
     blocks = Blocks(cfg.shuffle_block, cfg.shuffle_window) if cfg.shuffle_block else None
     order = make_order(data, cfg.seed, heads.shares(cfg, data), blocks)
     heads.check_rows(cfg, order, runtime.world)
     labels_crc32 = zlib.crc32(np.ascontiguousarray(data.labels).data)
-    _check_same_everywhere(
-        runtime,
-        resumed_from=resumed_from and os.path.basename(resumed_from),
+    collectives.check_same(
+        runtime.group,
         val_targets=cfg.val_targets,
         num_images=data.num_images,
         num_classes=data.num_classes,
@@ -130,6 +130,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
             "num_classes": data.num_classes, "num_image": data.num_images,
             "labels_crc32": labels_crc32,
         },
+        set_aside=set_aside,
     )  # fmt: skip
     if resumed_from is not None:
         manifest = checkpoint.load(resumed_from, parts)
@@ -253,17 +254,18 @@ def _with_kept_batch(cfg: Config, resumed_from: str | None, world: int) -> Confi
     return dataclasses.replace(cfg, global_batch_size=saved["global_batch"])
 
 
-def _check_same_everywhere(runtime: Runtime, **facts: Any) -> None:
-    """Refuse ranks that would train on other data or from another step; on every rank alike."""
-    everywhere = collectives.gather_objects(facts, runtime.group)
-    for name in facts:
-        values = [there[name] for there in everywhere]
-        other = next((r for r, value in enumerate(values) if value != values[0]), None)
-        if other is not None:
-            raise ValueError(
-                f"the ranks do not see the same: {name} is {values[0]} on rank 0 and "
-                f"{values[other]} on rank {other}. rec and output must be alike on every machine"
-            )
+def _check_keep_best(cfg: Config) -> None:
+    if cfg.keep_best is None:
+        return
+    if cfg.keep_best not in cfg.val_targets:
+        raise ValueError(
+            f"keep_best={cfg.keep_best} is none of val_targets={','.join(cfg.val_targets)}"
+        )
+    if cfg.checkpoint_every % cfg.verify_every:
+        raise ValueError(
+            f"keep_best={cfg.keep_best} wants every checkpoint verified: checkpoint_every="
+            f"{cfg.checkpoint_every} must be a multiple of verify_every={cfg.verify_every}"
+        )
 
 
 def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
@@ -282,6 +284,7 @@ def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
             f"a global batch of {cfg.global_batch(world)} over {world} processes and "
             f"{cfg.accumulation} micro-steps leaves {least} images for one: BatchNorm needs 2"
         )
+    _check_keep_best(cfg)
     check_labels(data)
     if data.image_size is not None and tuple(data.image_size) != (112, 112):
         raise ValueError(f"{cfg.rec} holds {data.image_size} images, the networks take 112x112")

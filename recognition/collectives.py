@@ -329,3 +329,20 @@ def together(group: ProcessGroup, what: str, action: Callable[[], Any]) -> list:
     if failures:
         raise OSError(f"cannot {what}: " + "; ".join(failures))
     return [result for result, _ in outcomes]
+
+
+def check_same(group: ProcessGroup, **facts: Any) -> None:
+    """Refuse ranks that would train on other data or from another step.
+
+    Raises:
+        ValueError: on every rank alike, with the first fact that differs.
+    """
+    everywhere = gather_objects(facts, group)
+    for name in facts:
+        values = [there[name] for there in everywhere]
+        other = next((r for r, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"the ranks do not see the same: {name} is {values[0]} on rank 0 and "
+                f"{values[other]} on rank {other}. rec and output must be alike on every machine"
+            )

@@ -90,7 +90,10 @@ class Config:
     log_every: int = _between(10, 1)  # steps
     verify_every: int = _between(2000, 1)  # steps; also before the first and after the last
     checkpoint_every: int = _between(2000, 1)  # steps; also after the last
+    save_async: bool = True  # write beside the training; costs a copy of the state in host memory
     keep_checkpoints: int = _between(3, 1)  # newest ones kept
+    keep_every: int | None = _between(None, 1)  # steps; those of its multiples are kept too
+    keep_best: str | None = None  # and the one that is best on this val_target
 
     @property
     def recs(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""A run directory around training: where to resume, what to start from, what was asked."""
+"""A run directory around training: what to start from, who writes there, what was asked."""
 
 from __future__ import annotations
 
@@ -21,35 +21,6 @@ from recognition import checkpoint
 from recognition.config import Config
 
 _SOURCE_DIR = os.path.dirname(os.path.abspath(__file__))
-
-
-def resume_point(cfg: Config) -> str | None:
-    """The checkpoint directory that this run continues from, None for a new run.
-
-    Raises:
-        FileNotFoundError: resume= names no checkpoint.
-        FileExistsError: a new run is asked for where one lies already.
-    """
-    if cfg.resume == "auto":
-        return checkpoint.newest(cfg.output)
-    if cfg.resume is None:
-        if checkpoint.newest(cfg.output):
-            raise FileExistsError(
-                f"{cfg.output} holds a run already: choose another output=, or resume=auto"
-            )
-        return None
-    found = cfg.resume
-    if not os.path.isfile(os.path.join(found, "manifest.json")):
-        found = checkpoint.newest(cfg.resume) or ""
-    if not found:
-        raise FileNotFoundError(f"resume={cfg.resume}: no complete checkpoint there")
-    own = checkpoint.newest(cfg.output)
-    if own and not os.path.samefile(own, found):
-        raise FileExistsError(
-            f"{cfg.output} holds {os.path.basename(own)} already, which resume={cfg.resume} would "
-            "leave behind: resume=auto continues it; or choose another output="
-        )
-    return found
 
 
 def initial_weights(path: str) -> Mapping[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from data_tools.augment import Probabilities
 from data_tools.dali import Dali
 from data_tools.loader import Batch, BatchSource, Loader, normalise
-from recognition import checkpoint, collectives, heads, progress, report
+from recognition import checkpoint, collectives, heads, progress, report, saving
 from recognition.build import TrainState
 from recognition.logger import Logger, as_numbers, histograms
 from recognition.precision import autocast, dtype_of
@@ -42,11 +41,14 @@ def train(state: TrainState) -> dict[str, Any]:
         collectives.together(runtime.group, "start the run", take_output)
         logger = stack.enter_context(Logger(cfg.output, runtime.rank, state.step))
         loader = stack.enter_context(make_loader(state))
+        saver = stack.enter_context(saving.make_saver(state, logger))
         report.announce(state, logger)
-        return _run(state, logger, loader)
+        return _run(state, logger, loader, saver)
 
 
-def _run(state: TrainState, logger: Logger, loader: BatchSource) -> dict[str, Any]:
+def _run(
+    state: TrainState, logger: Logger, loader: BatchSource, saver: checkpoint.Saver
+) -> dict[str, Any]:
     cfg, runtime, total = state.cfg, state.runtime, state.schedule.total_steps
     results = verify(state, logger) if state.step == 0 else {}
     batches = iter(loader)
@@ -57,8 +59,8 @@ def _run(state: TrainState, logger: Logger, loader: BatchSource) -> dict[str, An
         _end_epochs(state, logger, seen_before)
         logging = _due(state.step, cfg.log_every, total)
         verifying = _due(state.step, cfg.verify_every, total)
-        saving = _due(state.step, cfg.checkpoint_every, total)
-        if runtime.device.type == "cpu" or logging or verifying or saving:
+        due = _due(state.step, cfg.checkpoint_every, total)
+        if runtime.device.type == "cpu" or logging or verifying or due:
             state.guard.raise_if_found()
         if logging:
             report.log_step(state, logger, loss, grad_norm, watch)
@@ -66,21 +68,9 @@ def _run(state: TrainState, logger: Logger, loader: BatchSource) -> dict[str, An
             # In this order: a run killed in between does both again.
             if verifying:
                 results = verify(state, logger)
-            if saving:
-                save(state)
+            if due:
+                saving.save(saver, state, results if verifying else {})
     return results
-
-
-def save(state: TrainState) -> str:
-    """Write a checkpoint of the present step; its path."""
-    facts = {
-        "step": state.step,
-        "samples_seen": state.samples_seen,
-        "global_batch": state.cfg.global_batch(state.runtime.world),
-        "epoch": state.samples_seen / len(state.data),
-        "config": dataclasses.asdict(state.cfg) | state.facts,
-    }
-    return checkpoint.save(state.cfg.output, state.parts, facts, state.cfg.keep_checkpoints)
 
 
 # --- One step -------------------------------------------------------------------------------------

@@ -10,18 +10,29 @@
 
 Of several heads, head i's files are named head<i>-rows-... and head<i>-margin....
 
-Nothing in it is a pickle. Every rank writes its rows, rank 0 the rest; when all have reported,
-rank 0 writes the manifest and renames the directory from step-N.partial.
+Nothing in it is a pickle. Every rank writes its rows, rank 0 the rest, and each a report when it
+has; then rank 0 writes the manifest and renames the directory from step-N.partial. One that is
+found damaged is renamed to step-N.damaged.
 """
 
 from recognition.checkpoint.backbone import load_backbone, load_state
-from recognition.checkpoint.directory import newest, read_manifest, row_files
+from recognition.checkpoint.directory import (
+    Damaged,
+    find,
+    newest,
+    older,
+    read_manifest,
+    row_files,
+    set_aside,
+)
 from recognition.checkpoint.optimizer import optimizer_tensors
 from recognition.checkpoint.parts import HeadParts, Parts
-from recognition.checkpoint.reading import load
-from recognition.checkpoint.writing import save
+from recognition.checkpoint.reading import load, verify
+from recognition.checkpoint.retention import Keep
+from recognition.checkpoint.saver import Saver
 
 __all__ = [
-    "HeadParts", "Parts", "load", "load_backbone", "load_state", "newest", "optimizer_tensors",
-    "read_manifest", "row_files", "save",
+    "Damaged", "HeadParts", "Keep", "Parts", "Saver", "find", "load", "load_backbone",
+    "load_state", "newest", "older", "optimizer_tensors", "read_manifest", "row_files",
+    "set_aside", "verify",
 ]  # fmt: skip

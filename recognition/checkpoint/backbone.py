@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from recognition.backbones import BACKBONES
-from recognition.checkpoint.directory import newest, read_manifest
+from recognition.checkpoint.directory import Damaged, find, older, read_manifest
 from recognition.checkpoint.tensors import read
 
 
@@ -17,14 +16,20 @@ def load_backbone(path: str) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a run directory (its newest checkpoint) or checkpoint, and its config.
 
     The module is on the CPU, in fp32 and eval mode.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Damaged: it is not what was written; the message names the file and the checkpoint before.
     """
-    checkpoint = path if os.path.isfile(os.path.join(path, "manifest.json")) else newest(path)
-    if checkpoint is None:
-        raise FileNotFoundError(f"{path} is neither a checkpoint nor a run directory with one")
-    manifest = read_manifest(checkpoint)
+    checkpoint = find(path)
+    try:
+        manifest = read_manifest(checkpoint)
+        state = read(checkpoint, "model.safetensors", manifest)
+    except Damaged as error:
+        raise Damaged(f"{error}{older(checkpoint)}") from error
     config = manifest["config"]
     module = BACKBONES[config["network"]](embedding_size=config["embedding_size"])
-    load_state(module, read(checkpoint, "model.safetensors", manifest), checkpoint)
+    load_state(module, state, checkpoint)
     return module.float().eval(), config
 
 

@@ -6,15 +6,18 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 FORMAT = 2
 _DIRECTORY = "checkpoints"
 _ROWS = r"(?:head(\d+)-)?rows-(\d+)-(\d+)\.safetensors"
-_NAMES = re.compile(
-    rf"{_ROWS}|(head\d+-)?margin\.safetensors|(model|optimizer|encoder)\.safetensors"
-)
+_OTHERS = r"(?:head\d+-)?margin\.safetensors|(?:model|optimizer|encoder)\.safetensors"
+
+
+class Damaged(OSError):
+    """A checkpoint is not what was written: a file of it is missing or has changed."""
 
 
 class RowFile(NamedTuple):
@@ -46,13 +49,25 @@ def newest(run_dir: str) -> str | None:
     return directory_of(run_dir, steps[-1]) if steps else None
 
 
+def find(path: str) -> str:
+    """The checkpoint at `path`: itself, or the newest of a run directory.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    found = path if os.path.isfile(os.path.join(path, "manifest.json")) else newest(path)
+    if found is None:
+        raise FileNotFoundError(f"{path} is neither a checkpoint nor a run directory with one")
+    return found
+
+
 def read_manifest(path: str) -> dict[str, Any]:
     """The facts of a checkpoint directory.
 
     Raises:
         FileNotFoundError: not a complete checkpoint.
-        OSError: the manifest is damaged.
-        ValueError: written by a newer version.
+        Damaged: the manifest has changed.
+        ValueError: written by a newer version, or not by us: it lists files that none has.
     """
     name = os.path.join(path, "manifest.json")
     if not os.path.isfile(name):
@@ -63,11 +78,14 @@ def read_manifest(path: str) -> dict[str, Any]:
         own = manifest.pop("sha256")
         version = manifest["format"]
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise OSError(f"{name} is damaged{older(path)}") from error
+        raise Damaged(f"{name} is damaged") from error
+    if own != digest(manifest):
+        raise Damaged(f"{name} is damaged: its sha256 is not its own")
     if version > FORMAT:
         raise ValueError(f"{path} has format {version}, this version reads {FORMAT}")
-    if own != digest(manifest):
-        raise OSError(f"{name} is damaged: its sha256 is not its own{older(path)}")
+    for listed in manifest["files"]:
+        if not re.fullmatch(f"{_ROWS}|{_OTHERS}", listed):
+            raise ValueError(f"{name} lists {listed!r}, which is no file of a checkpoint")
     return manifest if version == FORMAT else _from_format_1(manifest)
 
 
@@ -88,12 +106,37 @@ def digest(manifest: Mapping[str, Any]) -> str:
 
 
 def older(path: str) -> str:
-    """How to go on from the checkpoint before a damaged one, where there is one."""
-    root, name = os.path.split(os.path.abspath(path))
-    earlier = [s for s in complete(os.path.dirname(root)) if f"step-{s}" != name]
-    if not earlier:
-        return ""
-    return f"; remove {path} to continue from {os.path.join(root, f'step-{earlier[-1]}')}"
+    """What to say after the damage of a checkpoint: which one is before it, where one is."""
+    run_dir = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+    found = re.fullmatch(r"step-(\d+)", os.path.basename(os.path.abspath(path)))
+    earlier = [step for step in complete(run_dir) if found and step < int(found[1])]
+    return f"; the one before it is {directory_of(run_dir, earlier[-1])}" if earlier else ""
+
+
+def set_aside(path: str) -> str:
+    """Rename a damaged checkpoint so that no run continues from it; its new name."""
+    aside, count = f"{path}.damaged", 1
+    while os.path.exists(aside):
+        count += 1
+        aside = f"{path}.damaged-{count}"
+    os.rename(path, aside)
+    return aside
+
+
+def remove(path: str) -> None:
+    """Remove a checkpoint; one that is half removed does not look complete."""
+    going = path + ".removed.partial"
+    os.rename(path, going)
+    shutil.rmtree(going)
+
+
+def sync(path: str) -> None:
+    """Write the names in a directory through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _from_format_1(manifest: dict[str, Any]) -> dict[str, Any]:

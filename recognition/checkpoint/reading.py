@@ -2,40 +2,82 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from recognition.checkpoint.backbone import load_state
-from recognition.checkpoint.directory import older, read_manifest, row_files
+from recognition.checkpoint.directory import Damaged, read_manifest, row_files
 from recognition.checkpoint.optimizer import load_optimizer
 from recognition.checkpoint.parts import MAY_LACK, HeadParts, Parts
-from recognition.checkpoint.tensors import read, verified
+from recognition.checkpoint.tensors import problem
+from recognition.collectives import together
+
+
+def verify(path: str, group: ProcessGroup) -> None:
+    """Hold every file of a checkpoint against its hash, each rank a share of the bytes.
+
+    Raises:
+        Damaged: on every rank alike, naming the files.
+        OSError: some rank cannot read it at all.
+    """
+
+    def own_share() -> list[str]:
+        try:
+            manifest = read_manifest(path)
+        except Damaged as error:
+            return [str(error)]
+        names = _share(manifest["files"], group.size())[group.rank()]
+        return [wrong for name in names if (wrong := problem(path, name, manifest))]
+
+    found = together(group, "verify the checkpoint", own_share)
+    if wrong := list(dict.fromkeys(text for own in found for text in own)):
+        raise Damaged("; ".join(wrong))
+
+
+def _share(files: Mapping[str, Mapping[str, Any]], world: int) -> list[list[str]]:
+    """The files dealt out by their sizes, the largest first, always to who has least."""
+    shares: list[list[str]] = [[] for _ in range(world)]
+    bytes_of = [0] * world
+    for name in sorted(files, key=lambda name: (-files[name]["bytes"], name)):
+        least = bytes_of.index(min(bytes_of))
+        shares[least].append(name)
+        bytes_of[least] += files[name]["bytes"]
+    return shares
 
 
 def load(path: str, parts: Parts) -> dict[str, Any]:
     """Fill `parts` from the checkpoint at `path`, saved at any number of ranks; return its facts.
 
+    The files are taken as they are: verify() comes first.
+
     Raises:
         ValueError: it is of another network or class count; the message lists what differs.
-        OSError: a file of it is missing or damaged.
+        Damaged: something is not in it.
     """
     manifest = read_manifest(path)
     _check_fit(path, manifest, parts)
-    load_state(parts.backbone, read(path, "model.safetensors", manifest), path)
-    state = read(path, "optimizer.safetensors", manifest)
+    load_state(parts.backbone, _read(path, "model.safetensors"), path)
+    state = _read(path, "optimizer.safetensors")
     load_optimizer(parts.backbone, parts.optimizer, parts.scaler, state, path)
     for i, (prefix, part) in enumerate(parts.named_heads()):
         part.head.drop_step()
         _read_rows(path, manifest, i, part)
         if part.margin():
-            _fill(part.margin(), read(path, f"{prefix}margin.safetensors", manifest), path)
+            _fill(part.margin(), _read(path, f"{prefix}margin.safetensors"), path)
         part.head.step = manifest["heads"][i]["step"]
     if parts.encoder is not None:
-        load_state(parts.encoder, read(path, "encoder.safetensors", manifest), path)
+        load_state(parts.encoder, _read(path, "encoder.safetensors"), path)
     return manifest
+
+
+def _read(path: str, name: str) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(os.path.join(path, name))
 
 
 def _check_fit(path: str, manifest: Mapping[str, Any], parts: Parts) -> None:
@@ -69,7 +111,7 @@ def _differences(part: HeadParts, there: Mapping[str, Any]) -> list[str]:
 def _fill(own: dict[str, Tensor], saved: Mapping[str, Tensor], path: str) -> None:
     for name, tensor in own.items():
         if name not in saved or saved[name].shape != tensor.shape:
-            raise OSError(f"{path} lacks {name} of {list(tensor.shape)}{older(path)}")
+            raise Damaged(f"{path} lacks {name} of {list(tensor.shape)}")
         tensor.copy_(saved[name])
 
 
@@ -82,11 +124,11 @@ def _read_rows(path: str, manifest: Mapping[str, Any], head: int, part: HeadPart
         low, high = max(start, first), min(stop, last)
         if low >= high:
             continue
-        with safe_open(verified(path, name, manifest), "pt") as file:
+        with safe_open(os.path.join(path, name), "pt") as file:
             for key, tensor in rows.items():
                 if key in MAY_LACK and key not in file.keys():  # noqa: SIM118  no mapping
                     continue
                 tensor[low - start : high - start] = file.get_slice(key)[low - first : high - first]
         filled += high - low
     if filled != stop - start:
-        raise OSError(f"{path} lacks {stop - start - filled} of the classes {start} to {stop - 1}")
+        raise Damaged(f"{path} lacks {stop - start - filled} of the classes {start} to {stop - 1}")

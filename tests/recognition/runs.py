@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from recognition import build, checkpoint, config, trainer
+from recognition import build, checkpoint, config, saving, trainer
 from recognition.runtime import Runtime
 
 BASE = {
@@ -40,7 +40,7 @@ def run(keys: dict, stop_after: int | None = None) -> dict[str, torch.Tensor]:
         while state.step < stop_after:
             trainer.take_step(state, batches)
         loader.close()
-        trainer.save(state)
+        saving.save_here(state)
     return tensors(state)
 
 

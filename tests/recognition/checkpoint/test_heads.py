@@ -48,7 +48,8 @@ def saved(run_dir):
     for salt, part in enumerate(parts.heads):
         mark(part, salt)
     facts = {"step": 3, "samples_seen": 36, "config": {}}
-    return checkpoint.save(run_dir, parts, facts, 1)
+    saver = checkpoint.Saver(run_dir, parts.group, checkpoint.Keep(1), background=False)
+    return saver.save_now(parts, facts)
 
 
 def loaded_alike(path, heads):

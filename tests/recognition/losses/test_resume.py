@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from recognition import build, checkpoint, collectives, config, trainer
+from recognition import build, checkpoint, collectives, config, saving, trainer
 from recognition.runtime import Runtime
 from tests import ranks
 from tests.recognition import runs
@@ -122,7 +122,7 @@ def test_sub_centres_of_a_checkpoint_without_votes_resume(keys, monkeypatch):
         rows = whole(state.parts.heads[0])
         del rows["votes"]
         patch.setattr(checkpoint.HeadParts, "rows", lambda parts: rows)
-        trainer.save(state)
+        saving.save_here(state)
     resumed = build.build(cfg, _alone())
     assert torch.equal(resumed.head.weight, state.head.weight)
     assert resumed.head.votes.sum() == 0

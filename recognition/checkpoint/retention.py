@@ -1,0 +1,47 @@
+"""Which checkpoints of a run stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from recognition.checkpoint.directory import complete, directory_of, read_manifest, remove
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The `newest` ones, those of every multiple of `every` steps, and the one that is best on the
+    verification set `best`."""
+
+    newest: int = 3
+    every: int | None = None  # steps
+    best: str | None = None
+
+
+def superfluous(
+    steps: Sequence[int],  # of the complete checkpoints, ascending
+    scores: Mapping[int, float],  # by step, of those that were verified
+    keep: Keep,
+) -> list[int]:
+    """The steps whose checkpoints may go. Of equally good ones the newest is the best."""
+    stay = set(steps[-keep.newest :])
+    if keep.every:
+        stay |= {step for step in steps if step % keep.every == 0}
+    if keep.best and scores:
+        stay.add(max(scores, key=lambda step: (scores[step], step)))
+    return [step for step in steps if step not in stay]
+
+
+def prune(run_dir: str, step: int, keep: Keep) -> None:
+    """Remove what need not stay of the checkpoints up to `step`, the newest."""
+    steps = [s for s in complete(run_dir) if s <= step]
+    scores = {}
+    for each in steps if keep.best else []:
+        try:
+            manifest = read_manifest(directory_of(run_dir, each))
+        except (OSError, ValueError):
+            continue  # damaged: it cannot be the best
+        if keep.best in manifest.get("metrics", {}):
+            scores[each] = float(manifest["metrics"][keep.best])
+    for each in superfluous(steps, scores, keep):
+        remove(directory_of(run_dir, each))
