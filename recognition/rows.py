@@ -13,8 +13,8 @@ from torch import Tensor
 
 from recognition.sampling import Draw
 
-# Takes the finished gradient [n, K, D] of rows of the weight, a slice or int64 [n] of them, and what
-# was read of them, which it may change.
+# Takes the finished gradient [n, K, D] of rows of the weight, a slice or int64 [n] of them, and
+# what was read of them, which it may change.
 Sink = Callable[[slice | Tensor, Tensor, Tensor], None]
 
 
