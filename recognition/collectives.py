@@ -294,6 +294,19 @@ def largest_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
     return largest
 
 
+def start_largest(value: int, group: ProcessGroup) -> Callable[[], int]:
+    """The maximum over the ranks, asked for now and fetched by calling what comes back: nobody
+    waits in between. One all-reduce of 8 bytes in the host's memory, behind the caller's back."""
+    largest = torch.tensor(value)
+    work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=group, async_op=True)
+
+    def fetch() -> int:
+        work.wait()
+        return int(largest)
+
+    return fetch
+
+
 def sum_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over the ranks, the same on all, without gradient. One all-reduce."""
     total = values.detach().clone(memory_format=torch.contiguous_format)

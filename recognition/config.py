@@ -96,6 +96,13 @@ class Config:
     log_every: int = _between(10, 1)  # steps
     verify_every: int = _between(2000, 1)  # steps; also before the first and after the last
     checkpoint_every: int = _between(2000, 1)  # steps; also after the last
+    elastic: Literal["auto", "batch_size", "accumulation", "lr"] = (
+        "auto"  # what follows when a run goes on at another number of processes, see resize.py
+    )
+    collective_timeout: float = _between(600.0, 1.0)  # s that ranks wait for one; then all end
+    preflight_seconds: float = _between(10.0, 0.0)  # s, about, for the checks at the start; 0: off
+    debug: bool = False  # compare the ranks' copies; note which images each step has, in samples/
+    debug_every: int = _between(100, 1)  # steps between two comparisons
     save_async: bool = True  # write beside the training; costs a copy of the state in host memory
     keep_checkpoints: int = _between(3, 1)  # newest ones kept
     keep_every: int | None = _between(None, 1)  # steps; those of its multiples are kept too

@@ -28,7 +28,7 @@ class Schedule:
     milestones: Sequence[int] = ()  # steps after which "step" multiplies by gamma
     gamma: float = 0.1
 
-    def lr_at(self, step: int) -> float:
+    def lr_at(self, step: float) -> float:
         """The rate of the optimiser step that follows `step` completed ones.
 
         Linear warm-up to lr over warmup_steps; then lr * (1 - p)^power, lr * (1 + cos(pi p)) / 2,
