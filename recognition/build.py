@@ -20,7 +20,7 @@ from data_tools.order import Blocks, Order
 from data_tools.shards import Shards
 from data_tools.union import Union, open_all
 from eval import lfw
-from recognition import checkpoint, collectives, heads, initialise, resume
+from recognition import checkpoint, collectives, heads, initialise, resize, resume
 from recognition.backbones import make_backbone
 from recognition.config import Config
 from recognition.embedding import embed
@@ -37,10 +37,11 @@ _NETWORK_KEY = 3  # the purpose of this draw, as in sampling.py
 # What may change at a resume without a word: none of it moves a number of the run.
 _FREE = {
     "output", "resume", "rec", "init_from", "init_color_order", "init_head",
-    "init_label_map", "val_targets", "num_workers", "log_every", "verify_every",
-    "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "save_async", "commit",
-    "world", "batch_size",
-    "global_batch_size", "num_classes", "num_image",
+    "init_label_map", "val_targets", "num_workers", "log_every",
+    "verify_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best",
+    "save_async", "elastic", "collective_timeout", "preflight_seconds", "debug", "debug_every",
+    "first_batch", "first_rows", "commit", "world", "batch_size", "global_batch_size",
+    "num_classes", "num_image",
 }  # fmt: skip
 
 
@@ -56,10 +57,12 @@ class TrainState:
     precision: str
     model: DistributedDataParallel
     parts: checkpoint.Parts
-    schedule: Schedule
+    schedule: Schedule | resize.RescaledSchedule
     guard: FiniteGuard
     facts: dict[str, Any]  # what config.json says beside the configuration
     saved_by: int | None = None  # ranks that wrote the checkpoint it continues from
+    resized: str = ""  # what follows another number of processes
+    owes_verification: bool = False  # of the step that it continues after
     changes: list[str] = field(default_factory=list)  # against the run that saved it
     set_aside: list[str] = field(default_factory=list)  # damaged checkpoints, what was wrong
     step: int = 0  # completed optimiser steps
@@ -85,7 +88,9 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     if cfg.loader == "dali":
         dali.check_installed()
     resumed_from, set_aside = resume.choose(cfg, runtime)
-    cfg = _with_kept_batch(cfg, resumed_from, runtime.world)
+    manifest = checkpoint.read_manifest(resumed_from) if resumed_from else None
+    plan = resize.plan(cfg, manifest, runtime.world)
+    cfg = plan.cfg
     data = open_all(cfg.rec)
     blocks = Blocks(cfg.shuffle_block, cfg.shuffle_window) if cfg.shuffle_block else None
     order = make_order(data, cfg.seed, heads.shares(cfg, data), blocks)
@@ -126,14 +131,15 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         encoder.load_state_dict(backbone.state_dict())
     head_parts = [checkpoint.HeadParts(head, _row_optimizer(cfg, head)) for head in own_heads]
     parts = checkpoint.Parts(backbone, optimizer, head_parts, scaler, encoder)
+    schedule = _make_schedule(plan.first(), len(data), runtime.world)
     state = TrainState(
         cfg, runtime, data, order, val_sets, precision, model, parts,
-        _make_schedule(cfg, len(data), runtime.world),
+        schedule,
         FiniteGuard(runtime.group, runtime.device),
         facts={
             "commit": commit(), "world": runtime.world, "precision": precision,
             "num_classes": data.num_classes, "num_image": data.num_images,
-            "labels_crc32": labels_crc32,
+            "labels_crc32": labels_crc32, **plan.facts(),
         },
         set_aside=set_aside,
     )  # fmt: skip
@@ -144,6 +150,10 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
         state.saved_by = manifest["world"]
         state.changes = _changes(manifest["config"], cfg, state.facts, resumed_from)
+        due = state.step % cfg.verify_every == 0 and bool(val_sets)
+        state.owes_verification = due and not manifest.get("metrics", True)
+        state.schedule = plan.schedule(schedule, state.step, state.samples_seen)
+        state.resized = plan.said
         if manifest["global_batch"] != cfg.global_batch(runtime.world):
             batch = cfg.global_batch(runtime.world)
             state.changes.append(f"global batch {manifest['global_batch']} -> {batch}")
@@ -269,18 +279,6 @@ def _changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path: st
             )
     return [f"{key} {saved.get(key)} -> {now[key]}" for key in now
             if key not in _FREE and saved.get(key) != now[key]]  # fmt: skip
-
-
-def _with_kept_batch(cfg: Config, resumed_from: str | None, world: int) -> Config:
-    """At another world size a batch per process would be another global one: keep the run's own."""
-    if resumed_from is None or cfg.global_batch_size is not None:
-        return cfg
-    saved = checkpoint.read_manifest(resumed_from)
-    asked = cfg.batch_size != saved["config"]["batch_size"]  # typed anew
-    kept_before = saved["config"]["global_batch_size"] is not None
-    if asked or (saved["world"] == world and not kept_before):
-        return cfg
-    return dataclasses.replace(cfg, global_batch_size=saved["global_batch"])
 
 
 def _check_keep_best(cfg: Config) -> None:

@@ -87,6 +87,12 @@ class Config:
         "auto"  # auto: bf16 on GPUs that have it
     )
     sync_bn: bool = False
+    # The head's products of bf16 numbers, summed in fp32: for GPUs. Logits are fp32 in both.
+    head_precision: Literal["full", "bf16"] = "full"
+    head_stored_mib: int = _between(16, 0)  # per process, of results kept for its backward
+    # The backward updates the class rows piece by piece, so that no gradient of them exists. Not
+    # with accumulation or fp16; a non-finite step stops the run after it has moved rows.
+    update_in_backward: bool = False
     seed: int = _between(0, 0)
 
     # The run
@@ -95,6 +101,13 @@ class Config:
     log_every: int = _between(10, 1)  # steps
     verify_every: int = _between(2000, 1)  # steps; also before the first and after the last
     checkpoint_every: int = _between(2000, 1)  # steps; also after the last
+    elastic: Literal["auto", "batch_size", "accumulation", "lr"] = (
+        "auto"  # what follows when a run goes on at another number of processes, see resize.py
+    )
+    collective_timeout: float = _between(600.0, 1.0)  # s that ranks wait for one; then all end
+    preflight_seconds: float = _between(10.0, 0.0)  # s, about, for the checks at the start; 0: off
+    debug: bool = False  # compare the ranks' copies; note which images each step has, in samples/
+    debug_every: int = _between(100, 1)  # steps between two comparisons
     save_async: bool = True  # write beside the training; costs a copy of the state in host memory
     keep_checkpoints: int = _between(3, 1)  # newest ones kept
     keep_every: int | None = _between(None, 1)  # steps; those of its multiples are kept too
@@ -185,6 +198,14 @@ def make(values: Mapping[str, Any]) -> Config:
         checked[key] = _checked(key, value, hints[key], fields[key].metadata.get("range"))
     if checked.get("clip_norm") == 0:
         raise ValueError("clip_norm=0 would stop the backbone: a positive number, or none for off")
+    if checked.get("update_in_backward"):
+        wanted = {"accumulation": checked.get("accumulation", 1) > 1}
+        wanted["precision"] = checked.get("precision") == "fp16"
+        for key in [key for key in wanted if wanted[key]]:
+            raise ValueError(
+                f"update_in_backward with {key}={checked[key]}: it keeps no gradient of the class "
+                "rows to add to or to scale; leave one of the two"
+            )
     if isinstance(checked.get("rec"), list) and len(checked["rec"]) < 2:
         checked["rec"] = "".join(checked["rec"])
     if not checked.get("rec"):
