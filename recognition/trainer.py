@@ -101,6 +101,8 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
     loss = torch.zeros((), device=runtime.device)
     by_head = torch.zeros(len(parts.heads), device=runtime.device)
     looked_at: dict[str, Tensor] = {}
+    for part in parts.heads if cfg.update_in_backward else []:
+        part.row_optimizer.begin(lr)
     for micro in range(cfg.accumulation):
         rows = state.order.rows(
             state.samples_seen, global_batch, cfg.accumulation, micro, runtime.world
@@ -157,7 +159,8 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
         torch._foreach_mul_(grads, scale.reciprocal())
     gradients = {f"gradient of {name}": grad for (name, _), grad in zip(named, grads, strict=True)}
     for name, part in parts.named_heads():
-        gradients[f"gradient of the {name}class rows"] = part.head.sampled_grad
+        if (rows := part.head.gradient_in_passing()) is not None:
+            gradients[f"gradient of the {name}class rows"] = rows
         for own, parameter in part.head.margin.named_parameters():
             if parameter.grad is not None:
                 gradients[f"gradient of the {name}margin's {own}"] = parameter.grad
@@ -175,7 +178,8 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
     setattr(parts.optimizer, "found_inf", found)  # noqa: B010
     parts.optimizer.step()
     for part in parts.heads:
-        part.row_optimizer.step(lr, scale, found)
+        skip = None if cfg.update_in_backward else found
+        part.row_optimizer.step(lr, scale, skip)
     if parts.scaler is not None:
         parts.scaler.update(found)
     if not cfg.sync_bn:
