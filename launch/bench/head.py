@@ -67,9 +67,13 @@ class Case(NamedTuple):
 
 SUITES = {
     "cpu": [
-        Case(100_000, 256, 1.0, targets=(0.50, 1.25, 0.35)),
-        Case(500_000, 256, 0.1, targets=(0.26, 1.35, 0.10)),
-        Case(60_000, 512, 0.5, targets=(0.72, 1.25, 0.30)),
+        Case(*sizes, targets=targets, stored_mib=stored_mib, update_in_backward=True)
+        for *sizes, targets in (
+            (100_000, 256, 1.0, (0.50, 1.25, 0.35)),
+            (500_000, 256, 0.1, (0.26, 1.35, 0.10)),
+            (60_000, 512, 0.5, (0.72, 1.25, 0.30)),
+        )
+        for stored_mib in (0, 64)
     ],
     "gpu": [
         Case(1_000_000, batch, rate, dtype="bf16", targets=(0.30, 1 / 0.6, 0.10))
