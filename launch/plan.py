@@ -19,6 +19,8 @@ import sys
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data_tools.commands import one_line
 from data_tools.union import open_all
@@ -63,43 +65,54 @@ def head_bytes(
     piece = min(size_for(batch, size, columns, _FP32, is_cuda), sampled)
     piece_bytes = max(batch * piece * columns * _FP32, 1)
     stored = cfg.head_stored_mib * 2**20 // piece_bytes * piece_bytes
+    copies = 1 + (cfg.sample_rate < 1) + cfg.update_in_backward  # of the rows of a piece
+    products = 2 if columns == 1 else 5  # [B, n * K] at once: the nearest centre takes more
+    index = 2 * _INT64 if cfg.sample_rate < 1 else 0
     state = 2 * row + _FP32 if cfg.optimizer == "adamw" else row
     return {
         "classes: weights": local * row,
         "classes: optimiser state": local * state,
         "classes: sub-centre votes": local * columns * _INT64 if columns > 1 else 0,
         "classes: gradient": 0 if cfg.update_in_backward else sampled * row,
-        "classes: indices and norms": sampled * (2 * _INT64 + columns * _FP32),
+        "classes: indices and norms": sampled * (index + columns * _FP32),
         "logits kept": min(stored, batch * sampled * columns * _FP32),
-        "logits of a piece": 2 * piece_bytes + 3 * piece * row,
+        "logits of a piece": products * piece_bytes + copies * piece * row,
         "gathered embeddings": 8 * batch * size * _FP32 + batch * _INT64,
     }
 
 
 def _backbone(cfg: Config, rows: int) -> dict[str, float]:
-    """Bytes of the network: built and run on the meta device, which computes shapes alone."""
-    with torch.device("meta"):
+    """Bytes of the network, built and run on tensors that have shapes and no memory."""
+    narrow = {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.bfloat16}
+    dtype = narrow.get(cfg.precision)
+    with FakeTensorMode():
         network = BACKBONES[cfg.network](embedding_size=cfg.embedding_size)
+        images = torch.empty(rows, 3, 112, 112)
+        activations = _kept(network, images, dtype)
     weights = sum(p.numel() for p in network.parameters()) * _FP32
-    own = {id(p) for p in [*network.parameters(), *network.buffers()]}
-    kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in own:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage, storage.nbytes()  # held, so that no name comes twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        network(torch.empty(rows, 3, 112, 112, device="meta"))
-    activations = sum(size for _, size in kept.values())
-    narrow = cfg.precision in ("bf16", "fp16", "auto")
     return {
         "backbone: weights": weights,
         "backbone: gradient": weights,
         "backbone: optimiser state": weights * (2 if cfg.optimizer == "adamw" else 1),
-        "backbone: activations": activations * (0.5 if narrow else 1.0),
+        "backbone: activations": activations,
     }
+
+
+def _kept(network: nn.Module, images: torch.Tensor, dtype: torch.dtype | None) -> float:
+    """Bytes that autograd keeps of a forward for its backward, the parameters left out."""
+    own = {tensor.untyped_storage()._cdata for tensor in network.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no name comes twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            network(images)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def _wire(cfg: Config, batch: int, gpus: int, weights: float) -> dict[str, float]:
@@ -152,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--classes", type=int, metavar="C", help="instead of those of rec")
     add("--bandwidth", type=float, default=25.0, metavar="GB/S", help="of a GPU; %(default)s")
     add("--json", action="store_true", help="one JSON line last")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     try:
         cfg = config.load(args.recipe, args.overrides)
         num_classes = args.classes or cfg.num_classes or open_all(cfg.rec).num_classes

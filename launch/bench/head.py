@@ -220,7 +220,7 @@ class Floor:
             torch.mm(grad_z.T, self.x, out=self.grad[: len(rows)])
 
 
-def _batch(case: Case, rank: int, world: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def batch_of(case: Case, rank: int, world: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Embeddings [b, D] and host labels int64 [b] of this rank."""
     generator = torch.Generator().manual_seed(_SEED)
     labels = torch.randint(case.classes, (case.batch,), generator=generator)
@@ -278,7 +278,7 @@ def _time(rank: int, device: torch.device, told: Measurement) -> dict[str, Any]:
     case, group = told.case, collectives.world_group()
     ours = Ours(case, device)
     sides = {"ours": ours, "rival": Rival(case, device), "floor": Floor(ours, case, device)}
-    x, labels = _batch(case, rank, told.world, device)
+    x, labels = batch_of(case, rank, told.world, device)
     times: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(told.warmup + told.pairs):
         for name in reversed(sides) if i % 2 else sides:
@@ -299,7 +299,7 @@ def _time(rank: int, device: torch.device, told: Measurement) -> dict[str, Any]:
 
 def _peak(rank: int, device: torch.device, told: Measurement, side: str) -> int:
     """Bytes beyond weights and state at the worst of building and two steps, on the worst rank."""
-    x, labels = _batch(told.case, rank, told.world, device)
+    x, labels = batch_of(told.case, rank, told.world, device)
     gc.collect()
     before = _reset_peak(device)
     one = {"ours": Ours, "rival": Rival}[side](told.case, device)
