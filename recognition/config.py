@@ -88,6 +88,9 @@ class Config:
     # The backward updates the class rows piece by piece, so that no gradient of them exists. Not
     # with accumulation or fp16; a non-finite step stops the run after it has moved rows.
     update_in_backward: bool = False
+    compile: bool = False  # the backbone, by torch.compile: minutes at the start
+    gradient_compression: Literal["none", "bf16"] = "none"  # of what the ranks exchange of it
+    profile: bool = False  # write a trace of a few steps, trace-<rank>.json
     seed: int = _between(0, 0)
 
     # The run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from recognition.build import TrainState
 from recognition.logger import Logger, as_numbers, histograms
 from recognition.overseer import Overseer
 from recognition.precision import autocast, dtype_of
+from recognition.profiling import traced
 from recognition.run_dir import owned, write_config
 from recognition.sampling import hash_words
 from recognition.verification import verify
@@ -48,7 +49,8 @@ def train(state: TrainState) -> dict[str, Any]:
         loader = stack.enter_context(make_loader(state))
         saver = stack.enter_context(saving.make_saver(state, logger))
         report.announce(state, logger)
-        return _run(state, logger, loader, saver, overseer)
+        stepped = stack.enter_context(traced(cfg.profile, cfg.output, runtime.rank))
+        return _run(state, logger, loader, saver, overseer, stepped)
 
 
 def _run(
@@ -57,6 +59,7 @@ def _run(
     loader: BatchSource,
     saver: checkpoint.Saver,
     overseer: Overseer,
+    stepped: Callable[[], None],
 ) -> dict[str, Any]:
     cfg, runtime, total = state.cfg, state.runtime, state.schedule.total_steps
     with overseer.patience():
@@ -67,6 +70,7 @@ def _run(
         seen_before = state.samples_seen
         overseer.before_step()
         loss, grad_norm = take_step(state, batches)
+        stepped()
         heard = overseer.after_step()
         _end_epochs(state, logger, seen_before)
         logging = _due(state.step, cfg.log_every, total)
