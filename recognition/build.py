@@ -21,9 +21,10 @@ from data_tools.order import Blocks, Order
 from data_tools.shards import Shards
 from data_tools.union import Union, open_all
 from eval import lfw
-from recognition import checkpoint, collectives, heads, resize, resume
+from recognition import checkpoint, collectives, heads, initialise, resize, resume
 from recognition.backbones import make_backbone
 from recognition.config import Config
+from recognition.embedding import embed
 from recognition.finite import FiniteGuard
 from recognition.head import PartialFC
 from recognition.optim import LossScaler, RowAdamW, RowSGD, Schedule
@@ -36,7 +37,8 @@ _NETWORK_KEY = 3  # the purpose of this draw, as in sampling.py
 
 # What may change at a resume without a word: none of it moves a number of the run.
 _FREE = {
-    "output", "resume", "rec", "init_from", "val_targets", "num_workers", "log_every",
+    "output", "resume", "rec", "init_from", "init_color_order", "init_head",
+    "init_label_map", "val_targets", "num_workers", "log_every",
     "verify_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best",
     "save_async", "elastic", "collective_timeout", "preflight_seconds", "debug", "debug_every",
     "first_batch", "first_rows", "commit", "world", "batch_size", "global_batch_size",
@@ -110,7 +112,10 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     torch.manual_seed(hash_words(cfg.seed, _NETWORK_KEY) >> 1)  # the same network on every rank
     backbone = _make_backbone(cfg)
     if cfg.init_from and resumed_from is None:
-        checkpoint.load_state(backbone, initial_weights(cfg.init_from), cfg.init_from)
+        order_of = None if cfg.init_color_order == "auto" else cfg.init_color_order
+        checkpoint.load_state(backbone, initial_weights(cfg.init_from, order_of), cfg.init_from)
+    if cfg.freeze:
+        initialise.freeze(backbone, cfg.freeze)
     if cfg.sync_bn:
         backbone = collectives.SyncBatchNorm.convert(backbone, runtime.group)
     backbone = backbone.to(runtime.device, dtype)
@@ -139,6 +144,8 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         },
         set_aside=set_aside,
     )  # fmt: skip
+    if resumed_from is None and cfg.init_head is not None:
+        _start_centres(state)
     if resumed_from is not None:
         manifest = checkpoint.load(resumed_from, parts)
         state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
@@ -152,6 +159,28 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
             batch = cfg.global_batch(runtime.world)
             state.changes.append(f"global batch {manifest['global_batch']} -> {batch}")
     return state
+
+
+def _start_centres(state: TrainState) -> None:
+    """The class centres as init_head says, on every rank its own."""
+    cfg, runtime = state.cfg, state.runtime
+    if len(state.parts.heads) > 1:
+        raise ValueError("init_head fills one head: a run of several heads starts from new centres")
+    assert cfg.init_head is not None
+
+    def fill() -> int:
+        state.backbone.eval()
+        try:
+            return initialise.start_centres(
+                state.head, str(cfg.init_head), cfg.init_label_map, state.data,
+                lambda images: embed(state.backbone, images, state.precision, runtime.device),
+            )  # fmt: skip
+        except ValueError as error:  # perhaps of this rank's images alone
+            raise OSError(str(error)) from error
+
+    filled = collectives.together(runtime.group, "start the class centres", fill)
+    state.backbone.train()
+    state.facts["centres_started"] = sum(filled)
 
 
 def _make_backbone(cfg: Config) -> nn.Module:

@@ -58,7 +58,12 @@ class Config:
     interclass_filtering_threshold: float = _between(0.0, 0.0, 1.0)  # cosine; 0: off
     sample_rate: float = _between(1.0, 0.0, 1.0)  # share of the classes drawn as negatives
     num_subcenters: int = _between(1, 1)
-    init_from: str | None = None  # backbone to start from: run directory, .safetensors or .pt
+    init_from: str | None = None  # backbone to start from: a run, or published weights
+    # Of init_from's training images; auto: BGR for AdaFace's own checkpoints, else RGB.
+    init_color_order: Literal["auto", "RGB", "BGR"] = "auto"
+    init_head: str | None = None  # centres: features, a run, or a directory of partial-FC shards
+    init_label_map: str | None = None  # a line for each class: its id in init_head, -1 for none
+    freeze: list[str] = field(default_factory=list)  # patterns of backbone parameters: layer1.*
 
     # Optimisation
     batch_size: int | None = _between(None, 1)  # images per process and micro-step

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "eval/lfw.py": ["eval.extract", "eval.images", "eval.verification", "eval.unpickle"],
     "eval/embed.py": [
         "eval.contract", "eval.embed_onnx", "recognition.checkpoint", "recognition.run_dir",
+        "recognition.convert",
         "recognition.backbones.*",
     ],
     "eval/": ["eval.*", "data_tools.*"],
@@ -64,12 +65,20 @@ MAY_IMPORT = {
     "recognition/finite.py": ["recognition.collectives"],
     "recognition/logger.py": ["recognition.losses.margin"],
     "recognition/progress.py": ["data_tools.loader"],
-    "recognition/export.py": ["recognition.backbones.*"],
+    "recognition/agreement.py": [],
+    "recognition/onnx_precision.py": ["recognition.agreement"],
+    "recognition/export.py": [
+        "recognition.agreement", "recognition.backbones.*", "recognition.onnx_precision",
+    ],
     "recognition/checkpoint/": [
         "recognition.checkpoint.*", "recognition.backbones.*", "recognition.collectives",
         "recognition.head", "recognition.optim",
     ],
-    "recognition/run_dir.py": ["recognition.checkpoint", "recognition.config"],
+    "recognition/mxnet_params.py": [],
+    "recognition/convert.py": ["recognition.mxnet_params"],
+    "recognition/run_dir.py": [
+        "recognition.checkpoint", "recognition.config", "recognition.convert",
+    ],
     "recognition/": ["recognition.*", "data_tools.*", "eval.lfw"],
     "launch/": ["recognition.*", "data_tools.*", "eval.*", "launch.*"],
 }  # fmt: skip
