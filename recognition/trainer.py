@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data_tools.augment import Probabilities
 from data_tools.dali import Dali
 from data_tools.loader import Batch, BatchSource, Loader, normalise
-from recognition import checkpoint, collectives, heads, progress, report, saving
+from recognition import checkpoint, collectives, heads, progress, report, saving, spikes
 from recognition.build import TrainState
 from recognition.logger import Logger, as_numbers, histograms
 from recognition.precision import autocast, dtype_of
@@ -27,9 +27,20 @@ def train(state: TrainState) -> dict[str, Any]:
     """Run to the last step; the last verification's results by set.
 
     Raises:
-        FloatingPointError: a non-finite loss or gradient, named.
+        FloatingPointError: a non-finite loss or gradient, named; a spike that is to stop the run.
         OSError: another run holds the output, or a file of it cannot be written.
     """
+    rolled_back = None
+    while True:
+        try:
+            return _train(state, rolled_back)
+        except FloatingPointError as error:  # on all ranks alike
+            if state.cfg.on_spike != "rollback":
+                raise
+            rolled_back = spikes.roll_back(state, str(error))
+
+
+def _train(state: TrainState, rolled_back: str | None) -> dict[str, Any]:
     cfg, runtime = state.cfg, state.runtime
     with contextlib.ExitStack() as stack:
 
@@ -40,28 +51,44 @@ def train(state: TrainState) -> dict[str, Any]:
 
         collectives.together(runtime.group, "start the run", take_output)
         logger = stack.enter_context(Logger(cfg.output, runtime.rank, state.step))
-        loader = stack.enter_context(make_loader(state))
         saver = stack.enter_context(saving.make_saver(state, logger))
         report.announce(state, logger)
-        return _run(state, logger, loader, saver)
+        if rolled_back:
+            record = {"step": state.step, "rollback": rolled_back}
+            logger.record(record, f"warning: {rolled_back}")
+        seen_before = state.samples_seen
+        if spikes.jump(state):
+            _end_epochs(state, logger, seen_before)
+        results = verify(state, logger) if state.step == 0 else {}
+        while state.step < state.schedule.total_steps:
+            with make_loader(state) as loader:
+                results = _run(state, logger, loader, saver, results)
+        return results
 
 
 def _run(
-    state: TrainState, logger: Logger, loader: BatchSource, saver: checkpoint.Saver
+    state: TrainState,
+    logger: Logger,
+    loader: BatchSource,
+    saver: checkpoint.Saver,
+    results: dict[str, Any],
 ) -> dict[str, Any]:
+    """To the last step, or to samples that are left out; the last verification's results."""
     cfg, runtime, total = state.cfg, state.runtime, state.schedule.total_steps
-    results = verify(state, logger) if state.step == 0 else {}
     batches = iter(loader)
     watch = progress.Stopwatch(loader, state.step)
-    while state.step < total:
+    jumped = False
+    while state.step < total and not jumped:
         seen_before = state.samples_seen
         loss, grad_norm = take_step(state, batches)
+        jumped = spikes.jump(state)
         _end_epochs(state, logger, seen_before)
         logging = _due(state.step, cfg.log_every, total)
         verifying = _due(state.step, cfg.verify_every, total)
         due = _due(state.step, cfg.checkpoint_every, total)
         if runtime.device.type == "cpu" or logging or verifying or due:
             state.guard.raise_if_found()
+            spikes.heed(state, logger)
         if logging:
             report.log_step(state, logger, loss, grad_norm, watch)
         with watch.paused():
@@ -101,6 +128,8 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
         by_head = by_head + joint.by_head * share
         looked_at |= {f"{name} of micro-step {micro}": x for name, x in seen.items()}
     grad_norm = _update(state, lr, looked_at | {"loss": loss})
+    if state.spikes is not None:
+        state.spikes.look(loss, grad_norm, state.step + 1)
     state.head_losses = by_head
     state.step += 1
     state.samples_seen += global_batch

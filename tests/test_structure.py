@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "recognition/export.py": ["recognition.backbones.*"],
     "recognition/checkpoint/": [
         "recognition.checkpoint.*", "recognition.backbones.*", "recognition.collectives",
-        "recognition.head", "recognition.optim",
+        "recognition.head", "recognition.optim", "data_tools.commands", "data_tools.partial",
     ],
     "recognition/run_dir.py": ["recognition.checkpoint", "recognition.config"],
     "recognition/": ["recognition.*", "data_tools.*", "eval.lfw"],
