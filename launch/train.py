@@ -21,7 +21,8 @@ import os
 import sys
 
 from data_tools.commands import one_line
-from recognition import build, config, runtime, trainer
+from launch import preflight
+from recognition import build, config, runtime, stop, trainer, watchdog
 from recognition.backbones import BACKBONES
 from recognition.losses import MARGINS
 
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         "recognition/config.py says what each key means and its default."
     )
     args = parser.parse_args(arguments)
+    stop.end_now_on_request()
     faulthandler.enable()  # a shard cut short under a run ends it by SIGBUS
     # A failed rank leaves by an exception: to end the process group in order, it would have to
     # wait for ranks that wait for it.
@@ -52,11 +54,23 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             cfg = config.load(args.recipe, args.overrides, args.safe)
             cfg = _without_missing_targets(cfg, args.overrides)
-            state = build.build(cfg, stack.enter_context(runtime.start()))
+            place = stack.enter_context(runtime.start(cfg.collective_timeout))
+            if cfg.preflight_seconds:
+                found = preflight.check(cfg, place, cfg.preflight_seconds)
+                preflight.report(found, place, everything=False)
+            state = build.build(cfg, place)
         except (ValueError, KeyError, TypeError, OSError) as error:  # a mistake in what was asked
             raise SystemExit(_said(error)) from None
+        except RuntimeError as error:
+            if watchdog.lost_contact(error):
+                raise SystemExit(_said(error)) from None
+            raise
         try:
             results = trainer.train(state)
+        except stop.Stopped as stopped:
+            if state.runtime.rank == 0:
+                print(stopped, flush=True)
+            return stop.leave(stopped)
         except (FloatingPointError, OSError) as error:  # others show where in the code they arose
             raise SystemExit(_said(error)) from None
     if args.json and state.runtime.rank == 0:

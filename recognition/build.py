@@ -20,9 +20,10 @@ from data_tools.order import Blocks, Order
 from data_tools.shards import Shards
 from data_tools.union import Union, open_all
 from eval import lfw
-from recognition import checkpoint, collectives, heads, resume
+from recognition import checkpoint, collectives, heads, initialise, resize, resume
 from recognition.backbones import make_backbone
 from recognition.config import Config
+from recognition.embedding import embed
 from recognition.finite import FiniteGuard
 from recognition.head import PartialFC
 from recognition.optim import LossScaler, RowAdamW, RowSGD, Schedule
@@ -36,10 +37,12 @@ _NETWORK_KEY = 3  # the purpose of this draw, as in sampling.py
 
 # What may change at a resume without a word: none of it moves a number of the run.
 _FREE = {
-    "output", "resume", "rec", "init_from", "val_targets", "num_workers", "log_every",
+    "output", "resume", "rec", "init_from", "init_color_order", "init_head",
+    "init_label_map", "val_targets", "num_workers", "log_every",
     "verify_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best",
-    "save_async", "commit", "world", "batch_size",
-    "global_batch_size", "num_classes", "num_image",
+    "save_async", "elastic", "collective_timeout", "preflight_seconds", "debug", "debug_every",
+    "first_batch", "first_rows", "commit", "world", "batch_size", "global_batch_size",
+    "num_classes", "num_image",
 }  # fmt: skip
 
 
@@ -55,10 +58,12 @@ class TrainState:
     precision: str
     model: DistributedDataParallel
     parts: checkpoint.Parts
-    schedule: Schedule
+    schedule: Schedule | resize.RescaledSchedule
     guard: FiniteGuard
     facts: dict[str, Any]  # what config.json says beside the configuration
     saved_by: int | None = None  # ranks that wrote the checkpoint it continues from
+    resized: str = ""  # what follows another number of processes
+    owes_verification: bool = False  # of the step that it continues after
     changes: list[str] = field(default_factory=list)  # against the run that saved it
     set_aside: list[str] = field(default_factory=list)  # damaged checkpoints, what was wrong
     spikes: SpikeGuard | None = None
@@ -86,7 +91,9 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     if cfg.loader == "dali":
         dali.check_installed()
     resumed_from, set_aside = resume.choose(cfg, runtime)
-    cfg = _with_kept_batch(cfg, resumed_from, runtime.world)
+    manifest = checkpoint.read_manifest(resumed_from) if resumed_from else None
+    plan = resize.plan(cfg, manifest, runtime.world)
+    cfg = plan.cfg
     data = open_all(cfg.rec)
     blocks = Blocks(cfg.shuffle_block, cfg.shuffle_window) if cfg.shuffle_block else None
     order = make_order(data, cfg.seed, heads.shares(cfg, data), blocks)
@@ -107,7 +114,10 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     torch.manual_seed(hash_words(cfg.seed, _NETWORK_KEY) >> 1)  # the same network on every rank
     backbone = _make_backbone(cfg)
     if cfg.init_from and resumed_from is None:
-        checkpoint.load_state(backbone, initial_weights(cfg.init_from), cfg.init_from)
+        order_of = None if cfg.init_color_order == "auto" else cfg.init_color_order
+        checkpoint.load_state(backbone, initial_weights(cfg.init_from, order_of), cfg.init_from)
+    if cfg.freeze:
+        initialise.freeze(backbone, cfg.freeze)
     if cfg.sync_bn:
         backbone = collectives.SyncBatchNorm.convert(backbone, runtime.group)
     backbone = backbone.to(runtime.device, dtype)
@@ -124,19 +134,22 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         encoder.load_state_dict(backbone.state_dict())
     head_parts = [checkpoint.HeadParts(head, _row_optimizer(cfg, head)) for head in own_heads]
     parts = checkpoint.Parts(backbone, optimizer, head_parts, scaler, encoder)
+    schedule = _make_schedule(plan.first(), len(data), runtime.world)
     state = TrainState(
         cfg, runtime, data, order, val_sets, precision, model, parts,
-        _make_schedule(cfg, len(data), runtime.world),
+        schedule,
         FiniteGuard(runtime.group, runtime.device),
         facts={
             "commit": commit(), "world": runtime.world, "precision": precision,
             "num_classes": data.num_classes, "num_image": data.num_images,
-            "labels_crc32": labels_crc32,
+            "labels_crc32": labels_crc32, **plan.facts(),
         },
         set_aside=set_aside,
         spikes=make_guard(cfg, runtime.group, runtime.device),
         skipped=skipped(cfg.output, None),
     )  # fmt: skip
+    if resumed_from is None and cfg.init_head is not None:
+        _start_centres(state)
     if resumed_from is not None:
         manifest = checkpoint.load(resumed_from, parts)
         state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
@@ -145,10 +158,36 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         if state.spikes is not None and manifest.get("spikes"):
             state.spikes.load(manifest["spikes"])
         state.changes = _changes(manifest["config"], cfg, state.facts, resumed_from)
+        due = state.step % cfg.verify_every == 0 and bool(val_sets)
+        state.owes_verification = due and not manifest.get("metrics", True)
+        state.schedule = plan.schedule(schedule, state.step, state.samples_seen)
+        state.resized = plan.said
         if manifest["global_batch"] != cfg.global_batch(runtime.world):
             batch = cfg.global_batch(runtime.world)
             state.changes.append(f"global batch {manifest['global_batch']} -> {batch}")
     return state
+
+
+def _start_centres(state: TrainState) -> None:
+    """The class centres as init_head says, on every rank its own."""
+    cfg, runtime = state.cfg, state.runtime
+    if len(state.parts.heads) > 1:
+        raise ValueError("init_head fills one head: a run of several heads starts from new centres")
+    assert cfg.init_head is not None
+
+    def fill() -> int:
+        state.backbone.eval()
+        try:
+            return initialise.start_centres(
+                state.head, str(cfg.init_head), cfg.init_label_map, state.data,
+                lambda images: embed(state.backbone, images, state.precision, runtime.device),
+            )  # fmt: skip
+        except ValueError as error:  # perhaps of this rank's images alone
+            raise OSError(str(error)) from error
+
+    filled = collectives.together(runtime.group, "start the class centres", fill)
+    state.backbone.train()
+    state.facts["centres_started"] = sum(filled)
 
 
 def _make_backbone(cfg: Config) -> nn.Module:
@@ -248,18 +287,6 @@ def _changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path: st
             )
     return [f"{key} {saved.get(key)} -> {now[key]}" for key in now
             if key not in _FREE and saved.get(key) != now[key]]  # fmt: skip
-
-
-def _with_kept_batch(cfg: Config, resumed_from: str | None, world: int) -> Config:
-    """At another world size a batch per process would be another global one: keep the run's own."""
-    if resumed_from is None or cfg.global_batch_size is not None:
-        return cfg
-    saved = checkpoint.read_manifest(resumed_from)
-    asked = cfg.batch_size != saved["config"]["batch_size"]  # typed anew
-    kept_before = saved["config"]["global_batch_size"] is not None
-    if asked or (saved["world"] == world and not kept_before):
-        return cfg
-    return dataclasses.replace(cfg, global_batch_size=saved["global_batch"])
 
 
 def _check_keep_best(cfg: Config) -> None:

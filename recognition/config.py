@@ -59,7 +59,12 @@ class Config:
     interclass_filtering_threshold: float = _between(0.0, 0.0, 1.0)  # cosine; 0: off
     sample_rate: float = _between(1.0, 0.0, 1.0)  # share of the classes drawn as negatives
     num_subcenters: int = _between(1, 1)
-    init_from: str | None = None  # backbone to start from: run directory, .safetensors or .pt
+    init_from: str | None = None  # backbone to start from: a run, or published weights
+    # Of init_from's training images; auto: BGR for AdaFace's own checkpoints, else RGB.
+    init_color_order: Literal["auto", "RGB", "BGR"] = "auto"
+    init_head: str | None = None  # centres: features, a run, or a directory of partial-FC shards
+    init_label_map: str | None = None  # a line for each class: its id in init_head, -1 for none
+    freeze: list[str] = field(default_factory=list)  # patterns of backbone parameters: layer1.*
 
     # Optimisation
     batch_size: int | None = _between(None, 1)  # images per process and micro-step
@@ -90,6 +95,12 @@ class Config:
     # non-finite value is one too.
     on_spike: Literal["warn", "stop", "rollback"] = "warn"
     max_rollbacks: int = _between(3, 1)  # of a run; then it stops
+    # The head's products of bf16 numbers, summed in fp32: for GPUs. Logits are fp32 in both.
+    head_precision: Literal["full", "bf16"] = "full"
+    head_stored_mib: int = _between(16, 0)  # per process, of results kept for its backward
+    # The backward updates the class rows piece by piece, so that no gradient of them exists. Not
+    # with accumulation or fp16; a non-finite step stops the run after it has moved rows.
+    update_in_backward: bool = False
     seed: int = _between(0, 0)
 
     # The run
@@ -98,6 +109,13 @@ class Config:
     log_every: int = _between(10, 1)  # steps
     verify_every: int = _between(2000, 1)  # steps; also before the first and after the last
     checkpoint_every: int = _between(2000, 1)  # steps; also after the last
+    elastic: Literal["auto", "batch_size", "accumulation", "lr"] = (
+        "auto"  # what follows when a run goes on at another number of processes, see resize.py
+    )
+    collective_timeout: float = _between(600.0, 1.0)  # s that ranks wait for one; then all end
+    preflight_seconds: float = _between(10.0, 0.0)  # s, about, for the checks at the start; 0: off
+    debug: bool = False  # compare the ranks' copies; note which images each step has, in samples/
+    debug_every: int = _between(100, 1)  # steps between two comparisons
     save_async: bool = True  # write beside the training; costs a copy of the state in host memory
     keep_checkpoints: int = _between(3, 1)  # newest ones kept
     keep_every: int | None = _between(None, 1)  # steps; those of its multiples are kept too
@@ -200,6 +218,14 @@ def make(values: Mapping[str, Any]) -> Config:
         checked[key] = _checked(key, value, hints[key], fields[key].metadata.get("range"))
     if checked.get("clip_norm") == 0:
         raise ValueError("clip_norm=0 would stop the backbone: a positive number, or none for off")
+    if checked.get("update_in_backward"):
+        wanted = {"accumulation": checked.get("accumulation", 1) > 1}
+        wanted["precision"] = checked.get("precision") == "fp16"
+        for key in [key for key in wanted if wanted[key]]:
+            raise ValueError(
+                f"update_in_backward with {key}={checked[key]}: it keeps no gradient of the class "
+                "rows to add to or to scale; leave one of the two"
+            )
     if isinstance(checked.get("rec"), list) and len(checked["rec"]) < 2:
         checked["rec"] = "".join(checked["rec"])
     for name in checked.get("val_targets", []):

@@ -30,6 +30,8 @@ def announce(state: TrainState, logger: Logger) -> None:
     if state.step >= state.schedule.total_steps:
         logger.say(f"already complete: {state.step} of {state.schedule.total_steps} steps")
     elif state.saved_by is not None:
+        if state.resized:
+            logger.say(state.resized)
         logger.say(f"continues after step {state.step}: {_continuation(state)}")
 
 

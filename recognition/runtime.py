@@ -49,6 +49,11 @@ def start(timeout_seconds: float = 600.0) -> Iterator[Runtime]:
     dist.destroy_process_group()
 
 
+def store() -> dist.Store:
+    """A connection of its own to the store through which the ranks of this run met."""
+    return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+
+
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether bf16 pays: on Ampere and newer GPUs. The small networks that one trains on a CPU gain
     nothing (PReLU and depthwise convolutions decide there), whatever its matrix units."""

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from data_tools.augment import Probabilities
 from data_tools.dali import Dali
 from data_tools.loader import Batch, BatchSource, Loader, normalise
-from recognition import checkpoint, collectives, heads, progress, report, saving, spikes
+from recognition import checkpoint, collectives, heads, progress, report, saving, spikes, stop
 from recognition.build import TrainState
 from recognition.logger import Logger, as_numbers, histograms
+from recognition.overseer import Overseer
 from recognition.precision import autocast, dtype_of
 from recognition.run_dir import owned, write_config
 from recognition.sampling import hash_words
@@ -28,19 +29,20 @@ def train(state: TrainState) -> dict[str, Any]:
 
     Raises:
         FloatingPointError: a non-finite loss or gradient, named; a spike that is to stop the run.
-        OSError: another run holds the output, or a file of it cannot be written.
+        OSError: another run holds the output, or a file of it cannot be written; or the other
+            ranks are gone.
+        Stopped: a signal asked the run to end early; its last step is saved.
     """
     rolled_back = None
     while True:
-        try:
-            return _train(state, rolled_back)
-        except FloatingPointError as error:  # on all ranks alike
-            if state.cfg.on_spike != "rollback":
-                raise
-            rolled_back = spikes.roll_back(state, str(error))
+        outcome = _attempt(state, rolled_back)
+        if not isinstance(outcome, FloatingPointError):
+            return outcome
+        rolled_back = spikes.roll_back(state, str(outcome))
 
 
-def _train(state: TrainState, rolled_back: str | None) -> dict[str, Any]:
+def _attempt(state: TrainState, rolled_back: str | None) -> dict[str, Any] | FloatingPointError:
+    """The last verification's results; or, with on_spike=rollback, what to go back from."""
     cfg, runtime = state.cfg, state.runtime
     with contextlib.ExitStack() as stack:
 
@@ -48,9 +50,21 @@ def _train(state: TrainState, rolled_back: str | None) -> dict[str, Any]:
             if runtime.rank == 0:
                 stack.enter_context(owned(cfg.output))
                 write_config(cfg, state.facts)
+                stop.remove_note(cfg.output)
 
         collectives.together(runtime.group, "start the run", take_output)
-        logger = stack.enter_context(Logger(cfg.output, runtime.rank, state.step))
+        overseer = stack.enter_context(Overseer(state).watching())
+        try:
+            return _to_the_end(state, overseer, rolled_back)
+        except FloatingPointError as error:  # on all ranks alike
+            if cfg.on_spike != "rollback":
+                raise
+            return error
+
+
+def _to_the_end(state: TrainState, overseer: Overseer, rolled_back: str | None) -> dict[str, Any]:
+    with contextlib.ExitStack() as stack:
+        logger = stack.enter_context(Logger(state.cfg.output, state.runtime.rank, state.step))
         saver = stack.enter_context(saving.make_saver(state, logger))
         report.announce(state, logger)
         if rolled_back:
@@ -59,10 +73,11 @@ def _train(state: TrainState, rolled_back: str | None) -> dict[str, Any]:
         seen_before = state.samples_seen
         if spikes.jump(state):
             _end_epochs(state, logger, seen_before)
-        results = verify(state, logger) if state.step == 0 else {}
+        with overseer.patience():
+            results = verify(state, logger) if state.step == 0 or state.owes_verification else {}
         while state.step < state.schedule.total_steps:
             with make_loader(state) as loader:
-                results = _run(state, logger, loader, saver, results)
+                results = _run(state, logger, loader, saver, overseer, results)
         return results
 
 
@@ -71,27 +86,34 @@ def _run(
     logger: Logger,
     loader: BatchSource,
     saver: checkpoint.Saver,
+    overseer: Overseer,
     results: dict[str, Any],
 ) -> dict[str, Any]:
     """To the last step, or to samples that are left out; the last verification's results."""
     cfg, runtime, total = state.cfg, state.runtime, state.schedule.total_steps
-    batches = iter(loader)
+    batches = overseer.batches(iter(loader))
     watch = progress.Stopwatch(loader, state.step)
     jumped = False
     while state.step < total and not jumped:
         seen_before = state.samples_seen
+        overseer.before_step()
         loss, grad_norm = take_step(state, batches)
         jumped = spikes.jump(state)
+        heard = overseer.after_step()
         _end_epochs(state, logger, seen_before)
         logging = _due(state.step, cfg.log_every, total)
         verifying = _due(state.step, cfg.verify_every, total)
         due = _due(state.step, cfg.checkpoint_every, total)
-        if runtime.device.type == "cpu" or logging or verifying or due:
+        stopping = heard is not None and state.step < total
+        if runtime.device.type == "cpu" or logging or verifying or due or stopping:
             state.guard.raise_if_found()
             spikes.heed(state, logger)
         if logging:
             report.log_step(state, logger, loss, grad_norm, watch)
-        with watch.paused():
+        with watch.paused(), overseer.patience():
+            if heard is not None and stopping:
+                saving.save_now(saver, state)
+                raise stop.stopped(cfg.output, runtime.rank, heard, state.step)
             # In this order: a run killed in between does both again.
             if verifying:
                 results = verify(state, logger)
@@ -112,6 +134,8 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
     loss = torch.zeros((), device=runtime.device)
     by_head = torch.zeros(len(parts.heads), device=runtime.device)
     looked_at: dict[str, Tensor] = {}
+    for part in parts.heads if cfg.update_in_backward else []:
+        part.row_optimizer.begin(lr)
     for micro in range(cfg.accumulation):
         rows = state.order.rows(
             state.samples_seen, global_batch, cfg.accumulation, micro, runtime.world
@@ -170,7 +194,8 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
         torch._foreach_mul_(grads, scale.reciprocal())
     gradients = {f"gradient of {name}": grad for (name, _), grad in zip(named, grads, strict=True)}
     for name, part in parts.named_heads():
-        gradients[f"gradient of the {name}class rows"] = part.head.sampled_grad
+        if (rows := part.head.gradient_in_passing()) is not None:
+            gradients[f"gradient of the {name}class rows"] = rows
         for own, parameter in part.head.margin.named_parameters():
             if parameter.grad is not None:
                 gradients[f"gradient of the {name}margin's {own}"] = parameter.grad
@@ -188,7 +213,8 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
     setattr(parts.optimizer, "found_inf", found)  # noqa: B010
     parts.optimizer.step()
     for part in parts.heads:
-        part.row_optimizer.step(lr, scale, found)
+        skip = None if cfg.update_in_backward else found
+        part.row_optimizer.step(lr, scale, skip)
     if parts.scaler is not None:
         parts.scaler.update(found)
     if not cfg.sync_bn:

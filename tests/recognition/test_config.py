@@ -201,7 +201,7 @@ def test_every_key_is_read_somewhere():
     methods += inspect.getsource(config.Config.total_steps)
     code = methods.replace("self.", "cfg.") + "".join(
         path.read_text()
-        for path in (ROOT / "recognition").rglob("*.py")
+        for path in [*(ROOT / "recognition").rglob("*.py"), ROOT / "launch" / "train.py"]
         if path.name != "config.py"
     )
     for field in dataclasses.fields(config.Config):

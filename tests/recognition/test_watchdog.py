@@ -1,0 +1,136 @@
+"""Who holds up whom is named before the time-out; who fails first is named last."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from recognition import build, config, replicas, runtime, trainer, watchdog
+from recognition.watchdog import Place
+from tests import ranks
+from tests.launch.processes import Run, wait
+from tests.recognition import runs
+
+TINY = ["global_batch_size=12", "max_steps=100000", "collective_timeout=12"]
+
+
+def start(tmp_path, shards_dir, *keys):
+    torchrun = ["--standalone", "--nproc-per-node", 2]
+    return Run(tmp_path / "log", tmp_path / "r", torchrun, [f"rec={shards_dir}", *TINY, *keys])
+
+
+def test_a_frozen_rank_is_named_and_everybody_ends_within_the_time_out(shards_dir, tmp_path):
+    """SIGSTOP: a process that is there and does nothing, as in a hung driver or file system."""
+    with start(tmp_path, shards_dir) as run:
+        run.wait_for_step(3)
+        worker = run.workers()[1]
+        os.kill(worker, signal.SIGSTOP)
+        wait(lambda: "ends at 12 s" in run.text(), 30, run.text)
+        began = time.monotonic()
+        wait(lambda: "error (rank 0)" in run.text(), 12, run.text)
+        lines = run.text().splitlines()
+        os.kill(worker, signal.SIGCONT)  # its torchrun cannot end a stopped process by SIGTERM
+        assert run.agent.wait(40) != 0 and time.monotonic() - began < 40
+        found = [line for line in lines if line.startswith("warning: held up by")]
+        assert found, run.text()
+        warned = found[-1]
+        assert "rank 1 on" in warned and "not heard of for" in warned
+        assert "rank 0 on" in warned and any(
+            words in warned for words in ("waits for the other", "averages")
+        )
+        ended = next(line for line in lines if line.startswith("error (rank 0)"))
+        assert "Held up by rank 1" in ended
+        assert "Thread 0x" in (tmp_path / "r" / "stacks-rank-0.txt").read_text()
+
+
+def test_a_killed_rank_is_reported_first_and_last(shards_dir, tmp_path):
+    with start(tmp_path, shards_dir) as run:
+        run.wait_for_step(3)
+        os.kill(run.workers()[1], signal.SIGKILL)
+        began = time.monotonic()
+        assert run.agent.wait(30) != 0 and time.monotonic() - began < 15
+        text = run.text()
+        root_cause = text[text.rindex("Root Cause") :]
+        assert "Signal 9 (SIGKILL)" in root_cause and "rank      : 1" in root_cause
+        ours = text[: text.index("Traceback")]  # torchrun's own, at its end
+        assert "ChildFailedError" not in ours and ".cc:" not in ours
+
+
+def test_the_others_name_the_first_cause(tmp_path):
+    store_told = ranks.run(2, told, str(tmp_path / "d"))
+    assert store_told == ["The first cause: rank 1: ValueError: a bad image"] * 2
+
+
+def told(directory):
+    """Rank 1 fails; both ask the store."""
+    dog = watchdog.Watchdog(runtime.store(), dist.get_rank(), 2, 60.0, directory)
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError), dog:
+            raise ValueError("a bad image\nand more of it")
+        dog.tell_cause("rank 1: a later one")
+    return dog.first_cause()
+
+
+def test_lost_contact_is_known_from_errors_of_ones_own():
+    assert watchdog.lost_contact(RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error"))
+    assert watchdog.lost_contact(dist.DistBackendError("NCCL communicator was aborted"))
+    assert not watchdog.lost_contact(RuntimeError("shape mismatch"))
+    assert not watchdog.lost_contact(ValueError("Connection closed"))
+
+
+WAITS = "waits for the other ranks (recognition/collectives.py:1, f: x)"
+
+
+@pytest.mark.parametrize(
+    "places, first",
+    [
+        ([(0, 7, WAITS, 5, 0), (1, 7, "waits for data (..)", 5, 0), (2, 7, WAITS, 5, 0)], [1]),
+        ([(0, 7, WAITS, 5, 0), (1, 6, WAITS, 9, 0)], [1]),
+        ([(0, 7, WAITS, 5, 0), (1, 7, WAITS, 5, 9)], [1]),
+        ([(0, 7, WAITS, 5, 0), (1, 7, WAITS, 5, 0)], []),
+    ],
+    ids=["data wait", "a step behind", "silent", "all alike"],
+)
+def test_who_holds_up_whom(places, first):
+    suspects, others = watchdog.suspects([Place(*place) for place in places])
+    assert [place.rank for place in suspects] == first
+    assert len(suspects) + len(others) == len(places)
+
+
+def test_debug_names_the_parameter_and_the_rank(shards_dir, tmp_path):
+    keys = {"rec": str(shards_dir), "debug": True, "debug_every": 2, "max_steps": 4}
+    messages = ranks.run(3, flipped, keys | {"output": str(tmp_path / "r")})
+    assert messages[0] == messages[1] == messages[2]
+    assert "after step 2" in messages[0] and " on rank 2" in messages[0]
+
+
+def flipped(keys):
+    """One bit of one parameter changes on rank 2."""
+    state = build.build(config.make(runs.BASE | keys), runs.here())
+    weight = dict(state.backbone.named_parameters())
+    name = list(weight)[-3]
+    if dist.get_rank() == 2:
+        bits = weight[name].data.view(torch.int32)
+        bits.view(-1)[0] ^= 1
+    try:
+        trainer.train(state)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_debug_notes_every_image_once_an_epoch(shards_dir, tmp_path):
+    keys = {
+        "rec": str(shards_dir), "debug": True, "max_steps": 12, "global_batch_size": 32,
+        "output": str(tmp_path / "r"),
+    }  # fmt: skip
+    ranks.run(2, runs.run, keys)
+    steps = replicas.samples_of(str(tmp_path / "r"))
+    assert list(steps) == list(range(1, 13))
+    for epoch in range(3):  # 128 images, 4 steps
+        ids = sum((steps[4 * epoch + k] for k in range(1, 5)), [])
+        assert sorted(ids) == list(range(128))
