@@ -171,6 +171,7 @@ def roll_back(state: TrainState, why: str) -> str:
     window = Window(state.samples_seen, stop, why)
     state.skipped = sorted({*state.skipped, window})
     state.set_aside = set_aside
+    state.owes_verification = False
     if state.spikes is not None:
         state.spikes = make_guard(cfg, runtime.group, runtime.device)
         if state.spikes is not None and manifest.get("spikes"):
