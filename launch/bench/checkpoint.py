@@ -75,7 +75,7 @@ def measure(directory: str, gib: float, rounds: int, here: runtime.Runtime) -> d
     run_dir = os.path.join(directory, "bench-checkpoint")
     parts = make_parts(gib, here.group)
     a = torch.rand(_STEP, _STEP)
-    keep = checkpoint.Keep(1)
+    keep = checkpoint.Keep(2 * rounds + 2)  # to remove the former one is not timed, nor dd's
     waiting = checkpoint.Saver(run_dir, here.group, keep, background=False)
     beside = checkpoint.Saver(run_dir, here.group, keep, background=True)
     seconds: dict[str, list[float]] = {}
