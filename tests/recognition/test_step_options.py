@@ -55,7 +55,9 @@ def test_a_profile_is_written(shards_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"accumulation": 2}, {"precision": "fp16"}], ids=lambda keys: next(iter(keys))
+    "keys",
+    [{"accumulation": 2}, {"precision": "fp16"}, {"on_spike": "rollback"}],
+    ids=lambda keys: next(iter(keys)),
 )
 def test_what_needs_the_rows_gradient_is_refused(keys):
     with pytest.raises(ValueError, match=f"update_in_backward with {next(iter(keys))}"):
