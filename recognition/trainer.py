@@ -68,7 +68,8 @@ def _to_the_end(state: TrainState, overseer: Overseer, rolled_back: str | None) 
         logger = stack.enter_context(Logger(state.cfg.output, state.runtime.rank, state.step))
         saver = stack.enter_context(saving.make_saver(state, logger))
         report.announce(state, logger)
-        stepped = stack.enter_context(traced(cfg.profile, cfg.output, runtime.rank))
+        trace = traced(state.cfg.profile, state.cfg.output, state.runtime.rank)
+        stepped = stack.enter_context(trace)
         if rolled_back:
             record = {"step": state.step, "rollback": rolled_back}
             logger.record(record, f"warning: {rolled_back}")
