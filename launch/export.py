@@ -1,9 +1,11 @@
 """`python launch/export.py RUN OUT.onnx`: a trained network as a checked ONNX file."""
 
 import argparse
+import hashlib
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,29 @@ from rich.console import Console
 
 from data_tools import commands, shards
 from data_tools.decode import decode
-from eval import session, thresholds_command
+from eval import drop, lfw, session, thresholds_command
 from eval.align import TEMPLATE
+from eval.embed import TorchEmbedder
+from eval.embed_onnx import OnnxEmbedder
+from recognition.agreement import LIMITS, ExportError, Limits
 from recognition.checkpoint import load_backbone, newest, read_manifest
-from recognition.export import ExportError, Images, export_onnx
+from recognition.export import Bake, Images, export_onnx
+from recognition.onnx_precision import NUM_CALIBRATION, PRECISIONS
 
-NUM_EXAMPLES = 7
+NUM_EXAMPLES = 32
+MOST_PAIRS = 1000
+_RECIPE = ("margin", "margin_args", "sample_rate", "num_subcenters", "optimizer", "lr",
+           "schedule", "num_epochs", "max_steps", "init_from", "seed")  # fmt: skip
 
 DESCRIPTION = """\
 Write the network of a run as an ONNX file: input `input` float32 [batch, 3, 112, 112], RGB,
-(pixel - 127.5) / 127.5, output `embedding` float32 [batch, D], not normalised. The file takes its
-name only after ONNX Runtime has agreed with torch on batches of 1, 2 and 7 images of the run's
-data set (seeded noise where that set is not on this machine); otherwise nothing is left and the
-exit code is 1. Its metadata say how to feed it, and from which scores to accept, where
-`python -m eval thresholds` has chosen that."""
+(pixel - 127.5) / 127.5, output `embedding` float32 [batch, D], not normalised, any batch. The file
+takes its name only after ONNX Runtime has agreed with torch on batches of 1, 2, 7 and 32 images of
+the run's data set (seeded noise where that set is not on this machine), and after the pairs of a
+verification set have shown how much accuracy and TAR are lost; beyond the precision's limit nothing
+is left and the exit code is 1. What was measured stands in OUT.export.json beside the file and in
+its metadata, together with how to feed it and, where `python -m eval thresholds` has chosen them,
+the scores from which to accept."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,36 +46,167 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run", metavar="RUN", help="run directory (newest checkpoint) or checkpoint"
     )
     parser.add_argument("out", metavar="OUT.onnx", type=Path, help="file to write")
-    parser.add_argument("--precision", choices=["fp32"], default="fp32", help="default: fp32")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32",
+        help="fp16 keeps nodes with large values in fp32; int8 has its ranges from "
+        f"{NUM_CALIBRATION} images of the data set (default: fp32)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", metavar="DIR", help="shards to check and calibrate on (default: the run's)"
+    )
+    parser.add_argument(
+        "--pairs", metavar="FILE.bin", type=Path,
+        help="verification set (default: the run's first val_target, else any .bin of its data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-pairs", type=int, default=MOST_PAIRS, metavar="N",
+        help=f"spread over the set (default: {MOST_PAIRS}; 0: do not verify)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-drop", type=float, metavar="POINTS",
+        help="of accuracy and of TAR that may be lost, in hundredths (default: "
+        + ", ".join(f"{p} {x.accuracy_drop:g} and {x.tar_drop:g}" for p, x in LIMITS.items())
+        + ")",
+    )  # fmt: skip
+    baked = parser.add_argument_group("what the graph does beside the network")
+    baked.add_argument(
+        "--normalise", action="store_true",
+        help="take pixels 0..255; two nodes are named so that InsightFace's client sees it",
+    )  # fmt: skip
+    baked.add_argument("--flip-sum", action="store_true", help="e(image) + e(mirror image)")
+    baked.add_argument("--l2", action="store_true", help="embeddings of length 1")
+    parser.add_argument(
+        "--data-licence", metavar="TEXT", default="not stated",
+        help="of the training images, for the metadata: a model may not be free where they are not",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON line last")
     args = parser.parse_args(argv)
     try:
-        with Console(stderr=True).status(f"exporting {args.run}"):
-            report = export_run(args.run, args.out)
+        with Console(stderr=True).status(f"exporting {args.run}") as status:
+            report = export_run(args, status.update)
     except (ExportError, *commands.USER_ERRORS) as error:
         print(f"error: {commands.one_line(error)}", file=sys.stderr)
         return 1
-    print(
-        f"{report['path']}: {report['bytes'] / 2**20:.1f} MiB, opset {report['opset']}, largest "
-        f"difference from torch {report['max_abs_error']:.1e} (checked on {report['checked_on']})"
-    )
+    print(summary(report))
     if args.json:
         print(json.dumps(report))
     return 0
 
 
-def export_run(run: str, out: Path) -> dict[str, Any]:
-    """Export the network of `run` to `out`; the report of export_onnx."""
-    found = run if (Path(run) / "manifest.json").is_file() else newest(run)
-    module, config = load_backbone(found or run)
+def summary(report: dict[str, Any]) -> str:
+    cosine = report["cosine"]
+    lines = [
+        f"{report['path']}: {report['precision']}, {report['bytes'] / 2**20:.1f} MiB, opset "
+        f"{report['opset']}",
+        f"  cosine with torch on {report['checked_on']}: least {cosine['min']:.6f}, 1 % below "
+        f"{cosine['p1']:.6f}, median {cosine['median']:.6f}",
+    ]
+    lost = report.get("verification")
+    if lost is None:
+        lines.append("  no verification set: what is lost in accuracy was not measured")
+    else:
+        lines.append(
+            f"  {lost['pairs']} pairs of {lost['set']}: accuracy "
+            f"{100 * lost['torch']['accuracy']:.2f} -> {100 * lost['file']['accuracy']:.2f} %, "
+            f"TAR at FAR {lost['far']:g} {100 * lost['torch']['tar']:.2f} -> "
+            f"{100 * lost['file']['tar']:.2f} %"
+        )
+    return "\n".join(lines)
+
+
+def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """Export as the arguments say; the report of export_onnx, also written to OUT.export.json."""
+    found = args.run if (Path(args.run) / "manifest.json").is_file() else newest(args.run)
+    module, config = load_backbone(found or args.run)
+    rec = args.data or (config["rec"] if isinstance(config["rec"], str) else config["rec"][0])
+    calibration = None
+    if args.precision == "int8":
+        calibration = images_of(rec, NUM_CALIBRATION, 0.0)
+        if calibration is None:
+            raise ValueError(f"int8 sets its ranges on images, and {rec} is not here: --data DIR")
+    bake = Bake(args.normalise, args.flip_sum, args.l2)
+    limits = LIMITS[args.precision]
+    pairs = pairs_of(args, config, rec)
+
+    def verify(path: Path) -> dict[str, Any]:
+        assert pairs is not None
+        return lost_on(pairs, module, path, bake, limits, args.max_drop, say)
+
     metadata = {
         "network": config["network"],
         "margin": config["margin"],
+        "recipe": json.dumps({key: config[key] for key in _RECIPE if key in config}),
         "commit": config["commit"] or "unknown",  # trained outside a git checkout
         "alignment": ";".join(f"{x:.4f},{y:.4f}" for x, y in TEMPLATE),  # five points, x,y
-        **_weights(str(found), Path(run)),
+        **_data(config, rec, args.data_licence),
+        **_weights(str(found), Path(args.run)),
     }
-    return export_onnx(module, out, metadata=metadata, example_images=images_of(config["rec"]))
+    report = export_onnx(
+        module, args.out, metadata=metadata, example_images=images_of(rec, NUM_EXAMPLES, 0.5),
+        precision=args.precision, bake=bake, calibration_images=calibration,
+        verify=None if pairs is None else verify,
+    )  # fmt: skip
+    beside = args.out.with_suffix(".export.json")
+    partial = beside.with_name(f".{beside.name}.partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, beside)
+    return report
+
+
+def lost_on(
+    pairs: lfw.PairSet, module: Any, path: Path, bake: Bake, limits: Limits,
+    max_drop: float | None, say: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """eval.drop.compare of the network and its file. Raises: ExportError beyond the limits."""
+    network = TorchEmbedder(module, {"path": str(path)}, "")
+
+    def torch_embeddings(images: np.ndarray) -> np.ndarray:
+        embeddings = network(images)
+        if bake.flip_sum:
+            embeddings = embeddings + network(np.ascontiguousarray(images[:, :, ::-1]))
+        return embeddings
+
+    done = 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        say(f"verifying on {pairs.name}: {done} of {len(pairs.encoded)} images")
+
+    lost = drop.compare(torch_embeddings, OnnxEmbedder(path), pairs, progress=progress)
+    for name, most in (("accuracy", limits.accuracy_drop), ("tar", limits.tar_drop)):
+        allowed = most if max_drop is None else max_drop
+        # A set of few pairs moves by steps: one pair of a kind is not a loss that can be told.
+        step = 100 / min(pairs.issame.sum(), (~pairs.issame).sum())
+        if lost[f"{name}_drop"] > max(allowed, step) + 1e-9:
+            raise ExportError(
+                f"{lost[f'{name}_drop']:.2f} points of {name} are lost on {lost['pairs']} pairs "
+                f"of {lost['set']}, allowed are {max(allowed, step):.2f} (--max-drop)"
+            )
+    return lost
+
+
+def pairs_of(args: argparse.Namespace, config: dict[str, Any], rec: str) -> lfw.PairSet | None:
+    """The verification set of the arguments, the run's, or one of its data; None without any."""
+    if args.max_pairs == 0:
+        return None
+    path = args.pairs
+    if path is None:
+        asked = [Path(rec) / f"{name.removesuffix('.bin')}.bin" for name in config["val_targets"]]
+        there = sorted(Path(rec).glob("*.bin")) if Path(rec).is_dir() else []
+        path = next((path for path in [*asked, *there] if path.is_file()), None)
+    return None if path is None else drop.thinned(lfw.load_bin(path), args.max_pairs)
+
+
+def _data(config: dict[str, Any], rec: str, licence: str) -> dict[str, str]:
+    """What the network was trained on."""
+    index = Path(rec) / "index.json"
+    facts = {"training_data": Path(rec).name, "training_data_licence": licence}
+    if "labels_crc32" in config:
+        facts["training_labels_crc32"] = str(config["labels_crc32"])
+    if index.is_file():
+        facts["training_index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+    return facts
 
 
 def _weights(checkpoint: str, run: Path) -> dict[str, str]:
@@ -82,14 +224,17 @@ def _weights(checkpoint: str, run: Path) -> dict[str, str]:
     return {"weights_sha256": sha256, **entries}
 
 
-def images_of(rec: str | list[str]) -> Images | None:
-    """[7, 112, 112, 3] RGB, spread over the (first) data set at `rec`; None where there is none."""
-    rec = rec if isinstance(rec, str) else rec[0]
+def images_of(rec: str, count: int, shift: float) -> Images | None:
+    """[count, 112, 112, 3] RGB, spread over the data set at `rec`; None where there is none.
+
+    shift: in steps of the spread, so that two draws share no image where there are enough.
+    """
     if not Path(rec).is_dir():
         return None
     data = shards.open(rec)
-    chosen = np.linspace(0, len(data) - 1, NUM_EXAMPLES).astype(int)
-    return np.stack([decode(data[i][1], where=f"image {i} of {rec}") for i in chosen])
+    places = (np.arange(count) + shift) * len(data) / (count + shift)
+    chosen = np.unique(places.astype(int))
+    return np.stack([decode(data[int(i)][1], where=f"image {i} of {rec}") for i in chosen])
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from data_tools.order import Blocks, Order
 from data_tools.shards import Shards
 from data_tools.union import Union, open_all
 from eval import lfw
-from recognition import checkpoint, collectives, heads, resize, resume
+from recognition import checkpoint, collectives, heads, initialise, resize, resume
 from recognition.backbones import make_backbone
 from recognition.config import Config
+from recognition.embedding import embed
 from recognition.finite import FiniteGuard
 from recognition.head import PartialFC
 from recognition.optim import LossScaler, RowAdamW, RowSGD, Schedule
@@ -30,12 +31,14 @@ from recognition.precision import dtype_of, resolve
 from recognition.run_dir import commit, initial_weights
 from recognition.runtime import Runtime
 from recognition.sampling import hash_words
+from recognition.spikes import SpikeGuard, Window, make_guard, skipped
 
 _NETWORK_KEY = 3  # the purpose of this draw, as in sampling.py
 
 # What may change at a resume without a word: none of it moves a number of the run.
 _FREE = {
-    "output", "resume", "rec", "init_from", "val_targets", "num_workers", "log_every",
+    "output", "resume", "rec", "init_from", "init_color_order", "init_head",
+    "init_label_map", "val_targets", "num_workers", "log_every",
     "verify_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best",
     "save_async", "elastic", "collective_timeout", "preflight_seconds", "debug", "debug_every",
     "first_batch", "first_rows", "commit", "world", "batch_size", "global_batch_size",
@@ -63,6 +66,8 @@ class TrainState:
     owes_verification: bool = False  # of the step that it continues after
     changes: list[str] = field(default_factory=list)  # against the run that saved it
     set_aside: list[str] = field(default_factory=list)  # damaged checkpoints, what was wrong
+    spikes: SpikeGuard | None = None
+    skipped: list[Window] = field(default_factory=list)  # samples left out after spikes
     step: int = 0  # completed optimiser steps
     samples_seen: int = 0
     head_losses: torch.Tensor | None = None  # [heads] of the last step, without their weights
@@ -109,7 +114,10 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     torch.manual_seed(hash_words(cfg.seed, _NETWORK_KEY) >> 1)  # the same network on every rank
     backbone = _make_backbone(cfg)
     if cfg.init_from and resumed_from is None:
-        checkpoint.load_state(backbone, initial_weights(cfg.init_from), cfg.init_from)
+        order_of = None if cfg.init_color_order == "auto" else cfg.init_color_order
+        checkpoint.load_state(backbone, initial_weights(cfg.init_from, order_of), cfg.init_from)
+    if cfg.freeze:
+        initialise.freeze(backbone, cfg.freeze)
     if cfg.sync_bn:
         backbone = collectives.SyncBatchNorm.convert(backbone, runtime.group)
     backbone = backbone.to(runtime.device, dtype)
@@ -137,11 +145,18 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
             "labels_crc32": labels_crc32, **plan.facts(),
         },
         set_aside=set_aside,
+        spikes=make_guard(cfg, runtime.group, runtime.device),
+        skipped=skipped(cfg.output, None),
     )  # fmt: skip
+    if resumed_from is None and cfg.init_head is not None:
+        _start_centres(state)
     if resumed_from is not None:
         manifest = checkpoint.load(resumed_from, parts)
         state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
         state.saved_by = manifest["world"]
+        state.skipped = skipped(cfg.output, manifest)
+        if state.spikes is not None and manifest.get("spikes"):
+            state.spikes.load(manifest["spikes"])
         state.changes = _changes(manifest["config"], cfg, state.facts, resumed_from)
         due = state.step % cfg.verify_every == 0 and bool(val_sets)
         state.owes_verification = due and not manifest.get("metrics", True)
@@ -151,6 +166,28 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
             batch = cfg.global_batch(runtime.world)
             state.changes.append(f"global batch {manifest['global_batch']} -> {batch}")
     return state
+
+
+def _start_centres(state: TrainState) -> None:
+    """The class centres as init_head says, on every rank its own."""
+    cfg, runtime = state.cfg, state.runtime
+    if len(state.parts.heads) > 1:
+        raise ValueError("init_head fills one head: a run of several heads starts from new centres")
+    assert cfg.init_head is not None
+
+    def fill() -> int:
+        state.backbone.eval()
+        try:
+            return initialise.start_centres(
+                state.head, str(cfg.init_head), cfg.init_label_map, state.data,
+                lambda images: embed(state.backbone, images, state.precision, runtime.device),
+            )  # fmt: skip
+        except ValueError as error:  # perhaps of this rank's images alone
+            raise OSError(str(error)) from error
+
+    filled = collectives.together(runtime.group, "start the class centres", fill)
+    state.backbone.train()
+    state.facts["centres_started"] = sum(filled)
 
 
 def _make_backbone(cfg: Config) -> nn.Module:

@@ -49,27 +49,49 @@ def _lone_group() -> ProcessGroup:
 # --- The head -------------------------------------------------------------------------------------
 
 
+def gather_batch(
+    local_x: Tensor,  # [b, D]
+    labels: Tensor,  # int64 [b]
+    rows_per_rank: Sequence[int] | None,
+    group: ProcessGroup,
+    dtype: torch.dtype,  # of the result and of the gradient's sum
+    sent_dtype: torch.dtype | None = None,  # embeddings travel in it; None: their own, or `dtype`
+) -> tuple[Tensor, Tensor]:
+    """The embeddings and labels of all ranks, in rank order: [B, D], and int64 [B] on the host.
+
+    Forward: one all-gather of B * (D * itemsize + 8) bytes, the labels packed beside the rows;
+    two where the labels lie in host memory and the embeddings do not, so that the GPU need not wait
+    for the host. Backward: one reduce-scatter (sum), times W, of B * D elements of `dtype`.
+    rows_per_rank: b of every rank; None means that all are equal. Ranks with fewer rows are padded.
+    """
+    counts = _counts(local_x, rows_per_rank, group)
+    own = local_x.dtype if local_x.dtype.itemsize < dtype.itemsize else dtype
+    sent = local_x.detach().to(sent_dtype or own).contiguous()
+    if labels.device == sent.device:
+        packed = torch.cat([_as_bytes(sent), _as_bytes(labels[:, None].contiguous())], 1)
+        every = _gather(packed, counts, group)
+        x = every[:, :-8].contiguous().view(sent.dtype)
+        all_labels = every[:, -8:].contiguous().view(torch.int64)[:, 0].cpu()
+    else:
+        x = _gather(sent, counts, group)
+        all_labels = _gather(labels, counts, group).cpu()
+    return _GatherRows.apply(local_x, x.to(dtype), counts, group), all_labels
+
+
+def _as_bytes(rows: Tensor) -> Tensor:  # [b, n] -> uint8 [b, n * itemsize]
+    return rows.view(torch.uint8).view(len(rows), rows.shape[1] * rows.element_size())
+
+
 def gather_rows(
     local_x: Tensor, rows_per_rank: Sequence[int] | None, group: ProcessGroup
 ) -> Tensor:
     """The embeddings of all ranks: [b, D] -> [B, D], in rank order.
 
     Forward: one all-gather. Backward: one reduce-scatter (sum), times W. Bytes: B * D elements
-    each way. rows_per_rank: b of every rank; None means that all are equal. Ranks with fewer rows
-    are padded.
+    each way.
     """
-    return _GatherRows.apply(local_x, _counts(local_x, rows_per_rank, group), group)
-
-
-def gather_labels(
-    labels: Tensor, rows_per_rank: Sequence[int] | None, group: ProcessGroup
-) -> Tensor:
-    """The labels of all ranks: int64 [b] -> int64 [B] in the host's memory.
-
-    Forward: one all-gather of 8 * B bytes on the device that holds the labels: labels in host
-    memory need a group with a CPU backend and cost the GPU no synchronisation. No backward.
-    """
-    return _gather(labels, _counts(labels, rows_per_rank, group), group).cpu()
+    counts = _counts(local_x, rows_per_rank, group)
+    return _GatherRows.apply(local_x, _gather(local_x, counts, group), counts, group)
 
 
 def share(values: Tensor, group: ProcessGroup) -> Tensor:
@@ -93,20 +115,26 @@ def merge_log_sum_exp(local: Tensor, group: ProcessGroup) -> Tensor:
 
 class _GatherRows(Function):
     @staticmethod
-    def forward(ctx: Any, local_x: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.counts, ctx.group = counts, group
-        return _gather(local_x, counts, group)
+    def forward(
+        ctx: Any, local_x: Tensor, gathered: Tensor, counts: Sequence[int], group: ProcessGroup
+    ) -> Tensor:
+        ctx.counts, ctx.group, ctx.dtype = counts, group, local_x.dtype
+        return gathered.view_as(gathered)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         counts, rank, world = ctx.counts, ctx.group.rank(), ctx.group.size()
-        padded = grad.new_zeros(world, max(counts), *grad.shape[1:])
-        for source, rows in zip(padded, grad.split(counts), strict=True):
-            source[: len(rows)] = rows
-        local = torch.empty_like(padded[0])
-        _reduce_scatter(local, padded.flatten(0, 1), group=ctx.group)
-        return local[: counts[rank]] * world, None, None
+        most = max(counts)
+        padded = grad.contiguous()
+        if min(counts) < most:
+            padded = grad.new_zeros(world, most, *grad.shape[1:])
+            for source, rows in zip(padded, grad.split(counts), strict=True):
+                source[: len(rows)] = rows
+            padded = padded.flatten(0, 1)
+        local = padded.new_empty(most, *grad.shape[1:])
+        _reduce_scatter(local, padded, group=ctx.group)
+        return (local[: counts[rank]] * world).to(ctx.dtype), None, None, None
 
 
 class _Share(Function):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import json
 import math
 import os
 import runpy
@@ -58,7 +59,12 @@ class Config:
     interclass_filtering_threshold: float = _between(0.0, 0.0, 1.0)  # cosine; 0: off
     sample_rate: float = _between(1.0, 0.0, 1.0)  # share of the classes drawn as negatives
     num_subcenters: int = _between(1, 1)
-    init_from: str | None = None  # backbone to start from: run directory, .safetensors or .pt
+    init_from: str | None = None  # backbone to start from: a run, or published weights
+    # Of init_from's training images; auto: BGR for AdaFace's own checkpoints, else RGB.
+    init_color_order: Literal["auto", "RGB", "BGR"] = "auto"
+    init_head: str | None = None  # centres: features, a run, or a directory of partial-FC shards
+    init_label_map: str | None = None  # a line for each class: its id in init_head, -1 for none
+    freeze: list[str] = field(default_factory=list)  # patterns of backbone parameters: layer1.*
 
     # Optimisation
     batch_size: int | None = _between(None, 1)  # images per process and micro-step
@@ -82,6 +88,19 @@ class Config:
         "auto"  # auto: bf16 on GPUs that have it
     )
     sync_bn: bool = False
+    # A spike: so many times the running mean of the last steps; None: not looked at.
+    loss_spike_factor: float | None = _between(None, 1.0)
+    norm_spike_factor: float | None = _between(None, 1.0)  # of the backbone's gradient norm
+    # rollback: back to the newest checkpoint, without the samples from there to the spike; then a
+    # non-finite value is one too.
+    on_spike: Literal["warn", "stop", "rollback"] = "warn"
+    max_rollbacks: int = _between(3, 1)  # of a run; then it stops
+    # The head's products of bf16 numbers, summed in fp32: for GPUs. Logits are fp32 in both.
+    head_precision: Literal["full", "bf16"] = "full"
+    head_stored_mib: int = _between(16, 0)  # per process, of results kept for its backward
+    # The backward updates the class rows piece by piece, so that no gradient of them exists. Not
+    # with accumulation or fp16; a non-finite step stops the run after it has moved rows.
+    update_in_backward: bool = False
     seed: int = _between(0, 0)
 
     # The run
@@ -141,18 +160,30 @@ _RENAMED = {
 }
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> Config:
-    """The recipe at `path` (.py) with `key=value` overrides, checked.
+def load(path: str, overrides: Sequence[str] = (), safe: bool = False) -> Config:
+    """The recipe at `path` with `key=value` overrides, checked.
+
+    A .json holds the keys as one object; anything else is Python, and is run. safe: refuse that.
 
     Raises:
         FileNotFoundError: no such recipe.
+        PermissionError: it is Python, and `safe`.
         KeyError: an unknown key; the message names the nearest.
         TypeError, ValueError: a value of the wrong type or out of its range.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no recipe at {path}")
+    json_recipe = path.endswith(".json")
+    if safe and not json_recipe:
+        raise PermissionError(
+            f"{path} is a program, which --safe does not run: give its keys in a .json"
+        )
     try:
-        recipe = runpy.run_path(path).get("config")
+        if json_recipe:
+            with open(path, encoding="utf-8") as file:
+                recipe = json.load(file)
+        else:
+            recipe = runpy.run_path(path).get("config")
     except Exception as error:  # whatever the recipe's own code raises
         raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
     if not isinstance(recipe, Mapping):
@@ -187,8 +218,19 @@ def make(values: Mapping[str, Any]) -> Config:
         checked[key] = _checked(key, value, hints[key], fields[key].metadata.get("range"))
     if checked.get("clip_norm") == 0:
         raise ValueError("clip_norm=0 would stop the backbone: a positive number, or none for off")
+    if checked.get("update_in_backward"):
+        wanted = {"accumulation": checked.get("accumulation", 1) > 1}
+        wanted["precision"] = checked.get("precision") == "fp16"
+        for key in [key for key in wanted if wanted[key]]:
+            raise ValueError(
+                f"update_in_backward with {key}={checked[key]}: it keeps no gradient of the class "
+                "rows to add to or to scale; leave one of the two"
+            )
     if isinstance(checked.get("rec"), list) and len(checked["rec"]) < 2:
         checked["rec"] = "".join(checked["rec"])
+    for name in checked.get("val_targets", []):
+        if os.path.basename(name) != name or name in ("", ".", ".."):
+            raise ValueError(f"val_targets={name!r}: the name of a .bin of rec, not a path")
     if not checked.get("rec"):
         raise KeyError("rec is missing: say which data set to train on, rec=DIRECTORY")
     cfg = Config(**checked)

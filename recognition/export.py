@@ -1,38 +1,75 @@
-"""A trained backbone as an ONNX file that is proved equal to torch before it gets its name.
+"""A trained backbone as an ONNX file that is measured against torch before it gets its name.
 
 The graph: `input` float32 [batch, 3, 112, 112], RGB, (pixel - 127.5) / 127.5; `embedding` float32
 [batch, D], not normalised; batch is free. The pixel normalisation stays outside on purpose:
 InsightFace's client, and others that copied it, apply it themselves unless they find a Sub and a
-Mul among the names of the first eight nodes. What the numbers mean stands in `metadata_props`.
+Mul among the names of the first eight nodes. Asked to bake it in, the export names two nodes so
+that they find them. What the numbers mean stands in `metadata_props`.
 """
 
 import hashlib
+import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from recognition.agreement import BATCH_SIZES, LIMITS, ExportError, Limits, measure
 from recognition.backbones.input import INPUT_SIZE
+from recognition.onnx_precision import PRECISIONS, to_fp16, to_int8
 
 OPSET = 18
 FORMAT_VERSION = 1  # of the metadata
-BATCH_SIZES = (1, 2, 7)  # on which the file must agree with torch
 PIXEL_MEAN = PIXEL_STD = 127.5  # of pixels 0..255
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-class ExportError(RuntimeError):
-    """The exported graph is not the network; no file was left."""
+@dataclass(frozen=True)
+class Bake:
+    """What the graph does beside the network."""
+
+    normalise: bool = False  # takes pixels 0..255: (pixel - 127.5) / 127.5 is in the graph
+    flip_sum: bool = False  # e(image) + e(mirror image)
+    l2: bool = False  # embeddings of length 1
+
+    def facts(self) -> dict[str, str]:
+        """What a caller must know of it."""
+        embedding = "e(image) + e(mirror image)" if self.flip_sum else "e(image)"
+        return {
+            "mean": "0" if self.normalise else str(PIXEL_MEAN),
+            "std": "1" if self.normalise else str(PIXEL_STD),
+            "embedding": f"{embedding}, {'of length 1' if self.l2 else 'not normalised'}",
+        }
+
+
+class Baked(nn.Module):
+    """The network with what `bake` adds: images [n, 3, 112, 112] -> embeddings [n, D]."""
+
+    def __init__(self, network: nn.Module, bake: Bake) -> None:
+        super().__init__()
+        self.network, self.bake = network, bake
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.bake.normalise:
+            images = (images - PIXEL_MEAN) * (1 / PIXEL_STD)
+        if self.bake.flip_sum:
+            both = torch.stack([images, images.flip(3)], 1)  # [n, 2, 3, 112, 112]
+            embeddings = self.network(both.flatten(0, 1)).unflatten(0, (-1, 2)).sum(1)
+        else:
+            embeddings = self.network(images)
+        if self.bake.l2:
+            embeddings = nn.functional.normalize(embeddings)
+        return embeddings
 
 
 def export_onnx(
@@ -41,57 +78,86 @@ def export_onnx(
     *,
     metadata: Mapping[str, str],
     example_images: Images | None = None,  # [n, 112, 112, 3] RGB
-    tolerance: float = 1e-4,
+    precision: str = "fp32",
+    bake: Bake = Bake(),  # noqa: B008, frozen
+    calibration_images: Images | None = None,  # [n, 112, 112, 3] RGB, for int8
+    limits: Limits | None = None,  # None: LIMITS[precision]
+    verify: Callable[[Path], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write `module` to `path` once ONNX Runtime agrees with torch, and report what was measured.
 
-    The measure, on each of BATCH_SIZES: max |e / ||e|| - e' / ||e'||| over all coordinates, e from
-    torch, e' from the file, on `example_images` (seeded noise without them). An existing file at
-    `path` is replaced on success and untouched on failure.
+    The measure, on each of BATCH_SIZES: the cosine of the file's embedding with torch's, and
+    max |e / ||e|| - e' / ||e'||| over all coordinates, on `example_images` (seeded noise without
+    them). An existing file at `path` is replaced on success and untouched on failure.
 
     metadata: facts of the run (network, commit, margin, ...), written beside those of the input.
     module: in eval mode, fp32, on the CPU.
+    verify: called with the finished file under a name that is not yet its own; what it returns
+        is reported and written into the metadata as JSON, under "verification". It raises
+        ExportError to refuse the file.
 
     Raises:
         ValueError: the module is in training mode, of another dtype or on another device; images of
-            another shape or dtype.
+            another shape or dtype; int8 without images to calibrate on.
         ExportError: the graph cannot be written with a free batch, is not valid ONNX, differs from
-            torch by `tolerance` or more, or its names would make clients skip the normalisation.
+            torch beyond the limits, or its names would make clients skip or repeat the
+            normalisation.
         OSError: the directory does not exist or cannot be written.
     """
     path = Path(path)
     check_module(module)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: one of {', '.join(PRECISIONS)}")
     images = noise_images() if example_images is None else check_examples(example_images)
+    if precision == "int8" and calibration_images is None:
+        raise ValueError("int8 needs real images to set the ranges of its activations")
     if path.is_dir() or not path.parent.is_dir():
         reason = "is a directory" if path.is_dir() else f"{path.parent} is not a directory"
         raise OSError(f"cannot write {path}: {reason}")
-    model = build_graph(module)
+
+    def prepare(pixels: Images) -> np.ndarray:
+        return prepared(pixels, bake)
+
+    whole = Baked(module, bake).eval() if bake != Bake() else module
+    model = build_graph(whole)
     size = model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
-    facts = {**metadata, **input_facts(), "embedding_size": str(size)}
-    onnx.helper.set_model_props(model, facts)
-    check_graph(model)
-    content = model.SerializeToString()
-    with written_aside(path, content) as aside:
-        errors = measure(module, aside, images)
-        worst = max(errors.values())
-        if worst >= tolerance:
-            listed = ", ".join(f"batch {n}: {error:.2e}" for n, error in errors.items())
-            raise ExportError(
-                f"the file differs from torch by {worst:.2e}, allowed is less than "
-                f"{tolerance:.0e} ({listed}); {path} was not written"
-            )
+    facts: dict[str, Any] = {"precision": precision}
+    if precision == "fp16":
+        model, facts["fp32_nodes"] = to_fp16(model, prepare(images))
+    elif precision == "int8":
+        assert calibration_images is not None
+        model = to_int8(model, prepare(check_examples(calibration_images)))
+        facts["calibrated_on"] = f"{len(calibration_images)} images"
+    entries = {
+        **metadata, **input_facts(bake), "embedding_size": str(size), "precision": precision,
+    }  # fmt: skip
+    name_normalisation(model, bake)
+    check_graph(model, bake)
+    onnx.helper.set_model_props(model, entries)
+    try:
+        with written_aside(path, model.SerializeToString()) as aside:
+            agreement = measure(whole, aside, images, prepare)
+            agreement.check(limits or LIMITS[precision])
+            facts |= agreement.facts()
+            if verify is not None:
+                facts["verification"] = verify(aside)
+                entries["verification"] = json.dumps(facts["verification"])
+            entries["agreement"] = json.dumps(facts["cosine"])
+            onnx.helper.set_model_props(model, entries)
+            content = model.SerializeToString()
+            aside.write_bytes(content)
+            sync(aside)
+    except ExportError as error:
+        raise ExportError(f"{error}; {path} was not written") from error
     return {
         "path": str(path),
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "opset": OPSET,
-        "precision": "fp32",
         "embedding_size": size,
-        "max_abs_error": worst,
-        "max_abs_error_by_batch": {str(n): error for n, error in errors.items()},
-        "tolerance": tolerance,
+        **facts,
         "checked_on": "noise" if example_images is None else f"{len(images)} images",
-        "metadata": facts,
+        "metadata": entries,
     }
 
 
@@ -124,15 +190,22 @@ def noise_images() -> Images:
     return patches.repeat(INPUT_SIZE // 8, axis=1).repeat(INPUT_SIZE // 8, axis=2)
 
 
-def input_facts() -> dict[str, str]:
-    """What a caller must know to feed the graph."""
+def input_facts(bake: Bake = Bake()) -> dict[str, str]:  # noqa: B008, frozen
+    """What a caller must know to feed the graph, and of what it gives."""
     return {
         "format_version": str(FORMAT_VERSION),
         "input_size": f"{INPUT_SIZE},{INPUT_SIZE}",  # height, width
         "color_order": "RGB",
-        "mean": str(PIXEL_MEAN),  # input = (pixel - mean) / std, pixels 0..255
-        "std": str(PIXEL_STD),
+        **bake.facts(),  # mean and std: input = (pixel - mean) / std, pixels 0..255
     }
+
+
+def prepared(images: Images, bake: Bake) -> np.ndarray:
+    """[n, 112, 112, 3] -> float32 [n, 3, 112, 112] as the graph takes them."""
+    pixels = images.astype(np.float32)
+    if not bake.normalise:
+        pixels = (pixels - PIXEL_MEAN) / PIXEL_STD
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
 def build_graph(module: nn.Module) -> onnx.ModelProto:
@@ -173,17 +246,45 @@ def quiet_exporter() -> Iterator[None]:
         log.setLevel(level)
 
 
-def check_graph(model: onnx.ModelProto) -> None:
+def name_normalisation(model: onnx.ModelProto, bake: Bake) -> None:
+    """Names that clients read: Sub and Mul where the normalisation is inside, else neither."""
+    for kind in ("Sub", "Mul"):
+        nodes = [node for node in model.graph.node if node.op_type == kind]
+        for index, node in enumerate(nodes):
+            inside = bake.normalise and index == 0
+            node.name = f"{kind}_pixels" if inside else f"node_{kind.lower()}_{index}"
+    if bake.normalise:  # among the first nodes, before what other nodes do to the weights
+        maker = {name: node for node in model.graph.node for name in node.output}
+        found = [node for node in model.graph.node if node.name == "Mul_pixels"]
+        for node in found:  # grows: what made its inputs
+            found += [maker[name] for name in node.input if name in maker]
+        names = {id(node) for node in found}
+        nodes = [*reversed(found), *(n for n in model.graph.node if id(n) not in names)]
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del model.graph.node[:]
+        model.graph.node.extend(copies)
+
+
+def check_graph(model: onnx.ModelProto, bake: Bake = Bake()) -> None:  # noqa: B008, frozen
     """Refuse what onnx.checker refuses, a baked batch, and names that mislead clients."""
     try:
         onnx.checker.check_model(model, full_check=True)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"onnx.checker refuses the graph: {error}") from error
     for value in (*model.graph.input, *model.graph.output):
         if not value.type.tensor_type.shape.dim[0].dim_param:
             raise ExportError(f"the batch of {value.name!r} is fixed in the graph")
     first = [node.name for node in model.graph.node[:8]]
-    if any(name.startswith(("Sub", "_minus", "Mul", "_mul")) for name in first):
+    found = [
+        any(name.startswith(prefix) for name in first for prefix in prefixes)
+        for prefixes in (("Sub", "_minus"), ("Mul", "_mul"))
+    ]
+    if bake.normalise and not all(found):
+        raise ExportError(
+            f"no Sub and Mul among the first nodes ({', '.join(first)}): InsightFace's client "
+            "would repeat the pixel normalisation, which is in the graph"
+        )
+    if not bake.normalise and any(found):
         raise ExportError(
             f"a Sub or Mul among the first nodes ({', '.join(first)}) tells InsightFace's client "
             "that the pixel normalisation is in the graph; it must stay outside"
@@ -195,49 +296,19 @@ def written_aside(path: Path, content: bytes) -> Iterator[Path]:
     """A temporary file of `content` beside `path` that takes its name if the body succeeds."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        aside.write_bytes(content)
+        sync(aside)
         yield aside
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Write a file's content, or a directory's names, through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
-
-
-def measure(module: nn.Module, path: Path, images: Images) -> dict[int, float]:
-    """{batch size: max abs difference of the normalised embeddings of torch and of the file}."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    errors = {}
-    for size in BATCH_SIZES:
-        chosen = images[np.arange(size) % len(images)]  # [size, 112, 112, 3]
-        batch = ((chosen.astype(np.float32) - PIXEL_MEAN) / PIXEL_STD).transpose(0, 3, 1, 2)
-        batch = np.ascontiguousarray(batch)  # [size, 3, 112, 112]
-        with torch.inference_mode():
-            expected = module(torch.from_numpy(batch)).numpy()  # [size, D]
-        try:
-            (embedding,) = session.run(["embedding"], {"input": batch})
-        except Exception as error:  # onnxruntime's errors share no other base
-            raise ExportError(f"ONNX Runtime fails on a batch of {size}: {error}") from error
-        errors[size] = difference(embedding, expected)
-    return errors
-
-
-def difference(actual: np.ndarray, expected: np.ndarray) -> float:
-    """max |a / ||a|| - e / ||e|||; infinite where the file gives zero or non-finite embeddings."""
-    if actual.shape != expected.shape:
-        raise ExportError(f"the file gives embeddings {actual.shape}, torch {expected.shape}")
-    a, e = actual.astype(np.float64), expected.astype(np.float64)
-    a_norm, e_norm = (np.linalg.norm(x, axis=1, keepdims=True) for x in (a, e))  # [n, 1]
-    if not (np.isfinite(e_norm).all() and e_norm.all()):
-        raise ExportError(
-            "the network itself gives zero or non-finite embeddings: it is untrained or damaged"
-        )
-    if not (np.isfinite(a_norm).all() and a_norm.all()):
-        return float("inf")
-    return float(np.abs(a / a_norm - e / e_norm).max())
+        os.close(descriptor)

@@ -22,7 +22,7 @@ from data_tools.order import Order
 from data_tools.shards import Shards
 from data_tools.union import Union
 from recognition.config import Config, of_head
-from recognition.head import PartialFC
+from recognition.head import Limits, PartialFC
 from recognition.losses import Margin, make_margin
 
 
@@ -66,6 +66,10 @@ def _head(cfg: Config, class_counts: np.ndarray, group: ProcessGroup, seed: int)
         group,
         seed,
         class_counts,
+        Limits(
+            cfg.head_stored_mib << 20,
+            dtype=torch.bfloat16 if cfg.head_precision == "bf16" else None,
+        ),
     )
 
 

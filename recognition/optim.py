@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from recognition.head import PartialFC
-
-_PIECE_ELEMENTS = 4 << 20  # rows are updated in pieces, so the temporaries stay small
+from recognition.pieces import piece_size
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,29 @@ class _RowOptimizer:
     def __init__(self, head: PartialFC, weight_decay: float) -> None:
         self.head = head
         self.weight_decay = weight_decay
+        self._begun: float | None = None  # lr of the step whose backward updates
         self.state = self._new_state(head.weight.detach())  # by class
         self.model_state: dict[str, Tensor] = {}  # the same on all ranks
         for name, parameter in head.margin.named_parameters():
             state = self._new_state(_as_rows(parameter.detach()))
             self._state_of(name).update({f"margin.{name}.{k}": v for k, v in state.items()})
+
+    @torch.no_grad()
+    def begin(self, lr: float) -> None:
+        """Let the next backward update the rows, piece by piece, so that no gradient of them
+        exists. step() then steps what the margin learns and ends the step.
+
+        Raises:
+            RuntimeError: a forward of this step has been already.
+        """
+        if self.head.has_begun:
+            raise RuntimeError("begin() comes before the forward whose backward updates the rows")
+        self._check_state()
+
+        def update(where: slice | Tensor, grad: Tensor, weight: Tensor) -> None:
+            self._apply(where, grad.flatten(1), lr, weight=weight.flatten(1))
+
+        self.head.sink, self._begun = update, lr
 
     @torch.no_grad()
     def step(
@@ -70,33 +87,82 @@ class _RowOptimizer:
         grad_scale: Tensor | None = None,  # [] the gradients are this much too large
         found_inf: Tensor | None = None,  # [] not 0: change nothing
     ) -> None:
-        """Update the rows that the head sampled since the last step, and end the head's step."""
+        """Update the rows that the head sampled since the last step, and end the head's step.
+
+        Raises:
+            ValueError: after begin(), another lr, or a wish to scale or skip what has been done.
+        """
+        self._check_state()
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            if (lr, grad_scale, found_inf) != (begun, None, None):
+                raise ValueError(
+                    "the backward has updated the rows (update_in_backward): the step can neither "
+                    "be scaled, skipped nor have another lr"
+                )
+            self.head.end_step()
+            self._step_margin(lr, None, None)
+            return
         sampled = self.head.end_step(found_inf)
         gradient = sampled.gradient().flatten(1)  # [S, K * D]
-        weight = self.head.weight.detach().flatten(1)  # [C_r, K * D]
+        if found_inf is not None and found_inf.device.type == "cpu":  # asking costs nothing
+            found_inf, skipped = None, bool(found_inf)
+        else:
+            skipped = False
+        size = piece_size(0, self.head.weight, self.head.num_subcenters)
+        for start in range(0, 0 if skipped else len(gradient), size):
+            where = slice(start, min(start + size, len(gradient)))
+            rows = where if sampled.index is None else sampled.index[where]
+            grad = gradient[where]
+            if grad_scale is not None:
+                grad = grad / grad_scale.to(grad.dtype)
+            self._apply(rows, grad, lr, found_inf)
+        sampled.recycle()
+        if skipped:
+            found_inf = torch.ones((), device=gradient.device)
+        self._step_margin(lr, grad_scale, found_inf)
+
+    def _apply(
+        self,
+        rows: slice | Tensor,
+        grad: Tensor,  # [n, K * D]
+        lr: float,
+        found_inf: Tensor | None = None,
+        weight: Tensor | None = None,  # [n, K * D] these rows of it, where they have been read
+    ) -> None:
+        """Update some rows of the weight and their state in place."""
+        own = {k: v for k, v in self.state.items() if not k.startswith("margin.")}
+        tensors = {"weight": self.head.weight.detach()} | own
+        in_place = isinstance(rows, slice) and found_inf is None
+        parts = {}
+        for name, tensor in tensors.items():
+            flat = tensor.flatten(1)
+            if name == "weight" and weight is not None:
+                parts[name] = weight
+            elif isinstance(rows, slice):
+                parts[name] = flat[rows] if in_place else flat[rows].clone()
+            else:
+                parts[name] = flat.index_select(0, rows)
+        self._update_(grad, lr, self.weight_decay, **parts)
+        if in_place:
+            return
+        for name, tensor in tensors.items():
+            flat, new = tensor.flatten(1), parts[name]
+            if found_inf is not None:
+                new = torch.where(found_inf > 0, flat[rows], new)
+            if isinstance(rows, slice):
+                flat[rows] = new
+            else:
+                flat.index_copy_(0, rows, new)
+
+    def _check_state(self) -> None:
+        weight = self.head.weight
         for name, tensor in self.state.items():
             if tensor.dtype != weight.dtype or tensor.device != weight.device:
                 raise TypeError(
                     f"{name} is {tensor.dtype} on {tensor.device}, the class rows {weight.dtype} "
                     f"on {weight.device}: make the row optimizer after moving the head"
                 )
-        own = {k: v.flatten(1) for k, v in self.state.items() if not k.startswith("margin.")}
-        tensors = {"weight": weight} | own
-        size = max(_PIECE_ELEMENTS // max(weight.shape[1], 1), 1)
-        for start in range(0, len(gradient), size):
-            where = slice(start, start + size)
-            rows = where if sampled.index is None else sampled.index[where]
-            grad = gradient[where]
-            if grad_scale is not None:
-                grad = grad / grad_scale.to(grad.dtype)
-            before = {name: tensor[rows] for name, tensor in tensors.items()}
-            after = self._update(grad, lr, self.weight_decay, **before)
-            for name, tensor in tensors.items():
-                new = after[name]
-                if found_inf is not None:
-                    new = torch.where(found_inf > 0, before[name], new)
-                tensor[rows] = new
-        self._step_margin(lr, grad_scale, found_inf)
 
     def _step_margin(self, lr: float, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         margin = self.head.margin
@@ -115,7 +181,8 @@ class _RowOptimizer:
             if found_inf is not None:
                 touched = touched & (found_inf == 0)
             before = {"weight": parameter} | state
-            after = self._update(grad, lr * margin.lr_factor, 0.0, **before)
+            after = {key: tensor.clone() for key, tensor in before.items()}
+            self._update_(grad, lr * margin.lr_factor, 0.0, **after)
             for key, tensor in before.items():
                 tensor.copy_(torch.where(touched, after[key], tensor))
             margin.get_parameter(name).grad = None
@@ -129,8 +196,8 @@ class _RowOptimizer:
         """State at the start for some rows [n, ...], a row for each."""
         raise NotImplementedError
 
-    def _update(self, grad: Tensor, lr: float, decay: float, **rows: Tensor) -> dict[str, Tensor]:
-        """New values of the weight and the state of some rows [n, K * D]."""
+    def _update_(self, grad: Tensor, lr: float, decay: float, **rows: Tensor) -> None:
+        """Change the weight and the state of some rows [n, K * D] in place."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -175,11 +242,10 @@ class RowSGD(_RowOptimizer):
     def _new_state(self, rows: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(rows)}
 
-    def _update(self, grad: Tensor, lr: float, decay: float, **rows: Tensor) -> dict[str, Tensor]:
-        velocity = rows["momentum"] * self.momentum
-        velocity += grad
-        velocity.add_(rows["weight"], alpha=decay)
-        return {"weight": rows["weight"] - lr * velocity, "momentum": velocity}
+    def _update_(self, grad: Tensor, lr: float, decay: float, **rows: Tensor) -> None:
+        velocity = rows["momentum"]
+        velocity.mul_(self.momentum).add_(grad).add_(rows["weight"], alpha=decay)
+        rows["weight"].add_(velocity, alpha=-lr)
 
 
 class RowAdamW(_RowOptimizer):
@@ -206,15 +272,14 @@ class RowAdamW(_RowOptimizer):
             "steps": rows.new_zeros(len(rows), 1),
         }
 
-    def _update(self, grad: Tensor, lr: float, decay: float, **rows: Tensor) -> dict[str, Tensor]:
+    def _update_(self, grad: Tensor, lr: float, decay: float, **rows: Tensor) -> None:
         beta1, beta2 = self.betas
-        steps = rows["steps"] + 1  # [n, 1]
-        mean = rows["exp_avg"].lerp(grad, 1 - beta1)
-        square = rows["exp_avg_sq"] * beta2 + (1 - beta2) * grad.square()
-        unbiased = mean / (1 - beta1**steps)
-        deviation = (square / (1 - beta2**steps)).sqrt() + self.eps
-        weight = rows["weight"] * (1 - lr * decay) - lr * unbiased / deviation
-        return {"weight": weight, "exp_avg": mean, "exp_avg_sq": square, "steps": steps}
+        steps = rows["steps"].add_(1)  # [n, 1]
+        mean = rows["exp_avg"].lerp_(grad, 1 - beta1)
+        square = rows["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        deviation = square.sqrt().div_((1 - beta2**steps).sqrt_()).add_(self.eps)
+        step = mean / (1 - beta1**steps)
+        rows["weight"].mul_(1 - lr * decay).addcdiv_(step, deviation, value=-lr)
 
 
 def _as_rows(tensor: Tensor) -> Tensor:

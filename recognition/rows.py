@@ -1,13 +1,21 @@
-"""The rows of the class matrix that one step uses: unit centres piece by piece, and one gradient.
+"""The rows of the class matrix that one step uses, read piece by piece, and their one gradient.
 
 Letters: C_r classes of this rank, S sampled, K sub-centres, D embedding, n classes of a piece.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from recognition.sampling import Draw
+
+# Takes the finished gradient [n, K, D] of rows of the weight, a slice or int64 [n] of them, and
+# what was read of them, which it may change.
+Sink = Callable[[slice | Tensor, Tensor, Tensor], None]
 
 
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,68 +25,158 @@ def unit(x: Tensor) -> tuple[Tensor, Tensor]:
     return x / norm, norm
 
 
+class Pool:
+    """Memory that is lent from step to step: fresh pages cost the operating system's time."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, like: Tensor, *shape: int) -> Tensor:
+        """An unwritten tensor of `like`'s dtype and device."""
+        for place, tensor in enumerate(self._free):
+            if (tensor.shape, tensor.dtype, tensor.device) == (shape, like.dtype, like.device):
+                return self._free.pop(place)
+        self._free.clear()  # sizes have changed: do not hold the old ones beside the new
+        return like.new_empty(shape)
+
+    def give(self, tensor: Tensor | None) -> None:
+        if tensor is not None:
+            self._free.append(tensor)
+
+
 class SampledRows:
     """The centres of the sampled classes, read from the weight when asked for, never copied whole.
 
     The gradient of the loss with respect to the raw rows is collected here, one tensor [S, K, D]
-    for both of its sources (targets and negatives), so autograd never adds two of that size.
+    for all of its sources, so autograd never adds two of that size. With a sink there is none: the
+    sink takes the gradient of each piece as it is finished.
     """
 
-    def __init__(self, weight: Tensor, rows: np.ndarray | None) -> None:
-        self.weight = weight.detach()  # [C_r, K, D]
-        self.rows = rows  # int64 [S] of the weight, on the host; None: all of them, in order
-        self.index = None if rows is None else to_device(rows, weight.device)
+    def __init__(
+        self,
+        weight: Tensor,  # [C_r, K, D]
+        index: Tensor | None = None,  # int64 [S] of the weight; None: all of them, in order
+        missed: np.ndarray | None = None,  # int64, the last of `index`, which the draw missed
+        pool: Pool | None = None,
+        sink: Sink | None = None,
+    ) -> None:
+        self.weight = weight.detach()
+        self.index, self.sink = index, sink
+        self.missed = np.empty(0, np.int64) if missed is None else missed
         self.grad: Tensor | None = None  # [S, K, D]
+        self._pool = pool or Pool()
         self._version = self.weight._version
+        self._adds = False  # to a gradient that is there
+        self.is_finished = False  # a backward has been here
+        self.is_lent = False  # somebody may keep the gradient
 
     def __len__(self) -> int:
         return len(self.weight if self.index is None else self.index)
 
-    def unit(self, where: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """unit() of the centres at some places of the sample: [n, K, D] and [n, K, 1]."""
+    def read(self, where: slice | Tensor) -> Tensor:
+        """The centres [n, K, D] at some places of the sample; do not change them."""
         if self.index is None:
-            return unit(self.weight[where])
-        return unit(self.weight.index_select(0, self.index[where]))
+            return self.weight[where]
+        return self.weight.index_select(0, self.index[where])
 
-    def add_gradient(
-        self,
-        where: slice | Tensor,
-        grad_unit: Tensor,  # [n, K, D] with respect to the unit centres at `where`, repeats allowed
-        centres: Tensor,  # [n, K, D] and
-        norm: Tensor,  # [n, K, 1], what unit(where) gave
-    ) -> None:
-        """Through w_hat = w / |w|: dL/dw = (dL/dw_hat - <dL/dw_hat, w_hat> w_hat) / |w|.
+    def begin_gradient(self) -> None:
+        """Before the pieces of a backward.
 
         Raises:
             RuntimeError: the weight has changed since the forward.
         """
         if self.weight._version != self._version:
             raise RuntimeError("the class rows were changed between a forward and its backward")
-        radial = (grad_unit * centres).sum(-1, keepdim=True)
-        grad = torch.addcmul(grad_unit, radial, centres, value=-1).div_(norm)
-        if isinstance(where, slice):
+        self._adds, self.is_finished = self.grad is not None, True
+        if self.grad is None and self.sink is None:
+            self.grad = self._pool.take(self.weight, len(self), *self.weight.shape[1:])
+
+    def room(self, where: slice) -> Tensor:
+        """Where the gradient [n, K, D] of a piece is to be written."""
+        if self.grad is None or self._adds:
+            return self.weight.new_empty(where.stop - where.start, *self.weight.shape[1:])
+        return self.grad[where]
+
+    def add_gradient(self, where: slice, grad: Tensor, read: Tensor) -> None:
+        """What stands in room(where) is finished; read: what read(where) gave, no longer wanted."""
+        if self.sink is not None:
+            self.sink(where if self.index is None else self.index[where], grad, read)
+            self._version = self.weight._version
+        elif self._adds:
             self.gradient()[where] += grad
-        else:
-            self.gradient().index_add_(0, where, grad)
 
     def gradient(self) -> Tensor:
-        """The gradient so far; zeros before the first contribution."""
+        """The gradient so far.
+
+        Raises:
+            RuntimeError: a sink has taken it.
+        """
         if self.grad is None:
-            self.grad = self.weight.new_zeros(len(self), *self.weight.shape[1:])
+            raise RuntimeError("update_in_backward keeps no gradient of the class rows")
         return self.grad
+
+    def with_gradient(self, grad: Tensor) -> SampledRows:
+        rows = SampledRows(self.weight, self.index, self.missed, self._pool)
+        rows.grad, rows.is_finished = grad, True
+        return rows
+
+    def recycle(self) -> None:
+        """The gradient has served: the next step may have its memory."""
+        if not self.is_lent:
+            self._pool.give(self.grad)
+        self.grad = None
 
 
 def merge(first: SampledRows, second: SampledRows) -> SampledRows:
-    """The rows and gradients of two micro-steps as one: union and sum."""
-    if first.rows is None or second.rows is None:
+    """The rows and gradients of two micro-steps as one: union and sum.
+
+    Micro-steps share what was drawn and differ in the positives that the draw missed.
+    """
+    if first.index is None or second.index is None:
         first.gradient().add_(second.gradient())
         return first
-    device = first.weight.device
-    union, place = np.unique(np.concatenate([first.rows, second.rows]), return_inverse=True)
-    merged = SampledRows(first.weight, union)
-    for part, where in ((first, place[: len(first)]), (second, place[len(first) :])):
-        merged.gradient().index_add_(0, to_device(where, device), part.gradient())
+    device, drawn = first.weight.device, len(first) - len(first.missed)
+    missed = np.union1d(first.missed, second.missed)
+    index = torch.cat([first.index[:drawn], to_device(missed, device)])
+    merged = SampledRows(first.weight, index, missed, first._pool)
+    grad = merged.grad = first.weight.new_zeros(len(index), *first.weight.shape[1:])
+    for part in (first, second):
+        grad[:drawn] += part.gradient()[:drawn]
+        place = to_device(drawn + np.searchsorted(missed, part.missed), device)
+        grad.index_add_(0, place, part.gradient()[drawn:])
     return merged
+
+
+def drawn_on(device: torch.device, draw: Draw) -> Tensor:
+    """draw.classes() as a tensor on the device: int64 [num]. On a GPU it is computed there, so that
+    neither the hash of millions of cells nor their copy waits for the host."""
+    if device.type == "cpu":
+        return torch.from_numpy(draw.classes())
+    return drawn_by_torch(device, draw)
+
+
+def drawn_by_torch(device: torch.device, draw: Draw) -> Tensor:
+    """draw.classes() in torch's int64, whose products wrap as the host's uint64 do."""
+    parts = [torch.empty(0, dtype=torch.int64, device=device)]
+    for first, last, shift in draw.runs:
+        cell = torch.arange(first, last, device=device)
+        low = cell * draw.num_classes // draw.num_cells
+        size = (cell + 1) * draw.num_classes // draw.num_cells - low
+        state = (cell ^ _signed(draw.key)) + _signed(0x9E3779B97F4A7C15)
+        state = (state ^ _shifted(state, 30)) * _signed(0xBF58476D1CE4E5B9)
+        state = (state ^ _shifted(state, 27)) * _signed(0x94D049BB133111EB)
+        bits = _shifted(state ^ _shifted(state, 31), 32)
+        parts.append(low + (bits * size >> 32) + shift)
+    return torch.cat(parts)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def _shifted(word: Tensor, bits: int) -> Tensor:
+    """A logical shift to the right, where torch's is arithmetic."""
+    return (word >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

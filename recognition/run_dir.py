@@ -7,24 +7,22 @@ import dataclasses
 import fcntl
 import json
 import os
-import pickle
 import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import safetensors
-import safetensors.torch
-import torch
 from torch import Tensor
 
-from recognition import checkpoint
+from recognition import checkpoint, convert
 from recognition.config import Config
 
 _SOURCE_DIR = os.path.dirname(os.path.abspath(__file__))
 
 
-def initial_weights(path: str) -> Mapping[str, Tensor]:
-    """The backbone's state to start from: a run or checkpoint directory, .safetensors, or .pt/.pth.
+def initial_weights(path: str, color_order: str | None = None) -> Mapping[str, Tensor]:
+    """The backbone's state to start from: a run or checkpoint directory, or a published file.
+
+    color_order: of a file's training images, where it is not the one that its kind has.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -35,15 +33,9 @@ def initial_weights(path: str) -> Mapping[str, Tensor]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"init_from={path}: no such file or directory")
     try:
-        if path.endswith(".safetensors"):
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"init_from={path} cannot be read as weights: {reason}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"init_from={path} is not a state dict: expected tensors by name")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+        return convert.read_weights(path, color_order)
+    except ValueError as error:
+        raise ValueError(f"init_from: {error}") from error
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ n cells of the draw, m rows of the batch whose class this rank holds.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -28,10 +29,16 @@ def shard_range(num_classes: int, world: int, rank: int) -> tuple[int, int]:
 class Sample(NamedTuple):
     """What one rank computes logits for in one step."""
 
-    classes: np.ndarray | None  # int64 [S] global ids, each once; None: the whole shard in order
+    draw: Draw | None  # None: the whole shard in order
+    missed: np.ndarray  # int64 global ids of the positives that the draw missed, ascending
     owned: np.ndarray  # int64 [m] rows of the batch whose class is here, ordered by `position`
     position: np.ndarray  # int64 [m] place of those rows' classes in `classes`
     total: int  # sampled classes of all ranks
+
+    @property
+    def classes(self) -> np.ndarray | None:
+        """int64 [S] global ids, each once, first the drawn ones; None: the whole shard in order."""
+        return None if self.draw is None else np.concatenate([self.draw.classes(), self.missed])
 
 
 def sample(
@@ -47,80 +54,89 @@ def sample(
     The class axis, rotated by a keyed offset, is cut into n = ceil(sample_rate * C) cells; a
     keyed hash picks one class in each; a rank keeps those it holds. Every class is drawn with
     probability n / C. The drawn classes come first, then the positives that the draw missed, both
-    ascending. Work and memory are O(S + B log B).
+    ascending. Work and memory here are O(B log B), because the place of a drawn class follows from
+    its cell; the S drawn classes are written down by Draw, on the host or on a GPU.
     """
-    start, stop = shard
-    owned = np.flatnonzero((labels >= start) & (labels < stop))
-    if sample_rate >= 1.0:
-        position = labels[owned] - start
-        order = np.argsort(position, kind="stable")
-        return Sample(None, owned[order], position[order], num_classes)
-
-    cells = _Cells(num_classes, sample_rate, seed, step)
-    drawn = [cells.drawn(first, last, shift) for first, last, shift in cells.segments(start, stop)]
-    classes = np.concatenate(drawn) if drawn else np.empty(0, np.int64)
-
+    order = np.argsort(labels, kind="stable")
+    low, high = np.searchsorted(labels[order], shard)
+    owned = order[low:high]  # ascending by class
     here = labels[owned]
-    undrawn = ~cells.is_drawn(labels)  # [B]
-    missed = np.unique(here[undrawn[owned]])
-    classes_and_missed = np.concatenate([classes, missed])
-    position = np.searchsorted(classes, here)
-    found = position < len(classes)
-    found[found] = classes[position[found]] == here[found]
-    position[~found] = len(classes) + np.searchsorted(missed, here[~found])
-    order = np.argsort(position, kind="stable")
-    total = cells.num + len(np.unique(labels[undrawn]))
-    return Sample(classes_and_missed, owned[order], position[order], total)
+    if sample_rate >= 1.0:
+        return Sample(None, np.empty(0, np.int64), owned, here - shard[0], num_classes)
+
+    draw = Draw(num_classes, shard, sample_rate, seed, step)
+    drawn = draw.holds(labels)  # bool [B]
+    first = np.diff(labels[order], prepend=-1) > 0  # of its class, in ascending order
+    total = draw.num_cells + int((first & ~drawn[order]).sum())
+    missed = np.flatnonzero(first[low:high] & ~drawn[owned])
+    number = np.cumsum(first[low:high] & ~drawn[owned]) - 1  # of the missed class of a row
+    position = np.where(drawn[owned], draw.places(here), draw.num + number)
+    ascending = np.argsort(position, kind="stable")
+    return Sample(draw, here.take(missed), owned[ascending], position[ascending], total)
 
 
-class _Cells:
-    """The draw of one step: n cells over the rotated class axis u = (class - offset) mod C."""
+class Draw:
+    """The negatives of one step on one rank: the picks of n cells over the rotated class axis
+    u = (class - offset) mod C."""
 
-    def __init__(self, num_classes: int, sample_rate: float, seed: int, step: int) -> None:
+    def __init__(
+        self, num_classes: int, shard: tuple[int, int], sample_rate: float, seed: int, step: int
+    ) -> None:
         self.num_classes = num_classes
         # The small term keeps 0.1 * 30 = 3.0000000000000004 from becoming four cells.
-        self.num = math.ceil(sample_rate * num_classes - 1e-9)
+        self.num_cells = math.ceil(sample_rate * num_classes - 1e-9)  # of all ranks
         self.key = hash_words(seed, _DRAW, step)
         self.offset = hash_words(self.key, _MASK) % num_classes
+        # Runs of cells [first, last) whose picks are classes of this shard, and the shift from u
+        # to class.
+        self.runs = list(self._runs(*shard)) if self.num_cells else []
+        self.num = sum(last - first for first, last, _ in self.runs)  # drawn here
 
-    def segments(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Cells [first, last) whose picks are classes of [start, stop), and the shift from u to
-        class.
-
-        At most two runs (the rotation wraps once), in the order of the class ids. Only the two
-        cells at the ends of a run can reach over its border; their picks decide whether they
-        belong.
-        """
-        if self.num == 0:
-            return []
+    def _runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """At most two (the rotation wraps once), in the order of the class ids. Only the two cells
+        at the ends of a run can reach over its border; their picks decide whether they belong."""
         wrap = min(max(self.offset, start), stop)
-        runs = [(start, wrap, self.offset - self.num_classes), (wrap, stop, self.offset)]
-        segments = []
-        for low, high, shift in runs:
+        pieces = [(start, wrap, self.offset - self.num_classes), (wrap, stop, self.offset)]
+        for low, high, shift in pieces:
             if low == high:
                 continue
             first, last = (int(c) for c in self._cell_of(np.array([low - shift, high - 1 - shift])))
             first += int(self._pick(np.array([first]))[0]) < low - shift
             last -= int(self._pick(np.array([last]))[0]) >= high - shift
-            segments.append((first, last + 1, shift))
-        return segments
+            yield first, max(first, last + 1), shift
 
-    def drawn(self, first: int, last: int, shift: int) -> np.ndarray:
-        return self._pick(np.arange(first, max(first, last))) + shift
+    def classes(self) -> np.ndarray:
+        """int64 [num] global ids, ascending."""
+        picks = [self._pick(np.arange(first, last)) + shift for first, last, shift in self.runs]
+        return np.concatenate(picks) if picks else np.empty(0, np.int64)
 
-    def is_drawn(self, classes: np.ndarray) -> np.ndarray:
-        if self.num == 0:
+    def holds(self, classes: np.ndarray) -> np.ndarray:
+        """Which of any classes, of this rank or not, are drawn."""
+        if self.num_cells == 0:
             return np.zeros(len(classes), bool)
         u = (classes - self.offset) % self.num_classes
         return self._pick(self._cell_of(u)) == u
 
+    def places(self, classes: np.ndarray) -> np.ndarray:
+        """Where drawn classes of this rank stand in classes(); of others, any number."""
+        if self.num_cells == 0:
+            return np.zeros(len(classes), np.int64)
+        cell = self._cell_of((classes - self.offset) % self.num_classes)
+        places, before = np.zeros(len(classes), np.int64), 0
+        for first, last, shift in self.runs:
+            u = classes - shift
+            in_run = (u >= 0) & (u < self.num_classes)
+            places = np.where(in_run, before + cell - first, places)
+            before += last - first
+        return places
+
     def _cell_of(self, u: np.ndarray) -> np.ndarray:
-        return ((u + 1) * self.num - 1) // self.num_classes
+        return ((u + 1) * self.num_cells - 1) // self.num_classes
 
     def _pick(self, cell: np.ndarray) -> np.ndarray:
         """int64 rotated position picked in each cell [floor(k C / n), floor((k+1) C / n))."""
-        low = cell * self.num_classes // self.num
-        size = (cell + 1) * self.num_classes // self.num - low
+        low = cell * self.num_classes // self.num_cells
+        size = (cell + 1) * self.num_classes // self.num_cells - low
         bits = _hash_array(self.key, cell) >> np.uint64(32)
         return low + ((bits * size.astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
 

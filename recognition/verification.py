@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
-from data_tools.loader import normalise
 from data_tools.order import rank_slice
 from eval import lfw
 from recognition import collectives
 from recognition.build import TrainState
+from recognition.embedding import embed
 from recognition.logger import Logger
-from recognition.precision import autocast, dtype_of
 
 _BATCH = 64  # images
 
@@ -31,7 +29,7 @@ def verify(state: TrainState, logger: Logger) -> dict[str, Any]:
         ]
         start, stop = rank_slice(len(pairs.encoded), world, rank)
         local = lfw.embed(
-            lambda images: embed(state, images),
+            lambda images: embed(state.backbone, images, state.precision, state.runtime.device),
             pairs.encoded[start:stop],
             _BATCH,
             f"{pairs.name}.bin, counted from image {start}:",
@@ -53,13 +51,3 @@ def verify(state: TrainState, logger: Logger) -> dict[str, Any]:
         record = {"step": state.step, "verification": short}
         logger.record(record, f"step {state.step}  verification  {line}")
     return results
-
-
-def embed(state: TrainState, images: np.ndarray) -> np.ndarray:  # uint8 [n, 112, 112, 3] -> [n, D]
-    """Embeddings of the network as it stands, float32."""
-    device = state.runtime.device
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device, non_blocking=True)
-    unflipped = torch.zeros(len(pixels), dtype=torch.bool, device=device)
-    with autocast(state.precision, device):
-        embeddings = state.backbone(normalise(pixels, unflipped, dtype_of(state.precision)))
-    return embeddings.float().cpu().numpy()

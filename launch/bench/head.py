@@ -39,9 +39,8 @@ from data_tools.commands import one_line
 from launch.bench.machine import machine
 from launch.bench.processes import slowest, together
 from recognition import collectives
-from recognition.head import PartialFC
+from recognition.head import Limits, PartialFC
 from recognition.losses import MARGINS
-from recognition.losses.reduction import piece_size
 from recognition.optim import RowSGD
 from recognition.run_dir import commit
 
@@ -61,6 +60,9 @@ class Case(NamedTuple):
     dtype: str = "fp32"
     # At most, of time / rival, time / floor, peak / rival; None: none is promised.
     targets: tuple[float, float, float] | None = None
+    stored_mib: int = 64  # what the forward may keep for the backward
+    update_in_backward: bool = False
+    piece: int | None = None  # classes; None: from the cache
 
 
 SUITES = {
@@ -95,7 +97,11 @@ def main(arguments: list[str] | None = None) -> int:
         if device == "cuda" and world > torch.cuda.device_count():
             raise ValueError(f"--processes {world}: there are {torch.cuda.device_count()} GPUs")
         cases = SUITES[args.suite] if args.suite else [
-            Case(args.classes, args.batch, args.sample_rate, args.embedding_size, args.dtype)
+            Case(
+                args.classes, args.batch, args.sample_rate, args.embedding_size, args.dtype,
+                stored_mib=args.stored_mib, update_in_backward=args.update_in_backward,
+                piece=args.piece,
+            )
         ]  # fmt: skip
         for case in cases:
             if case.batch % world:
@@ -119,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--embedding-size", type=int, default=512, metavar="D", help="default %(default)s")
     add("--sample-rate", type=float, default=1.0, metavar="R", help="default %(default)s")
     add("--dtype", choices=_DTYPES, default="fp32", help="of the products; default %(default)s")
+    add(
+        "--stored-mib", type=int, default=64, metavar="N", help="kept for the backward; %(default)s"
+    )
+    add("--update-in-backward", action="store_true", help="no gradient of the rows exists")
+    add("--piece", type=int, metavar="N", help="classes; default: from the cache")
     add("--processes", type=int, metavar="W", help="default: one a GPU, two on a CPU")
     add("--pairs", type=int, default=7, metavar="N", help="timed; default %(default)s")
     add("--warmup", type=int, default=2, metavar="N", help="pairs before them; %(default)s")
@@ -131,11 +142,15 @@ def _parser() -> argparse.ArgumentParser:
 class Ours:
     def __init__(self, case: Case, device: torch.device) -> None:
         self.head = PartialFC(
-            MARGINS["cosface"](), case.embedding_size, case.classes, case.sample_rate, seed=_SEED
-        ).to(device)
+            MARGINS["cosface"](), case.embedding_size, case.classes, case.sample_rate, seed=_SEED,
+            limits=Limits(case.stored_mib << 20, case.piece, _DTYPES[case.dtype]),
+        ).to(device)  # fmt: skip
         self.optimizer = RowSGD(self.head)
+        self.in_backward = case.update_in_backward
 
     def step(self, x: Tensor, labels: Tensor) -> None:
+        if self.in_backward:
+            self.optimizer.begin(_LR)
         self.head(x, labels).backward()
         self.optimizer.step(_LR)
 
@@ -178,9 +193,11 @@ class Floor:
 
     def __init__(self, ours: Ours, case: Case, device: torch.device) -> None:
         dtype = _DTYPES[case.dtype] or torch.float32
-        self.size = piece_size(torch.empty(case.batch, 0, device=device), 1)
+        self.size = ours.head.piece_size(case.batch)
         self.num = round(len(ours.head.weight) * case.sample_rate)
-        self.num_products = 4
+        columns = self.num * case.batch * 4
+        kept = min((case.stored_mib << 20) // max(columns, 1), 1)
+        self.num_products = 4 - kept
         self.weight = torch.randn(self.num, case.embedding_size, dtype=dtype, device=device)
         self.x = torch.randn(case.batch, case.embedding_size, dtype=dtype, device=device)
         self.z = torch.rand(case.batch, self.size, dtype=dtype, device=device)
@@ -231,7 +248,8 @@ def _report(told: Measurement) -> dict[str, Any]:
     report = {
         "case": {
             "W": told.world, "B": case.batch, "C": case.classes, "D": case.embedding_size,
-            "r": case.sample_rate, "dtype": case.dtype,
+            "r": case.sample_rate, "dtype": case.dtype, "stored_mib": case.stored_mib,
+            "update_in_backward": case.update_in_backward,
         },
         "median_ratio": {name: round(ratio, 4) for name, ratio in ratios.items()},
         "ms": {name: round(1e3 * statistics.median(every), 1) for name, every in times.items()

@@ -120,6 +120,12 @@ class Margin(nn.Module):
     def scale(self) -> float | Tensor:  # or [], a constant
         return self._scale
 
+    @property
+    def leaves_negatives(self) -> bool:
+        """Whether the logits of other classes are scale * cos: nothing acts on them."""
+        own = type(self).negatives is not Margin.negatives
+        return not (own or self.interclass_filtering_threshold)
+
     # --- The formula ---
 
     def target(self, rows: Rows) -> Tensor:  # -> [B]

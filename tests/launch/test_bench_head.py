@@ -15,7 +15,10 @@ SMALL = ["--classes", 600, "--batch", 8, "--embedding-size", 32, "--pairs", 2, "
 def test_a_case_on_two_processes():
     done = command(SCRIPT, *SMALL, "--sample-rate", 0.5)
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["case"] == {"W": 2, "B": 8, "C": 600, "D": 32, "r": 0.5, "dtype": "fp32"}
+    assert report["case"] == {
+        "W": 2, "B": 8, "C": 600, "D": 32, "r": 0.5, "dtype": "fp32", "stored_mib": 64,
+        "update_in_backward": False,
+    }  # fmt: skip
     assert min(report["ms"].values()) > 0 and set(report["ms"]) == {"ours", "rival", "floor"}
     for name in ("time / rival", "time / floor"):
         assert report["median_ratio"][name] > 0

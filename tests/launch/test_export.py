@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 import launch.export
+import recognition.agreement
 import recognition.export
+from recognition.agreement import Agreement, ExportError
 from recognition.backbones import BACKBONES
-from recognition.export import ExportError, export_onnx
+from recognition.export import export_onnx
 from tests.real import real
 
 SCRIPT = Path(launch.export.__file__)
@@ -112,14 +114,18 @@ def test_interface_and_metadata(exported):
         "color_order": "RGB",
         "mean": "127.5",
         "std": "127.5",
+        "embedding": "e(image), not normalised",
         "embedding_size": "512",
+        "precision": "fp32",
+        "agreement": json.dumps(report["cosine"]),
     }
+    assert report["cosine"]["count"] == 1 + 2 + 7 + 32 and report["cosine"]["min"] > 1 - 1e-6
     mean, std = float(facts["mean"]), float(facts["std"])
     fed = ((pixels(1) - mean) / std).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(fed, normalised(pixels(1)), atol=1e-6)
     assert report["metadata"] == facts
     assert report["bytes"] == path.stat().st_size
-    assert list(report["max_abs_error_by_batch"]) == ["1", "2", "7"]
+    assert list(report["max_abs_error_by_batch"]) == ["1", "2", "7", "32"]
 
 
 def test_names_do_not_tell_clients_that_pixels_are_normalised_inside(exported):
@@ -137,16 +143,17 @@ def test_nothing_but_the_file_is_left(exported):
 
 def test_examples_are_what_is_compared(tmp_path, monkeypatch):
     module, seen = Linear().eval(), []
-    real = recognition.export.difference
+    real = recognition.agreement.difference
     monkeypatch.setattr(
-        recognition.export, "difference", lambda a, e: seen.append(e.copy()) or real(a, e)
+        recognition.agreement, "difference", lambda a, e: seen.append(e.copy()) or real(a, e)
     )
     images = pixels(3)
     report = export_onnx(module, tmp_path / "x.onnx", metadata={}, example_images=images)
     with torch.no_grad():
         expected = module(torch.from_numpy(normalised(images))).numpy()
-    assert [len(e) for e in seen] == [1, 2, 7]
-    np.testing.assert_allclose(seen[2], expected[[0, 1, 2, 0, 1, 2, 0]], rtol=1e-3, atol=1e-4)
+    assert [len(e) for e in seen] == [1, 2, 7, 32]
+    together = expected[np.arange(42) % 3]  # the images in turn
+    np.testing.assert_allclose(np.concatenate(seen), together, rtol=1e-3, atol=1e-4)
     assert report["checked_on"] == "3 images"
 
 
@@ -195,7 +202,7 @@ class NormalisingInside(Linear):
 
 
 FAULTS = {
-    OneCoordinateOff: r"batch 2: \S+e-0\d, batch 7: \S+e-03\); .* was not written",
+    OneCoordinateOff: r"batch 2: \S+e-0\d, batch 7: \S+e-03, .*\); .* was not written",
     NotFinite: "inf",
     BakedBatch: "batch of 'input' is fixed",
     Zero: "untrained or damaged",
@@ -229,7 +236,7 @@ def test_a_runtime_that_computes_something_else_is_noticed(tmp_path, monkeypatch
             return [embedding[::-1]]
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    with pytest.raises(ExportError, match=r"batch 1: \S+e-0[5-9], batch 2: \S+e-0[12]"):
+    with pytest.raises(ExportError, match=r"batch 1: \S+e-0[5-9], batch 2: \S+e[+-]0[012]"):
         export_onnx(Linear().eval(), tmp_path / "x.onnx", metadata={})
     assert not list(tmp_path.iterdir())
 
@@ -286,7 +293,7 @@ def test_missing_directory_is_told_before_the_work(tmp_path):
 
 @pytest.fixture
 def run(monkeypatch):
-    config = {**METADATA, "rec": "nowhere"}
+    config = {**METADATA, "rec": "nowhere", "val_targets": [], "lr": 0.1, "seed": 3}
     monkeypatch.setattr(launch.export, "load_backbone", lambda path: (Linear().eval(), config))
     monkeypatch.setattr(launch.export, "_weights", lambda *_: {})
 
@@ -296,22 +303,27 @@ def test_command_writes_the_file_and_one_json_line_last(run, tmp_path, capsys):
     assert launch.export.main(["run", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["path"] == str(path) and report["max_abs_error"] < 1e-4
-    assert report["checked_on"] == "noise"
+    assert report["checked_on"] == "noise" and "verification" not in report
+    assert json.loads((tmp_path / "x.export.json").read_text()) == report
     facts = {e.key: e.value for e in onnx.load(path).metadata_props}
     assert facts["alignment"].startswith("38.2946,51.6963;73.5318,51.5014;56.0252,71.7366;")
     assert (facts["network"], facts["margin"], facts["commit"]) == tuple(METADATA.values())
+    assert json.loads(facts["recipe"]) == {"margin": "arcface", "lr": 0.1, "seed": 3}
+    assert facts["training_data_licence"] == "not stated"
 
 
 def test_images_of_the_data_set_are_what_is_checked():
     rec = real("recordio/london/recbuilder")
-    images = launch.export.images_of(str(rec))
-    assert images.shape == (7, 112, 112, 3) and images.dtype == np.uint8
-    assert len({image.tobytes() for image in images}) == 7
-    assert launch.export.images_of("nowhere") is None
+    checked, calibrated = (launch.export.images_of(str(rec), n, s) for n, s in ((32, 0.5), (99, 0)))
+    assert checked.shape == (32, 112, 112, 3) and checked.dtype == np.uint8
+    assert calibrated.shape == (99, 112, 112, 3)
+    assert len({image.tobytes() for image in checked}) == 32
+    assert launch.export.images_of("nowhere", 7, 0) is None
 
 
 def test_command_refuses_with_one_line(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(recognition.export, "measure", lambda *_: {1: 1e-6, 2: 0.5, 7: 1e-6})
+    found = Agreement({1: 1e-6, 2: 0.5, 7: 1e-6}, np.ones(10))
+    monkeypatch.setattr(recognition.export, "measure", lambda *_: found)
     assert launch.export.main(["run", str(tmp_path / "x.onnx")]) == 1
     captured = capsys.readouterr()
     (line,) = [li for li in captured.err.splitlines() if "error" in li]
@@ -327,7 +339,7 @@ def call(*arguments, cwd):
 
 def test_script_runs_from_anywhere_and_refuses_what_is_no_run(tmp_path):
     done = call("--help", cwd=tmp_path)
-    assert done.returncode == 0 and "OUT.onnx" in done.stdout and "fp16" not in done.stdout
+    assert done.returncode == 0 and "OUT.onnx" in done.stdout and "int8" in done.stdout
     done = call("nothing-here", "x.onnx", cwd=tmp_path)
     assert done.returncode == 1 and "nothing-here" in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())

@@ -40,14 +40,23 @@ def gather(rows):
 
 
 @pytest.mark.parametrize("world", ROWS)
-def test_gather_labels(world):
-    expected = list(range(sum(ROWS[world])))
-    assert ranks.run(world, gather_labels, ROWS[world]) == [expected] * world
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gather_batch(world, dtype):
+    """Rows and labels of all ranks, to the bit, and the gradient of gather_rows."""
+    for x, labels, grad in ranks.run(world, gather_batch, ROWS[world], dtype):
+        assert x.dtype == torch.float64
+        assert torch.equal(x, whole(ROWS[world], 3).to(dtype).double())
+        assert labels.tolist() == [2**40 + i for i in range(sum(ROWS[world]))]
+        shares = sum(rank + 1 for rank in range(world)) * world
+        assert grad.dtype == dtype and torch.equal(grad, torch.full_like(grad, shares))
 
 
-def gather_labels(rows):
-    labels = part(torch.arange(sum(rows)), rows)
-    return collectives.gather_labels(labels, rows, dist.group.WORLD).tolist()
+def gather_batch(rows, dtype):
+    local = part(whole(rows, 3), rows).to(dtype).requires_grad_()
+    labels = part(torch.arange(sum(rows)), rows) + 2**40
+    x, labels = collectives.gather_batch(local, labels, rows, dist.group.WORLD, torch.float64)
+    (x.sum() * (dist.get_rank() + 1)).backward()
+    return x.detach(), labels, local.grad
 
 
 def test_rows_that_do_not_describe_the_batch():

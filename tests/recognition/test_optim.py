@@ -140,7 +140,8 @@ def test_micro_steps_do_not_pile_up_gradients(sample_rate, most):
     for step in range(8):
         head(*batch(step)).backward()
     head.sampled_grad  # noqa: B018  the last one is collected
-    alive = [rows.grad for rows in head._open if rows.grad is not None] + [head._done.grad]
+    alive = [rows.grad for rows in head._micro_steps.open if rows.grad is not None]
+    alive.append(head._micro_steps.done.grad)
     assert len({grad.data_ptr() for grad in alive}) <= most
 
 

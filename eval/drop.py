@@ -1,0 +1,80 @@
+"""What a network loses by being stored in another form: two embedders on the same pairs.
+
+Letters: P pairs, 2P images, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from eval import verification
+from eval.extract import batches
+from eval.images import Encoded
+from eval.lfw import PairSet
+from eval.roc import curve, points_on
+
+Forward = Callable[[np.ndarray], np.ndarray]  # uint8 RGB [n, 112, 112, 3] -> [n, D]
+
+_FEWEST_ACCEPTS = 5  # false accepts behind the FAR at which TAR is compared
+
+
+def thinned(pairs: PairSet, most: int) -> PairSet:
+    """At most `most` pairs, evenly spread over the set's order, hence over its folds."""
+    if len(pairs.issame) <= most:
+        return pairs
+    kept = np.unique(np.linspace(0, len(pairs.issame) - 1, most).round().astype(int))
+    encoded = [pairs.encoded[2 * i + side] for i in kept for side in (0, 1)]
+    return PairSet(pairs.name, encoded, pairs.issame[kept])
+
+
+def far_of(num_different: int) -> float:
+    """The smallest power of ten at which so many pairs of two people still give five accepts."""
+    return float(10.0 ** -np.floor(np.log10(max(num_different / _FEWEST_ACCEPTS, 1.0))))
+
+
+def compare(
+    before: Forward,
+    after: Forward,
+    pairs: PairSet,
+    batch_size: int = 32,
+    progress: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
+    """Ten-fold accuracy and TAR of both networks (images alone, no mirror), and what is lost.
+
+    Drops are points: 100 (before - after); negative where the second is better. The FAR is the
+    smallest that the set shows with five false accepts, by the strict rule (FAR at most that).
+    """
+    ranges = _ranges(len(pairs.encoded), batch_size)
+    parts: list[list[np.ndarray]] = [[], []]
+    for _, images in batches(Encoded(pairs.name, pairs.encoded), ranges, lambda x: x, threads=1):
+        for found, forward in zip(parts, (before, after), strict=True):
+            found.append(forward(images).astype(np.float64))
+        progress(len(images))
+    embeddings = [np.concatenate(found) for found in parts]  # [2P, D] each
+    far = far_of(int((~pairs.issame).sum()))
+    scores = []
+    for e in embeddings:
+        e = e / np.linalg.norm(e, axis=1, keepdims=True)
+        cosine = (e[0::2] * e[1::2]).sum(1)
+        tar = points_on(curve(cosine, pairs.issame), [far])[0][0]
+        accuracy = verification.evaluate(e, pairs.issame)["accuracy_mean"]
+        scores.append({"accuracy": float(accuracy), "tar": float(tar)})
+    unit = [e / np.linalg.norm(e, axis=1, keepdims=True) for e in embeddings]
+    cosine = (unit[0] * unit[1]).sum(1)  # [2P] of the same image
+    return {
+        "set": pairs.name,
+        "pairs": len(pairs.issame),
+        "far": far,
+        "torch": scores[0],
+        "file": scores[1],
+        "accuracy_drop": 100 * (scores[0]["accuracy"] - scores[1]["accuracy"]),
+        "tar_drop": 100 * (scores[0]["tar"] - scores[1]["tar"]),
+        "cosine": {"min": float(cosine.min()), "mean": float(cosine.mean())},
+    }
+
+
+def _ranges(count: int, size: int) -> Sequence[range]:
+    return [range(i, min(i + size, count)) for i in range(0, count, size)]

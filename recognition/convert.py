@@ -1,0 +1,212 @@
+"""Published weights of the field as state dicts of our backbones.
+
+    python -m recognition.convert SOURCE OUT.safetensors [--color-order BGR]
+
+Read: InsightFace's backbone.pth / model.pt and checkpoint_gpu_*.pt (arcface_torch, every network);
+CVLface's and AdaFace's IR-18/34/50/101 (model.pt, .ckpt); MXNet's .params of InsightFace's r34,
+r50, r100 (LResNet-E-IR); safetensors. `init_from=` of a run takes the same files.
+
+What differs is folded into the weights, so that ours computes what theirs did:
+- IR blocks of equal width take every second pixel as their shortcut; ours have a convolution and a
+  BatchNorm there: the identity.
+- MXNet's networks see (pixel - 127.5) / 128, ours / 127.5: the first convolution takes the factor.
+  Their BatchNorm adds 2e-5 to the variance, ours 1e-5: the variance takes the difference.
+- Weights for BGR images (AdaFace's): the first convolution's input channels are turned round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from recognition import mxnet_params
+
+WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".safetensors", ".params")
+
+_OUR_EPS, _MXNET_EPS = 1e-5, 2e-5
+_WIDTHS = (64, 128, 256, 512)
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_WRAPPERS = ("module.", "model.", "net.", "backbone.")  # DDP, Lightning, CVLface
+_INSIDE = ("state_dict", "state_dict_backbone", "model_state_dict")
+
+
+def read_weights(path: str, color_order: str | None = None) -> dict[str, Tensor]:
+    """The backbone in the file at `path`, with our names; it takes RGB.
+
+    color_order: of the images that the weights were trained on; None: BGR for AdaFace's own
+        checkpoints (they hold its head's kernel), RGB for all others.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else than tensors by name.
+    """
+    state = _tensors(path)
+    bgr = "head.kernel" in state if color_order is None else color_order == "BGR"
+    state = _unwrapped(state)
+    if "conv0_weight" in state:
+        state = _from_mxnet(state, path)
+    elif "input_layer.0.weight" in state:
+        state = _from_ir(state)
+    if bgr:
+        first = next((n for n in state if state[n].ndim == 4 and state[n].shape[1] == 3), None)
+        if first is None:
+            raise ValueError(f"{path}: no convolution of three channels to turn from BGR to RGB")
+        state[first] = state[first].flip(1)
+    return state
+
+
+def _tensors(path: str) -> dict[str, Tensor]:
+    """Tensors by name, whatever they are wrapped in."""
+    if path.endswith(".params"):
+        arrays = mxnet_params.read(path)
+        return {n.split(":", 1)[-1]: torch.from_numpy(a).float() for n, a in arrays.items()}
+    try:
+        if path.endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
+    for name in _INSIDE:
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} is not a state dict: expected tensors by name")
+    return dict(state)
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the heads of a training checkpoint and the prefixes of what held the network."""
+    state = {name: value for name, value in state.items() if not name.startswith("head.")}
+    while prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+        if not state:
+            break
+    return state
+
+
+def _stage_of(blocks: list[int]) -> list[tuple[int, int]]:
+    """(stage from 1, index in it) of each block, from the blocks' widths in their order."""
+    places: list[tuple[int, int]] = []
+    for i, width in enumerate(blocks):
+        stage = _WIDTHS.index(width) + 1
+        same = i > 0 and blocks[i - 1] == width
+        places.append((stage, places[-1][1] + 1 if same else 0))
+    return places
+
+
+def _from_ir(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """AdaFace's and CVLface's IR networks; names that are not theirs stay as they are."""
+    numbers = sorted({int(f[1]) for n in state if (f := re.match(r"body\.(\d+)\.", n))})
+    widths = [len(state[f"body.{i}.res_layer.4.weight"]) for i in numbers
+              if f"body.{i}.res_layer.4.weight" in state]  # fmt: skip
+    if len(widths) != len(numbers) or not set(widths) <= set(_WIDTHS):
+        return state  # bottlenecks or others: load_state lists what does not fit
+    names = {"input_layer.0": "conv1", "input_layer.1": "bn1", "input_layer.2": "prelu",
+             "output_layer.0": "bn2", "output_layer.3": "fc",
+             "output_layer.4": "features"}  # fmt: skip
+    inside = {"res_layer.0": "bn1", "res_layer.1": "conv1", "res_layer.2": "bn2",
+              "res_layer.3": "prelu", "res_layer.4": "conv2", "res_layer.5": "bn3",
+              "shortcut_layer.0": "downsample.0", "shortcut_layer.1": "downsample.1"}  # fmt: skip
+    ours: dict[str, Tensor] = {}
+    for i, (stage, index) in zip(numbers, _stage_of(widths), strict=True):
+        names |= {f"body.{i}.{a}": f"layer{stage}.{index}.{b}" for a, b in inside.items()}
+        if index == 0 and f"body.{i}.shortcut_layer.0.weight" not in state:
+            ours |= _identity(f"layer{stage}.{index}.downsample", widths[i])
+    for name, value in state.items():
+        at, _, leaf = name.rpartition(".")
+        ours[f"{names.get(at, at)}.{leaf}"] = value
+    size = len(ours["features.running_mean"]) if "features.running_mean" in ours else 0
+    if size:  # theirs has neither gain nor bias
+        ours.setdefault("features.weight", torch.ones(size))
+        ours.setdefault("features.bias", torch.zeros(size))
+    return ours
+
+
+def _identity(at: str, width: int) -> dict[str, Tensor]:
+    """A 1x1 convolution and a BatchNorm that change nothing."""
+    return {
+        f"{at}.0.weight": torch.eye(width)[:, :, None, None],
+        f"{at}.1.weight": torch.ones(width),
+        f"{at}.1.bias": torch.zeros(width),
+        f"{at}.1.running_mean": torch.zeros(width),
+        f"{at}.1.running_var": torch.full((width,), 1 - _OUR_EPS),
+        f"{at}.1.num_batches_tracked": torch.zeros((), dtype=torch.int64),
+    }
+
+
+_MXNET_LEAVES = {
+    "gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_var": "running_var",
+    "weight": "weight", "bias": "bias",
+}  # fmt: skip
+_MXNET_NAMES = {
+    "conv0": "conv1", "bn0": "bn1", "relu0": "prelu", "bn1": "bn2", "pre_fc1": "fc",
+    "fc1": "features",
+}  # fmt: skip
+_MXNET_UNIT = {
+    "bn1": "bn1", "conv1": "conv1", "bn2": "bn2", "relu1": "prelu", "conv2": "conv2", "bn3": "bn3",
+    "conv1sc": "downsample.0", "sc": "downsample.1",
+}  # fmt: skip
+
+
+def _from_mxnet(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """InsightFace's fresnet of MXNet (version_unit 3, version_output E)."""
+    ours: dict[str, Tensor] = {}
+    unknown = []
+    for name, value in state.items():
+        leaf = next((x for x in _MXNET_LEAVES if name.endswith(f"_{x}")), "")
+        at = name.removesuffix(f"_{leaf}")
+        unit = re.fullmatch(r"stage(\d)_unit(\d+)_(\w+)", at)
+        if unit and unit[3] in _MXNET_UNIT:
+            place = f"layer{unit[1]}.{int(unit[2]) - 1}.{_MXNET_UNIT[unit[3]]}"
+        elif at in _MXNET_NAMES:
+            place = _MXNET_NAMES[at]
+        else:
+            unknown.append(name)
+            continue
+        if leaf == "moving_var":
+            value = value + (_MXNET_EPS - _OUR_EPS)
+            ours[f"{place}.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
+        ours[f"{place}.{_MXNET_LEAVES[leaf]}"] = value
+    if unknown:
+        raise ValueError(
+            f"{path}: {len(unknown)} arrays are not of InsightFace's LResNet-E-IR: "
+            f"{', '.join(unknown[:8])}"
+        )
+    ours["conv1.weight"] = ours["conv1.weight"] * (127.5 / 128)
+    if "features.weight" in ours:
+        ours["features.weight"] = torch.ones_like(ours["features.weight"])  # fix_gamma
+    return ours
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help=f"one of {', '.join(WEIGHT_FILES)}")
+    parser.add_argument("out", help="file to write, OUT.safetensors")
+    parser.add_argument("--color-order", choices=["RGB", "BGR"], help="default: as it is known")
+    args = parser.parse_args(arguments)
+    try:
+        state = read_weights(args.source, args.color_order)
+        facts: dict[str, Any] = {"source": args.source, "color_order": "RGB"}
+        tensors = {name: value.contiguous() for name, value in state.items()}
+        safetensors.torch.save_file(tensors, args.out, {k: str(v) for k, v in facts.items()})
+    except (ValueError, OSError, safetensors.SafetensorError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    size = sum(value.numel() for value in state.values())
+    print(f"{args.out}: {len(state)} tensors, {size / 1e6:.1f} M numbers, takes RGB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

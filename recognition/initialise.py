@@ -1,0 +1,197 @@
+"""Where a new run's class centres start, and which of the backbone's parameters stand still.
+
+Letters: C classes, C_r of this rank, D embedding size.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_tools.decode import decode
+from data_tools.shards import Shards
+from data_tools.union import Union
+from recognition import checkpoint
+from recognition.checkpoint.tensors import read
+from recognition.head import PartialFC
+
+_IMAGES_OF_A_CLASS = 16  # that its centre is the mean of
+_BATCH = 64  # images
+
+
+def freeze(backbone: nn.Module, patterns: list[str]) -> list[str]:
+    """Take the parameters whose names match (`layer1.*`) out of training; their names.
+
+    BatchNorm's running statistics go on following the data.
+
+    Raises:
+        ValueError: a pattern that matches nothing, or all parameters are frozen.
+    """
+    names = [name for name, _ in backbone.named_parameters()]
+    frozen = set()
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            tops = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+            raise ValueError(f"freeze={pattern!r} matches no parameter; they begin with {tops}")
+        frozen.update(found)
+    for name, parameter in backbone.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in backbone.parameters()):
+        raise ValueError(f"freeze={patterns} leaves nothing to train")
+    return sorted(frozen)
+
+
+@torch.no_grad()
+def start_centres(
+    head: PartialFC,
+    source: str,
+    label_map: str | None,
+    data: Shards | Union,
+    embed: Callable[
+        [np.ndarray[Any, Any]], np.ndarray[Any, Any]
+    ],  # uint8 [n, 112, 112, 3] -> [n, D]
+) -> int:
+    """Fill this rank's class centres, as `init_head` says; how many were.
+
+    source: "features", the mean direction of up to 16 images of each class; a run or checkpoint
+        directory of ours; or a directory or pattern of partial-FC shards of arcface_torch
+        (softmax_fc_gpu_*.pt or checkpoint_gpu_*.pt, one a rank, in the order of their numbers).
+    label_map: a text file, a line for each class here: its id there, or -1 for none.
+
+    Centres keep the length that new ones have; a class without a source keeps its random start.
+
+    Raises:
+        ValueError: shapes that do not fit, or as many classes as here are not there and no map.
+        FileNotFoundError: nothing at `source`.
+    """
+    start, stop = head.shard
+    length = head.weight.norm(dim=-1, keepdim=True)  # [C_r, (K,) 1]
+    if source == "features":
+        ids, rows = _means(data, start, stop, embed)
+    else:
+        there = merged_rows(source)
+        chosen = _mapped(label_map, len(there), head.num_classes, source)[start:stop]
+        ids = np.flatnonzero(chosen >= 0)
+        rows = there[torch.from_numpy(chosen[ids])]
+    if rows.shape[-1] != head.embedding_size or (
+        rows.ndim == 3 and rows.shape != head.weight.shape
+    ):
+        raise ValueError(
+            f"init_head={source}: its rows are {list(rows.shape[1:])}, this head's "
+            f"{list(head.weight.shape[1:])}"
+        )
+    if rows.ndim < head.weight.ndim:
+        rows = rows[:, None].expand(-1, head.num_subcenters, -1)
+    unit = nn.functional.normalize(rows.to(head.weight), dim=-1)
+    index = torch.from_numpy(ids).to(head.weight.device)
+    head.weight[index] = unit * length[index]
+    return len(ids)
+
+
+def merged_rows(source: str) -> Tensor:
+    """All class centres [C, (K,) D] of a run of ours or of arcface_torch's shards, in order."""
+    if os.path.isdir(source) and (
+        os.path.isfile(os.path.join(source, "manifest.json")) or checkpoint.newest(source)
+    ):
+        path = source if os.path.isfile(os.path.join(source, "manifest.json")) else None
+        path = path or checkpoint.newest(source)
+        assert path is not None
+        manifest = checkpoint.read_manifest(path)
+        files = sorted(checkpoint.row_files(manifest), key=lambda file: file.start)
+        return torch.cat([read(path, file.name, manifest)["weight"] for file in files])
+    pattern = os.path.join(source, "*_gpu_*.pt") if os.path.isdir(source) else source
+    paths = [path for path in glob.glob(pattern) if re.search(r"_gpu_(\d+)\.pt$", path)]
+    if not paths:
+        raise FileNotFoundError(
+            f"init_head={source}: neither a run with a checkpoint nor softmax_fc_gpu_*.pt files"
+        )
+    by_rank = {int(re.search(r"_gpu_(\d+)\.pt$", path)[1]): path for path in paths}  # type: ignore[index]
+    absent = sorted(set(range(max(by_rank) + 1)) - set(by_rank))
+    if absent or len(by_rank) != len(paths):
+        raise ValueError(
+            f"init_head={source}: shards of ranks {absent or 'given twice'} are not whole"
+        )
+    rows = [_shard(by_rank[rank]) for rank in sorted(by_rank)]
+    sizes = [len(part) for part in rows]
+    # C // W rows on each rank and one more on the first C % W, as arcface_torch cuts them.
+    if (
+        len({part.shape[1:] for part in rows}) > 1
+        or sorted(sizes, reverse=True) != sizes
+        or (sizes[0] - sizes[-1] > 1)
+    ):
+        shapes = ", ".join(str(list(part.shape)) for part in rows)
+        raise ValueError(f"init_head={source}: these are not the shards of one head: {shapes}")
+    return torch.cat(rows)
+
+
+def _shard(path: str) -> Tensor:
+    """The class rows in a file of one rank."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes can fail anywhere in torch's reader
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict_softmax_fc"), dict):
+        content = content["state_dict_softmax_fc"]
+    found = content if isinstance(content, Tensor) else None
+    if isinstance(content, dict):
+        found = content.get("weight")
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        names = list(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path}: no class rows `weight` [C, D] in it, but {names}")
+    return found.float()
+
+
+def _mapped(label_map: str | None, there: int, here: int, source: str) -> np.ndarray[Any, Any]:
+    """int64 [C]: which row of the source each class takes, -1 for none."""
+    if label_map is None:
+        if there != here:
+            raise ValueError(
+                f"init_head={source} has {there} classes, the data {here}: say which is which, "
+                "init_label_map=FILE with a line for each class here: its id there, or -1"
+            )
+        return np.arange(here)
+    try:
+        with open(label_map, encoding="utf-8") as file:
+            ids = np.array([int(line) for line in file.read().split()], dtype=np.int64)
+    except ValueError as error:
+        raise ValueError(f"init_label_map={label_map}: {error}") from error
+    if len(ids) != here or ids.min(initial=0) < -1 or ids.max(initial=-1) >= there:
+        raise ValueError(
+            f"init_label_map={label_map}: {len(ids)} lines from {ids.min(initial=0)} to "
+            f"{ids.max(initial=-1)}; expected {here} lines from -1 to {there - 1}"
+        )
+    return ids
+
+
+def _means(
+    data: Shards | Union, start: int, stop: int, embed: Callable[[Any], np.ndarray[Any, Any]]
+) -> tuple[np.ndarray[Any, Any], Tensor]:
+    """(local ids [m], sum of the unit embeddings of their images [m, D]) of classes with some."""
+    labels = np.asarray(data.labels)
+    order = np.argsort(labels, kind="stable")
+    first = np.searchsorted(labels[order], np.arange(start, stop + 1))
+    picked = [
+        order[a : min(b, a + _IMAGES_OF_A_CLASS)] for a, b in zip(first, first[1:], strict=False)
+    ]
+    images = np.concatenate([np.zeros(0, np.int64), *picked])
+    owner = np.repeat(np.arange(stop - start), [len(part) for part in picked])
+    sums: Tensor | None = None
+    for at in range(0, len(images), _BATCH):
+        chunk = images[at : at + _BATCH]
+        pixels = np.stack([decode(data[int(i)][1], where=f"image {i}") for i in chunk])
+        x = nn.functional.normalize(torch.from_numpy(embed(pixels)).double(), dim=1)
+        sums = x.new_zeros(stop - start, x.shape[1]) if sums is None else sums
+        sums.index_add_(0, torch.from_numpy(owner[at : at + _BATCH]), x)
+    ids = np.unique(owner)
+    rows = torch.zeros(0, 1) if sums is None else sums[torch.from_numpy(ids)]
+    return ids, rows

@@ -1,0 +1,327 @@
+"""The logits of one forward: computed piece by piece, and their gradient in one backward.
+
+Where the margin leaves the other classes' cosines alone (most do), a piece is one GEMM whose result
+becomes exp(scale * cos) in place, and the backward adds two GEMMs to it; the norms of the centres
+act on the [B, n] product, so no normalised copy of them is made. Margins that change the negatives
+take the general way: cosines, their formula, and autograd through it, a piece at a time.
+
+Letters: B rows of the global batch, S sampled classes of this rank, n of a piece, K sub-centres,
+D embedding, m rows of the batch whose class is on this rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recognition.losses.margin import Margin, Rows
+from recognition.rows import Pool, SampledRows
+
+
+class Targets(NamedTuple):
+    """The rows of the batch whose class is on this rank, ordered by that class's place."""
+
+    row: Tensor  # int64 [m]
+    place: Tensor  # int64 [m] in the sample
+    local_id: Tensor  # int64 [m] in the shard
+    place_list: list[int]  # the same as `place`, on the host
+
+
+class Piece(NamedTuple):
+    where: slice  # of the sample
+    own: tuple[Tensor, Tensor] | None  # (row, column) of the targets in it; None: there are none
+    targets: slice  # those targets
+
+
+class Logits:
+    """What a forward's logits are computed from, and what its backward needs of them."""
+
+    margin: Margin  # frozen: both times the same state
+    batch: Rows  # constant
+    centres: Tensor | None = None  # [B, D] unit centre of each row's class, if the margin wants it
+
+    def __init__(
+        self,
+        rows: SampledRows,
+        targets: Targets,
+        num_rows: int,  # B
+        size: int,  # classes of a piece
+        stored_bytes: int,  # of results kept for the backward; the rest is computed again
+        pool: Pool,
+        dtype: torch.dtype | None = None,  # of the GEMMs' inputs; None: the weight's
+    ) -> None:
+        self.rows, self.targets, self.size = rows, targets, size
+        weight = rows.weight
+        self.num_subcenters = weight.shape[1]
+        self.dtype = dtype or weight.dtype
+        self.inverse = weight.new_empty(len(rows) * self.num_subcenters)  # 1 / |w|; [S * K]
+        self.nearest: Tensor | None = None  # int64 [m] sub-centre of each target
+        self.pull: Tensor | None = None  # [B] gradient of the target cosines
+        self.push: Tensor | None = None  # [B] gradient of the reduction
+        self.peak: Tensor | None = None  # [B] base of the exponentials; None: it is 0
+        self.mass: Tensor | None = None  # [B] sum of exp(z - base)
+        self.kind: Literal["softmax", "sigmoid"] = "softmax"
+        self._pool = pool
+        self._has_inverse = False
+        columns = size * self.num_subcenters
+        piece_bytes = max(num_rows * columns * weight.element_size(), 1)
+        self._num_kept = min(stored_bytes // piece_bytes, -(-len(rows) // size))
+        self._kept: Tensor | None = None
+        if self._num_kept:
+            self._kept = pool.take(weight, self._num_kept, num_rows * columns)
+        self._is_written = False  # what is kept
+
+    def learned(self, margin: Margin) -> list[Tensor]:
+        return [p for p in margin.parameters() if p.dim() == 0]
+
+    def is_plain(self) -> bool:
+        """z = scale * cos with a scale that exp bears without a base: |z| <= scale."""
+        scale, info = self.margin.scale, torch.finfo(self.rows.weight.dtype)
+        return (
+            self.kind == "softmax"
+            and self.num_subcenters == 1
+            and self.margin.leaves_negatives
+            and not self.margin.needs_lse
+            and isinstance(scale, int | float)
+            and scale + math.log(max(len(self.rows), 1)) < math.log(info.max) - 2
+            and -scale > math.log(info.tiny) + 2
+        )
+
+    # --- Forward ---
+
+    def target_cosines(self, x: Tensor) -> tuple[Tensor, Tensor]:  # -> [B], int64 [m]
+        centres = self.rows.read(self.targets.place)  # [m, K, D]
+        norm = _norm(centres)
+        cos, nearest = (torch.einsum("md,mkd->mk", x[self.targets.row], centres) / norm).max(1)
+        self.nearest = nearest
+        return x.new_zeros(len(x)).index_copy_(0, self.targets.row, cos), nearest
+
+    def log_sum_exp(self, x: Tensor) -> Tensor:  # [B]
+        self.mass = x.new_zeros(len(x))
+        if self.is_plain():
+            self.peak = None
+            scaled = (x * self.margin.scale).to(self.dtype)
+            for number, piece in enumerate(self._pieces()):
+                self.mass += self._exponentials(number, piece, scaled).sum(1)
+            self._is_written = self._kept is not None
+            return self.mass.log()
+        peak = x.new_full((len(x),), -torch.inf)  # the largest z so far
+        for z in self._general(x):
+            higher = torch.maximum(peak, z.amax(1))
+            base = _finite(higher)
+            self.mass = self.mass * (peak - base).exp() + z.sub_(base[:, None]).exp_().sum(1)
+            peak = higher
+        # The backward's exp(z - peak) / mass is right to a rounding; exp(z - lse) has that of lse.
+        self.peak = _finite(peak)
+        return peak + self.mass.log()
+
+    def softplus_sum(self, x: Tensor) -> Tensor:  # [B]
+        total = x.new_zeros(len(x))
+        for z in self._general(x):
+            total += torch.logaddexp(z, z.new_zeros(())).sum(1)
+        return total
+
+    def _exponentials(self, number: int, piece: Piece, scaled: Tensor) -> Tensor:
+        """exp(scale * cos) [B, n], 0 where the class is the row's own."""
+        weight = self._read(piece)
+        e = _product(scaled, self._narrow(weight).T, self._room(number, piece, scaled))
+        e.mul_(self._inverse(piece, weight)).exp_()
+        if piece.own is not None:
+            e[piece.own] = 0.0
+        return e
+
+    def _general(self, x: Tensor) -> Iterator[Tensor]:
+        """z [B, n] of each piece, -inf where the class is the row's own."""
+        narrow = x.to(self.dtype)
+        for number, piece in enumerate(self._pieces()):
+            cos, _ = self._cosines(number, piece, narrow)
+            z = self._logit(self._nearest(cos)[0], piece)
+            if piece.own is not None:
+                z[piece.own] = -torch.inf
+            yield z
+        self._is_written = self._kept is not None
+
+    def _cosines(self, number: int, piece: Piece, narrow: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, n * K], and the centres [n * K, D] that they are with; not to be changed."""
+        weight = self._read(piece)
+        room = self._room(number, piece, narrow)
+        if self._is_written and number < self._num_kept:
+            return room, weight
+        cos = _product(narrow, self._narrow(weight).T, room)
+        return cos.mul_(self._inverse(piece, weight)), weight
+
+    def _logit(self, cos: Tensor, piece: Piece) -> Tensor:
+        own_cos = None
+        if self.centres is not None:
+            weight = self._read(piece)
+            own_cos = (self.centres @ weight.T).mul_(self._inverse(piece, weight))
+        margin = self.margin
+        return margin.scale * margin.filtered_negatives(cos, self.batch, own_cos)
+
+    def _nearest(self, cos: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Cosine to the nearest sub-centre [B, n], and which one it is (None for K = 1)."""
+        if self.num_subcenters == 1:
+            return cos, None
+        return cos.view(len(cos), -1, self.num_subcenters).max(2)
+
+    # --- Backward ---
+
+    def backward(self, x: Tensor, learned: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of x [B, D] and of the learned numbers; that of the centres goes to `rows`."""
+        self.rows.begin_gradient()
+        self._has_inverse = True
+        grad_x = torch.zeros_like(x)
+        own_place, own_grad = self._target_gradient(x, grad_x)
+        push = x.new_zeros(len(x)) if self.push is None else self.push
+        grads = [torch.zeros_like(number) for number in learned]
+        plain = self.is_plain()
+        share = push
+        if self.kind == "softmax":
+            assert self.mass is not None
+            share = torch.where(self.mass > 0, push / self.mass, 0.0)  # no negatives: no gradient
+        if plain:
+            share = share * self.margin.scale
+            scaled, pulling = (x * self.margin.scale).to(self.dtype), x * share[:, None]
+        else:
+            scaled, pulling = x.to(self.dtype), x
+        pulling, total = pulling.to(self.dtype), torch.zeros_like(x)
+        for number, piece in enumerate(self._pieces()):
+            if plain:
+                weight = self._read(piece)
+                if self._is_written and number < self._num_kept:
+                    spread = self._room(number, piece, scaled)
+                else:
+                    spread = self._exponentials(number, piece, scaled)
+            else:
+                cos, weight = self._cosines(number, piece, scaled)
+                spread = self._through_formula(cos, piece, share, learned, grads)
+            inverse = self._inverse(piece, weight)
+            spread = torch.mul(spread, inverse, out=spread).to(self.dtype)
+            _add_product(total, spread, self._narrow(weight))
+            grad = self.rows.room(piece.where)  # [n, K, D]
+            flat = _product(spread.T, pulling, grad.flatten(0, 1))
+            if piece.own is not None:
+                first = piece.where.start * self.num_subcenters
+                flat.index_add_(0, own_place[piece.targets] - first, own_grad[piece.targets])
+            # Through w_hat = w / |w|: less what points along the centre.
+            radial = torch.mul(flat, weight).sum(1).mul_(inverse).mul_(inverse)
+            flat.addcmul_(weight, radial[:, None], value=-1)
+            self.rows.add_gradient(piece.where, grad, weight.view_as(grad))
+        grad_x += total.mul_(share[:, None]) if plain else total
+        self._pool.give(self._kept)
+        self._kept, self._is_written, self._num_kept = None, False, 0
+        self.pull = self.push = None
+        return grad_x, grads
+
+    def _target_gradient(self, x: Tensor, grad_x: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds the targets' part to grad_x; the place int64 [m] in [S * K] of each target's centre,
+        and the gradient [m, D] of it before what points along it is taken off."""
+        row, place = self.targets.row, self.targets.place
+        assert self.nearest is not None
+        own_place = place * self.num_subcenters + self.nearest
+        inverse = self.inverse[own_place][:, None]  # [m, 1]
+        pull = x.new_zeros(len(row), 1) if self.pull is None else self.pull[row][:, None]
+        which = self.nearest[:, None, None].expand(-1, 1, x.shape[1])
+        centres = self.rows.read(place).gather(1, which)[:, 0]  # [m, D]
+        grad_x.index_add_(0, row, pull * inverse * centres)
+        return own_place, pull * inverse * x[row]
+
+    def _through_formula(
+        self,
+        cos: Tensor,  # [B, n * K]
+        piece: Piece,
+        share: Tensor,
+        learned: list[Tensor],
+        grads: list[Tensor],
+    ) -> Tensor:
+        """The gradient of `cos`; that of the learned numbers is added to theirs."""
+        nearest_cos, nearest = self._nearest(cos)
+        nearest_cos = nearest_cos.detach()
+        with torch.enable_grad():
+            z = self._logit(nearest_cos.requires_grad_(), piece)
+        if self.kind == "sigmoid":
+            slope = torch.sigmoid(z.detach()).mul_(share[:, None])
+        else:
+            assert self.peak is not None
+            slope = (z.detach() - self.peak[:, None]).exp_().mul_(share[:, None])
+        if piece.own is not None:
+            slope[piece.own] = 0.0
+        grad, *more = torch.autograd.grad(z, [nearest_cos, *learned], slope, allow_unused=True)
+        for total, part in zip(grads, more, strict=True):
+            total += 0.0 if part is None else part
+        if nearest is None:
+            return grad
+        wide = grad.new_zeros(*grad.shape, self.num_subcenters)
+        return wide.scatter_(2, nearest[..., None], grad[..., None]).flatten(1)
+
+    # --- Pieces ---
+
+    def _pieces(self) -> Iterator[Piece]:
+        """Once through the sample. The first time leaves the norms of the centres."""
+        targets, first = self.targets, 0
+        for start in range(0, len(self.rows), self.size):
+            stop = min(start + self.size, len(self.rows))
+            last = first
+            while last < len(targets.place_list) and targets.place_list[last] < stop:
+                last += 1
+            own = None
+            if last > first:
+                own = targets.row[first:last], targets.place[first:last] - start
+            yield Piece(slice(start, stop), own, slice(first, last))
+            first = last
+        self._has_inverse = True
+
+    def _read(self, piece: Piece) -> Tensor:  # [n * K, D]
+        return self.rows.read(piece.where).flatten(0, 1)
+
+    def _inverse(self, piece: Piece, weight: Tensor) -> Tensor:  # [n * K]
+        where = slice(
+            piece.where.start * self.num_subcenters, piece.where.stop * self.num_subcenters
+        )
+        inverse = self.inverse[where]
+        if not self._has_inverse:
+            torch.reciprocal(_norm(weight), out=inverse)
+        return inverse
+
+    def _narrow(self, weight: Tensor) -> Tensor:
+        return weight.to(self.dtype)
+
+    def _room(self, number: int, piece: Piece, narrow: Tensor) -> Tensor:
+        """Memory for [B, n * K] of a piece: of what is kept, or of this moment."""
+        columns = (piece.where.stop - piece.where.start) * self.num_subcenters
+        if self._kept is not None and number < self._num_kept:
+            return self._kept[number, : len(narrow) * columns].view(len(narrow), columns)
+        return self.inverse.new_empty(len(narrow), columns)
+
+
+def _norm(centres: Tensor) -> Tensor:
+    """|w| along the last axis, 1 where it is 0."""
+    norm = torch.linalg.vector_norm(centres, dim=-1)
+    return norm.masked_fill_(norm <= torch.finfo(norm.dtype).tiny, 1.0)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a @ b in `out`, which is as wide as the sums: fp32 of bf16 numbers, too."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return out.copy_(torch.mm(a, b, out_dtype=out.dtype))
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        total += torch.mm(a, b, out_dtype=total.dtype)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _finite(peak: Tensor) -> Tensor:
+    """A base for the exponentials: the largest logit so far, 0 where there is none."""
+    return torch.where(peak == -torch.inf, 0.0, peak)

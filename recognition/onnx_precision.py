@@ -1,0 +1,143 @@
+"""An fp32 ONNX graph in half precision or in eight bits, by ONNX Runtime's converters.
+
+Both keep float32 at the input and the output, so callers change nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+from onnxruntime.quantization.onnx_model import ONNXModel
+from onnxruntime.transformers import float16
+
+from recognition.agreement import open_session
+
+PRECISIONS = ("fp32", "fp16", "int8")
+NUM_CALIBRATION = 256  # images that set the ranges of int8's activations
+_BATCH = 16  # of calibration and of the search for large values
+# fp16 ends at 65504. What passes a quarter of that on the images seen may pass it on others.
+_LARGEST = 65504 / 4
+# They square or exponentiate what they are given; fp32 costs them little.
+_ISLANDS = ["LayerNormalization", "ReduceL2", "ReduceSumSquare", "Softmax", "Pow"]
+# The products that are worth it. In between, PReLU and BatchNorm have no 8-bit form that is exact
+# by channel, and sums are kept in fp32: they carry the residual.
+_QUANTISED = ["Conv", "Gemm", "MatMul"]
+
+
+def to_fp16(
+    model: onnx.ModelProto,
+    images: np.ndarray,  # float32 [n, 3, 112, 112] as the graph takes them
+) -> tuple[onnx.ModelProto, list[str]]:
+    """The graph in fp16, and the names of the nodes that stay fp32 because values grow large.
+
+    Nodes whose output passes a quarter of fp16's range on `images`, or whose kind squares its
+    input, stay in fp32.
+    """
+    large = _large_nodes(model, images)
+    kinds = [*float16.DEFAULT_OP_BLOCK_LIST, *_ISLANDS]
+    with _quiet():
+        converted = float16.convert_float_to_float16(
+            copy.deepcopy(model), keep_io_types=True, op_block_list=kinds, node_block_list=large
+        )
+    ordered = ONNXModel(converted)
+    ordered.topological_sort()  # the converter appends its casts
+    del ordered.model.graph.value_info[:]  # types from before
+    islands = [n.name for n in model.graph.node if n.op_type in _ISLANDS]
+    return ordered.model, sorted({*large, *islands})
+
+
+def _large_nodes(model: onnx.ModelProto, images: np.ndarray) -> list[str]:
+    """Names of the nodes with an output or a weight that fp16 might not hold."""
+    probe = copy.deepcopy(model)
+    known = {value.name for value in probe.graph.output}
+    maker = {name: node for node in probe.graph.node for name in node.output}
+    inferred = onnx.shape_inference.infer_shapes(probe)
+    kinds = {v.name: v.type.tensor_type.elem_type for v in inferred.graph.value_info}
+    for name in maker:
+        if name not in known and kinds.get(name) == onnx.TensorProto.FLOAT:
+            probe.graph.output.append(onnx.ValueInfoProto(name=name))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "probe.onnx"
+        onnx.save(probe, path)
+        session = open_session(path)
+        names = [output.name for output in session.get_outputs()]
+        largest = dict.fromkeys(names, 0.0)
+        for start in range(0, len(images), _BATCH):
+            values = session.run(names, {"input": images[start : start + _BATCH]})
+            for name, value in zip(names, values, strict=True):
+                largest[name] = max(largest[name], float(np.abs(value).max(initial=0.0)))
+    weights = {
+        tensor.name: float(np.abs(onnx.numpy_helper.to_array(tensor)).max(initial=0.0))
+        for tensor in probe.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    }
+    return [
+        node.name
+        for node in probe.graph.node
+        if any(not largest.get(name, 0.0) < _LARGEST for name in node.output)
+        or any(not weights.get(name, 0.0) < _LARGEST for name in node.input)
+    ]
+
+
+def to_int8(
+    model: onnx.ModelProto,
+    images: np.ndarray,  # float32 [n, 3, 112, 112] that set the ranges of the activations
+) -> onnx.ModelProto:
+    """The graph with 8-bit products: QuantizeLinear / DequantizeLinear around them (QDQ), static.
+
+    Weights signed and by output channel, activations unsigned with the range seen on `images`:
+    what ONNX Runtime's CPU kernels use VNNI for. Products of two activations stay in fp32.
+    """
+    with tempfile.TemporaryDirectory() as directory, _quiet():
+        source, target = Path(directory) / "fp32.onnx", Path(directory) / "int8.onnx"
+        onnx.save(model, source)
+        quantize_static(
+            source,
+            target,
+            _Batches(images),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=_QUANTISED,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            activation_type=QuantType.QUInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+            use_external_data_format=False,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        return onnx.load(target)
+
+
+class _Batches(CalibrationDataReader):
+    def __init__(self, images: np.ndarray) -> None:
+        self.batches = iter(np.array_split(images, -(-len(images) // _BATCH)))
+
+    def get_next(self) -> Any:
+        batch = next(self.batches, None)
+        return None if batch is None else {"input": batch}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the converters' remarks: what they did is measured afterwards."""
+    log = logging.getLogger()
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

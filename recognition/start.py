@@ -1,0 +1,84 @@
+"""What a head begins with, and the checks of what it is given.
+
+Letters: C classes, C_r of this rank, K sub-centres, D embedding, b rows of this rank.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recognition.sampling import hash_words
+
+_INIT_STD = 0.01  # InsightFace's
+_INIT_KEY = 2  # the purpose of this draw; the others' are in sampling.py, build.py and trainer.py
+_INIT_BLOCK = 1024  # classes drawn by one generator, so that the start is the same at every W
+
+
+def initial_rows(shard: tuple[int, int], num_subcenters: int, size: int, seed: int) -> Tensor:
+    """Normal(0, 0.01) rows [C_r, K, D], a function of (seed, class id): the same at every W."""
+    start, stop = shard
+    rows = torch.empty(stop - start, num_subcenters, size)
+    for block in range(start // _INIT_BLOCK, -(-stop // _INIT_BLOCK)):
+        low = block * _INIT_BLOCK
+        generator = torch.Generator().manual_seed(hash_words(seed, _INIT_KEY, block) >> 1)
+        drawn = torch.empty(_INIT_BLOCK, num_subcenters, size)
+        drawn.normal_(0.0, _INIT_STD, generator=generator)
+        first, last = max(start, low), min(stop, low + _INIT_BLOCK)
+        rows[first - start : last - start] = drawn[first - low : last - low]
+    return rows
+
+
+def check_layer(
+    num_classes: int, world: int, sample_rate: float, embedding_size: int, num_subcenters: int
+) -> None:
+    """Raises: ValueError for a head that cannot be."""
+    if not 0.0 <= sample_rate <= 1.0:
+        raise ValueError(f"sample_rate={sample_rate}: a share of the classes, 0 to 1")
+    if num_classes < world:
+        raise ValueError(
+            f"{num_classes} classes cannot be sharded over {world} ranks: start at most "
+            f"{num_classes} processes"
+        )
+    if embedding_size < 1 or num_subcenters < 1:
+        raise ValueError(f"{embedding_size=} and {num_subcenters=} must be positive")
+
+
+def checked_counts(class_counts: object, num_classes: int) -> np.ndarray:
+    counts = np.asarray(class_counts)
+    if counts.shape != (num_classes,):
+        raise ValueError(f"class_counts of shape {counts.shape}, not ({num_classes},)")
+    if counts.dtype.kind not in "iu" or counts.min(initial=0) < 0:
+        raise ValueError(f"class_counts of {counts.dtype}: whole numbers of images, none negative")
+    return counts
+
+
+def check_batch(
+    local_x: Tensor, labels: Tensor, features: Tensor | None, embedding_size: int, num_classes: int
+) -> None:
+    """Raises: ValueError, TypeError for embeddings, labels or features that are not this head's."""
+    if local_x.dim() != 2 or local_x.shape[1] != embedding_size:
+        raise ValueError(
+            f"embeddings of shape {tuple(local_x.shape)}: expected [b, {embedding_size}]"
+        )
+    if labels.shape != local_x.shape[:1]:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} for {len(local_x)} embeddings: expected [b]"
+        )
+    if features is not None and features.shape != local_x.shape:
+        raise ValueError(
+            f"features of shape {tuple(features.shape)} for embeddings of "
+            f"{tuple(local_x.shape)}: expected the same"
+        )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels are {labels.dtype}: expected torch.int64 class ids")
+    wrong = (labels < 0) | (labels >= num_classes)
+    if labels.device.type != "cpu":
+        torch._assert_async(~wrong.any(), f"a label is outside [0, {num_classes})")
+    elif wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"label {int(labels[row])} at row {row} is outside [0, {num_classes}): "
+            "the labels do not fit num_classes"
+        )

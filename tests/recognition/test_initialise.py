@@ -1,0 +1,140 @@
+"""Starts of a head from elsewhere, at any number of ranks; frozen parameters stand still."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from data_tools import shards
+from data_tools.decode import decode
+from recognition import build, config, initialise
+from recognition.backbones import BACKBONES
+from tests import ranks
+from tests.recognition import runs
+
+C, D = 21, 32
+
+
+def arcface_shards(root, classes, world=8, kind="softmax_fc"):
+    """What `world` ranks of arcface_torch would have saved."""
+    rows = torch.from_numpy(np.random.default_rng(0).normal(size=(classes, D))).float()
+    start = 0
+    for rank in range(world):
+        part = rows[start : (start := start + classes // world + (rank < classes % world))].clone()
+        content = {
+            "tensor": part, "softmax_fc": {"weight": part},
+            "checkpoint": {"epoch": 1, "state_dict_softmax_fc": {"weight": part}},
+        }[kind]  # fmt: skip
+        stem = "checkpoint" if kind == "checkpoint" else "softmax_fc"
+        torch.save(content, root / f"{stem}_gpu_{rank}.pt")
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["tensor", "softmax_fc", "checkpoint"])
+def test_shards_of_eight_ranks_are_one_head(kind, tmp_path):
+    rows = arcface_shards(tmp_path, 21, kind=kind)
+    assert torch.equal(initialise.merged_rows(str(tmp_path)), rows)
+
+
+def test_shards_that_are_not_whole(tmp_path):
+    arcface_shards(tmp_path, 21)
+    (tmp_path / "softmax_fc_gpu_3.pt").unlink()
+    with pytest.raises(ValueError, match=r"ranks \[3\]"):
+        initialise.merged_rows(str(tmp_path))
+    torch.save({"weight": torch.zeros(9, D)}, tmp_path / "softmax_fc_gpu_3.pt")
+    with pytest.raises(ValueError, match="not the shards of one head"):
+        initialise.merged_rows(str(tmp_path))
+    torch.save({"kernel": torch.zeros(9, D)}, tmp_path / "softmax_fc_gpu_3.pt")
+    with pytest.raises(ValueError, match="no class rows"):
+        initialise.merged_rows(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="softmax_fc_gpu_"):
+        initialise.merged_rows(str(tmp_path / "nothing"))
+
+
+def start(keys):
+    """Every tensor of a run before its first step."""
+    return runs.tensors(build.build(config.make(runs.BASE | keys), runs.here()))
+
+
+def unit(x):
+    return torch.nn.functional.normalize(x.double(), dim=-1)
+
+
+@pytest.fixture
+def keys(shards_dir, tmp_path):
+    return {"rec": str(shards_dir), "output": str(tmp_path / "run")}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_head_of_other_identities_by_a_label_map(world, keys, shards_dir, tmp_path):
+    classes = shards.open(shards_dir).num_classes
+    rows = arcface_shards(tmp_path, 21)
+    chosen = [(5 * i) % 21 if i % 3 else -1 for i in range(classes)]
+    (tmp_path / "map.txt").write_text("\n".join(map(str, chosen)))
+    plain = ranks.run(world, start, keys)[0]["rows"]
+    more = {"init_head": str(tmp_path), "init_label_map": str(tmp_path / "map.txt")}
+    found = ranks.run(world, start, keys | more)[0]["rows"]
+    for here, there in enumerate(chosen):
+        if there < 0:
+            assert torch.equal(found[here], plain[here])
+        else:
+            assert (unit(found[here]) @ unit(rows[there])).item() == pytest.approx(1)
+            assert found[here].norm().item() == pytest.approx(plain[here].norm().item())
+
+
+def test_mistakes_in_a_head_and_its_map(keys, shards_dir, tmp_path):
+    arcface_shards(tmp_path, 21)
+    classes = shards.open(shards_dir).num_classes
+    for lines, words in [
+        (None, "init_label_map=FILE"),
+        ([0] * (classes - 1), "expected"),
+        ([21] + [0] * (classes - 1), "from -1 to 20"),
+        (["x"] * classes, "invalid literal"),
+    ]:
+        more = {"init_head": str(tmp_path)}
+        if lines is not None:
+            (tmp_path / "map.txt").write_text("\n".join(map(str, lines)))
+            more["init_label_map"] = str(tmp_path / "map.txt")
+        with pytest.raises(Exception, match=words):
+            ranks.run(1, start, keys | more)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_centres_from_the_features_of_the_new_set(world, keys, shards_dir):
+    """Each centre is the mean direction of its images under the backbone of the start."""
+    found = ranks.run(world, start, keys | {"init_head": "features"})[0]
+
+    module = BACKBONES["mbf_tiny"](embedding_size=32)
+    module.load_state_dict(
+        {k.removeprefix("backbone."): v for k, v in found.items() if k.startswith("backbone.")}
+    )
+    module.eval()
+    data = shards.open(shards_dir)
+    labels = np.asarray(data.labels)
+    for c in range(data.num_classes):
+        places = np.flatnonzero(labels == c)[:16]
+        pixels = np.stack([decode(data[int(i)][1]) for i in places]).astype(np.float32)
+        x = torch.from_numpy((pixels / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            mean = unit(module(x)).sum(0)
+        assert (unit(mean) @ unit(found["rows"][c])).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_frozen_parameters_stand_still(keys):
+    frozen = keys | {"freeze": ["layers.*", "conv_sep.*"], "max_steps": 2}
+    before = ranks.run(1, start, frozen)[0]
+    after = ranks.run(1, runs.run, frozen)[0]
+    learnt = {
+        name.removeprefix("backbone.") for name, value in after.items()
+        if name.startswith("backbone.") and not torch.equal(value, before[name])
+        and "running" not in name and "num_batches" not in name
+    }  # fmt: skip
+    assert learnt and all(name.startswith("features.") for name in learnt)
+
+
+def test_freezing_nothing_or_all_is_refused():
+    with pytest.raises(ValueError, match="matches no parameter; they begin with layers"):
+        initialise.freeze(BACKBONES["mbf_tiny"](), ["layer1.*"])
+    with pytest.raises(ValueError, match="nothing to train"):
+        initialise.freeze(BACKBONES["mbf_tiny"](), ["*"])
