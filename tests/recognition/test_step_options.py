@@ -66,10 +66,12 @@ def test_what_needs_the_rows_gradient_is_refused(keys):
 
 @pytest.mark.long
 def test_a_compiled_backbone_trains_the_same(shards_dir, tmp_path):
+    """In fp64: a network on 12 images makes of fp32's roundings one per cent in three steps."""
     both = [
-        ends(shards_dir, tmp_path / str(compiled), 1, precision="fp32", compile=compiled,
+        ends(shards_dir, tmp_path / str(compiled), 1, precision="fp64", compile=compiled,
              max_steps=3)
         for compiled in (True, False)
     ]  # fmt: skip
-    assert torch.equal(both[0]["rows"].isfinite().all(), torch.tensor(True))
-    assert max(differences(*both).values()) < 1e-2
+    compiled, plain = both
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, msg=name, rtol=1e-9, atol=1e-9)
