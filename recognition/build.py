@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -31,6 +32,7 @@ from recognition.precision import dtype_of, resolve
 from recognition.run_dir import commit, initial_weights
 from recognition.runtime import Runtime
 from recognition.sampling import hash_words
+from recognition.spikes import SpikeGuard, Window, make_guard, skipped
 
 _NETWORK_KEY = 3  # the purpose of this draw, as in sampling.py
 
@@ -41,7 +43,7 @@ _FREE = {
     "verify_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best",
     "save_async", "elastic", "collective_timeout", "preflight_seconds", "debug", "debug_every",
     "first_batch", "first_rows", "commit", "world", "batch_size", "global_batch_size",
-    "num_classes", "num_image",
+    "num_classes", "num_image", "profile",
 }  # fmt: skip
 
 
@@ -65,6 +67,8 @@ class TrainState:
     owes_verification: bool = False  # of the step that it continues after
     changes: list[str] = field(default_factory=list)  # against the run that saved it
     set_aside: list[str] = field(default_factory=list)  # damaged checkpoints, what was wrong
+    spikes: SpikeGuard | None = None
+    skipped: list[Window] = field(default_factory=list)  # samples left out after spikes
     step: int = 0  # completed optimiser steps
     samples_seen: int = 0
     head_losses: torch.Tensor | None = None  # [heads] of the last step, without their weights
@@ -119,7 +123,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         backbone = collectives.SyncBatchNorm.convert(backbone, runtime.group)
     backbone = backbone.to(runtime.device, dtype)
     backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = _distribute(backbone, runtime)
+    model = _distribute(cfg, backbone, runtime)
     own_heads = [
         head.to(runtime.device, dtype) for head in heads.make_heads(cfg, data, runtime.group)
     ]
@@ -142,6 +146,8 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
             "labels_crc32": labels_crc32, **plan.facts(),
         },
         set_aside=set_aside,
+        spikes=make_guard(cfg, runtime.group, runtime.device),
+        skipped=skipped(cfg.output, None),
     )  # fmt: skip
     if resumed_from is None and cfg.init_head is not None:
         _start_centres(state)
@@ -149,6 +155,9 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         manifest = checkpoint.load(resumed_from, parts)
         state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
         state.saved_by = manifest["world"]
+        state.skipped = skipped(cfg.output, manifest)
+        if state.spikes is not None and manifest.get("spikes"):
+            state.spikes.load(manifest["spikes"])
         state.changes = _changes(manifest["config"], cfg, state.facts, resumed_from)
         due = state.step % cfg.verify_every == 0 and bool(val_sets)
         state.owes_verification = due and not manifest.get("metrics", True)
@@ -186,13 +195,15 @@ def _make_backbone(cfg: Config) -> nn.Module:
     return make_backbone(cfg.network, cfg.embedding_size, cfg.network_args)
 
 
-def _distribute(backbone: nn.Module, runtime: Runtime) -> DistributedDataParallel:
+def _distribute(cfg: Config, backbone: nn.Module, runtime: Runtime) -> DistributedDataParallel:
     """The backbone under DDP, its buckets in their final order.
 
     DDP reorders its buckets after the first backward, and the order of a sum over three or more
     ranks follows. One backward before the first step lets a resumed run add in the order of the
     unbroken one.
     """
+    if cfg.compile:
+        backbone.compile()  # in place: its parameters keep their names
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
     new_name = "forward_sync_buffers" in known  # torch 2.13 renamed it
@@ -204,6 +215,11 @@ def _distribute(backbone: nn.Module, runtime: Runtime) -> DistributedDataParalle
         gradient_as_bucket_view=True,
         **buffers,
     )
+    if cfg.gradient_compression == "bf16":
+        # Under its own name DDP takes the hook for nccl alone; gloo sums bf16 too.
+        model.register_comm_hook(
+            runtime.group, lambda group, bucket: bf16_compress_hook(group, bucket)
+        )
     before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
     parameter = next(backbone.parameters())
     model(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import json
 import math
 import os
 import runpy
@@ -87,12 +88,22 @@ class Config:
         "auto"  # auto: bf16 on GPUs that have it
     )
     sync_bn: bool = False
+    # A spike: so many times the running mean of the last steps; None: not looked at.
+    loss_spike_factor: float | None = _between(None, 1.0)
+    norm_spike_factor: float | None = _between(None, 1.0)  # of the backbone's gradient norm
+    # rollback: back to the newest checkpoint, without the samples from there to the spike; then a
+    # non-finite value is one too.
+    on_spike: Literal["warn", "stop", "rollback"] = "warn"
+    max_rollbacks: int = _between(3, 1)  # of a run; then it stops
     # The head's products of bf16 numbers, summed in fp32: for GPUs. Logits are fp32 in both.
     head_precision: Literal["full", "bf16"] = "full"
     head_stored_mib: int = _between(16, 0)  # per process, of results kept for its backward
     # The backward updates the class rows piece by piece, so that no gradient of them exists. Not
-    # with accumulation or fp16; a non-finite step stops the run after it has moved rows.
+    # with accumulation, fp16 or rollback; a non-finite step stops the run after it has moved rows.
     update_in_backward: bool = False
+    compile: bool = False  # the backbone, by torch.compile: minutes at the start
+    gradient_compression: Literal["none", "bf16"] = "none"  # of what the ranks exchange of it
+    profile: bool = False  # write a trace of a few steps, trace-<rank>.json
     seed: int = _between(0, 0)
 
     # The run
@@ -152,18 +163,30 @@ _RENAMED = {
 }
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> Config:
-    """The recipe at `path` (.py) with `key=value` overrides, checked.
+def load(path: str, overrides: Sequence[str] = (), safe: bool = False) -> Config:
+    """The recipe at `path` with `key=value` overrides, checked.
+
+    A .json holds the keys as one object; anything else is Python, and is run. safe: refuse that.
 
     Raises:
         FileNotFoundError: no such recipe.
+        PermissionError: it is Python, and `safe`.
         KeyError: an unknown key; the message names the nearest.
         TypeError, ValueError: a value of the wrong type or out of its range.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no recipe at {path}")
+    json_recipe = path.endswith(".json")
+    if safe and not json_recipe:
+        raise PermissionError(
+            f"{path} is a program, which --safe does not run: give its keys in a .json"
+        )
     try:
-        recipe = runpy.run_path(path).get("config")
+        if json_recipe:
+            with open(path, encoding="utf-8") as file:
+                recipe = json.load(file)
+        else:
+            recipe = runpy.run_path(path).get("config")
     except Exception as error:  # whatever the recipe's own code raises
         raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
     if not isinstance(recipe, Mapping):
@@ -201,13 +224,17 @@ def make(values: Mapping[str, Any]) -> Config:
     if checked.get("update_in_backward"):
         wanted = {"accumulation": checked.get("accumulation", 1) > 1}
         wanted["precision"] = checked.get("precision") == "fp16"
+        wanted["on_spike"] = checked.get("on_spike") == "rollback"
         for key in [key for key in wanted if wanted[key]]:
             raise ValueError(
                 f"update_in_backward with {key}={checked[key]}: it keeps no gradient of the class "
-                "rows to add to or to scale; leave one of the two"
+                "rows to add to, to scale or to leave out; choose one of the two"
             )
     if isinstance(checked.get("rec"), list) and len(checked["rec"]) < 2:
         checked["rec"] = "".join(checked["rec"])
+    for name in checked.get("val_targets", []):
+        if os.path.basename(name) != name or name in ("", ".", ".."):
+            raise ValueError(f"val_targets={name!r}: the name of a .bin of rec, not a path")
     if not checked.get("rec"):
         raise KeyError("rec is missing: say which data set to train on, rec=DIRECTORY")
     cfg = Config(**checked)
