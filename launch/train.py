@@ -31,8 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", help="a Python file that defines `config`; see launch/configs")
+    parser.add_argument(
+        "recipe", help="a Python file that defines `config`, see launch/configs; or a .json of keys"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
+    parser.add_argument(
+        "--safe", action="store_true", help="run no recipe's code: the recipe must be a .json"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line last, from rank 0")
     parser.epilog = (
         f"keys: {', '.join(field.name for field in dataclasses.fields(config.Config))}\n\n"
@@ -47,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     # wait for ranks that wait for it.
     with contextlib.ExitStack() as stack:
         try:
-            cfg = config.load(args.recipe, args.overrides)
+            cfg = config.load(args.recipe, args.overrides, args.safe)
             cfg = _without_missing_targets(cfg, args.overrides)
             place = stack.enter_context(runtime.start(cfg.collective_timeout))
             if cfg.preflight_seconds:

@@ -31,6 +31,7 @@ from recognition.precision import dtype_of, resolve
 from recognition.run_dir import commit, initial_weights
 from recognition.runtime import Runtime
 from recognition.sampling import hash_words
+from recognition.spikes import SpikeGuard, Window, make_guard, skipped
 
 _NETWORK_KEY = 3  # the purpose of this draw, as in sampling.py
 
@@ -65,6 +66,8 @@ class TrainState:
     owes_verification: bool = False  # of the step that it continues after
     changes: list[str] = field(default_factory=list)  # against the run that saved it
     set_aside: list[str] = field(default_factory=list)  # damaged checkpoints, what was wrong
+    spikes: SpikeGuard | None = None
+    skipped: list[Window] = field(default_factory=list)  # samples left out after spikes
     step: int = 0  # completed optimiser steps
     samples_seen: int = 0
     teacher: distill.Teacher | None = None
@@ -143,6 +146,8 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
             "labels_crc32": labels_crc32, **plan.facts(),
         },
         set_aside=set_aside,
+        spikes=make_guard(cfg, runtime.group, runtime.device),
+        skipped=skipped(cfg.output, None),
     )  # fmt: skip
     if cfg.teacher is not None:
         state.teacher = distill.open_teacher(
@@ -154,6 +159,9 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         manifest = checkpoint.load(resumed_from, parts)
         state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
         state.saved_by = manifest["world"]
+        state.skipped = skipped(cfg.output, manifest)
+        if state.spikes is not None and manifest.get("spikes"):
+            state.spikes.load(manifest["spikes"])
         state.changes = _changes(manifest["config"], cfg, state.facts, resumed_from)
         due = state.step % cfg.verify_every == 0 and bool(val_sets)
         state.owes_verification = due and not manifest.get("metrics", True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import json
 import math
 import os
 import runpy
@@ -91,6 +92,13 @@ class Config:
         "auto"  # auto: bf16 on GPUs that have it
     )
     sync_bn: bool = False
+    # A spike: so many times the running mean of the last steps; None: not looked at.
+    loss_spike_factor: float | None = _between(None, 1.0)
+    norm_spike_factor: float | None = _between(None, 1.0)  # of the backbone's gradient norm
+    # rollback: back to the newest checkpoint, without the samples from there to the spike; then a
+    # non-finite value is one too.
+    on_spike: Literal["warn", "stop", "rollback"] = "warn"
+    max_rollbacks: int = _between(3, 1)  # of a run; then it stops
     # The head's products of bf16 numbers, summed in fp32: for GPUs. Logits are fp32 in both.
     head_precision: Literal["full", "bf16"] = "full"
     head_stored_mib: int = _between(16, 0)  # per process, of results kept for its backward
@@ -156,18 +164,30 @@ _RENAMED = {
 }
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> Config:
-    """The recipe at `path` (.py) with `key=value` overrides, checked.
+def load(path: str, overrides: Sequence[str] = (), safe: bool = False) -> Config:
+    """The recipe at `path` with `key=value` overrides, checked.
+
+    A .json holds the keys as one object; anything else is Python, and is run. safe: refuse that.
 
     Raises:
         FileNotFoundError: no such recipe.
+        PermissionError: it is Python, and `safe`.
         KeyError: an unknown key; the message names the nearest.
         TypeError, ValueError: a value of the wrong type or out of its range.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no recipe at {path}")
+    json_recipe = path.endswith(".json")
+    if safe and not json_recipe:
+        raise PermissionError(
+            f"{path} is a program, which --safe does not run: give its keys in a .json"
+        )
     try:
-        recipe = runpy.run_path(path).get("config")
+        if json_recipe:
+            with open(path, encoding="utf-8") as file:
+                recipe = json.load(file)
+        else:
+            recipe = runpy.run_path(path).get("config")
     except Exception as error:  # whatever the recipe's own code raises
         raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
     if not isinstance(recipe, Mapping):
@@ -212,6 +232,9 @@ def make(values: Mapping[str, Any]) -> Config:
             )
     if isinstance(checked.get("rec"), list) and len(checked["rec"]) < 2:
         checked["rec"] = "".join(checked["rec"])
+    for name in checked.get("val_targets", []):
+        if os.path.basename(name) != name or name in ("", ".", ".."):
+            raise ValueError(f"val_targets={name!r}: the name of a .bin of rec, not a path")
     if not checked.get("rec"):
         raise KeyError("rec is missing: say which data set to train on, rec=DIRECTORY")
     cfg = Config(**checked)

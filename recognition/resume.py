@@ -23,30 +23,46 @@ def choose(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
         Damaged: the checkpoint that resume= names; with the file, and the checkpoint before it.
         ValueError: the ranks do not see the same checkpoints.
     """
+    if cfg.resume == "auto":
+        return newest_good(cfg, runtime)
+    path = _named(cfg)
+    collectives.check_same(runtime.group, resumed_from=path and os.path.basename(path))
+    if path is not None:
+        try:
+            checkpoint.verify(path, runtime.group)
+        except checkpoint.Damaged as error:
+            raise checkpoint.Damaged(f"{error}{checkpoint.older(path)}") from error
+    return path, []
+
+
+def newest_good(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
+    """The newest checkpoint of the run that is what was written, None where there is none; and what
+    was wrong with newer ones, which are renamed.
+
+    Raises:
+        ValueError: the ranks do not see the same checkpoints.
+        OSError: another run holds the output.
+    """
     set_aside: list[str] = []
     while True:
-        path = resume_point(cfg)
+        path = checkpoint.newest(cfg.output)
         collectives.check_same(runtime.group, resumed_from=path and os.path.basename(path))
         if path is None:
             return None, set_aside
         try:
             checkpoint.verify(path, runtime.group)
         except checkpoint.Damaged as error:
-            if cfg.resume != "auto":
-                raise checkpoint.Damaged(f"{error}{checkpoint.older(path)}") from error
             set_aside.append(f"{error}; it is now {_set_aside(path, cfg, runtime)}")
         else:
             return path, set_aside
 
 
-def resume_point(cfg: Config) -> str | None:
-    """The checkpoint directory that this run is to continue from, None for a new run.
+def _named(cfg: Config) -> str | None:
+    """The checkpoint directory that resume= names, None for a new run.
 
     Raises:
         FileNotFoundError, FileExistsError: as choose().
     """
-    if cfg.resume == "auto":
-        return checkpoint.newest(cfg.output)
     if cfg.resume is None:
         if checkpoint.newest(cfg.output):
             raise FileExistsError(

@@ -67,6 +67,8 @@ def facts(state: TrainState, results: Mapping[str, Any]) -> dict[str, Any]:
         "global_batch": state.cfg.global_batch(state.runtime.world),
         "epoch": state.samples_seen / len(state.data),
         "metrics": {name: result["accuracy_mean"] for name, result in results.items()},
+        "skipped": [list(window) for window in state.skipped],
+        "spikes": None if state.spikes is None else state.spikes.state(),
         "config": dataclasses.asdict(state.cfg) | state.facts,
     }
 

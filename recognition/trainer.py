@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from data_tools.augment import Probabilities
 from data_tools.dali import Dali
 from data_tools.loader import Batch, BatchSource, Loader, normalise
-from recognition import checkpoint, collectives, distill, heads, progress, report, saving, stop
+from recognition import (
+    checkpoint,
+    collectives,
+    distill,
+    heads,
+    progress,
+    report,
+    saving,
+    spikes,
+    stop,
+)
 from recognition.build import TrainState
 from recognition.logger import Logger, as_numbers, histograms
 from recognition.overseer import Overseer
@@ -28,11 +38,21 @@ def train(state: TrainState) -> dict[str, Any]:
     """Run to the last step; the last verification's results by set.
 
     Raises:
-        FloatingPointError: a non-finite loss or gradient, named.
+        FloatingPointError: a non-finite loss or gradient, named; a spike that is to stop the run.
         OSError: another run holds the output, or a file of it cannot be written; or the other
             ranks are gone.
         Stopped: a signal asked the run to end early; its last step is saved.
     """
+    rolled_back = None
+    while True:
+        outcome = _attempt(state, rolled_back)
+        if not isinstance(outcome, FloatingPointError):
+            return outcome
+        rolled_back = spikes.roll_back(state, str(outcome))
+
+
+def _attempt(state: TrainState, rolled_back: str | None) -> dict[str, Any] | FloatingPointError:
+    """The last verification's results; or, with on_spike=rollback, what to go back from."""
     cfg, runtime = state.cfg, state.runtime
     with contextlib.ExitStack() as stack:
 
@@ -44,11 +64,31 @@ def train(state: TrainState) -> dict[str, Any]:
 
         collectives.together(runtime.group, "start the run", take_output)
         overseer = stack.enter_context(Overseer(state).watching())
-        logger = stack.enter_context(Logger(cfg.output, runtime.rank, state.step))
-        loader = stack.enter_context(make_loader(state))
+        try:
+            return _to_the_end(state, overseer, rolled_back)
+        except FloatingPointError as error:  # on all ranks alike
+            if cfg.on_spike != "rollback":
+                raise
+            return error
+
+
+def _to_the_end(state: TrainState, overseer: Overseer, rolled_back: str | None) -> dict[str, Any]:
+    with contextlib.ExitStack() as stack:
+        logger = stack.enter_context(Logger(state.cfg.output, state.runtime.rank, state.step))
         saver = stack.enter_context(saving.make_saver(state, logger))
         report.announce(state, logger)
-        return _run(state, logger, loader, saver, overseer)
+        if rolled_back:
+            record = {"step": state.step, "rollback": rolled_back}
+            logger.record(record, f"warning: {rolled_back}")
+        seen_before = state.samples_seen
+        if spikes.jump(state):
+            _end_epochs(state, logger, seen_before)
+        with overseer.patience():
+            results = verify(state, logger) if state.step == 0 or state.owes_verification else {}
+        while state.step < state.schedule.total_steps:
+            with make_loader(state) as loader:
+                results = _run(state, logger, loader, saver, overseer, results)
+        return results
 
 
 def _run(
@@ -57,16 +97,18 @@ def _run(
     loader: BatchSource,
     saver: checkpoint.Saver,
     overseer: Overseer,
+    results: dict[str, Any],
 ) -> dict[str, Any]:
+    """To the last step, or to samples that are left out; the last verification's results."""
     cfg, runtime, total = state.cfg, state.runtime, state.schedule.total_steps
-    with overseer.patience():
-        results = verify(state, logger) if state.step == 0 or state.owes_verification else {}
     batches = overseer.batches(iter(loader))
     watch = progress.Stopwatch(loader, state.step)
-    while state.step < total:
+    jumped = False
+    while state.step < total and not jumped:
         seen_before = state.samples_seen
         overseer.before_step()
         loss, grad_norm = take_step(state, batches)
+        jumped = spikes.jump(state)
         heard = overseer.after_step()
         _end_epochs(state, logger, seen_before)
         logging = _due(state.step, cfg.log_every, total)
@@ -75,6 +117,7 @@ def _run(
         stopping = heard is not None and state.step < total
         if runtime.device.type == "cpu" or logging or verifying or due or stopping:
             state.guard.raise_if_found()
+            spikes.heed(state, logger)
         if logging:
             report.log_step(state, logger, loss, grad_norm, watch)
         with watch.paused(), overseer.patience():
@@ -119,6 +162,8 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
         by_head = by_head + joint.by_head * share
         looked_at |= {f"{name} of micro-step {micro}": x for name, x in seen.items()}
     grad_norm = _update(state, lr, looked_at | {"loss": loss})
+    if state.spikes is not None:
+        state.spikes.look(loss, grad_norm, state.step + 1)
     state.head_losses = by_head
     state.step += 1
     state.samples_seen += global_batch

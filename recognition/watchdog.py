@@ -136,12 +136,13 @@ class Watchdog:
         places = self._places()
         if not places:
             return "The rank that holds the store, rank 0 or its torchrun, has ended"
-        silent = [place for place in places if place.age > _CAUSE_SECONDS - _EVERY]
+        others = [place for place in places if place.rank != self._rank]
+        silent = [place for place in others if place.age > _CAUSE_SECONDS - _EVERY]
         if not silent:
             return "Another rank has ended; the log of its machine says why"
         return (
-            f"Ended without a word: {'; '.join(map(str, silent))}. It was killed: the kernel's log "
-            "of that machine says whether it ran out of memory"
+            f"Killed or frozen, without a word: {'; '.join(map(str, silent))}. The kernel's log of "
+            "that machine says whether it ran out of memory"
         )
 
     def _watch(self) -> None:

@@ -72,7 +72,7 @@ MAY_IMPORT = {
     ],
     "recognition/checkpoint/": [
         "recognition.checkpoint.*", "recognition.backbones.*", "recognition.collectives",
-        "recognition.head", "recognition.optim",
+        "recognition.head", "recognition.optim", "data_tools.commands", "data_tools.partial",
     ],
     "recognition/mxnet_params.py": [],
     "recognition/distill.py": [

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +28,8 @@ from recognition.checkpoint.retention import Keep, prune
 from recognition.checkpoint.writing import Entries, commit, prepare, reports, write_files
 from recognition.collectives import gather_objects, together
 
+_COPYING = 2  # threads
+_PIECE = 16 << 20  # elements that one of them copies at a time
 _POLL = 0.1  # seconds between looks for the others' reports
 _PATIENCE = 60.0  # seconds that a run that fails waits for the ranks to end the save in flight
 
@@ -120,14 +123,22 @@ class Saver:
         """The tensors in host memory of our own, kept for the next save: new pages are slow."""
         copies: dict[str, Mapping[str, Tensor]] = {}
         kept: dict[tuple[str, str], Tensor] = {}
+        pieces: list[tuple[Tensor, Tensor]] = []
         for file, tensors in files.items():
             for name, tensor in tensors.items():
                 own = self._copies.get((file, name))
                 if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
                     pinned = tensor.device.type == "cuda"
                     own = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-                kept[file, name] = own.copy_(tensor.detach(), non_blocking=True)
+                kept[file, name] = own
+                if tensor.device.type == "cpu" and tensor.is_contiguous():
+                    parts = own.view(-1).split(_PIECE), tensor.detach().view(-1).split(_PIECE)
+                    pieces += zip(*parts, strict=True)
+                else:
+                    own.copy_(tensor.detach(), non_blocking=True)
             copies[file] = {name: kept[file, name] for name in tensors}
+        with ThreadPoolExecutor(_COPYING) as copying:  # one core does not fill the memory's bus
+            list(copying.map(lambda piece: piece[0].copy_(piece[1]), pieces))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._copies = kept

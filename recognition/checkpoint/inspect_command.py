@@ -1,0 +1,75 @@
+"""Print what a checkpoint is, or every one of a run directory; reads manifests alone."""
+
+import argparse
+import os
+import re
+from typing import Any
+
+from recognition.checkpoint.directory import Damaged, complete, directory_of, find, read_manifest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="DIR", help="a run directory, or a checkpoint of one")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print and return the facts.
+
+    Raises:
+        FileNotFoundError: neither a checkpoint nor a run directory with one.
+        Damaged: the manifest of the one that was named.
+    """
+    found = find(args.path)
+    if os.path.samefile(found, args.path):
+        facts = describe(found)
+        _print(facts)
+        return facts
+    listed = []
+    for step in complete(args.path):
+        path = directory_of(args.path, step)
+        try:
+            listed.append(describe(path))
+        except (Damaged, ValueError) as error:
+            listed.append({"path": path, "step": step, "problem": str(error)})
+    root = os.path.dirname(found)
+    aside = sorted(name for name in os.listdir(root) if re.match(r"step-\d+\.", name))
+    for facts in listed:
+        _print(facts)
+    for name in aside:
+        print(f"{os.path.join(root, name)}: not complete, or set aside as damaged")
+    return {"path": args.path, "checkpoints": listed, "incomplete": aside}
+
+
+def describe(path: str) -> dict[str, Any]:
+    """The facts of a checkpoint."""
+    manifest = read_manifest(path)
+    config = manifest.get("config", {})
+    return {
+        "path": path,
+        "step": manifest["step"],
+        "samples_seen": manifest["samples_seen"],
+        "world": manifest["world"],
+        "network": config.get("network"),
+        "margin": config.get("margin"),
+        "heads": manifest["heads"],
+        "metrics": manifest.get("metrics", {}),
+        "skipped": manifest.get("skipped", []),
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "files": manifest["files"],
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    if "problem" in facts:
+        print(f"{facts['path']}: {facts['problem']}")
+        return
+    heads = "; ".join(
+        f"{head['num_classes']} classes x {head['num_subcenters']} x {head['embedding_size']}"
+        for head in facts["heads"]
+    )
+    scores = "".join(f", {name} {100 * x:.2f} %" for name, x in facts["metrics"].items())
+    print(
+        f"{facts['path']}: {facts['network']} + {facts['margin']}, {heads}; "
+        f"{facts['samples_seen']} samples, saved by {facts['world']} processes, "
+        f"{facts['bytes'] / 1e6:.1f} MB{scores}"
+    )
