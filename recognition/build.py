@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -42,7 +43,7 @@ _FREE = {
     "verify_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best",
     "save_async", "elastic", "collective_timeout", "preflight_seconds", "debug", "debug_every",
     "first_batch", "first_rows", "commit", "world", "batch_size", "global_batch_size",
-    "num_classes", "num_image",
+    "num_classes", "num_image", "profile",
 }  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         backbone = collectives.SyncBatchNorm.convert(backbone, runtime.group)
     backbone = backbone.to(runtime.device, dtype)
     backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = _distribute(backbone, runtime)
+    model = _distribute(cfg, backbone, runtime)
     own_heads = [
         head.to(runtime.device, dtype) for head in heads.make_heads(cfg, data, runtime.group)
     ]
@@ -199,13 +200,15 @@ def _make_backbone(cfg: Config) -> nn.Module:
     return make_backbone(cfg.network, cfg.embedding_size, cfg.network_args)
 
 
-def _distribute(backbone: nn.Module, runtime: Runtime) -> DistributedDataParallel:
+def _distribute(cfg: Config, backbone: nn.Module, runtime: Runtime) -> DistributedDataParallel:
     """The backbone under DDP, its buckets in their final order.
 
     DDP reorders its buckets after the first backward, and the order of a sum over three or more
     ranks follows. One backward before the first step lets a resumed run add in the order of the
     unbroken one.
     """
+    if cfg.compile:
+        backbone.compile()  # in place: its parameters keep their names
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
     new_name = "forward_sync_buffers" in known  # torch 2.13 renamed it
@@ -217,6 +220,11 @@ def _distribute(backbone: nn.Module, runtime: Runtime) -> DistributedDataParalle
         gradient_as_bucket_view=True,
         **buffers,
     )
+    if cfg.gradient_compression == "bf16":
+        # Under its own name DDP takes the hook for nccl alone; gloo sums bf16 too.
+        model.register_comm_hook(
+            runtime.group, lambda group, bucket: bf16_compress_hook(group, bucket)
+        )
     before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
     parameter = next(backbone.parameters())
     model(

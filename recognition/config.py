@@ -103,8 +103,11 @@ class Config:
     head_precision: Literal["full", "bf16"] = "full"
     head_stored_mib: int = _between(16, 0)  # per process, of results kept for its backward
     # The backward updates the class rows piece by piece, so that no gradient of them exists. Not
-    # with accumulation or fp16; a non-finite step stops the run after it has moved rows.
+    # with accumulation, fp16 or rollback; a non-finite step stops the run after it has moved rows.
     update_in_backward: bool = False
+    compile: bool = False  # the backbone, by torch.compile: minutes at the start
+    gradient_compression: Literal["none", "bf16"] = "none"  # of what the ranks exchange of it
+    profile: bool = False  # write a trace of a few steps, trace-<rank>.json
     seed: int = _between(0, 0)
 
     # The run
@@ -225,10 +228,11 @@ def make(values: Mapping[str, Any]) -> Config:
     if checked.get("update_in_backward"):
         wanted = {"accumulation": checked.get("accumulation", 1) > 1}
         wanted["precision"] = checked.get("precision") == "fp16"
+        wanted["on_spike"] = checked.get("on_spike") == "rollback"
         for key in [key for key in wanted if wanted[key]]:
             raise ValueError(
                 f"update_in_backward with {key}={checked[key]}: it keeps no gradient of the class "
-                "rows to add to or to scale; leave one of the two"
+                "rows to add to, to scale or to leave out; choose one of the two"
             )
     if isinstance(checked.get("rec"), list) and len(checked["rec"]) < 2:
         checked["rec"] = "".join(checked["rec"])

@@ -66,10 +66,14 @@ def _head(cfg: Config, class_counts: np.ndarray, group: ProcessGroup, seed: int)
         group,
         seed,
         class_counts,
-        Limits(
-            cfg.head_stored_mib << 20,
-            dtype=torch.bfloat16 if cfg.head_precision == "bf16" else None,
-        ),
+        limits_of(cfg),
+    )
+
+
+def limits_of(cfg: Config) -> Limits:
+    return Limits(
+        cfg.head_stored_mib << 20,
+        dtype=torch.bfloat16 if cfg.head_precision == "bf16" else None,
     )
 
 

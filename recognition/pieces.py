@@ -21,14 +21,22 @@ _USUAL_L2 = 1 << 20
 
 
 def piece_size(num_rows: int, weight: Tensor, num_subcenters: int) -> int:
+    """Classes of a piece of this weight for a batch of B rows."""
+    size, bytes_each = weight.shape[-1], weight.element_size()
+    return size_for(num_rows, size, num_subcenters, bytes_each, weight.is_cuda)
+
+
+def size_for(
+    num_rows: int, embedding_size: int, num_subcenters: int, bytes_each: int, is_cuda: bool
+) -> int:
     """n: the centres of a piece, their gradient and their logits fill the second-level caches of
     the threads at work."""
-    numbers = num_subcenters * (2 * weight.shape[-1] + max(num_rows, 1))  # of a class
-    if weight.is_cuda:
+    numbers = num_subcenters * (2 * embedding_size + max(num_rows, 1))  # of a class
+    if is_cuda:
         numbers, memory = num_subcenters * max(num_rows, 1), _GPU_BYTES
     else:
         memory = l2_bytes() * torch.get_num_threads()
-    size = memory // (numbers * weight.element_size()) // _STEP * _STEP
+    size = memory // (numbers * bytes_each) // _STEP * _STEP
     return min(max(size, _LEAST), _MOST)
 
 

@@ -66,6 +66,7 @@ class SampledRows:
         self.grad: Tensor | None = None  # [S, K, D]
         self._pool = pool or Pool()
         self._version = self.weight._version
+        self._scratch: Tensor | None = None  # [n, K, D]
         self._adds = False  # to a gradient that is there
         self.is_finished = False  # a backward has been here
         self.is_lent = False  # somebody may keep the gradient
@@ -93,9 +94,12 @@ class SampledRows:
 
     def room(self, where: slice) -> Tensor:
         """Where the gradient [n, K, D] of a piece is to be written."""
-        if self.grad is None or self._adds:
-            return self.weight.new_empty(where.stop - where.start, *self.weight.shape[1:])
-        return self.grad[where]
+        if self.grad is not None and not self._adds:
+            return self.grad[where]
+        num = where.stop - where.start
+        if self._scratch is None or len(self._scratch) < num:
+            self._scratch = self.weight.new_empty(num, *self.weight.shape[1:])
+        return self._scratch[:num]
 
     def add_gradient(self, where: slice, grad: Tensor, read: Tensor) -> None:
         """What stands in room(where) is finished; read: what read(where) gave, no longer wanted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from recognition.build import TrainState
 from recognition.logger import Logger, as_numbers, histograms
 from recognition.overseer import Overseer
 from recognition.precision import autocast, dtype_of
+from recognition.profiling import traced
 from recognition.run_dir import owned, write_config
 from recognition.sampling import hash_words
 from recognition.verification import verify
@@ -77,6 +78,8 @@ def _to_the_end(state: TrainState, overseer: Overseer, rolled_back: str | None) 
         logger = stack.enter_context(Logger(state.cfg.output, state.runtime.rank, state.step))
         saver = stack.enter_context(saving.make_saver(state, logger))
         report.announce(state, logger)
+        trace = traced(state.cfg.profile, state.cfg.output, state.runtime.rank)
+        stepped = stack.enter_context(trace)
         if rolled_back:
             record = {"step": state.step, "rollback": rolled_back}
             logger.record(record, f"warning: {rolled_back}")
@@ -87,7 +90,7 @@ def _to_the_end(state: TrainState, overseer: Overseer, rolled_back: str | None) 
             results = verify(state, logger) if state.step == 0 or state.owes_verification else {}
         while state.step < state.schedule.total_steps:
             with make_loader(state) as loader:
-                results = _run(state, logger, loader, saver, overseer, results)
+                results = _run(state, logger, loader, saver, overseer, stepped, results)
         return results
 
 
@@ -97,6 +100,7 @@ def _run(
     loader: BatchSource,
     saver: checkpoint.Saver,
     overseer: Overseer,
+    stepped: Callable[[], None],
     results: dict[str, Any],
 ) -> dict[str, Any]:
     """To the last step, or to samples that are left out; the last verification's results."""
@@ -108,6 +112,7 @@ def _run(
         seen_before = state.samples_seen
         overseer.before_step()
         loss, grad_norm = take_step(state, batches)
+        stepped()
         jumped = spikes.jump(state)
         heard = overseer.after_step()
         _end_epochs(state, logger, seen_before)

@@ -67,9 +67,13 @@ class Case(NamedTuple):
 
 SUITES = {
     "cpu": [
-        Case(100_000, 256, 1.0, targets=(0.50, 1.25, 0.35)),
-        Case(500_000, 256, 0.1, targets=(0.26, 1.35, 0.10)),
-        Case(60_000, 512, 0.5, targets=(0.72, 1.25, 0.30)),
+        Case(*sizes, targets=targets, stored_mib=stored_mib, update_in_backward=True)
+        for *sizes, targets in (
+            (100_000, 256, 1.0, (0.50, 1.25, 0.35)),
+            (500_000, 256, 0.1, (0.26, 1.35, 0.10)),
+            (60_000, 512, 0.5, (0.72, 1.25, 0.30)),
+        )
+        for stored_mib in (0, 64)
     ],
     "gpu": [
         Case(1_000_000, batch, rate, dtype="bf16", targets=(0.30, 1 / 0.6, 0.10))
@@ -216,7 +220,7 @@ class Floor:
             torch.mm(grad_z.T, self.x, out=self.grad[: len(rows)])
 
 
-def _batch(case: Case, rank: int, world: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def batch_of(case: Case, rank: int, world: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Embeddings [b, D] and host labels int64 [b] of this rank."""
     generator = torch.Generator().manual_seed(_SEED)
     labels = torch.randint(case.classes, (case.batch,), generator=generator)
@@ -274,7 +278,7 @@ def _time(rank: int, device: torch.device, told: Measurement) -> dict[str, Any]:
     case, group = told.case, collectives.world_group()
     ours = Ours(case, device)
     sides = {"ours": ours, "rival": Rival(case, device), "floor": Floor(ours, case, device)}
-    x, labels = _batch(case, rank, told.world, device)
+    x, labels = batch_of(case, rank, told.world, device)
     times: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(told.warmup + told.pairs):
         for name in reversed(sides) if i % 2 else sides:
@@ -295,7 +299,7 @@ def _time(rank: int, device: torch.device, told: Measurement) -> dict[str, Any]:
 
 def _peak(rank: int, device: torch.device, told: Measurement, side: str) -> int:
     """Bytes beyond weights and state at the worst of building and two steps, on the worst rank."""
-    x, labels = _batch(told.case, rank, told.world, device)
+    x, labels = batch_of(told.case, rank, told.world, device)
     gc.collect()
     before = _reset_peak(device)
     one = {"ours": Ours, "rival": Rival}[side](told.case, device)

@@ -189,6 +189,7 @@ class Logits:
         else:
             scaled, pulling = x.to(self.dtype), x
         pulling, total = pulling.to(self.dtype), torch.zeros_like(x)
+        scratch = x.new_empty(self.size * self.num_subcenters, x.shape[1])
         for number, piece in enumerate(self._pieces()):
             if plain:
                 weight = self._read(piece)
@@ -208,7 +209,8 @@ class Logits:
                 first = piece.where.start * self.num_subcenters
                 flat.index_add_(0, own_place[piece.targets] - first, own_grad[piece.targets])
             # Through w_hat = w / |w|: less what points along the centre.
-            radial = torch.mul(flat, weight).sum(1).mul_(inverse).mul_(inverse)
+            radial = torch.mul(flat, weight, out=scratch[: len(flat)]).sum(1)
+            radial.mul_(inverse).mul_(inverse)
             flat.addcmul_(weight, radial[:, None], value=-1)
             self.rows.add_gradient(piece.where, grad, weight.view_as(grad))
         grad_x += total.mul_(share[:, None]) if plain else total

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -35,3 +39,30 @@ def test_a_case_on_two_processes():
 def test_a_mistake_is_said(typed, words, code):
     done = run(SCRIPT, *SMALL, *typed)
     assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_picture_of_growth(tmp_path):
+    picture = tmp_path / "growth.svg"
+    done = command(
+        "launch/bench/growth.py", picture, "--largest", 25_000, "--embedding-size", 16, "--steps", 1
+    )
+    points = json.loads(done.stdout.splitlines()[-1])["ms"]
+    assert list(points["classes, r 0.1"]) == ["25000"] and len(points["batch"]) == 5
+    assert all(ms > 0 for panel in points.values() for ms in panel.values())
+    assert picture.read_text().rstrip().endswith("</svg>")
+
+
+@pytest.mark.long
+def test_the_commands_for_a_gpu_run(tmp_path):
+    """launch/bench/gpu.sh from end to end on the CPU, so that no command of it is misspelt."""
+    done = subprocess.run(
+        ["bash", "launch/bench/gpu.sh", tmp_path], capture_output=True, text=True, timeout=280,
+        cwd=pathlib.Path(__file__).parents[2],
+        env={**os.environ, "REHEARSAL": "1", "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("head", "losses", "loader"):
+        json.loads((tmp_path / f"{name}.json").read_text().splitlines()[-1])
+    for name in ("bf16_cpu", "fp32_cpu", "bf16_dali"):
+        lines = (tmp_path / f"r50_{name}" / "metrics.jsonl").read_text().splitlines()
+        assert any("images_per_second" in line for line in lines)

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from recognition import build, checkpoint, config, saving, trainer
+from recognition.logger import Logger
 from recognition.runtime import Runtime
 
 BASE = {
@@ -35,11 +36,15 @@ def run(keys: dict, stop_after: int | None = None) -> dict[str, torch.Tensor]:
     if stop_after is None:
         trainer.train(state)
     else:
-        loader = trainer.make_loader(state)
-        batches = iter(loader)
-        while state.step < stop_after:
-            trainer.take_step(state, batches)
-        loader.close()
+        with (
+            trainer.make_loader(state) as loader,
+            Logger(state.cfg.output, state.runtime.rank, state.step) as logger,
+        ):
+            batches = iter(loader)
+            while state.step < stop_after:
+                seen_before = state.samples_seen
+                trainer.take_step(state, batches)
+                trainer._end_epochs(state, logger, seen_before)
         saving.save_here(state)
     return tensors(state)
 

@@ -6,8 +6,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from recognition.sampling import hash_words, sample, shard_range
+from recognition.rows import drawn_by_torch
+from recognition.sampling import Draw, hash_words, sample, shard_range
 
 
 def drawn(num_classes, rate, step, world=1, labels=()):
@@ -93,3 +95,13 @@ def test_hash_separates_its_words():
     seen = {hash_words(a, b) for a in range(100) for b in range(100)}
     assert len(seen) == 10_000
     assert hash_words(1, 2) != hash_words(2, 1)
+
+
+@pytest.mark.parametrize("num_classes, rate", [(103, 0.3), (100_000_000, 1e-5), (7, 0.0)])
+def test_the_gpus_draw_is_the_hosts(num_classes, rate):
+    """In torch's int64, whose shifts are arithmetic: computed here on the CPU."""
+    for step in range(20):
+        for rank in range(3):
+            draw = Draw(num_classes, shard_range(num_classes, 3, rank), rate, 7, step)
+            device = torch.device("cpu")
+            assert drawn_by_torch(device, draw).tolist() == draw.classes().tolist()

@@ -1,0 +1,213 @@
+"""What a run will need, before it is started: bytes per GPU by part, bytes on the wire per step.
+
+    python -m launch.plan launch/configs/wf42m_r100_cosface_pfc02.py --gpus 64 --memory 80
+    python -m launch.plan RECIPE --gpus 8 --memory 24 --classes 10000000 sample_rate=0.1
+
+Predicted, not measured: sums over what the head, the backbone and the optimisers hold
+(tests/launch/test_plan.py compares them with measured bytes), the activations as autograd keeps
+them for the backward. The libraries' own memory (CUDA context, cuDNN, nccl) is not in it: keep some
+GB free. Time on the wire is bytes over --bandwidth, no overlap, no latency.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from data_tools.commands import one_line
+from data_tools.union import open_all
+from recognition import config
+from recognition.backbones import BACKBONES
+from recognition.config import Config
+from recognition.pieces import size_for
+
+_FP32, _INT64 = 4, 8
+_GB = 1e9
+
+
+class Plan(NamedTuple):
+    gpu: dict[str, float]  # bytes per GPU, by part
+    wire: dict[str, float]  # bytes that a GPU sends per step, by collective
+
+    @property
+    def total(self) -> float:
+        return sum(self.gpu.values())
+
+
+def plan(cfg: Config, num_classes: int, gpus: int, is_cuda: bool = True) -> Plan:
+    """What each of `gpus` processes holds and sends."""
+    batch = cfg.global_batch(gpus) // cfg.accumulation  # rows of a micro-step over all
+    backbone = _backbone(cfg, math.ceil(batch / gpus))
+    return Plan(
+        head_bytes(cfg, num_classes, gpus, batch, is_cuda) | backbone,
+        _wire(cfg, batch, gpus, backbone["backbone: weights"]),
+    )
+
+
+def head_bytes(
+    cfg: Config, num_classes: int, gpus: int, batch: int, is_cuda: bool = True
+) -> dict[str, float]:
+    """Bytes of the head on one process; `batch` rows over all."""
+    local, size = math.ceil(num_classes / gpus), cfg.embedding_size
+    columns = cfg.num_subcenters
+    row = columns * size * _FP32
+    # The positives that the draw misses, each on the one rank that holds its class.
+    missed = (1 - cfg.sample_rate) * batch / gpus
+    sampled = min(cfg.sample_rate * local + missed, local)
+    piece = min(size_for(batch, size, columns, _FP32, is_cuda), sampled)
+    piece_bytes = max(batch * piece * columns * _FP32, 1)
+    stored = cfg.head_stored_mib * 2**20 // piece_bytes * piece_bytes
+    copies = 1 + (cfg.sample_rate < 1) + cfg.update_in_backward  # of the rows of a piece
+    products = 2 if columns == 1 else 5  # [B, n * K] at once: the nearest centre takes more
+    index = 2 * _INT64 if cfg.sample_rate < 1 else 0
+    state = 2 * row + _FP32 if cfg.optimizer == "adamw" else row
+    return {
+        "classes: weights": local * row,
+        "classes: optimiser state": local * state,
+        "classes: sub-centre votes": local * columns * _INT64 if columns > 1 else 0,
+        "classes: gradient": 0 if cfg.update_in_backward else sampled * row,
+        "classes: indices and norms": sampled * (index + columns * _FP32),
+        "logits kept": min(stored, batch * sampled * columns * _FP32),
+        "logits of a piece": products * piece_bytes + copies * piece * row,
+        "gathered embeddings": 8 * batch * size * _FP32 + batch * _INT64,
+    }
+
+
+def _backbone(cfg: Config, rows: int) -> dict[str, float]:
+    """Bytes of the network, built and run on tensors that have shapes and no memory."""
+    narrow = {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.bfloat16}
+    dtype = narrow.get(cfg.precision)
+    with FakeTensorMode():
+        network = BACKBONES[cfg.network](embedding_size=cfg.embedding_size)
+        images = torch.empty(rows, 3, 112, 112)
+        activations = _kept(network, images, dtype)
+    weights = sum(p.numel() for p in network.parameters()) * _FP32
+    return {
+        "backbone: weights": weights,
+        "backbone: gradient": weights,
+        "backbone: optimiser state": weights * (2 if cfg.optimizer == "adamw" else 1),
+        "backbone: activations": activations,
+    }
+
+
+def _kept(network: nn.Module, images: torch.Tensor, dtype: torch.dtype | None) -> float:
+    """Bytes that autograd keeps of a forward for its backward, the parameters left out."""
+    own = {tensor.untyped_storage()._cdata for tensor in network.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no name comes twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            network(images)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _wire(cfg: Config, batch: int, gpus: int, weights: float) -> dict[str, float]:
+    """Bytes that one GPU sends in a step, by rings: (W - 1) / W of the whole for a gather or a
+    scatter, twice that for a sum."""
+    ring = (gpus - 1) / gpus * cfg.accumulation
+    size = cfg.embedding_size * _FP32
+    return {
+        "gather of embeddings and labels": ring * batch * (size + _INT64),
+        "sum of target cosines": 2 * ring * batch * _FP32,
+        "merge of log-sum-exps": ring * gpus * batch * _FP32,
+        "scatter of their gradients": ring * batch * size,
+        "sum of the backbone's gradients": 2 * (gpus - 1) / gpus * weights,
+    }
+
+
+def advice(cfg: Config, num_classes: int, gpus: int, memory: float) -> list[str]:
+    """What would make the run fit into `memory` bytes, what fits first; [] if it fits."""
+    if plan(cfg, num_classes, gpus).total <= memory:
+        return []
+    tried: dict[str, tuple[Config, int]] = {}
+    if not cfg.update_in_backward and cfg.accumulation == 1 and cfg.precision != "fp16":
+        tried["update_in_backward=true"] = dataclasses.replace(cfg, update_in_backward=True), gpus
+    for rate in (0.3, 0.1):
+        if rate < cfg.sample_rate:
+            tried[f"sample_rate={rate}"] = dataclasses.replace(cfg, sample_rate=rate), gpus
+    for factor in (2, 4):
+        if cfg.global_batch_size is None and cfg.accumulation == 1:
+            rows = (cfg.batch_size or 128) // factor
+            less = dataclasses.replace(cfg, batch_size=rows, accumulation=factor)
+            tried[f"batch_size={rows} accumulation={factor}"] = less, gpus
+    tried |= {f"--gpus {gpus * 2**k}": (cfg, gpus * 2**k) for k in range(1, 8)}
+    fitting = [
+        what for what, (one, many) in tried.items() if plan(one, num_classes, many).total <= memory
+    ]
+    return fitting[:4] or ["nothing of these alone: a smaller network or batch, and more GPUs"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("recipe", help="a Python file that defines `config`")
+    add("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
+    add("--gpus", type=int, required=True, metavar="N", help="processes in all, one a GPU")
+    add("--memory", type=float, metavar="GB", help="of one GPU; says what fits")
+    add("--classes", type=int, metavar="C", help="instead of those of rec")
+    add("--bandwidth", type=float, default=25.0, metavar="GB/S", help="of a GPU; %(default)s")
+    add("--json", action="store_true", help="one JSON line last")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        cfg = config.load(args.recipe, args.overrides)
+        num_classes = args.classes or cfg.num_classes or open_all(cfg.rec).num_classes
+        if args.gpus < 1 or num_classes < args.gpus:
+            raise ValueError(f"--gpus {args.gpus}: 1 to {num_classes}, the number of classes")
+        if cfg.network not in BACKBONES:
+            raise KeyError(f"network={cfg.network!r}: one of {', '.join(BACKBONES)}")
+        found = plan(cfg, num_classes, args.gpus)
+        hints = advice(cfg, num_classes, args.gpus, (args.memory or math.inf) * _GB)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    report = _report(found, num_classes, args, hints)
+    if args.json:
+        print(json.dumps(report))
+    return 0
+
+
+def _report(
+    found: Plan, num_classes: int, args: argparse.Namespace, hints: list[str]
+) -> dict[str, Any]:
+    print(f"{num_classes} classes on {args.gpus} GPUs, predicted, of each GPU:")
+    for part, size in sorted(found.gpu.items(), key=lambda entry: -entry[1]):
+        print(f"  {size / _GB:9.3f} GB  {part}")
+    print(f"  {found.total / _GB:9.3f} GB  in all")
+    sent = sum(found.wire.values())
+    print(f"sent in a step: {sent / _GB:.3f} GB, {1e3 * sent / args.bandwidth / _GB:.1f} ms at "
+          f"{args.bandwidth:g} GB/s")  # fmt: skip
+    for part, size in found.wire.items():
+        print(f"  {size / 1e6:9.3f} MB  {part}")
+    fits = None
+    if args.memory is not None:
+        fits = not hints
+        verdict = "fits" if fits else "does not fit"
+        would = "" if fits else "; would fit with: " + "; or ".join(hints)
+        print(f"{verdict} into {args.memory:g} GB{would}")
+    return {
+        "classes": num_classes, "gpus": args.gpus, "bytes": found.gpu, "total": found.total,
+        "wire_bytes": found.wire, "wire_seconds": sent / args.bandwidth / _GB, "fits": fits,
+        "advice": hints,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The planner against measured bytes, and as a person runs it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from launch import plan
+from recognition import config
+from recognition.backbones import BACKBONES
+from recognition.head import PartialFC
+from recognition.heads import limits_of
+from recognition.losses import MARGINS
+from recognition.optim import RowAdamW, RowSGD
+from tests.conftest import command, run
+from tests.recognition.test_head import _memory_events
+
+RECIPE = "launch/configs/wf42m_r100_cosface_pfc02.py"
+SIZES = {
+    "all classes": (20_000, 64, {}),
+    "a tenth, adamw": (120_000, 128, {"sample_rate": 0.1, "optimizer": "adamw"}),
+    "three centres, updated in the backward": (
+        12_000, 96, {"num_subcenters": 3, "update_in_backward": True, "head_stored_mib": 4},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_heads_bytes_are_those_that_are_measured(size):
+    num_classes, batch, keys = SIZES[size]
+    cfg = config.make({"rec": "-", "embedding_size": 128, **keys})
+    head = PartialFC(
+        MARGINS["cosface"](), 128, num_classes, cfg.sample_rate, cfg.num_subcenters,
+        limits=limits_of(cfg),
+    )  # fmt: skip
+    rows = (RowAdamW if cfg.optimizer == "adamw" else RowSGD)(head)
+    predicted = plan.head_bytes(cfg, num_classes, 1, batch, is_cuda=False)
+    held = [head.weight, *rows.state.values(), *([] if head.votes is None else [head.votes])]
+    standing = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    parts = ("classes: weights", "classes: optimiser state", "classes: sub-centre votes")
+    assert sum(predicted.pop(part) for part in parts) == pytest.approx(standing, rel=1e-6)
+    x, labels = torch.randn(batch, 128, requires_grad=True), torch.arange(batch)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        if cfg.update_in_backward:
+            rows.begin(0.1)
+        head(x, labels).backward()
+        rows.step(0.1)
+    live = peak = 0
+    for _, step in sorted(_memory_events(profile)):
+        live += step
+        peak = max(peak, live)
+    assert sum(predicted.values()) == pytest.approx(peak, rel=0.15)
+
+
+def test_the_backbones_weights_and_activations():
+    cfg = config.make({"rec": "-", "network": "mbf_tiny", "precision": "fp32", "batch_size": 8})
+    predicted = plan.plan(cfg, 1000, 1).gpu
+    network = BACKBONES["mbf_tiny"](embedding_size=512)
+    assert predicted["backbone: weights"] == sum(p.numel() for p in network.parameters()) * 4
+    x = torch.randn(8, 3, 112, 112)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        embeddings = network(x)
+    live = sum(step for _, step in _memory_events(profile))  # what the graph still holds
+    assert len(embeddings) == 8
+    assert predicted["backbone: activations"] == pytest.approx(live, rel=0.15)
+
+
+def test_a_recipe_for_64_gpus():
+    done = command("-m", "launch.plan", RECIPE, "--gpus", 64, "--memory", 80, "--classes",
+                   2_059_906, "--json")  # fmt: skip
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["fits"] is True and report["advice"] == [] and report["wire_seconds"] > 0
+    assert report["bytes"]["classes: weights"] == pytest.approx(2_059_906 / 64 * 2048, rel=1e-3)
+    assert "predicted" in done.stdout and "fits into 80 GB" in done.stdout
+
+
+def test_what_does_not_fit_is_told_what_to_change():
+    done = command("-m", "launch.plan", RECIPE, "--gpus", 1, "--memory", 24, "--classes",
+                   4_000_000, "sample_rate=1.0", "batch_size=16", "--json")  # fmt: skip
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["fits"] is False and "update_in_backward=true" in report["advice"]
+    assert any(hint.startswith("--gpus") for hint in report["advice"])
+
+
+@pytest.mark.parametrize(
+    "typed, words, code",
+    [
+        ([RECIPE, "--gpus", 0, "--classes", 10], "--gpus 0", 1),
+        ([RECIPE, "--gpus", 1, "rec=/no/such/place"], "/no/such/place", 1),
+        ([RECIPE], "--gpus", 2),
+    ],
+)
+def test_a_mistake_is_said(typed, words, code):
+    done = run("-m", "launch.plan", *typed)
+    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
