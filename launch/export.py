@@ -192,7 +192,9 @@ def pairs_of(args: argparse.Namespace, config: dict[str, Any], rec: str) -> lfw.
         return None
     path = args.pairs
     if path is None:
-        asked = [Path(rec) / f"{name.removesuffix('.bin')}.bin" for name in config["val_targets"]]
+        asked = [
+            Path(rec) / f"{name.removesuffix('.bin')}.bin" for name in config.get("val_targets", [])
+        ]
         there = sorted(Path(rec).glob("*.bin")) if Path(rec).is_dir() else []
         path = next((path for path in [*asked, *there] if path.is_file()), None)
     return None if path is None else drop.thinned(lfw.load_bin(path), args.max_pairs)

@@ -21,7 +21,7 @@ from data_tools.order import Blocks, Order
 from data_tools.shards import Shards
 from data_tools.union import Union, open_all
 from eval import lfw
-from recognition import checkpoint, collectives, heads, initialise, resize, resume
+from recognition import checkpoint, collectives, distill, heads, initialise, resize, resume
 from recognition.backbones import make_backbone
 from recognition.config import Config
 from recognition.embedding import embed
@@ -71,6 +71,7 @@ class TrainState:
     skipped: list[Window] = field(default_factory=list)  # samples left out after spikes
     step: int = 0  # completed optimiser steps
     samples_seen: int = 0
+    teacher: distill.Teacher | None = None
     head_losses: torch.Tensor | None = None  # [heads] of the last step, without their weights
 
     @property
@@ -149,6 +150,10 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         spikes=make_guard(cfg, runtime.group, runtime.device),
         skipped=skipped(cfg.output, None),
     )  # fmt: skip
+    if cfg.teacher is not None:
+        state.teacher = distill.open_teacher(
+            cfg.teacher, cfg.embedding_size, len(data), runtime.device, precision
+        )
     if resumed_from is None and cfg.init_head is not None:
         _start_centres(state)
     if resumed_from is not None:

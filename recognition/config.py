@@ -64,6 +64,10 @@ class Config:
     init_color_order: Literal["auto", "RGB", "BGR"] = "auto"
     init_head: str | None = None  # centres: features, a run, or a directory of partial-FC shards
     init_label_map: str | None = None  # a line for each class: its id in init_head, -1 for none
+    # A bigger network to learn from beside the margin loss: a run, .onnx, or .npy [images, D].
+    teacher: str | None = None
+    teacher_weight: float = _between(1.0, 0.0)
+    teacher_loss: Literal["cosine", "feature"] = "cosine"
     freeze: list[str] = field(default_factory=list)  # patterns of backbone parameters: layer1.*
 
     # Optimisation

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from data_tools.augment import Probabilities
 from data_tools.dali import Dali
 from data_tools.loader import Batch, BatchSource, Loader, normalise
-from recognition import checkpoint, collectives, heads, progress, report, saving, spikes, stop
+from recognition import (
+    checkpoint,
+    collectives,
+    distill,
+    heads,
+    progress,
+    report,
+    saving,
+    spikes,
+    stop,
+)
 from recognition.build import TrainState
 from recognition.logger import Logger, as_numbers, histograms
 from recognition.overseer import Overseer
@@ -186,6 +196,13 @@ def _forward(
     features = seen.get("slow encoder's embeddings")
     own = [part.head for part in state.parts.heads]
     loss = heads.joint_loss(cfg, own, seen["embeddings"], batch.labels, rows, features)
+    if state.teacher is not None:
+        taught = state.teacher(pixels, batch.ids)
+        counts = [sum(sets) for sets in rows]
+        lesson = distill.lesson(
+            seen["embeddings"], taught, cfg.teacher_loss, counts, runtime.group
+        )  # fmt: skip
+        loss = loss._replace(total=loss.total + cfg.teacher_weight * lesson)
     return loss, seen
 
 

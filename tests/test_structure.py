@@ -75,6 +75,10 @@ MAY_IMPORT = {
         "recognition.head", "recognition.optim", "data_tools.commands", "data_tools.partial",
     ],
     "recognition/mxnet_params.py": [],
+    "recognition/distill.py": [
+        "recognition.checkpoint", "recognition.collectives", "recognition.precision",
+        "eval.embed_onnx",
+    ],
     "recognition/convert.py": ["recognition.mxnet_params"],
     "recognition/run_dir.py": [
         "recognition.checkpoint", "recognition.config", "recognition.convert",
