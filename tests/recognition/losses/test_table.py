@@ -54,8 +54,9 @@ def test_a_recipe_makes_its_loss_and_is_named_after_it(path):
     make_margin(cfg.margin, cfg.margin_args)
     if path.stem == "demo":
         return
-    data, network, *loss = path.stem.split("_")
-    assert network == cfg.network
+    data, _, rest = path.stem.partition("_")
+    assert rest.startswith(f"{cfg.network}_")
+    loss = rest.removeprefix(f"{cfg.network}_").split("_")
     assert loss[0] == cfg.margin and config.load(str(path)).rec == f"data/{_SETS.get(data, data)}"
     assert ("k3" in loss) == (cfg.num_subcenters == 3)
 
