@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -225,7 +226,7 @@ def _directory(cache: Path, embedder: "Embedder", images: ImageSet, flip: bool) 
     directory = both if flip or last.is_file() else cache / f"{name}-plain"
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "facts.json").is_file():
-        partial = directory / f"facts.{os.getpid()}.partial"
+        partial = directory / f"facts.{os.getpid()}-{threading.get_ident()}.partial"
         partial.write_text(json.dumps({**facts, "name": images.name}, indent=1) + "\n")
         os.replace(partial, directory / "facts.json")
     return directory

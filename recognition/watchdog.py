@@ -31,7 +31,7 @@ _EVERY = 1.0  # seconds between two lines in the store
 _SILENT = 4.0  # seconds without one, after which a rank is not heard of any more
 _CAUSE_SECONDS = 3.0  # how long a rank that lost contact waits for the cause
 _STOP_SECONDS = 10.0  # how long after a signal the loop may stand still
-_CAUSE, _PLACE = "watchdog/cause", "watchdog/rank-{}"
+_PLACE = "watchdog/rank-{}"
 # What a line of ours is about, by its file; the first that fits.
 _DOES = {
     "data_tools/": "waits for data",
@@ -79,6 +79,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._cause = f"watchdog/cause of {directory}"  # not that of a run before in this group
         self._store.set_timeout(timedelta(seconds=2))
 
     def beat(self, step: int) -> None:
@@ -120,7 +121,7 @@ class Watchdog:
     def tell_cause(self, cause: str) -> None:
         """Why the run fails, for those that will only lose contact; the first cause stays."""
         with contextlib.suppress(RuntimeError, DistError):
-            self._store.compare_set(_CAUSE, "", cause)
+            self._store.compare_set(self._cause, "", cause)
 
     def first_cause(self) -> str:
         """What the rank that failed first said, or who is not there any more."""
@@ -128,8 +129,8 @@ class Watchdog:
         # A killed rank says nothing, and its launcher, which sees it first, is to report it first.
         while time.monotonic() < deadline:
             try:
-                if self._store.check([_CAUSE]):
-                    return f"The first cause: {self._store.get(_CAUSE).decode()}"
+                if self._store.check([self._cause]):
+                    return f"The first cause: {self._store.get(self._cause).decode()}"
             except (RuntimeError, DistError):
                 break
             time.sleep(0.1)

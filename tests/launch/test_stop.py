@@ -46,6 +46,7 @@ def test_sigusr1_to_one_rank_saves_on_all_and_ends_torchrun(shards_dir, tmp_path
     assert not (output / "stopped.json").exists()
 
 
+@pytest.mark.long
 def test_sigterm_to_torchrun_saves_the_last_step(shards_dir, tmp_path):
     output = tmp_path / "r"
     with Run(tmp_path / "log", output, LOCAL, keys_for(shards_dir)) as run:

@@ -82,6 +82,7 @@ def records(keys):
         return [json.loads(line) for line in file]
 
 
+@pytest.mark.long
 def test_a_warning_and_a_stop(keys):
     ranks.run(2, run_with_a_bad_batch, keys)
     (said,) = [r["spike"] for r in records(keys) if "spike" in r]
@@ -121,6 +122,7 @@ def skipped_of(keys):
     return [window.start, window.stop]
 
 
+@pytest.mark.long
 def test_a_run_goes_back_so_often_and_no_more(keys):
     """Every step spikes: the last words say how often it was tried."""
     keys |= {"on_spike": "rollback", "loss_spike_factor": 1.0, "max_rollbacks": 2}

@@ -24,6 +24,7 @@ def start(tmp_path, shards_dir, *keys):
     return Run(tmp_path / "log", tmp_path / "r", torchrun, [f"rec={shards_dir}", *TINY, *keys])
 
 
+@pytest.mark.long
 def test_a_frozen_rank_is_named_and_everybody_ends_within_the_time_out(shards_dir, tmp_path):
     """SIGSTOP: a process that is there and does nothing, as in a hung driver or file system."""
     with start(tmp_path, shards_dir) as run:
