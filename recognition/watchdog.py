@@ -31,6 +31,7 @@ _EVERY = 1.0  # seconds between two lines in the store
 _SILENT = 4.0  # seconds without one, after which a rank is not heard of any more
 _CAUSE_SECONDS = 3.0  # how long a rank that lost contact waits for the cause
 _STOP_SECONDS = 10.0  # how long after a signal the loop may stand still
+_JOIN_SECONDS = 5.0  # more than the store takes to give up
 _PLACE = "watchdog/rank-{}"
 # What a line of ours is about, by its file; the first that fits.
 _DOES = {
@@ -109,6 +110,8 @@ class Watchdog:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         self._ended.set()
+        # A thread that is inside of the store when the interpreter ends aborts the process.
+        self._thread.join(_JOIN_SECONDS)
         if error is None or not isinstance(error, Exception):
             return
         if not lost_contact(error):

@@ -41,6 +41,7 @@ def test_a_mistake_is_said(typed, words, code):
     assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_the_picture_of_growth(tmp_path):
     picture = tmp_path / "growth.svg"
     done = command(

@@ -108,6 +108,7 @@ def built(keys):
     return runs.tensors(build.build(config.make(runs.BASE | keys), runs.here()))
 
 
+@pytest.mark.long
 def test_fifty_steps_after_a_resume_at_another_world_size(shards_dir, tmp_path):
     keys = {
         "rec": str(shards_dir), "precision": "fp64", "sync_bn": True, "max_steps": 53,
