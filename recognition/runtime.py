@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -13,6 +15,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the group that exists when it is imported as a default, and torch imports it
+# late (for torch.compile, among others): that group would never end. Here there is none yet.
+import torch.distributed.nn  # noqa: F401
 from torch.distributed import ProcessGroup
 
 
@@ -45,6 +51,9 @@ def start(timeout_seconds: float = 600.0) -> Iterator[Runtime]:
         else {"store": dist.HashStore(), "rank": rank, "world_size": world}
     )
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **place)
+    # The group waits for its threads when its last reference goes, which may sit in a cycle. One of
+    # them that still holds a tensor while the interpreter ends aborts the process.
+    atexit.register(gc.collect)
     yield Runtime(device, dist.distributed_c10d._get_default_group(), rank, world)
     dist.destroy_process_group()
 
