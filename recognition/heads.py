@@ -51,8 +51,9 @@ def make_heads(cfg: Config, data: Shards | Union, group: ProcessGroup) -> list[P
         )
     heads = []
     for k, (start, stop) in enumerate(zip(firsts[:-1], firsts[1:], strict=True)):
+        own = of_head(cfg, k)
         try:
-            heads.append(_head(of_head(cfg, k), counts[start:stop], group, cfg.seed + k))
+            heads.append(_head(own, counts[start:stop], group, cfg.seed + k))
         except (KeyError, TypeError, ValueError) as error:
             raise type(error)(f"rec_heads[{k}]: {error.args[0]}") from error
     encoder_momentum(heads)
