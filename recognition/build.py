@@ -43,7 +43,7 @@ _FREE = {
     "verify_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best",
     "save_async", "elastic", "collective_timeout", "preflight_seconds", "debug", "debug_every",
     "first_batch", "first_rows", "commit", "world", "batch_size", "global_batch_size",
-    "num_classes", "num_image", "profile",
+    "num_classes", "num_image", "profile", "head_storage",
 }  # fmt: skip
 
 
