@@ -85,6 +85,7 @@ MAY_IMPORT = {
         "recognition.head", "recognition.optim", "data_tools.commands", "data_tools.partial",
     ],
     "recognition/mxnet_params.py": [],
+    "recognition/freezing.py": [],
     "recognition/distill.py": [
         "recognition.checkpoint", "recognition.collectives", "recognition.precision",
         "eval.embed_onnx",
