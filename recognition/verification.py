@@ -10,7 +10,7 @@ import torch
 
 from data_tools.order import rank_slice
 from eval import lfw
-from recognition import collectives
+from recognition import collectives, freezing
 from recognition.build import TrainState
 from recognition.embedding import embed
 from recognition.logger import Logger
@@ -34,7 +34,7 @@ def verify(
     try:
         results = {pairs.name: _score(state, pairs, turn) for pairs in state.val_sets}
     finally:
-        state.backbone.train()
+        freezing.train_mode(state.backbone)
     if results:
         short = {
             name: {key: score[key] for key in ("accuracy_mean", "accuracy_std", "xnorm")}

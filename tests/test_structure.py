@@ -45,7 +45,17 @@ MAY_IMPORT = {
     "recognition/runtime.py": [],
     "recognition/sampling.py": [],
     "recognition/collectives.py": [],
-    "recognition/rows.py": ["recognition.sampling"],
+    "recognition/tables.py": [],
+    "recognition/lane.py": [],
+    "recognition/rows.py": ["recognition.sampling", "recognition.tables"],
+    "recognition/storage.py": [
+        "recognition.rows", "recognition.sampling", "recognition.tables",
+    ],
+    "recognition/streamed.py": ["recognition.lane", "recognition.rows", "recognition.tables"],
+    "recognition/host.py": [
+        "recognition.lane", "recognition.rows", "recognition.sampling", "recognition.streamed",
+        "recognition.tables",
+    ],
     "recognition/pieces.py": [],
     "recognition/microsteps.py": ["recognition.rows"],
     "recognition/subcenters.py": [],
@@ -55,9 +65,9 @@ MAY_IMPORT = {
     "recognition/head.py": [
         "recognition.losses.*", "recognition.sampling", "recognition.collectives",
         "recognition.rows", "recognition.pieces", "recognition.microsteps", "recognition.start",
-        "recognition.subcenters",
+        "recognition.subcenters", "recognition.storage", "recognition.host",
     ],
-    "recognition/optim.py": ["recognition.head", "recognition.pieces"],
+    "recognition/optim.py": ["recognition.head", "recognition.pieces", "recognition.tables"],
     "recognition/stop.py": ["recognition.collectives"],
     "recognition/watchdog.py": ["recognition.places"],
     "recognition/places.py": [],
@@ -76,6 +86,7 @@ MAY_IMPORT = {
         "recognition.head", "recognition.optim", "data_tools.commands", "data_tools.partial",
     ],
     "recognition/mxnet_params.py": [],
+    "recognition/freezing.py": [],
     "recognition/distill.py": [
         "recognition.checkpoint", "recognition.collectives", "recognition.precision",
         "eval.embed_onnx",
