@@ -27,7 +27,8 @@ def network(path, score, points, kinds=((1,), (4,), (10,)), before=(), shape=(1,
             outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape))
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
     graph = helper.make_graph(nodes, "scrfd", inputs, outputs)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
+    opset = helper.make_opsetid("", 17)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=9), path)
     return path
 
 
