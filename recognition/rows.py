@@ -80,6 +80,12 @@ class SampledRows:
             return self.weight[where]
         return self.weight.index_select(0, self.index[where])
 
+    def source(self, where: slice) -> tuple[Tensor, Tensor | None]:
+        """A tensor [*, K, D], and which of its rows these centres are: int64 [n], or all."""
+        if self.index is None:
+            return self.weight[where], None
+        return self.weight, self.index[where]
+
     def begin_gradient(self) -> None:
         """Before the pieces of a backward.
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from recognition.head import Limits, PartialFC
+from recognition.kernels.fused import FusedLogits
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
 from tests import ranks, reference
@@ -21,6 +25,14 @@ PATHS = {
     "kept": Limits(1 << 20, piece=7),
     "kept in part": Limits(1500, piece=7),
 }
+if importlib.util.find_spec("triton") is not None:
+    from recognition.kernels import programs
+
+    if programs.INTERPRETED:
+        operations = programs.TritonOperations(programs.Blocks(16, 16, 4, 2))
+        PATHS["fused, in Triton's interpreter"] = Limits(
+            0, piece=7, logits=functools.partial(FusedLogits, operations)
+        )
 
 
 def under(path, function, *arguments):
