@@ -26,6 +26,7 @@ from recognition.backbones import make_backbone
 from recognition.config import Config
 from recognition.embedding import embed
 from recognition.finite import FiniteGuard
+from recognition.freezing import freeze, train_mode
 from recognition.head import PartialFC
 from recognition.kernels.choice import choose_all
 from recognition.optim import LossScaler, RowAdamW, RowSGD, Schedule
@@ -44,7 +45,7 @@ _FREE = {
     "verify_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best",
     "save_async", "elastic", "collective_timeout", "preflight_seconds", "debug", "debug_every",
     "first_batch", "first_rows", "commit", "world", "batch_size", "global_batch_size",
-    "num_classes", "num_image", "profile",
+    "num_classes", "num_image", "profile", "head_storage",
 }  # fmt: skip
 
 
@@ -121,9 +122,10 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         order_of = None if cfg.init_color_order == "auto" else cfg.init_color_order
         checkpoint.load_state(backbone, initial_weights(cfg.init_from, order_of), cfg.init_from)
     if cfg.freeze:
-        initialise.freeze(backbone, cfg.freeze)
+        freeze(backbone, cfg.freeze)
     if cfg.sync_bn:
         backbone = collectives.SyncBatchNorm.convert(backbone, runtime.group)
+    train_mode(backbone)
     backbone = backbone.to(runtime.device, dtype)
     backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = _distribute(cfg, backbone, runtime)
@@ -198,7 +200,7 @@ def _start_centres(state: TrainState) -> None:
             raise OSError(str(error)) from error
 
     filled = collectives.together(runtime.group, "start the class centres", fill)
-    state.backbone.train()
+    train_mode(state.backbone)
     state.facts["centres_started"] = sum(filled)
 
 

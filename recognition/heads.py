@@ -66,6 +66,7 @@ def _head(cfg: Config, class_counts: np.ndarray, group: ProcessGroup, seed: int)
         group,
         seed,
         class_counts,
+        cfg.head_storage,
         limits_of(cfg),
     )
 

@@ -8,7 +8,7 @@ import torch
 
 from data_tools.order import rank_slice
 from eval import lfw
-from recognition import collectives
+from recognition import collectives, freezing
 from recognition.build import TrainState
 from recognition.embedding import embed
 from recognition.logger import Logger
@@ -38,7 +38,7 @@ def verify(state: TrainState, logger: Logger) -> dict[str, Any]:
             collectives.gather_parts(torch.from_numpy(part), counts, group) for part in local
         )
         results[pairs.name] = lfw.score(sums.numpy(), norms.numpy(), pairs.issame)
-    state.backbone.train()
+    freezing.train_mode(state.backbone)
     if results:
         short = {
             name: {key: score[key] for key in ("accuracy_mean", "accuracy_std", "xnorm")}

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from recognition import collectives
 from recognition.config import Config
@@ -24,8 +24,10 @@ from recognition.kernels.compiled import compiled_operations
 from recognition.kernels.fused import FusedLogits, why_not
 from recognition.losses.logits import Logits, Targets
 from recognition.rows import Pool, SampledRows, unit
+from recognition.storage import DeviceStorage
 
 _WARMUP, _STEPS = 2, 5
+_MOST_CLASSES = 1 << 17  # of a trial
 _LEAST_CAPABILITY = (8, 0)
 
 
@@ -42,7 +44,7 @@ def choose(wanted: str, head: PartialFC, num_rows: int, known: str = "") -> Choi
     "compiled" or "triton". num_rows: B. known: the form that the run had before, if it goes on.
     What cannot be done falls back to "plain", and `said` says why.
     """
-    if wanted == "plain" or (wanted == "auto" and (known == "plain" or not head.weight.is_cuda)):
+    if wanted == "plain" or (wanted == "auto" and (known == "plain" or head.device.type != "cuda")):
         return Choice("plain", "")
     reason = unsupported(head)
     forms: list[str] = []
@@ -119,7 +121,7 @@ def no_triton(head: PartialFC) -> str | None:
         return "the package triton is not installed"
     from recognition.kernels import programs
 
-    device, dtype = head.weight.device, _dtype(head)
+    device, dtype = head.device, _dtype(head)
     if head.embedding_size > programs.MOST_EMBEDDING_SIZE:
         return f"embeddings are longer than {programs.MOST_EMBEDDING_SIZE}"
     if programs.INTERPRETED:
@@ -132,12 +134,12 @@ def no_triton(head: PartialFC) -> str | None:
 
 
 def _dtype(head: PartialFC) -> torch.dtype:
-    return head.limits.dtype or head.weight.dtype
+    return head.limits.dtype or head.storage.like.dtype
 
 
 def _seconds(head: PartialFC, form: str, num_rows: int) -> tuple[float, str]:
     """Median of a step on this rank; infinite, and why, if the form fails."""
-    device = head.weight.device
+    device = head.device
     try:
         step = _trial(head, make(form), num_rows)
         spent = []
@@ -155,25 +157,26 @@ def _seconds(head: PartialFC, form: str, num_rows: int) -> tuple[float, str]:
 
 @torch.no_grad()
 def _trial(head: PartialFC, logits_of: Callable[..., Logits], num_rows: int) -> Callable:
-    """Forward and backward of the reduction over this rank's classes, without a collective and
-    without a trace in the head."""
-    weight = head.weight.detach()[:, None]  # [C_r, 1, D]
-    device, pool = weight.device, Pool()
-    num = max(round(len(weight) * head.sample_rate), 1)
-    index = None
-    if num < len(weight):
-        index = torch.arange(num, device=device) * len(weight) // num
-    num_own = min(max(num_rows // head.group.size(), 1), num)
-    place = torch.arange(num_own, device=device) * num // num_own
-    row = torch.arange(num_own, device=device)
-    targets = Targets(row, place, place if index is None else index[place], place.tolist())
+    """Forward and backward of the reduction over as many classes as a step has of this rank's, or
+    fewer, of centres drawn for it: without a collective and without a trace in the head."""
+    device, dtype = head.device, head.storage.like.dtype
+    start, stop = head.shard
+    num = min(max(round((stop - start) * head.sample_rate), 1), _MOST_CLASSES)
     generator = torch.Generator().manual_seed(head.seed)
-    x = torch.randn(num_rows, head.embedding_size, generator=generator)
-    x, _ = unit(x.to(device, weight.dtype))
-    push = torch.full((num_rows,), 1 / num_rows, dtype=weight.dtype, device=device)
+    centre = torch.randn(head.embedding_size, generator=generator).to(device, dtype)
+    weight = torch.linspace(-1, 1, num, dtype=dtype, device=device)[:, None] + centre
+    rows_of = DeviceStorage(nn.Parameter(weight), 1)
+    place = torch.arange(num, device=device)
+    index = place if head.sample_rate < 1 else None
+    num_own = min(max(num_rows // head.group.size(), 1), num)
+    own = place[:num_own]
+    targets = Targets(own, own, own, own.tolist())
+    x, _ = unit(torch.randn(num_rows, head.embedding_size, generator=generator).to(device, dtype))
+    push = torch.full((num_rows,), 1 / num_rows, dtype=dtype, device=device)
+    pool = Pool()
 
-    def step() -> Tensor:
-        rows = SampledRows(weight, index, None, pool)
+    def step() -> None:
+        rows = SampledRows(rows_of.like, rows_of, index, None, pool)
         logits = logits_of(
             rows, targets, num_rows, head.piece_size(num_rows), head.limits.stored_bytes, pool,
             head.limits.dtype,
@@ -182,8 +185,7 @@ def _trial(head: PartialFC, logits_of: Callable[..., Logits], num_rows: int) -> 
         logits.target_cosines(x)
         logits.log_sum_exp(x)
         logits.push, logits.pull = push, -push
-        grad_x, _ = logits.backward(x, [])
+        logits.backward(x, [])
         rows.recycle()
-        return grad_x
 
     return step

@@ -55,7 +55,7 @@ class Logits:
         dtype: torch.dtype | None = None,  # of the GEMMs' inputs; None: the weight's
     ) -> None:
         self.rows, self.targets, self.size = rows, targets, size
-        weight = rows.weight
+        weight = rows.like
         self.num_subcenters = weight.shape[1]
         self.dtype = dtype or weight.dtype
         self.inverse = weight.new_empty(len(rows) * self.num_subcenters)  # 1 / |w|; [S * K]
@@ -74,6 +74,7 @@ class Logits:
         if self._num_kept:
             self._kept = pool.take(weight, self._num_kept, num_rows * columns)
         self._is_written = False  # what is kept
+        self._owned: Tensor | None = None
 
     def learned(self, margin: Margin) -> list[Tensor]:
         return [p for p in margin.parameters() if p.dim() == 0]
@@ -84,7 +85,7 @@ class Logits:
 
     def needs_no_base(self) -> bool:
         """The scale is a number that exp bears: |z| <= scale."""
-        scale, info = self.margin.scale, torch.finfo(self.rows.weight.dtype)
+        scale, info = self.margin.scale, torch.finfo(self.rows.like.dtype)
         return (
             self.num_subcenters == 1
             and not self.margin.needs_lse
@@ -93,10 +94,16 @@ class Logits:
             and -scale > math.log(info.tiny) + 2
         )
 
+    def owned(self) -> Tensor:
+        """The centres [m, K, D] of the targets."""
+        if self._owned is None:
+            self._owned = self.rows.read_few(self.targets.place, self.targets.place_list)
+        return self._owned
+
     # --- Forward ---
 
     def target_cosines(self, x: Tensor) -> tuple[Tensor, Tensor]:  # -> [B], int64 [m]
-        centres = self.rows.read(self.targets.place)  # [m, K, D]
+        centres = self.owned()  # [m, K, D]
         norm = _norm(centres)
         cos, nearest = (torch.einsum("md,mkd->mk", x[self.targets.row], centres) / norm).max(1)
         self.nearest = nearest
@@ -218,7 +225,7 @@ class Logits:
         grad_x += total.mul_(share[:, None]) if plain else total
         self._pool.give(self._kept)
         self._kept, self._is_written, self._num_kept = None, False, 0
-        self.pull = self.push = None
+        self.pull = self.push = self._owned = None
         return grad_x, grads
 
     def _target_gradient(self, x: Tensor, grad_x: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +237,7 @@ class Logits:
         inverse = self.inverse[own_place][:, None]  # [m, 1]
         pull = x.new_zeros(len(row), 1) if self.pull is None else self.pull[row][:, None]
         which = self.nearest[:, None, None].expand(-1, 1, x.shape[1])
-        centres = self.rows.read(place).gather(1, which)[:, 0]  # [m, D]
+        centres = self.owned().gather(1, which)[:, 0]  # [m, D]
         grad_x.index_add_(0, row, pull * inverse * centres)
         return own_place, pull * inverse * x[row]
 
