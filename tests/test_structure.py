@@ -62,6 +62,12 @@ MAY_IMPORT = {
     "recognition/start.py": ["recognition.sampling"],
     "recognition/backbones/": ["recognition.backbones.*"],
     "recognition/losses/": ["recognition.losses.*", "recognition.rows"],
+    "recognition/kernels/": ["recognition.kernels.*", "recognition.losses.*", "recognition.rows"],
+    "recognition/kernels/choice.py": [
+        "recognition.kernels.*", "recognition.losses.*", "recognition.rows", "recognition.head",
+        "recognition.storage",
+        "recognition.config", "recognition.collectives",
+    ],
     "recognition/head.py": [
         "recognition.losses.*", "recognition.sampling", "recognition.collectives",
         "recognition.rows", "recognition.pieces", "recognition.microsteps", "recognition.start",

@@ -80,12 +80,14 @@ class Logits:
         return [p for p in margin.parameters() if p.dim() == 0]
 
     def is_plain(self) -> bool:
-        """z = scale * cos with a scale that exp bears without a base: |z| <= scale."""
+        """z = scale * cos, without a base."""
+        return self.kind == "softmax" and self.margin.leaves_negatives and self.needs_no_base()
+
+    def needs_no_base(self) -> bool:
+        """The scale is a number that exp bears: |z| <= scale."""
         scale, info = self.margin.scale, torch.finfo(self.rows.like.dtype)
         return (
-            self.kind == "softmax"
-            and self.num_subcenters == 1
-            and self.margin.leaves_negatives
+            self.num_subcenters == 1
             and not self.margin.needs_lse
             and isinstance(scale, int | float)
             and scale + math.log(max(len(self.rows), 1)) < math.log(info.max) - 2
@@ -135,7 +137,7 @@ class Logits:
     def _exponentials(self, number: int, piece: Piece, scaled: Tensor) -> Tensor:
         """exp(scale * cos) [B, n], 0 where the class is the row's own."""
         weight = self._read(piece)
-        e = _product(scaled, self._narrow(weight).T, self._room(number, piece, scaled))
+        e = product(scaled, self._narrow(weight).T, self._room(number, piece, scaled))
         e.mul_(self._inverse(piece, weight)).exp_()
         if piece.own is not None:
             e[piece.own] = 0.0
@@ -158,7 +160,7 @@ class Logits:
         room = self._room(number, piece, narrow)
         if self._is_written and number < self._num_kept:
             return room, weight
-        cos = _product(narrow, self._narrow(weight).T, room)
+        cos = product(narrow, self._narrow(weight).T, room)
         return cos.mul_(self._inverse(piece, weight)), weight
 
     def _logit(self, cos: Tensor, piece: Piece) -> Tensor:
@@ -209,9 +211,9 @@ class Logits:
                 spread = self._through_formula(cos, piece, share, learned, grads)
             inverse = self._inverse(piece, weight)
             spread = torch.mul(spread, inverse, out=spread).to(self.dtype)
-            _add_product(total, spread, self._narrow(weight))
+            add_product(total, spread, self._narrow(weight))
             grad = self.rows.room(piece.where)  # [n, K, D]
-            flat = _product(spread.T, pulling, grad.flatten(0, 1))
+            flat = product(spread.T, pulling, grad.flatten(0, 1))
             if piece.own is not None:
                 first = piece.where.start * self.num_subcenters
                 flat.index_add_(0, own_place[piece.targets] - first, own_grad[piece.targets])
@@ -313,16 +315,16 @@ def _norm(centres: Tensor) -> Tensor:
     return norm.masked_fill_(norm <= torch.finfo(norm.dtype).tiny, 1.0)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a @ b in `out`, which is as wide as the sums: fp32 of bf16 numbers, too."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if a.is_cuda:
-        return out.copy_(torch.mm(a, b, out_dtype=out.dtype))
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:
