@@ -73,6 +73,7 @@ def make_head(
         group,
         seed,
         class_counts,
+        cfg.head_storage,
         limits_of(cfg),
     )
 

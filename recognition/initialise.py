@@ -1,11 +1,10 @@
-"""Where a new run's class centres start, and which of the backbone's parameters stand still.
+"""Where a new run's class centres start.
 
 Letters: C classes, C_r of this rank, D embedding size.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import os
 import re
@@ -25,30 +24,6 @@ from recognition.head import PartialFC
 
 _IMAGES_OF_A_CLASS = 16  # that its centre is the mean of
 _BATCH = 64  # images
-
-
-def freeze(backbone: nn.Module, patterns: list[str]) -> list[str]:
-    """Take the parameters whose names match (`layer1.*`) out of training; their names.
-
-    BatchNorm's running statistics go on following the data.
-
-    Raises:
-        ValueError: a pattern that matches nothing, or all parameters are frozen.
-    """
-    names = [name for name, _ in backbone.named_parameters()]
-    frozen = set()
-    for pattern in patterns:
-        found = fnmatch.filter(names, pattern)
-        if not found:
-            tops = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
-            raise ValueError(f"freeze={pattern!r} matches no parameter; they begin with {tops}")
-        frozen.update(found)
-    for name, parameter in backbone.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
-    if not any(p.requires_grad for p in backbone.parameters()):
-        raise ValueError(f"freeze={patterns} leaves nothing to train")
-    return sorted(frozen)
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-from launch import interfaces, preflight
+from launch import interfaces, links, machine
+from recognition import config
 from tests.conftest import command, run
 from tests.launch.processes import TINY
 
@@ -36,8 +37,7 @@ def test_data_that_differs_between_machines_is_an_error(shards_dir, tmp_path, mo
     content = bytearray(rec.read_bytes())
     content[len(content) // 2 + 5] ^= 1
     rec.write_bytes(content)
-    config = preflight.config
-    said = [preflight._data(config.make({"rec": str(path)}))[0] for path in (shards_dir, other)]
+    said = [machine._data(config.make({"rec": str(path)}))[0] for path in (shards_dir, other)]
     assert said[0] != said[1] and said[0].split(",")[:2] == said[1].split(",")[:2]
 
 
@@ -56,7 +56,7 @@ def test_training_refuses_what_preflight_refuses(shards_dir, tmp_path):
 @pytest.mark.parametrize("share, warned", [(0.05, True), (0.2, True), (0.5, False)])
 def test_far_below_the_link(share, warned):
     link = interfaces.Interface("eth0", "10.0.0.1", 100_000)
-    words = preflight.far_below(share * 100e9 / 8, link)
+    words = links.far_below(share * 100e9 / 8, link)
     assert bool(words) == warned
     assert not words or f"{100 * share:.0f} % of the 100 Gb/s of eth0" in words[0]
 

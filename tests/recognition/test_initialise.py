@@ -1,4 +1,4 @@
-"""Starts of a head from elsewhere, at any number of ranks; frozen parameters stand still."""
+"""Starts of a head from elsewhere, at any number of ranks."""
 
 from __future__ import annotations
 
@@ -119,22 +119,3 @@ def test_centres_from_the_features_of_the_new_set(world, keys, shards_dir):
         with torch.no_grad():
             mean = unit(module(x)).sum(0)
         assert (unit(mean) @ unit(found["rows"][c])).item() == pytest.approx(1, abs=1e-6)
-
-
-def test_frozen_parameters_stand_still(keys):
-    frozen = keys | {"freeze": ["layers.*", "conv_sep.*"], "max_steps": 2}
-    before = ranks.run(1, start, frozen)[0]
-    after = ranks.run(1, runs.run, frozen)[0]
-    learnt = {
-        name.removeprefix("backbone.") for name, value in after.items()
-        if name.startswith("backbone.") and not torch.equal(value, before[name])
-        and "running" not in name and "num_batches" not in name
-    }  # fmt: skip
-    assert learnt and all(name.startswith("features.") for name in learnt)
-
-
-def test_freezing_nothing_or_all_is_refused():
-    with pytest.raises(ValueError, match="matches no parameter; they begin with layers"):
-        initialise.freeze(BACKBONES["mbf_tiny"](), ["layer1.*"])
-    with pytest.raises(ValueError, match="nothing to train"):
-        initialise.freeze(BACKBONES["mbf_tiny"](), ["*"])
