@@ -20,6 +20,7 @@ from data_tools.union import open_all
 from recognition import checkpoint, config, heads
 from recognition.checkpoint.reading import load_head
 from recognition.head import PartialFC
+from recognition.tables import Tables
 
 
 class Identity(Protocol):
@@ -115,7 +116,9 @@ def frozen_head(path: str, group: ProcessGroup, number: int = 0) -> PartialFC:
     if cfg.rec_heads:
         cfg = config.of_head(cfg, number)
     # The loss over all N classes, whatever was sampled in training.
-    cfg = dataclasses.replace(cfg, sample_rate=1.0, num_subcenters=facts["num_subcenters"])
+    cfg = dataclasses.replace(
+        cfg, sample_rate=1.0, num_subcenters=facts["num_subcenters"], head_storage="device"
+    )
     head = heads.make_head(cfg, facts["num_classes"], counts, group, cfg.seed)
     load_head(place, number, head)
     return head.eval().requires_grad_(False)
@@ -134,7 +137,7 @@ def _class_counts(cfg: config.Config, num_classes: int, number: int) -> np.ndarr
     return counts if len(counts) == num_classes else None
 
 
-def _drop(where: slice | Tensor, grad: Tensor, read: Tensor) -> None:
+def _drop(tables: Tables, where: slice | Tensor, grad: Tensor, read: Tensor) -> None:
     pass
 
 
