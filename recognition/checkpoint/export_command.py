@@ -12,7 +12,7 @@ from data_tools.partial import PartialDirectory
 from recognition.backbones.input import INPUT_SIZE
 from recognition.checkpoint import tensors
 from recognition.checkpoint.backbone import load_backbone
-from recognition.checkpoint.directory import find, read_manifest, row_files
+from recognition.checkpoint.directory import all_rows, find, read_manifest
 from recognition.checkpoint.merge_command import checked, joined
 
 
@@ -94,6 +94,6 @@ def _centres(path: str, manifest: dict[str, Any]) -> dict[str, Any]:
     several = len(manifest["heads"]) > 1
     found = {}
     for k, head in enumerate(manifest["heads"]):
-        rows = joined(path, row_files(manifest, k), head["num_classes"], only="weight")
+        rows = joined(path, all_rows(path, manifest, k), head["num_classes"], only="weight")
         found[f"head{k}.centres" if several else "centres"] = rows["weight"]
     return found

@@ -21,11 +21,11 @@ from recognition.checkpoint.directory import (
     FORMAT,
     Damaged,
     RowFile,
+    all_rows,
     digest,
     find,
     older,
     read_manifest,
-    row_files,
     sync,
 )
 
@@ -48,14 +48,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     manifest = checked(path)
     with PartialDirectory(args.out) as partial:
         files = {}
-        merged = [file for k in range(len(manifest["heads"])) for file in row_files(manifest, k)]
+        by_head = [all_rows(path, manifest, k) for k in range(len(manifest["heads"]))]
+        merged = sum(by_head, [])
         for name in sorted(set(manifest["files"]) - {file.name for file in merged}):
             shutil.copyfile(os.path.join(path, name), partial.path / name)
             files[name] = manifest["files"][name]
         for k, head in enumerate(manifest["heads"]):
             prefix = f"head{k}-" if len(manifest["heads"]) > 1 else ""
             name = f"{prefix}rows-0-{head['num_classes']}.safetensors"
-            rows = joined(path, row_files(manifest, k), head["num_classes"])
+            rows = joined(path, by_head[k], head["num_classes"])
             files[name] = tensors.write(str(partial.path / name), rows)
         manifest |= {"format": FORMAT, "files": files, "world": 1}
         with open(partial.path / "manifest.json", "w", encoding="utf-8") as file:
@@ -90,20 +91,16 @@ def joined(
     """All that is held by class, or one kind of it, [C, ...] by name, from the files of the ranks.
 
     Raises:
-        Damaged: the files do not hold every class once.
+        Damaged: a file holds something else than its name says.
     """
     held: dict[str, Tensor] = {}
-    filled = 0
     for name, start, stop in files:
-        if start != filled:
-            raise Damaged(f"{path} lacks the classes {filled} to {start - 1}")
-        with safe_open(os.path.join(path, name), "pt") as file:
+        with tensors.readable(path, name), safe_open(os.path.join(path, name), "pt") as file:
             for key in file.keys() if only is None else [only]:  # noqa: SIM118  no mapping
                 part = file.get_tensor(key)
+                if len(part) != stop - start:
+                    raise Damaged(f"{os.path.join(path, name)}: {key} is {list(part.shape)}")
                 if key not in held:
                     held[key] = torch.empty(num_classes, *part.shape[1:], dtype=part.dtype)
                 held[key][start:stop] = part
-        filled = stop
-    if filled != num_classes:
-        raise Damaged(f"{path} lacks the classes {filled} to {num_classes - 1}")
     return held
