@@ -101,6 +101,7 @@ MAY_IMPORT = {
     "recognition/run_dir.py": [
         "recognition.checkpoint", "recognition.config", "recognition.convert",
     ],
+    "recognition/inversion/": ["recognition.*", "data_tools.*", "eval.embed", "eval.lfw"],
     "recognition/": ["recognition.*", "data_tools.*", "eval.lfw"],
     "launch/": ["recognition.*", "data_tools.*", "eval.*", "launch.*"],
 }  # fmt: skip
