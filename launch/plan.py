@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -27,6 +28,7 @@ from data_tools.union import open_all
 from recognition import config
 from recognition.backbones import BACKBONES
 from recognition.config import Config
+from recognition.lane import BUFFER_BYTES
 from recognition.pieces import size_for
 
 _FP32, _INT64 = 4, 8
@@ -36,6 +38,8 @@ _GB = 1e9
 class Plan(NamedTuple):
     gpu: dict[str, float]  # bytes per GPU, by part
     wire: dict[str, float]  # bytes that a GPU sends per step, by collective
+    host: dict[str, float]  # bytes per process in the host's memory, by part (head_storage=host)
+    bus: float  # bytes between it and its GPU per step
 
     @property
     def total(self) -> float:
@@ -45,10 +49,13 @@ class Plan(NamedTuple):
 def plan(cfg: Config, num_classes: int, gpus: int, is_cuda: bool = True) -> Plan:
     """What each of `gpus` processes holds and sends."""
     batch = cfg.global_batch(gpus) // cfg.accumulation  # rows of a micro-step over all
-    backbone = _backbone(cfg, math.ceil(batch / gpus))
+    backbone = _backbone(
+        cfg.network, cfg.embedding_size, cfg.precision, cfg.optimizer, math.ceil(batch / gpus)
+    )
     return Plan(
         head_bytes(cfg, num_classes, gpus, batch, is_cuda) | backbone,
         _wire(cfg, batch, gpus, backbone["backbone: weights"]),
+        *host_bytes(cfg, num_classes, gpus, batch),
     )
 
 
@@ -56,24 +63,28 @@ def head_bytes(
     cfg: Config, num_classes: int, gpus: int, batch: int, is_cuda: bool = True
 ) -> dict[str, float]:
     """Bytes of the head on one process; `batch` rows over all."""
-    local, size = math.ceil(num_classes / gpus), cfg.embedding_size
-    columns = cfg.num_subcenters
-    row = columns * size * _FP32
-    # The positives that the draw misses, each on the one rank that holds its class.
-    missed = (1 - cfg.sample_rate) * batch / gpus
-    sampled = min(cfg.sample_rate * local + missed, local)
+    size, columns = cfg.embedding_size, cfg.num_subcenters
+    local, missed, sampled, row, state = _rows(cfg, num_classes, gpus, batch)
     piece = min(size_for(batch, size, columns, _FP32, is_cuda), sampled)
     piece_bytes = max(batch * piece * columns * _FP32, 1)
     stored = cfg.head_stored_mib * 2**20 // piece_bytes * piece_bytes
-    copies = 1 + (cfg.sample_rate < 1) + cfg.update_in_backward  # of the rows of a piece
+    on_host, is_sampled = cfg.head_storage == "host", cfg.sample_rate < 1
+    # Copies of the rows of a piece: of the gradient, of what is read of a sample, of its state.
+    copies = 1 + (is_sampled and not on_host) + cfg.update_in_backward
+    staged = 0.0
+    if on_host:  # two stages of sampled rows; or two pieces of all rows, those of the update larger
+        whole = min(local, size_for(0, size, columns, _FP32, is_cuda))
+        pieces = piece if cfg.update_in_backward else whole
+        staged = 2 * (sampled + missed if is_sampled else pieces) * (row + state)
+    gradient = 0.0 if cfg.update_in_backward else sampled * row
     products = 2 if columns == 1 else 5  # [B, n * K] at once: the nearest centre takes more
     index = 2 * _INT64 if cfg.sample_rate < 1 else 0
-    state = 2 * row + _FP32 if cfg.optimizer == "adamw" else row
     return {
-        "classes: weights": local * row,
-        "classes: optimiser state": local * state,
+        "classes: weights": 0 if on_host else local * row,
+        "classes: optimiser state": 0 if on_host else local * state,
+        "classes: rows on their way": staged,
         "classes: sub-centre votes": local * columns * _INT64 if columns > 1 else 0,
-        "classes: gradient": 0 if cfg.update_in_backward else sampled * row,
+        "classes: gradient": 0 if on_host and not is_sampled else gradient,
         "classes: indices and norms": sampled * (index + columns * _FP32),
         "logits kept": min(stored, batch * sampled * columns * _FP32),
         "logits of a piece": products * piece_bytes + copies * piece * row,
@@ -81,19 +92,57 @@ def head_bytes(
     }
 
 
-def _backbone(cfg: Config, rows: int) -> dict[str, float]:
+def host_bytes(
+    cfg: Config, num_classes: int, gpus: int, batch: int
+) -> tuple[dict[str, float], float]:
+    """Bytes of the head in the host's memory for one process, and those that pass between the two
+    in a step."""
+    if cfg.head_storage == "device":
+        return {}, 0.0
+    local, _, sampled, row, state = _rows(cfg, num_classes, gpus, batch)
+    held = {
+        "classes: weights": local * row,
+        "classes: optimiser state": local * state,
+        "copies' buffers": 2.0 * BUFFER_BYTES,
+    }
+    moved = 2 * (row + state)
+    if cfg.sample_rate == 1:  # the weights come twice or thrice, the gradient goes and comes
+        moved += row
+        if not cfg.update_in_backward:
+            held["classes: gradient"] = local * row
+            moved += 2 * row * cfg.accumulation + row
+        moved += 2 * row * (cfg.accumulation - 1)
+    return held, sampled * moved
+
+
+def _rows(
+    cfg: Config, num_classes: int, gpus: int, batch: int
+) -> tuple[int, float, float, int, int]:
+    """Of one process: classes, those of a batch that the draw misses, classes of a sample; bytes of
+    a class's centres and of their optimiser state."""
+    local = math.ceil(num_classes / gpus)
+    row = cfg.num_subcenters * cfg.embedding_size * _FP32
+    missed = (1 - cfg.sample_rate) * batch / gpus  # each on the one rank that holds its class
+    sampled = min(cfg.sample_rate * local + missed, local)
+    return local, missed, sampled, row, 2 * row + _FP32 if cfg.optimizer == "adamw" else row
+
+
+@functools.cache
+def _backbone(
+    network_name: str, embedding_size: int, precision: str, optimizer: str, rows: int
+) -> dict[str, float]:
     """Bytes of the network, built and run on tensors that have shapes and no memory."""
     narrow = {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.bfloat16}
-    dtype = narrow.get(cfg.precision)
+    dtype = narrow.get(precision)
     with FakeTensorMode():
-        network = BACKBONES[cfg.network](embedding_size=cfg.embedding_size)
+        network = BACKBONES[network_name](embedding_size=embedding_size)
         images = torch.empty(rows, 3, 112, 112)
         activations = _kept(network, images, dtype)
     weights = sum(p.numel() for p in network.parameters()) * _FP32
     return {
         "backbone: weights": weights,
         "backbone: gradient": weights,
-        "backbone: optimiser state": weights * (2 if cfg.optimizer == "adamw" else 1),
+        "backbone: optimiser state": weights * (2 if optimizer == "adamw" else 1),
         "backbone: activations": activations,
     }
 
@@ -139,6 +188,8 @@ def advice(cfg: Config, num_classes: int, gpus: int, memory: float) -> list[str]
     for rate in (0.3, 0.1):
         if rate < cfg.sample_rate:
             tried[f"sample_rate={rate}"] = dataclasses.replace(cfg, sample_rate=rate), gpus
+    if cfg.head_storage == "device":
+        tried["head_storage=host"] = dataclasses.replace(cfg, head_storage="host"), gpus
     for factor in (2, 4):
         if cfg.global_batch_size is None and cfg.accumulation == 1:
             rows = (cfg.batch_size or 128) // factor
@@ -148,7 +199,7 @@ def advice(cfg: Config, num_classes: int, gpus: int, memory: float) -> list[str]
     fitting = [
         what for what, (one, many) in tried.items() if plan(one, num_classes, many).total <= memory
     ]
-    return fitting[:4] or ["nothing of these alone: a smaller network or batch, and more GPUs"]
+    return fitting[:5] or ["nothing of these alone: a smaller network or batch, and more GPUs"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -196,6 +247,9 @@ def _report(
           f"{args.bandwidth:g} GB/s")  # fmt: skip
     for part, size in found.wire.items():
         print(f"  {size / 1e6:9.3f} MB  {part}")
+    if found.host:
+        print(f"in the host's memory, for each GPU: {sum(found.host.values()) / _GB:.3f} GB; "
+              f"between the two in a step: {found.bus / _GB:.3f} GB")  # fmt: skip
     fits = None
     if args.memory is not None:
         fits = not hints
@@ -205,7 +259,7 @@ def _report(
     return {
         "classes": num_classes, "gpus": args.gpus, "bytes": found.gpu, "total": found.total,
         "wire_bytes": found.wire, "wire_seconds": sent / args.bandwidth / _GB, "fits": fits,
-        "advice": hints,
+        "advice": hints, "host_bytes": found.host, "bus_bytes": found.bus,
     }  # fmt: skip
 
 

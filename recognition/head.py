@@ -6,8 +6,9 @@ S sampled of this rank, K sub-centres.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from recognition import collectives
+from recognition.host import HostStorage
 from recognition.losses.logits import Logits, Targets
 from recognition.losses.margin import Layer, Margin, Owned, Rows, Statistics
 from recognition.losses.reduction import (
@@ -26,11 +28,16 @@ from recognition.losses.reduction import (
 )
 from recognition.microsteps import MicroSteps
 from recognition.pieces import piece_size
-from recognition.rows import Pool, SampledRows, Sink, drawn_on, to_device, unit
-from recognition.sampling import hash_words, sample, shard_range
+from recognition.rows import Pool, SampledRows, Sink, to_device, unit
+from recognition.sampling import Draw, hash_words, sample, shard_range
 from recognition.start import check_batch, check_layer, checked_counts, initial_rows
+from recognition.storage import DeviceStorage
 from recognition.subcenters import Votes, dominant
 
+STORAGES: dict[str, type[DeviceStorage] | type[HostStorage]] = {
+    "device": DeviceStorage,
+    "host": HostStorage,
+}
 _MARGIN_KEY = 5  # of what a margin draws, as in sampling.py
 
 
@@ -41,6 +48,7 @@ class Limits:
     stored_bytes: int = 16 << 20  # of results that the forward keeps for the backward
     piece: int | None = None  # classes of a piece of the reduction; None: from the cache
     dtype: torch.dtype | None = None  # of the GEMMs' inputs; sums and logits stay as the weight
+    logits: Callable[..., Logits] = Logits  # or a fused form of recognition/kernels
 
 
 class PartialFC(nn.Module):
@@ -58,7 +66,9 @@ class PartialFC(nn.Module):
     take part. The draw depends on (seed, step) only; `step` counts the optimiser steps and is
     saved. num_subcenters: K centres a class, of which the nearest to a row counts (sub-center
     ArcFace, ECCV 2020); classes are sampled whole. class_counts: int64 [C], the images of each
-    class, for the margins that ask for them. limits: memory and precision of the computation.
+    class, for the margins that ask for them. head_storage: "host" keeps the rows and their
+    optimiser state in the host's memory, whatever the head is moved to, and on the device what a
+    step samples of them. limits: memory and precision of the computation.
 
     A margin's learned numbers get a .grad from the backward, each rank its part; the row optimiser
     steps them too. Some margins (KappaFace) work at the end of an epoch of samples: whoever writes
@@ -84,6 +94,7 @@ class PartialFC(nn.Module):
         group: ProcessGroup | None = None,
         seed: int = 0,
         class_counts: np.ndarray | None = None,
+        head_storage: Literal["device", "host"] = "device",
         limits: Limits = Limits(),  # noqa: B008  frozen
     ) -> None:
         super().__init__()
@@ -99,7 +110,11 @@ class PartialFC(nn.Module):
         self.sink: Sink | None = None  # takes the gradient piece by piece in the next backward
         self.shard = shard_range(num_classes, world, rank)
         rows = initial_rows(self.shard, num_subcenters, embedding_size, seed)
-        self.weight = nn.Parameter(rows if num_subcenters > 1 else rows[:, 0])  # [C_r, (K,) D]
+        weight = nn.Parameter(rows if num_subcenters > 1 else rows[:, 0])  # [C_r, (K,) D]
+        self.weight = weight
+        if head_storage not in STORAGES:
+            raise ValueError(f"{head_storage=}: one of {', '.join(STORAGES)}")
+        self.storage: DeviceStorage | HostStorage = STORAGES[head_storage](weight, num_subcenters)
         if class_counts is not None:
             class_counts = checked_counts(class_counts, num_classes)
         margin.bind(
@@ -116,6 +131,28 @@ class PartialFC(nn.Module):
         self._micro_step = 0
         self._last: tuple[Tensor, Tensor] | None = None  # target cosine, what replaced it; [B]
 
+    @property
+    def device(self) -> torch.device:
+        """The device that computes; with head_storage="host", `weight` is in the host's memory."""
+        return self.storage.like.device
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name == "weight":  # whoever asks finds every update in it
+            self.storage.settle()
+        return value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialFC:
+        if not isinstance(self.storage, HostStorage):
+            return super()._apply(fn, recurse)
+        weight = self._parameters.pop("weight")
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters["weight"] = weight
+        self.storage.move(fn(self.storage.like))
+        return self
+
     def forward(
         self,
         local_x: Tensor,  # [b, D]
@@ -131,12 +168,12 @@ class PartialFC(nn.Module):
             )
         with full_precision(local_x):
             x, labels = collectives.gather_batch(
-                local_x, local_labels, rows_per_rank, self.group, self.weight.dtype,
+                local_x, local_labels, rows_per_rank, self.group, self.storage.like.dtype,
                 self.limits.dtype,
             )  # fmt: skip
             features = None
             if local_features is not None:
-                features = local_features.detach().to(self.weight.dtype)
+                features = local_features.detach().to(self.storage.like.dtype)
                 features = collectives.gather_rows(features, rows_per_rank, self.group)
             return self._loss(x, labels, features)
 
@@ -144,7 +181,7 @@ class PartialFC(nn.Module):
         logits, num_sampled = self._sample(labels)
         targets = logits.targets
         x, norm = unit(x)  # [B, D], [B, 1]
-        x = gate(x, self.weight, logits, self.margin)
+        x = gate(x, self.storage.parameter, logits, self.margin)
         cos_target, nearest = target_cosines(x, logits)
         held = torch.zeros_like(labels, dtype=torch.bool, device=x.device)
         held = held.index_fill_(0, targets.row, True)
@@ -207,7 +244,7 @@ class PartialFC(nn.Module):
         """Unit centre [B, D] of every row's class, if the margin wants it. One all-reduce."""
         if not self.margin.needs_centres:
             return None
-        centres, _ = unit(logits.rows.read(logits.targets.place)[:, 0])  # [m, D]
+        centres, _ = unit(logits.owned()[:, 0])  # [m, D]
         filled = centres.new_zeros(num_rows, self.embedding_size)
         return collectives.share(filled.index_copy_(0, logits.targets.row, centres), self.group)
 
@@ -224,10 +261,10 @@ class PartialFC(nn.Module):
 
     @property
     def sampled_classes(self) -> Tensor:
-        index = self._micro_steps.sampled().index
-        if index is None:
-            return torch.arange(*self.shard, device=self.weight.device)
-        return index + self.shard[0]
+        ids = self._micro_steps.sampled().ids()
+        if ids is None:
+            return torch.arange(*self.shard, device=self.device)
+        return ids + self.shard[0]
 
     @property
     def sampled_grad(self) -> Tensor:
@@ -287,9 +324,10 @@ class PartialFC(nn.Module):
         self.sink = None
         self._micro_step = 0
         self._votes.drop()
-        self.margin.commit(torch.ones((), device=self.weight.device))
+        self.margin.commit(torch.ones((), device=self.device))
         for parameter in self.margin.parameters():
             parameter.grad = None
+        self.storage.drop()
 
     @torch.no_grad()
     def end_epoch(self) -> Statistics:
@@ -335,12 +373,8 @@ class PartialFC(nn.Module):
         chosen = sample(
             labels.numpy(), self.num_classes, self.shard, self.sample_rate, self.seed, self.step
         )
-        device, index, missed = self.weight.device, None, chosen.missed - self.shard[0]
-        if chosen.draw is not None:
-            drawn = drawn_on(device, chosen.draw) - self.shard[0]
-            index = torch.cat([drawn, to_device(missed, device)])
-        weight = self.weight if self.num_subcenters > 1 else self.weight[:, None]  # [C_r, K, D]
-        rows = SampledRows(weight, index, missed, self._pool, self.sink)
+        device = self.device
+        rows = self.storage.rows(chosen, self.shard, self._next_draw, self._pool, self.sink)
         stored_bytes = 0
         if torch.is_grad_enabled():
             self._micro_steps.add(rows)
@@ -352,10 +386,13 @@ class PartialFC(nn.Module):
             chosen.position.tolist(),
         )
         size = self.piece_size(len(labels))
-        logits = Logits(
+        logits = self.limits.logits(
             rows, targets, len(labels), size, stored_bytes, self._pool, self.limits.dtype
         )
         return logits, chosen.total
+
+    def _next_draw(self) -> Draw:
+        return Draw(self.num_classes, self.shard, self.sample_rate, self.seed, self.step + 1)
 
     @property
     def piece(self) -> int | None:
@@ -368,7 +405,7 @@ class PartialFC(nn.Module):
 
     def piece_size(self, num_rows: int) -> int:
         """Classes of a piece for a batch of B rows."""
-        return self.limits.piece or piece_size(num_rows, self.weight, self.num_subcenters)
+        return self.limits.piece or piece_size(num_rows, self.storage.like, self.num_subcenters)
 
     def extra_repr(self) -> str:
         return (

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recognition.head import PartialFC
 from recognition.pieces import piece_size
+from recognition.tables import Tables
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class _RowOptimizer:
         self.head = head
         self.weight_decay = weight_decay
         self._begun: float | None = None  # lr of the step whose backward updates
-        self.state = self._new_state(head.weight.detach())  # by class
+        own = self._new_state(head.weight.detach())
+        head.storage.attach(own)
+        self.state = dict(own)  # by class
         self.model_state: dict[str, Tensor] = {}  # the same on all ranks
         for name, parameter in head.margin.named_parameters():
             state = self._new_state(_as_rows(parameter.detach()))
@@ -75,8 +78,8 @@ class _RowOptimizer:
             raise RuntimeError("begin() comes before the forward whose backward updates the rows")
         self._check_state()
 
-        def update(where: slice | Tensor, grad: Tensor, weight: Tensor) -> None:
-            self._apply(where, grad.flatten(1), lr, weight=weight.flatten(1))
+        def update(tables: Tables, where: slice | Tensor, grad: Tensor, weight: Tensor) -> None:
+            self._apply(tables, where, grad.flatten(1), lr, weight=weight.flatten(1))
 
         self.head.sink, self._begun = update, lr
 
@@ -101,6 +104,7 @@ class _RowOptimizer:
                     "be scaled, skipped nor have another lr"
                 )
             self.head.end_step()
+            self.head.storage.commit()
             self._step_margin(lr, None, None)
             return
         sampled = self.head.end_step(found_inf)
@@ -109,55 +113,40 @@ class _RowOptimizer:
             found_inf, skipped = None, bool(found_inf)
         else:
             skipped = False
-        size = piece_size(0, self.head.weight, self.head.num_subcenters)
+        size, device = piece_size(0, sampled.like, self.head.num_subcenters), sampled.like.device
         for start in range(0, 0 if skipped else len(gradient), size):
             where = slice(start, min(start + size, len(gradient)))
-            rows = where if sampled.index is None else sampled.index[where]
-            grad = gradient[where]
+            grad = gradient[where].to(device)
             if grad_scale is not None:
                 grad = grad / grad_scale.to(grad.dtype)
-            self._apply(rows, grad, lr, found_inf)
+            self._apply(sampled.tables, sampled.at(where), grad, lr, found_inf)
+        self.head.storage.commit()
         sampled.recycle()
         if skipped:
-            found_inf = torch.ones((), device=gradient.device)
+            found_inf = torch.ones((), device=device)
         self._step_margin(lr, grad_scale, found_inf)
 
     def _apply(
         self,
+        tables: Tables,
         rows: slice | Tensor,
         grad: Tensor,  # [n, K * D]
         lr: float,
         found_inf: Tensor | None = None,
         weight: Tensor | None = None,  # [n, K * D] these rows of it, where they have been read
     ) -> None:
-        """Update some rows of the weight and their state in place."""
-        own = {k: v for k, v in self.state.items() if not k.startswith("margin.")}
-        tensors = {"weight": self.head.weight.detach()} | own
-        in_place = isinstance(rows, slice) and found_inf is None
-        parts = {}
-        for name, tensor in tensors.items():
-            flat = tensor.flatten(1)
-            if name == "weight" and weight is not None:
-                parts[name] = weight
-            elif isinstance(rows, slice):
-                parts[name] = flat[rows] if in_place else flat[rows].clone()
-            else:
-                parts[name] = flat.index_select(0, rows)
+        """Update some rows of the weight and their state."""
+        parts = tables.take(rows, weight, found_inf)
         self._update_(grad, lr, self.weight_decay, **parts)
-        if in_place:
-            return
-        for name, tensor in tensors.items():
-            flat, new = tensor.flatten(1), parts[name]
-            if found_inf is not None:
-                new = torch.where(found_inf > 0, flat[rows], new)
-            if isinstance(rows, slice):
-                flat[rows] = new
-            else:
-                flat.index_copy_(0, rows, new)
+        tables.put(rows, parts, found_inf)
 
     def _check_state(self) -> None:
-        weight = self.head.weight
-        for name, tensor in self.state.items():
+        weight = self.head.storage.parameter
+        for name, held in self.head.storage.state.items():
+            tensor = self.state.get(name)
+            if tensor is not held:
+                raise RuntimeError("another row optimizer was made for this head: step that one")
+            assert tensor is not None
             if tensor.dtype != weight.dtype or tensor.device != weight.device:
                 raise TypeError(
                     f"{name} is {tensor.dtype} on {tensor.device}, the class rows {weight.dtype} "
@@ -203,8 +192,7 @@ class _RowOptimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """State by global class id: `classes` int64 [C_r], and a row for each in the others, but
         for what a margin learns for the whole model."""
-        device = self.head.weight.device
-        classes = torch.arange(*self.head.shard, device=device)
+        classes = torch.arange(*self.head.shard, device=self.head.weight.device)
         return {"classes": classes, **self.state, **self.model_state}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -213,6 +201,7 @@ class _RowOptimizer:
         Raises:
             KeyError: a class of this rank, or a kind of state, is not in it.
         """
+        self.head.storage.drop()
         if set(state) != set(self.state_dict()):
             expected = sorted(self.state_dict())
             raise KeyError(f"row state {sorted(state)}, expected {expected}")

@@ -5,6 +5,7 @@ Letters: C_r classes of this rank, S sampled, K sub-centres, D embedding, n clas
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from recognition.sampling import Draw
+from recognition.tables import Tables
 
-# Takes the finished gradient [n, K, D] of rows of the weight, a slice or int64 [n] of them, and
+# Takes the finished gradient [n, K, D] of rows of the tables, a slice or int64 [n] of them, and
 # what was read of them, which it may change.
-Sink = Callable[[slice | Tensor, Tensor, Tensor], None]
+Sink = Callable[[Tables, slice | Tensor, Tensor, Tensor], None]
 
 
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,31 +56,61 @@ class SampledRows:
 
     def __init__(
         self,
-        weight: Tensor,  # [C_r, K, D]
+        weight: Tensor,  # [n, K, D]
+        tables: Tables,  # the weight and its optimiser state, for whoever updates them
         index: Tensor | None = None,  # int64 [S] of the weight; None: all of them, in order
-        missed: np.ndarray | None = None,  # int64, the last of `index`, which the draw missed
+        missed: np.ndarray | None = None,  # int64 ids, the last of the sample: the draw missed them
         pool: Pool | None = None,
         sink: Sink | None = None,
     ) -> None:
-        self.weight = weight.detach()
+        self.weight, self.tables = weight.detach(), tables
         self.index, self.sink = index, sink
         self.missed = np.empty(0, np.int64) if missed is None else missed
         self.grad: Tensor | None = None  # [S, K, D]
         self._pool = pool or Pool()
-        self._version = self.weight._version
+        self._version = self._current_version()
         self._scratch: Tensor | None = None  # [n, K, D]
         self._adds = False  # to a gradient that is there
         self.is_finished = False  # a backward has been here
         self.is_lent = False  # somebody may keep the gradient
 
+    def _current_version(self) -> int:
+        """Another number after each change of the weight."""
+        return self.weight._version
+
     def __len__(self) -> int:
         return len(self.weight if self.index is None else self.index)
 
-    def read(self, where: slice | Tensor) -> Tensor:
+    @property
+    def like(self) -> Tensor:
+        """A tensor [any, K, D] of the weight's dtype on the device that computes."""
+        return self.weight
+
+    def ids(self) -> Tensor | None:
+        """int64 [S] classes of this rank that are sampled; None: all, in order."""
+        return self.index
+
+    def places(self, missed: np.ndarray) -> np.ndarray:
+        """Where in the weight some classes stand that the draws missed."""
+        return missed
+
+    def at(self, where: slice) -> slice | Tensor:
+        """The rows of the weight at some places of the sample."""
+        return where if self.index is None else self.index[where]
+
+    def read(self, where: slice) -> Tensor:
         """The centres [n, K, D] at some places of the sample; do not change them."""
-        if self.index is None:
-            return self.weight[where]
-        return self.weight.index_select(0, self.index[where])
+        rows = self.at(where)
+        return self.weight[rows] if isinstance(rows, slice) else self.weight.index_select(0, rows)
+
+    def read_few(self, place: Tensor, on_host: list[int]) -> Tensor:
+        """The centres [m, K, D] at places of the sample, which are told twice."""
+        return self.weight.index_select(0, place if self.index is None else self.index[place])
+
+    def source(self, where: slice) -> tuple[Tensor, Tensor | None]:
+        """A tensor [*, K, D], and which of its rows these centres are: int64 [n], or all."""
+        rows = self.at(where)
+        return (self.read(where), None) if isinstance(rows, slice) else (self.weight, rows)
 
     def begin_gradient(self) -> None:
         """Before the pieces of a backward.
@@ -86,7 +118,7 @@ class SampledRows:
         Raises:
             RuntimeError: the weight has changed since the forward.
         """
-        if self.weight._version != self._version:
+        if self._current_version() != self._version:
             raise RuntimeError("the class rows were changed between a forward and its backward")
         self._adds, self.is_finished = self.grad is not None, True
         if self.grad is None and self.sink is None:
@@ -96,16 +128,19 @@ class SampledRows:
         """Where the gradient [n, K, D] of a piece is to be written."""
         if self.grad is not None and not self._adds:
             return self.grad[where]
+        return self._scratch_for(where)
+
+    def _scratch_for(self, where: slice) -> Tensor:
         num = where.stop - where.start
         if self._scratch is None or len(self._scratch) < num:
-            self._scratch = self.weight.new_empty(num, *self.weight.shape[1:])
+            self._scratch = self.like.new_empty(num, *self.weight.shape[1:])
         return self._scratch[:num]
 
     def add_gradient(self, where: slice, grad: Tensor, read: Tensor) -> None:
         """What stands in room(where) is finished; read: what read(where) gave, no longer wanted."""
         if self.sink is not None:
-            self.sink(where if self.index is None else self.index[where], grad, read)
-            self._version = self.weight._version
+            self.sink(self.tables, self.at(where), grad, read)
+            self._version = self._current_version()
         elif self._adds:
             self.gradient()[where] += grad
 
@@ -119,9 +154,15 @@ class SampledRows:
             raise RuntimeError("update_in_backward keeps no gradient of the class rows")
         return self.grad
 
-    def with_gradient(self, grad: Tensor) -> SampledRows:
-        rows = SampledRows(self.weight, self.index, self.missed, self._pool)
+    def with_gradient(
+        self, grad: Tensor, index: Tensor | None = None, missed: np.ndarray | None = None
+    ) -> SampledRows:
+        """Such rows with a gradient, of another sample where one is given."""
+        rows = copy.copy(self)
+        rows.sink, rows._scratch, rows.is_lent = None, None, False
         rows.grad, rows.is_finished = grad, True
+        if index is not None and missed is not None:
+            rows.index, rows.missed = index, missed
         return rows
 
     def recycle(self) -> None:
@@ -141,14 +182,13 @@ def merge(first: SampledRows, second: SampledRows) -> SampledRows:
         return first
     device, drawn = first.weight.device, len(first) - len(first.missed)
     missed = np.union1d(first.missed, second.missed)
-    index = torch.cat([first.index[:drawn], to_device(missed, device)])
-    merged = SampledRows(first.weight, index, missed, first._pool)
-    grad = merged.grad = first.weight.new_zeros(len(index), *first.weight.shape[1:])
+    index = torch.cat([first.index[:drawn], to_device(first.places(missed), device)])
+    grad = first.weight.new_zeros(len(index), *first.weight.shape[1:])
     for part in (first, second):
         grad[:drawn] += part.gradient()[:drawn]
         place = to_device(drawn + np.searchsorted(missed, part.missed), device)
         grad.index_add_(0, place, part.gradient()[drawn:])
-    return merged
+    return first.with_gradient(grad, index, missed)
 
 
 def drawn_on(device: torch.device, draw: Draw) -> Tensor:

@@ -55,7 +55,7 @@ class Logits:
         dtype: torch.dtype | None = None,  # of the GEMMs' inputs; None: the weight's
     ) -> None:
         self.rows, self.targets, self.size = rows, targets, size
-        weight = rows.weight
+        weight = rows.like
         self.num_subcenters = weight.shape[1]
         self.dtype = dtype or weight.dtype
         self.inverse = weight.new_empty(len(rows) * self.num_subcenters)  # 1 / |w|; [S * K]
@@ -74,27 +74,36 @@ class Logits:
         if self._num_kept:
             self._kept = pool.take(weight, self._num_kept, num_rows * columns)
         self._is_written = False  # what is kept
+        self._owned: Tensor | None = None
 
     def learned(self, margin: Margin) -> list[Tensor]:
         return [p for p in margin.parameters() if p.dim() == 0]
 
     def is_plain(self) -> bool:
-        """z = scale * cos with a scale that exp bears without a base: |z| <= scale."""
-        scale, info = self.margin.scale, torch.finfo(self.rows.weight.dtype)
+        """z = scale * cos, without a base."""
+        return self.kind == "softmax" and self.margin.leaves_negatives and self.needs_no_base()
+
+    def needs_no_base(self) -> bool:
+        """The scale is a number that exp bears: |z| <= scale."""
+        scale, info = self.margin.scale, torch.finfo(self.rows.like.dtype)
         return (
-            self.kind == "softmax"
-            and self.num_subcenters == 1
-            and self.margin.leaves_negatives
+            self.num_subcenters == 1
             and not self.margin.needs_lse
             and isinstance(scale, int | float)
             and scale + math.log(max(len(self.rows), 1)) < math.log(info.max) - 2
             and -scale > math.log(info.tiny) + 2
         )
 
+    def owned(self) -> Tensor:
+        """The centres [m, K, D] of the targets."""
+        if self._owned is None:
+            self._owned = self.rows.read_few(self.targets.place, self.targets.place_list)
+        return self._owned
+
     # --- Forward ---
 
     def target_cosines(self, x: Tensor) -> tuple[Tensor, Tensor]:  # -> [B], int64 [m]
-        centres = self.rows.read(self.targets.place)  # [m, K, D]
+        centres = self.owned()  # [m, K, D]
         norm = _norm(centres)
         cos, nearest = (torch.einsum("md,mkd->mk", x[self.targets.row], centres) / norm).max(1)
         self.nearest = nearest
@@ -128,7 +137,7 @@ class Logits:
     def _exponentials(self, number: int, piece: Piece, scaled: Tensor) -> Tensor:
         """exp(scale * cos) [B, n], 0 where the class is the row's own."""
         weight = self._read(piece)
-        e = _product(scaled, self._narrow(weight).T, self._room(number, piece, scaled))
+        e = product(scaled, self._narrow(weight).T, self._room(number, piece, scaled))
         e.mul_(self._inverse(piece, weight)).exp_()
         if piece.own is not None:
             e[piece.own] = 0.0
@@ -151,7 +160,7 @@ class Logits:
         room = self._room(number, piece, narrow)
         if self._is_written and number < self._num_kept:
             return room, weight
-        cos = _product(narrow, self._narrow(weight).T, room)
+        cos = product(narrow, self._narrow(weight).T, room)
         return cos.mul_(self._inverse(piece, weight)), weight
 
     def _logit(self, cos: Tensor, piece: Piece) -> Tensor:
@@ -202,9 +211,9 @@ class Logits:
                 spread = self._through_formula(cos, piece, share, learned, grads)
             inverse = self._inverse(piece, weight)
             spread = torch.mul(spread, inverse, out=spread).to(self.dtype)
-            _add_product(total, spread, self._narrow(weight))
+            add_product(total, spread, self._narrow(weight))
             grad = self.rows.room(piece.where)  # [n, K, D]
-            flat = _product(spread.T, pulling, grad.flatten(0, 1))
+            flat = product(spread.T, pulling, grad.flatten(0, 1))
             if piece.own is not None:
                 first = piece.where.start * self.num_subcenters
                 flat.index_add_(0, own_place[piece.targets] - first, own_grad[piece.targets])
@@ -216,7 +225,7 @@ class Logits:
         grad_x += total.mul_(share[:, None]) if plain else total
         self._pool.give(self._kept)
         self._kept, self._is_written, self._num_kept = None, False, 0
-        self.pull = self.push = None
+        self.pull = self.push = self._owned = None
         return grad_x, grads
 
     def _target_gradient(self, x: Tensor, grad_x: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +237,7 @@ class Logits:
         inverse = self.inverse[own_place][:, None]  # [m, 1]
         pull = x.new_zeros(len(row), 1) if self.pull is None else self.pull[row][:, None]
         which = self.nearest[:, None, None].expand(-1, 1, x.shape[1])
-        centres = self.rows.read(place).gather(1, which)[:, 0]  # [m, D]
+        centres = self.owned().gather(1, which)[:, 0]  # [m, D]
         grad_x.index_add_(0, row, pull * inverse * centres)
         return own_place, pull * inverse * x[row]
 
@@ -306,16 +315,16 @@ def _norm(centres: Tensor) -> Tensor:
     return norm.masked_fill_(norm <= torch.finfo(norm.dtype).tiny, 1.0)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a @ b in `out`, which is as wide as the sums: fp32 of bf16 numbers, too."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if a.is_cuda:
-        return out.copy_(torch.mm(a, b, out_dtype=out.dtype))
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:

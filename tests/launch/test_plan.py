@@ -24,6 +24,12 @@ SIZES = {
     "three centres, updated in the backward": (
         12_000, 96, {"num_subcenters": 3, "update_in_backward": True, "head_stored_mib": 4},
     ),
+    "a tenth of what the host holds": (
+        120_000, 128, {"sample_rate": 0.1, "head_storage": "host"},
+    ),
+    "all of what the host holds": (
+        20_000, 64, {"head_storage": "host", "update_in_backward": True},
+    ),
 }  # fmt: skip
 
 
@@ -33,14 +39,18 @@ def test_the_heads_bytes_are_those_that_are_measured(size):
     cfg = config.make({"rec": "-", "embedding_size": 128, **keys})
     head = PartialFC(
         MARGINS["cosface"](), 128, num_classes, cfg.sample_rate, cfg.num_subcenters,
-        limits=limits_of(cfg),
+        head_storage=cfg.head_storage, limits=limits_of(cfg),
     )  # fmt: skip
     rows = (RowAdamW if cfg.optimizer == "adamw" else RowSGD)(head)
     predicted = plan.head_bytes(cfg, num_classes, 1, batch, is_cuda=False)
     held = [head.weight, *rows.state.values(), *([] if head.votes is None else [head.votes])]
     standing = sum(tensor.numel() * tensor.element_size() for tensor in held)
     parts = ("classes: weights", "classes: optimiser state", "classes: sub-centre votes")
-    assert sum(predicted.pop(part) for part in parts) == pytest.approx(standing, rel=1e-6)
+    hosted, _ = plan.host_bytes(cfg, num_classes, 1, batch)
+    there = sum(predicted.pop(part) + hosted.get(part, 0) for part in parts)
+    assert there == pytest.approx(standing, rel=1e-6)
+    if cfg.head_storage == "host":
+        head.storage.lane  # noqa: B018  its buffers are there before
     x, labels = torch.randn(batch, 128, requires_grad=True), torch.arange(batch)
     with torch.profiler.profile(profile_memory=True) as profile:
         if cfg.update_in_backward:

@@ -100,3 +100,28 @@ def test_a_whole_training_step_does_not_synchronise(group, shards_dir, tmp_path,
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("optimizer", [RowSGD, RowAdamW])
+@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
+@pytest.mark.parametrize("case", ["arcface", "jamsface-all", "interface-dd"])
+def test_rows_that_the_host_holds_train_the_same(case, sample_rate, optimizer):
+    """Over steps of two micro-steps, one of them skipped: rows and state, bit for bit."""
+    ends = []
+    name, arguments = CASES[case]
+    for storage in ("device", "host"):
+        head = PartialFC(
+            MARGINS[name](**arguments), D, C, sample_rate, seed=1, head_storage=storage
+        ).to("cuda")
+        rows = optimizer(head)
+        assert head.weight.device.type == ("cuda" if storage == "device" else "cpu")
+        for step in range(5):
+            for micro in range(2):
+                generator = torch.Generator().manual_seed(10 * step + micro)
+                x = torch.randn(B, D, generator=generator).cuda().requires_grad_()
+                labels = torch.randint(0, C, (B,), generator=generator)
+                head(x, labels).backward()
+            rows.step(0.1, found_inf=torch.tensor(float(step == 2), device="cuda"))
+        ends.append([head.weight.detach().cpu(), *(v.cpu() for v in rows.state.values())])
+    for device, host in zip(*ends, strict=True):
+        assert torch.equal(device, host)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from recognition.head import Limits, PartialFC
+from recognition.kernels.fused import FusedLogits
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
 from tests import ranks, reference
@@ -16,18 +20,27 @@ from tests.recognition.losses.cases import CASES
 
 # Bytes are those of fp64: a piece of 7 classes and 12 rows takes 672.
 PATHS = {
-    "computed again": Limits(0),
-    "computed again in small pieces": Limits(0, piece=7),
-    "kept": Limits(1 << 20, piece=7),
-    "kept in part": Limits(1500, piece=7),
+    "computed again": ("device", Limits(0)),
+    "computed again in small pieces": ("device", Limits(0, piece=7)),
+    "kept": ("device", Limits(1 << 20, piece=7)),
+    "kept in part": ("device", Limits(1500, piece=7)),
+    "held by the host": ("host", Limits(1500, piece=7)),
 }
+if importlib.util.find_spec("triton") is not None:
+    from recognition.kernels import programs
+
+    if programs.INTERPRETED:
+        operations = programs.TritonOperations(programs.Blocks(16, 16, 4, 2))
+        fused = Limits(0, piece=7, logits=functools.partial(FusedLogits, operations))
+        PATHS["fused, in Triton's interpreter"] = ("device", fused)
+        PATHS["fused, held by the host"] = ("host", fused)
 
 
 def under(path, function, *arguments):
     """On a rank: the function with the path as the default of every head."""
     defaults = PartialFC.__init__.__defaults__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PartialFC.__init__, "__defaults__", (*defaults[:-1], PATHS[path]))
+        patch.setattr(PartialFC.__init__, "__defaults__", (*defaults[:-2], *PATHS[path]))
         return function(*arguments)
 
 
@@ -61,11 +74,11 @@ def test_every_loss(path, case):
 C, D = 103, 16
 
 
-def trained(optimizer, in_backward, margin, sample_rate, num_subcenters):
+def trained(optimizer, in_backward, margin, sample_rate, num_subcenters, storage="device"):
     """Rows, state, losses and gradients of the embeddings over three steps."""
     rank, world = dist.get_rank(), dist.get_world_size()
     head = PartialFC(
-        MARGINS[margin](), D, C, sample_rate, num_subcenters, seed=5,
+        MARGINS[margin](), D, C, sample_rate, num_subcenters, seed=5, head_storage=storage,
         limits=Limits(1500, piece=7),
     ).double()  # fmt: skip
     rows = optimizer(head)
@@ -91,13 +104,14 @@ def trained(optimizer, in_backward, margin, sample_rate, num_subcenters):
 @pytest.mark.parametrize("margin", ["arcface", "curricularface", "uniface", "jamsface"])
 @pytest.mark.parametrize("optimizer", [RowSGD, RowAdamW])
 def test_an_update_in_the_backward_is_the_same(optimizer, margin, sample_rate, num_subcenters):
-    both = [
-        ranks.run(2, trained, optimizer, in_backward, margin, sample_rate, num_subcenters)
-        for in_backward in (True, False)
-    ]
-    for early, late in zip(*both, strict=True):
-        for one, other in zip(early, late, strict=True):
+    early, late, hosted = (
+        ranks.run(2, trained, optimizer, early, margin, sample_rate, num_subcenters, storage)
+        for early, storage in ((True, "device"), (False, "device"), (True, "host"))
+    )
+    for mine, others, theirs in zip(early, late, hosted, strict=True):
+        for one, other, third in zip(mine, others, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+            assert torch.equal(one, third)
 
 
 def begun():

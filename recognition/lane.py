@@ -1,0 +1,144 @@
+"""Copies of table rows between the host's memory and the device, behind the step's back.
+
+One thread and, on a GPU, one stream do them in the order in which they were asked for, so what is
+stored is stored before the rows are loaded again. Rows pass through two buffers of pinned memory,
+which is what makes a copy to a GPU asynchronous; the tables themselves need not be pinned. Where
+the device is the CPU, the same path runs without streams.
+
+Letters: n rows of a table or of a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BUFFER_BYTES = 32 << 20  # of each of the two
+
+Rows = slice | Tensor  # of a table on the host: a part of it, or int64 [n]
+
+
+class Arrival:
+    """Copies that have been asked for."""
+
+    def __init__(self, future: Future[torch.cuda.Event | None]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        """Return when what follows on the device finds them done; raises what went wrong."""
+        event = self._future.result()
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+
+    def finish(self) -> None:
+        """Return when they are done."""
+        event = self._future.result()
+        if event is not None:
+            event.synchronize()
+
+
+class Lane:
+    def __init__(self, device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> None:
+        is_cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if is_cuda else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="class-rows")
+        self._buffers = [
+            _Buffer(torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=is_cuda))
+            for _ in range(2)
+        ]
+        self.rows_loaded = self.rows_stored = 0  # of "weight"
+
+    def load(self, tables: Mapping[str, Tensor], rows: Rows, into: Mapping[str, Tensor]) -> Arrival:
+        """Rows of tables on the host, each [n, numbers], to the device."""
+        return self._submit(self._load, tables, rows, into)
+
+    def store(
+        self, tables: Mapping[str, Tensor], rows: Rows, source: Mapping[str, Tensor]
+    ) -> Arrival:
+        """Rows on the device, each [n, numbers], to those of the tables on the host."""
+        return self._submit(self._store, tables, rows, source)
+
+    def _submit(self, copy: Callable[..., None], *arguments: Any) -> Arrival:
+        ready = None if self._stream is None else torch.cuda.current_stream().record_event()
+        return Arrival(self._thread.submit(self._work, copy, ready, *arguments))
+
+    @torch.no_grad()
+    def _work(
+        self, copy: Callable[..., None], ready: torch.cuda.Event | None, *arguments: Any
+    ) -> torch.cuda.Event | None:
+        stream = self._stream
+        if stream is None or ready is None:
+            copy(*arguments)
+            return None
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)  # what the step has asked of the device before
+            copy(*arguments)
+            return stream.record_event()
+
+    def _load(self, tables: Mapping[str, Tensor], rows: Rows, into: Mapping[str, Tensor]) -> None:
+        for name, target in into.items():
+            for number, (start, stop) in enumerate(self._chunks(target)):
+                with self._buffers[number % 2].of(target[start:stop], self._stream) as part:
+                    if isinstance(rows, slice):
+                        part.copy_(tables[name][rows.start + start : rows.start + stop])
+                    else:
+                        torch.index_select(tables[name], 0, rows[start:stop], out=part)
+                    target[start:stop].copy_(part, non_blocking=True)
+        self.rows_loaded += len(into["weight"]) if "weight" in into else 0
+
+    def _store(
+        self, tables: Mapping[str, Tensor], rows: Rows, source: Mapping[str, Tensor]
+    ) -> None:
+        for name, new in source.items():
+            chunks = self._chunks(new)
+            waiting: tuple[int, int, Tensor, _Buffer] | None = None
+            for number, (start, stop) in enumerate([*chunks, (0, 0)]):  # one ahead of the host
+                coming = None
+                if stop:
+                    buffer = self._buffers[number % 2]
+                    with buffer.of(new[start:stop], self._stream) as part:
+                        part.copy_(new[start:stop], non_blocking=True)
+                    coming = start, stop, part, buffer
+                if waiting is not None:
+                    first, last, part, buffer = waiting
+                    buffer.wait()
+                    if isinstance(rows, slice):
+                        tables[name][rows.start + first : rows.start + last] = part
+                    else:
+                        tables[name].index_copy_(0, rows[first:last], part)
+                waiting = coming
+        self.rows_stored += len(source["weight"]) if "weight" in source else 0
+
+    def _chunks(self, rows: Tensor) -> list[tuple[int, int]]:
+        size = max(self._buffers[0].num_bytes // max(rows[:1].nbytes, 1), 1)
+        return [(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+
+
+class _Buffer:
+    """Memory that a copy passes through; free again when its event has happened."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory = memory
+        self._event: torch.cuda.Event | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self._memory)
+
+    @contextlib.contextmanager
+    def of(self, rows: Tensor, stream: torch.cuda.Stream | None) -> Iterator[Tensor]:
+        """Memory of the shape of `rows`, once the copy before has left it."""
+        self.wait()
+        yield self._memory[: rows.nbytes].view(rows.dtype).view(rows.shape)
+        if stream is not None:
+            self._event = stream.record_event()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
