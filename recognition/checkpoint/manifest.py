@@ -54,7 +54,7 @@ _ALWAYS: dict[str, Callable[[Any], bool]] = {
 _OF_A_RUN: dict[str, Callable[[Any], bool]] = {
     "samples_seen": _whole(0),
     "global_batch": _whole(1),
-    "config": lambda x: isinstance(x, dict) and isinstance(x.get("accumulation"), int),
+    "config": lambda x: isinstance(x, dict),
     "metrics": lambda x: isinstance(x, dict),
     "skipped": lambda x: isinstance(x, list) and all(map(_window, x)),
     "spikes": lambda x: x is None or (_numbers(x) and len(x) == 3),
@@ -76,6 +76,7 @@ def check_of_run(manifest: Mapping[str, Any], source: str) -> None:
     """As check(), and all that a run needs to go on. Raises: ValueError."""
     older = {"skipped", "spikes"} - set(manifest)  # which once were not written
     needed = {name: test for name, test in _OF_A_RUN.items() if name not in older}
+    needed["config"] = lambda x: isinstance(x, dict) and _whole(1)(x.get("accumulation"))
     _refuse(_fits(manifest, needed), manifest, source)
 
 
