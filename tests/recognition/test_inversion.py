@@ -533,6 +533,7 @@ def command_line(*arguments):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_the_command_survives_a_kill(trained, tmp_path):
     options = ["--count", "5", "--steps", "40", "--batch-size", "3", "--save-every", "5"]
     command(*command_line(trained[3], "--out", tmp_path / "whole", *options)[1:])
@@ -553,6 +554,7 @@ def test_the_command_survives_a_kill(trained, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_torchrun_splits_the_batches(trained, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     line = ["-m", "recognition.inversion", trained[3], "--out", tmp_path / "out", *FEW]
