@@ -130,6 +130,14 @@ def remove(path: str) -> None:
     shutil.rmtree(going)
 
 
+def write_json(path: str, content: Any) -> None:
+    """Write it to a new file, and through to the disk."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def sync(path: str) -> None:
     """Write the names in a directory through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

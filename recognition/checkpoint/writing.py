@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from recognition.checkpoint import tensors
-from recognition.checkpoint.directory import FORMAT, digest, sync
+from recognition.checkpoint.directory import FORMAT, digest, sync, write_json
 
 Entries = dict[str, dict[str, Any]]  # file name -> its size and hash
 
@@ -60,10 +60,8 @@ def commit(partial: str, path: str, world: int, facts: Mapping[str, Any], files:
             raise OSError(f"no files of rank {rank} in {partial}: all ranks must share the output")
         os.unlink(_report(partial, rank))
     manifest = {"format": FORMAT, **facts, "world": world, "files": files}
-    with open(os.path.join(partial, "manifest.json"), "w", encoding="utf-8") as file:
-        json.dump({**manifest, "sha256": digest(manifest)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    manifest_path = os.path.join(partial, "manifest.json")
+    write_json(manifest_path, {**manifest, "sha256": digest(manifest)})
     sync(partial)
     former = path + ".former.partial"
     if os.path.isdir(path):  # the same step of an earlier try

@@ -21,6 +21,7 @@ import recognition.export
 from recognition.agreement import Agreement, ExportError
 from recognition.backbones import BACKBONES
 from recognition.export import export_onnx
+from recognition.onnx_graph import check_graph
 from tests.real import real
 
 SCRIPT = Path(launch.export.__file__)
@@ -246,9 +247,9 @@ def test_names_that_mislead_clients_are_refused(name, exported):
     model = onnx.load(exported[0])
     model.graph.node[7].name = name
     with pytest.raises(ExportError, match=name):
-        recognition.export.check_graph(model)
+        check_graph(model)
     model.graph.node[7].name, model.graph.node[8].name = "first", name  # nobody looks there
-    recognition.export.check_graph(model)
+    check_graph(model)
 
 
 def test_normalisation_inside_the_graph_may_not_fool_the_clients(tmp_path):
