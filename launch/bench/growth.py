@@ -19,9 +19,9 @@ import time
 import matplotlib
 import torch
 
-from launch.bench.head import Case, Ours, batch_of
 from launch.bench.machine import machine
 from launch.bench.processes import slowest, together
+from launch.bench.sides import Case, Ours, batch_of
 from recognition import collectives
 from recognition.run_dir import commit
 
