@@ -83,9 +83,11 @@ MAY_IMPORT = {
     "recognition/logger.py": ["recognition.losses.margin"],
     "recognition/progress.py": ["data_tools.loader"],
     "recognition/agreement.py": [],
+    "recognition/onnx_graph.py": ["recognition.agreement", "recognition.backbones.*"],
     "recognition/onnx_precision.py": ["recognition.agreement"],
     "recognition/export.py": [
-        "recognition.agreement", "recognition.backbones.*", "recognition.onnx_precision",
+        "recognition.agreement", "recognition.backbones.*", "recognition.onnx_graph",
+        "recognition.onnx_precision",
     ],
     "recognition/checkpoint/": [
         "recognition.checkpoint.*", "recognition.backbones.*", "recognition.collectives",
@@ -97,10 +99,15 @@ MAY_IMPORT = {
         "recognition.checkpoint", "recognition.collectives", "recognition.precision",
         "eval.embed_onnx",
     ],
+    "recognition/initialise.py": [
+        "recognition.checkpoint", "recognition.checkpoint.*", "recognition.head",
+        "data_tools.decode", "data_tools.shards", "data_tools.union", "eval.embed_onnx",
+    ],
     "recognition/convert.py": ["recognition.mxnet_params"],
     "recognition/run_dir.py": [
         "recognition.checkpoint", "recognition.config", "recognition.convert",
     ],
+    "recognition/inversion/": ["recognition.*", "data_tools.*", "eval.embed", "eval.lfw"],
     "recognition/": ["recognition.*", "data_tools.*", "eval.lfw"],
     "launch/": ["recognition.*", "data_tools.*", "eval.*", "launch.*"],
 }  # fmt: skip
