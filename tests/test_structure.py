@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "recognition/config.py": [],
     "recognition/runtime.py": [],
     "recognition/sampling.py": [],
-    "recognition/collectives.py": [],
+    "recognition/phases.py": [],
+    "recognition/collectives.py": ["recognition.phases"],
     "recognition/tables.py": [],
     "recognition/lane.py": [],
     "recognition/rows.py": ["recognition.sampling", "recognition.tables"],
@@ -74,7 +75,7 @@ MAY_IMPORT = {
     "recognition/resize.py": ["recognition.config", "recognition.optim"],
     "recognition/finite.py": ["recognition.collectives"],
     "recognition/logger.py": ["recognition.losses.margin"],
-    "recognition/progress.py": ["data_tools.loader"],
+    "recognition/progress.py": ["data_tools.loader", "recognition.phases"],
     "recognition/agreement.py": [],
     "recognition/onnx_precision.py": ["recognition.agreement"],
     "recognition/export.py": [
