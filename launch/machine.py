@@ -17,7 +17,7 @@ import torch
 from data_tools.commands import one_line
 from data_tools.union import open_all
 from launch import interfaces
-from recognition import config
+from recognition import config, runtime
 from recognition.backbones import make_backbone
 
 _PIECES, _PIECE = 24, 64 << 10  # of the data, bytes, compared between the machines
@@ -34,6 +34,10 @@ def look(cfg: config.Config) -> dict[str, Any]:
     if several and facts["interface"].name == "lo":
         facts["warnings"].append(
             "the other machines are reached by the loopback interface: all ranks are on one host"
+        )
+    if several and runtime.shares_store() and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        facts["warnings"].append(
+            "restarts may fail: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
         )
     facts |= _limits(facts, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:

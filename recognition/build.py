@@ -28,6 +28,7 @@ from recognition.embedding import embed
 from recognition.finite import FiniteGuard
 from recognition.freezing import freeze, train_mode
 from recognition.head import PartialFC
+from recognition.kernels.choice import choose_all
 from recognition.optim import LossScaler, RowAdamW, RowSGD, Schedule
 from recognition.phases import Phases
 from recognition.precision import dtype_of, resolve
@@ -66,6 +67,7 @@ class TrainState:
     facts: dict[str, Any]  # what config.json says beside the configuration
     saved_by: int | None = None  # ranks that wrote the checkpoint it continues from
     resized: str = ""  # what follows another number of processes
+    said: list[str] = field(default_factory=list)  # lines for the start of the log
     owes_verification: bool = False  # of the step that it continues after
     changes: list[str] = field(default_factory=list)  # against the run that saved it
     set_aside: list[str] = field(default_factory=list)  # damaged checkpoints, what was wrong
@@ -138,6 +140,8 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     own_heads = [
         head.to(runtime.device, dtype) for head in heads.make_heads(cfg, data, runtime.group)
     ]
+    said_before = manifest["config"].get("head_forms") if manifest else None
+    choices = choose_all(cfg, own_heads, runtime.world, said_before)
     optimizer = _make_optimizer(cfg, backbone)
     scaler = LossScaler(runtime.device) if precision == "fp16" else None
     encoder = None
@@ -155,7 +159,9 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
             "commit": commit(), "world": runtime.world, "precision": precision,
             "num_classes": data.num_classes, "num_image": data.num_images,
             "labels_crc32": labels_crc32, **plan.facts(),
+            "head_forms": [choice.form for choice in choices],
         },
+        said=[choice.said for choice in choices if choice.said],
         set_aside=set_aside,
         spikes=make_guard(cfg, runtime.group, runtime.device),
         skipped=skipped(cfg.output, None),
@@ -301,7 +307,8 @@ def _changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path: st
         order["rec_shares"] = "rec_shares"
     if cfg.shuffle_block:
         order["shuffle_window"] = "shuffle_window"
-    saved = dataclasses.asdict(Config(rec="")) | saved  # keys newer than the checkpoint
+    newer = dataclasses.asdict(Config(rec="")) | {"head_forms": now["head_forms"]}
+    saved = newer | saved  # keys newer than the checkpoint
     for key, what in order.items():
         if saved.get(key) != now[key]:
             raise ValueError(

@@ -48,6 +48,7 @@ class Limits:
     stored_bytes: int = 16 << 20  # of results that the forward keeps for the backward
     piece: int | None = None  # classes of a piece of the reduction; None: from the cache
     dtype: torch.dtype | None = None  # of the GEMMs' inputs; sums and logits stay as the weight
+    logits: Callable[..., Logits] = Logits  # or a fused form of recognition/kernels
 
 
 class PartialFC(nn.Module):
@@ -385,7 +386,7 @@ class PartialFC(nn.Module):
             chosen.position.tolist(),
         )
         size = self.piece_size(len(labels))
-        logits = Logits(
+        logits = self.limits.logits(
             rows, targets, len(labels), size, stored_bytes, self._pool, self.limits.dtype
         )
         return logits, chosen.total

@@ -41,7 +41,7 @@ def make_heads(cfg: Config, data: Shards | Union, group: ProcessGroup) -> list[P
     """
     counts = np.bincount(data.labels, minlength=data.num_classes)
     if not cfg.rec_heads:
-        return [_head(cfg, counts, group, cfg.seed)]
+        return [make_head(cfg, len(counts), counts, group, cfg.seed)]
     firsts = first_classes(data)
     if len(cfg.rec_heads) != len(firsts) - 1:
         raise ValueError(
@@ -49,18 +49,25 @@ def make_heads(cfg: Config, data: Shards | Union, group: ProcessGroup) -> list[P
             "for each, {} for the settings of the run"
         )
     heads = [
-        _head(of_head(cfg, k), counts[start:stop], group, cfg.seed + k)
+        make_head(of_head(cfg, k), stop - start, counts[start:stop], group, cfg.seed + k)
         for k, (start, stop) in enumerate(zip(firsts[:-1], firsts[1:], strict=True))
     ]
     encoder_momentum(heads)
     return heads
 
 
-def _head(cfg: Config, class_counts: np.ndarray, group: ProcessGroup, seed: int) -> PartialFC:
+def make_head(
+    cfg: Config,
+    num_classes: int,
+    class_counts: np.ndarray | None,  # int64 [C]
+    group: ProcessGroup,
+    seed: int,
+) -> PartialFC:
+    """One head with the margin that `cfg` names, on the CPU in fp32."""
     return PartialFC(
         _make_margin(cfg),
         cfg.embedding_size,
-        len(class_counts),
+        num_classes,
         cfg.sample_rate,
         cfg.num_subcenters,
         group,

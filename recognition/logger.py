@@ -3,12 +3,13 @@ record."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -20,17 +21,21 @@ class Logger:
     """metrics.jsonl, TensorBoard events and the console of rank 0; silent on the other ranks.
 
     A resumed run continues the files: what they say of steps after `step`, which are about to be
-    done again, is removed.
+    done again, is removed. Where they cannot be written (a full disk) the run goes on, says so, and
+    metrics.jsonl gets the records when it can be; TensorBoard lacks them.
     """
 
     def __init__(self, run_dir: str, rank: int, step: int) -> None:
-        self._file = self._writer = None
+        self._file: IO[bytes] | None = None
+        self._writer: SummaryWriter | None = None
+        self._events, self._purge = os.path.join(run_dir, "events"), step + 1
+        self._waiting = b""  # of metrics.jsonl, not written yet
+        self._failing = False
         if rank == 0:
             os.makedirs(run_dir, exist_ok=True)
             path = os.path.join(run_dir, "metrics.jsonl")
             _forget_after(path, step)
-            self._file = open(path, "a", encoding="utf-8")
-            self._writer = SummaryWriter(os.path.join(run_dir, "events"), purge_step=step + 1)
+            self._file = open(path, "ab", buffering=0)
 
     def record(
         self,
@@ -43,16 +48,36 @@ class Logger:
         `step` must be there; nested objects become names with slashes in TensorBoard. Histograms
         go to TensorBoard alone, as head/<name>.
         """
-        if self._file is None or self._writer is None:
+        if self._file is None:
             return
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in _flat(record):
-            if name not in ("step", "epoch"):
-                self._writer.add_scalar(name, value, record["step"])
-        for name, histogram in (histograms or {}).items():
-            _add_histogram(self._writer, f"head/{name}", histogram, record["step"])
+        self._waiting += json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+        try:
+            self._write(self._file)
+            self._show(record, histograms or {})
+        except OSError as error:
+            if not self._failing:
+                self.say(f"warning: {os.path.dirname(self._events)}: {error}; the run goes on")
+            self._failing = True
+        else:
+            self._failing = False
         self.say(line)
+
+    def _write(self, file: IO[bytes]) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[file.write(self._waiting) :]
+
+    def _show(self, record: Mapping[str, Any], histograms: Mapping[str, Histogram]) -> None:
+        if self._writer is None:
+            self._writer = SummaryWriter(self._events, purge_step=self._purge)
+        try:
+            for name, value in _flat(record):
+                if name not in ("step", "epoch"):
+                    self._writer.add_scalar(name, value, record["step"])
+            for name, histogram in histograms.items():
+                _add_histogram(self._writer, f"head/{name}", histogram, record["step"])
+        except OSError:  # from its thread, which has ended
+            self._writer, self._purge = None, record["step"]
+            raise
 
     def say(self, line: str) -> None:
         if self._file is not None:
@@ -64,9 +89,16 @@ class Logger:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None and self._writer is not None:
+        if self._file is None:
+            return
+        try:
+            self._write(self._file)
             self._file.close()
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as lost:
+            lines = self._waiting.count(b"\n")
+            self.say(f"warning: {self._events}: {lost}; {lines} records of metrics.jsonl are lost")
 
 
 def as_numbers(statistics: Statistics) -> dict[str, float]:
@@ -95,20 +127,18 @@ def _add_histogram(writer: SummaryWriter, name: str, histogram: Histogram, step:
 
 
 def _forget_after(path: str, step: int) -> None:
-    """Drop the records after `step` (all, at 0), and a line that a killed run left unfinished."""
+    """Cut off the records after `step` (all, at 0), and a line that a killed run left unfinished.
+    Needs no room on the disk."""
     if not os.path.exists(path):
         return
-    kept = []
-    with open(path, encoding="utf-8") as lines:
+    end = size = 0
+    with open(path, "rb") as lines:
         for line in lines:
-            try:
-                if 0 < step >= json.loads(line)["step"] and line.endswith("\n"):
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue
-    with open(path + ".new", "w", encoding="utf-8") as out:
-        out.writelines(kept)
-    os.replace(path + ".new", path)
+            size += len(line)
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if 0 < step >= json.loads(line)["step"] and line.endswith(b"\n"):
+                    end = size
+    os.truncate(path, end)
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:

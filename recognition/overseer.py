@@ -11,7 +11,7 @@ from torch import Tensor
 from data_tools.loader import Batch
 from recognition import checkpoint, replicas, runtime
 from recognition.build import TrainState
-from recognition.stop import SIGNALS, StopRequest
+from recognition.stop import SIGNALS, Interrupted, StopRequest
 from recognition.watchdog import Watchdog, hearing
 
 
@@ -61,8 +61,19 @@ class Overseer:
             replicas.check_equal(_replicated(state), self._stop.group, state.step)
         return self._stop.answer()
 
+    def turn(self) -> None:
+        """Between the parts of what is no step, of which all ranks have as many: it moves, too.
+
+        Raises:
+            Interrupted: on every rank alike; a signal asks the run to end.
+        """
+        self._watchdog.beat(self._state.step)
+        self._stop.ask()
+        if (heard := self._stop.answer()) is not None:
+            raise Interrupted(heard)
+
     def patience(self) -> contextlib.AbstractContextManager[None]:
-        """Around what may take long, and what has limits of its own."""
+        """Around what may take long and has no parts."""
         return self._watchdog.patience()
 
 

@@ -24,6 +24,8 @@ def announce(state: TrainState, logger: Logger) -> None:
     )
     if state.precision == "fp16" and runtime.device.type == "cpu":
         logger.say("warning: fp16 takes a CPU many times fp32's time: use precision=bf16 or fp32")
+    for line in state.said:
+        logger.say(line)
     for damage in state.set_aside:
         record = {"step": state.step, "damaged_checkpoint": damage}
         logger.record(record, f"warning: {damage}; going on from step {state.step}")

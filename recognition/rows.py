@@ -107,6 +107,11 @@ class SampledRows:
         """The centres [m, K, D] at places of the sample, which are told twice."""
         return self.weight.index_select(0, place if self.index is None else self.index[place])
 
+    def source(self, where: slice) -> tuple[Tensor, Tensor | None]:
+        """A tensor [*, K, D], and which of its rows these centres are: int64 [n], or all."""
+        rows = self.at(where)
+        return (self.read(where), None) if isinstance(rows, slice) else (self.weight, rows)
+
     def begin_gradient(self) -> None:
         """Before the pieces of a backward.
 

@@ -60,8 +60,12 @@ def write_config(cfg: Config, facts: Mapping[str, Any]) -> None:
     """config.json of the run: every key as resolved, and `facts` (world, precision, data...)."""
     os.makedirs(cfg.output, exist_ok=True)
     path = os.path.join(cfg.output, "config.json")
+    text = json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1)
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        if file.read() == text:  # a restart needs no room on a full disk
+            return
     with open(path + ".new", "w", encoding="utf-8") as file:
-        json.dump({**dataclasses.asdict(cfg), **facts}, file, indent=1)
+        file.write(text)
     os.replace(path + ".new", path)
 
 

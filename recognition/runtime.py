@@ -45,12 +45,14 @@ def start(timeout_seconds: float = 600.0) -> Iterator[Runtime]:
         _end_with_parent()
     device = _device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    place = (
-        {"init_method": "env://"}
-        if launched
-        else {"store": dist.HashStore(), "rank": rank, "world_size": world}
-    )
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **place)
+    timeout = timedelta(seconds=timeout_seconds)
+    meeting = _attempts_store(timeout) if launched else dist.HashStore()
+    if meeting is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, timeout=timeout, store=meeting, rank=rank, world_size=world
+        )
     # The group waits for its threads when its last reference goes, which may sit in a cycle. One of
     # them that still holds a tensor while the interpreter ends aborts the process.
     atexit.register(gc.collect)
@@ -67,6 +69,28 @@ def bf16_is_fast(device: torch.device) -> bool:
     """Whether bf16 pays: on Ampere and newer GPUs. The small networks that one trains on a CPU gain
     nothing (PReLU and depthwise convolutions decide there), whatever its matrix units."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _attempts_store(timeout: timedelta) -> dist.Store | None:
+    """What this attempt of torchrun's has to itself of a store that outlives attempts; None where
+    the environment names a store of its own, or where attempts have no number of their own.
+
+    Unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, torchrun (2.13) keeps one store for all attempts,
+    and gloo finds the addresses of the attempt before. It reads the variable before it starts us,
+    and on several machines it also keeps the first meeting's address when another machine has
+    become the first, and counts attempts apart: there nothing but the variable helps, and preflight
+    asks for it.
+    """
+    if not shares_store() or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    shared = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", shared)
+
+
+def shares_store() -> bool:
+    """Whether the attempts of the torchrun that started this process meet in one store."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _end_with_parent() -> None:

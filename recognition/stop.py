@@ -37,6 +37,14 @@ class Stopped(Exception):
         self.heard, self.step = heard, step
 
 
+class Interrupted(Exception):
+    """All ranks leave what they are in, before the same batch: one of them heard a signal."""
+
+    def __init__(self, heard: signal.Signals) -> None:
+        super().__init__(f"interrupted by {heard.name}")
+        self.heard = heard
+
+
 class StopRequest:
     """What this process has heard, and what all have agreed on. One small all-reduce a step in the
     host's memory, begun before the step and read after it: nobody waits for it."""

@@ -24,13 +24,13 @@ from recognition import (
     stop,
 )
 from recognition.build import TrainState
+from recognition.ending import end_early, verify_or_end
 from recognition.logger import Logger, as_numbers, histograms
 from recognition.overseer import Overseer
 from recognition.precision import autocast, dtype_of
 from recognition.profiling import traced
 from recognition.run_dir import owned, write_config
 from recognition.sampling import hash_words
-from recognition.verification import verify
 
 _DROPOUT_KEY = 4  # the purpose of this draw, as in sampling.py
 
@@ -87,8 +87,8 @@ def _to_the_end(state: TrainState, overseer: Overseer, rolled_back: str | None) 
         seen_before = state.samples_seen
         if spikes.jump(state):
             _end_epochs(state, logger, seen_before)
-        with overseer.patience():
-            results = verify(state, logger) if state.step == 0 or state.owes_verification else {}
+        owes = state.step == 0 or state.owes_verification
+        results = verify_or_end(state, logger, saver, overseer) if owes else {}
         while state.step < state.schedule.total_steps:
             with make_loader(state) as loader:
                 results = _run(state, logger, loader, saver, overseer, stepped, results)
@@ -126,15 +126,15 @@ def _run(
             spikes.heed(state, logger)
         if logging:
             report.log_step(state, logger, loss, grad_norm, watch)
-        with watch.paused(), overseer.patience():
+        with watch.paused():
             if heard is not None and stopping:
-                saving.save_now(saver, state)
-                raise stop.stopped(cfg.output, runtime.rank, heard, state.step)
+                end_early(state, saver, overseer, heard)
             # In this order: a run killed in between does both again.
             if verifying:
-                results = verify(state, logger)
+                results = verify_or_end(state, logger, saver, overseer)
             if due:
-                saving.save(saver, state, results if verifying else {})
+                with overseer.patience():
+                    saving.save(saver, state, results if verifying else {})
     return results
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_tools.order import rank_slice
@@ -17,28 +19,22 @@ _BATCH = 64  # images
 
 
 @torch.no_grad()
-def verify(state: TrainState, logger: Logger) -> dict[str, Any]:
-    """Ten-fold accuracy on every val_target, the images spread over the ranks."""
-    rank, world, group = state.runtime.rank, state.runtime.world, state.runtime.group
+def verify(
+    state: TrainState, logger: Logger, turn: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Ten-fold accuracy on every val_target, the images spread over the ranks.
+
+    turn: called before each use of the network, equally often on every rank; what it raises on all
+    of them alike ends the verification.
+
+    Raises:
+        ValueError: on every rank alike; an image that some rank cannot read, named.
+    """
     state.backbone.eval()
-    results = {}
-    for pairs in state.val_sets:
-        counts = [
-            stop - start
-            for start, stop in (rank_slice(len(pairs.encoded), world, r) for r in range(world))
-        ]
-        start, stop = rank_slice(len(pairs.encoded), world, rank)
-        local = lfw.embed(
-            lambda images: embed(state.backbone, images, state.precision, state.runtime.device),
-            pairs.encoded[start:stop],
-            _BATCH,
-            f"{pairs.name}.bin, counted from image {start}:",
-        )
-        sums, norms = (
-            collectives.gather_parts(torch.from_numpy(part), counts, group) for part in local
-        )
-        results[pairs.name] = lfw.score(sums.numpy(), norms.numpy(), pairs.issame)
-    freezing.train_mode(state.backbone)
+    try:
+        results = {pairs.name: _score(state, pairs, turn) for pairs in state.val_sets}
+    finally:
+        freezing.train_mode(state.backbone)
     if results:
         short = {
             name: {key: score[key] for key in ("accuracy_mean", "accuracy_std", "xnorm")}
@@ -51,3 +47,38 @@ def verify(state: TrainState, logger: Logger) -> dict[str, Any]:
         record = {"step": state.step, "verification": short}
         logger.record(record, f"step {state.step}  verification  {line}")
     return results
+
+
+def _score(state: TrainState, pairs: lfw.PairSet, turn: Callable[[], None]) -> dict[str, Any]:
+    rank, world, group = state.runtime.rank, state.runtime.world, state.runtime.group
+    slices = [rank_slice(len(pairs.encoded), world, r) for r in range(world)]
+    counts = [stop - start for start, stop in slices]
+    start, stop = slices[rank]
+    left = max(_uses(count) for count in counts)
+
+    def forward(images: np.ndarray) -> np.ndarray:
+        nonlocal left
+        left -= 1
+        turn()
+        return embed(state.backbone, images, state.precision, state.runtime.device)
+
+    local, failure = None, None
+    try:
+        where = f"{pairs.name}.bin, counted from image {start}:"
+        local = lfw.embed(forward, pairs.encoded[start:stop], _BATCH, where)
+    except ValueError as error:
+        failure = f"rank {rank}: {error}"
+    for _ in range(left):  # of those that have more images, or could read theirs
+        turn()
+    failures = [text for text in collectives.gather_objects(failure, group) if text]
+    if failures or local is None:
+        raise ValueError(f"cannot verify: {'; '.join(failures)}")
+    sums, norms = (
+        collectives.gather_parts(torch.from_numpy(part), counts, group) for part in local
+    )
+    return lfw.score(sums.numpy(), norms.numpy(), pairs.issame)
+
+
+def _uses(images: int) -> int:
+    """How often lfw.embed() uses the network: on each batch and its mirror image, at least once."""
+    return 2 * -(-images // _BATCH) or 1

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
-import linecache
 import os
 import re
 import signal
@@ -21,43 +20,17 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from types import FrameType
-from typing import NamedTuple
 
 from torch.distributed import DistError, Store
 
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+from recognition.places import SILENT, Place, suspects, what_it_does
+
 _EVERY = 1.0  # seconds between two lines in the store
-_SILENT = 4.0  # seconds without one, after which a rank is not heard of any more
 _CAUSE_SECONDS = 3.0  # how long a rank that lost contact waits for the cause
+_PATIENT_TIMES = 10  # the time-out, for what may take long
 _STOP_SECONDS = 10.0  # how long after a signal the loop may stand still
 _JOIN_SECONDS = 5.0  # more than the store takes to give up
 _PLACE = "watchdog/rank-{}"
-# What a line of ours is about, by its file; the first that fits.
-_DOES = {
-    "data_tools/": "waits for data",
-    "recognition/collectives.py": "waits for the other ranks",
-    "recognition/checkpoint/": "saves",
-    "eval/": "verifies",
-}
-
-
-class Place(NamedTuple):
-    """Where a rank is, as it told the others."""
-
-    rank: int
-    step: int
-    does: str
-    since: float  # seconds in this step
-    age: float  # seconds since it told so
-    host: str = ""
-
-    def __str__(self) -> str:
-        silent = f", not heard of for {self.age:.0f} s" if self.age > _SILENT else ""
-        return (
-            f"rank {self.rank} on {self.host} {self.does} in step {self.step} "
-            f"for {self.since + self.age:.0f} s{silent}"
-        )
 
 
 class Watchdog:
@@ -91,13 +64,14 @@ class Watchdog:
 
     @contextlib.contextmanager
     def patience(self) -> Iterator[None]:
-        """What the body does may take as long as it takes: writing a checkpoint, for one."""
+        """What the body does may take ten times the time-out: writing a checkpoint, for one."""
         self._patient += 1
+        self._moved = time.monotonic()
         try:
             yield
         finally:
             self._patient -= 1
-            self._moved = time.monotonic()
+            self._moved, self._reported = time.monotonic(), False
 
     def signalled(self) -> None:
         """A signal asks the process to end: a loop that then stands still is not waited for."""
@@ -153,15 +127,16 @@ class Watchdog:
         while not self._ended.wait(min(_EVERY, self._timeout / 20)):
             still = time.monotonic() - self._moved
             self._tell_place(still)
-            if self._patient:
-                continue
+            limit = self._timeout * (_PATIENT_TIMES if self._patient else 1)
             if still > self._timeout / 2 and not self._reported:
                 self._reported = True
-                self._report(still)
-            if still > self._timeout:
+                self._report(still, limit)
+            if still > limit:
                 self._end(f"has not moved for {still:.0f} s")
+            if self._patient or not self._signalled:
+                continue
             patience = max(_STOP_SECONDS, 3 * self._longest)
-            if self._signalled and min(still, time.monotonic() - self._signalled) > patience:
+            if min(still, time.monotonic() - self._signalled) > patience:
                 self._end(f"was asked to end and has not moved for {still:.0f} s")
 
     def _tell_place(self, still: float) -> None:
@@ -189,7 +164,7 @@ class Watchdog:
     def _does(self) -> str:
         return what_it_does(sys._current_frames().get(self._main))
 
-    def _report(self, still: float) -> None:
+    def _report(self, still: float, limit: float) -> None:
         path = os.path.join(self._directory, f"stacks-rank-{self._rank}.txt")
         try:
             with open(path, "w", encoding="utf-8") as file:
@@ -200,9 +175,9 @@ class Watchdog:
         places = self._places()
         _say(
             f"warning: rank {self._rank} has not moved for {still:.0f} s and ends at "
-            f"{self._timeout:.0f} s: it {self._does()}. Stacks: {path}"
+            f"{limit:.0f} s: it {self._does()}. Stacks: {path}"
         )
-        if places and self._rank == min(place.rank for place in places if place.age <= _SILENT):
+        if places and self._rank == min(place.rank for place in places if place.age <= SILENT):
             first, others = suspects(places)
             named = f"held up by {'; '.join(map(str, first))}" if first else "all ranks are alike"
             _say(f"warning: {named}" + (f". Of the others, {others[0]}" if others else ""))
@@ -217,46 +192,11 @@ class Watchdog:
         os._exit(1)
 
 
-def suspects(places: list[Place]) -> tuple[list[Place], list[Place]]:
-    """Those that hold up the others, and the others: who is not heard of, then who is behind, then
-    who does something else than wait for other ranks."""
-    waiting = _DOES["recognition/collectives.py"]
-    for holds_up in (
-        lambda place: place.age > _SILENT,
-        lambda place: place.step < max(p.step for p in places),
-        lambda place: waiting not in place.does and "averages" not in place.does,
-    ):
-        first = [place for place in places if holds_up(place)]
-        if first:
-            return first, [place for place in places if place not in first]
-    return [], places
-
-
-def what_it_does(frame: FrameType | None) -> str:
-    """In words, by the innermost line of ours: file, line, function and text."""
-    while frame is not None and not _ours(frame):
-        frame = frame.f_back
-    if frame is None:
-        return "is outside of the run"
-    path = frame.f_code.co_filename.removeprefix(_ROOT)
-    does = next((words for start, words in _DOES.items() if path.startswith(start)), "computes")
-    text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-    if text.endswith(".backward()"):
-        does = "computes or averages gradients"
-    return f"{does} ({path}:{frame.f_lineno}, {frame.f_code.co_name}: {text})"
-
-
 def lost_contact(error: BaseException) -> bool:
     """Whether an error says no more than that other ranks cannot be reached."""
     return isinstance(error, DistError | ConnectionError) or (
         isinstance(error, RuntimeError)
         and bool(re.search(r"gloo|nccl|connection (closed|reset|refused)", str(error), re.I))
-    )
-
-
-def _ours(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(_ROOT) and "site-packages" not in (
-        frame.f_code.co_filename
     )
 
 

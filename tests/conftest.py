@@ -8,9 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests import ranks
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported anywhere
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the cores among processes
 
 

@@ -63,6 +63,12 @@ MAY_IMPORT = {
     "recognition/start.py": ["recognition.sampling"],
     "recognition/backbones/": ["recognition.backbones.*"],
     "recognition/losses/": ["recognition.losses.*", "recognition.rows"],
+    "recognition/kernels/": ["recognition.kernels.*", "recognition.losses.*", "recognition.rows"],
+    "recognition/kernels/choice.py": [
+        "recognition.kernels.*", "recognition.losses.*", "recognition.rows", "recognition.head",
+        "recognition.storage",
+        "recognition.config", "recognition.collectives",
+    ],
     "recognition/head.py": [
         "recognition.losses.*", "recognition.sampling", "recognition.collectives",
         "recognition.rows", "recognition.pieces", "recognition.microsteps", "recognition.start",
@@ -70,7 +76,8 @@ MAY_IMPORT = {
     ],
     "recognition/optim.py": ["recognition.head", "recognition.pieces", "recognition.tables"],
     "recognition/stop.py": ["recognition.collectives"],
-    "recognition/watchdog.py": [],
+    "recognition/watchdog.py": ["recognition.places"],
+    "recognition/places.py": [],
     "recognition/replicas.py": ["data_tools.loader", "recognition.collectives"],
     "recognition/resize.py": ["recognition.config", "recognition.optim"],
     "recognition/finite.py": ["recognition.collectives"],
@@ -95,6 +102,7 @@ MAY_IMPORT = {
     "recognition/run_dir.py": [
         "recognition.checkpoint", "recognition.config", "recognition.convert",
     ],
+    "recognition/inversion/": ["recognition.*", "data_tools.*", "eval.embed", "eval.lfw"],
     "recognition/": ["recognition.*", "data_tools.*", "eval.lfw"],
     "launch/": ["recognition.*", "data_tools.*", "eval.*", "launch.*"],
 }  # fmt: skip

@@ -17,6 +17,7 @@ from recognition.checkpoint.optimizer import load_optimizer
 from recognition.checkpoint.parts import MAY_LACK, HeadParts, Parts
 from recognition.checkpoint.tensors import problem
 from recognition.collectives import together
+from recognition.head import PartialFC
 
 
 def verify(path: str, group: ProcessGroup) -> None:
@@ -67,13 +68,28 @@ def load(path: str, parts: Parts) -> dict[str, Any]:
     load_optimizer(parts.backbone, parts.optimizer, parts.scaler, state, path)
     for i, (prefix, part) in enumerate(parts.named_heads()):
         part.head.drop_step()
-        _read_rows(path, manifest, i, part)
+        _read_rows(path, manifest, i, part.head.shard, part.rows())
         if part.margin():
             _fill(part.margin(), _read(path, f"{prefix}margin.safetensors"), path)
         part.head.step = manifest["heads"][i]["step"]
     if parts.encoder is not None:
         load_state(parts.encoder, _read(path, "encoder.safetensors"), path)
     return manifest
+
+
+def load_head(path: str, number: int, head: PartialFC) -> None:
+    """Fill a head, without an optimiser's state, from a checkpoint saved at any number of ranks.
+
+    Raises:
+        Damaged: something is not in it.
+    """
+    manifest = read_manifest(path)
+    rows = {"weight": head.weight.detach()} | head.class_state()
+    _read_rows(path, manifest, number, head.shard, rows)
+    if state := head.model_state():
+        prefix = f"head{number}-" if len(manifest["heads"]) > 1 else ""
+        _fill(state, _read(path, f"{prefix}margin.safetensors"), path)
+    head.step = manifest["heads"][number]["step"]
 
 
 def _read(path: str, name: str) -> dict[str, Tensor]:
@@ -115,10 +131,15 @@ def _fill(own: dict[str, Tensor], saved: Mapping[str, Tensor], path: str) -> Non
         tensor.copy_(saved[name])
 
 
-def _read_rows(path: str, manifest: Mapping[str, Any], head: int, part: HeadParts) -> None:
+def _read_rows(
+    path: str,
+    manifest: Mapping[str, Any],
+    head: int,
+    shard: tuple[int, int],
+    rows: Mapping[str, Tensor],
+) -> None:
     """Fill this rank's rows from the files whose class ranges overlap its own."""
-    start, stop = part.head.shard
-    rows = part.rows()
+    start, stop = shard
     filled = 0
     for name, first, last in row_files(manifest, head):
         low, high = max(start, first), min(stop, last)

@@ -29,7 +29,10 @@ def prepare(partial: str) -> None:
 def write_files(partial: str, rank: int, files: Mapping[str, Mapping[str, Tensor]]) -> Entries:
     """Write a rank's files, and last the report that it has; the entries that are in it."""
     if not os.path.isdir(partial):
-        raise OSError(f"{partial} is not there: all ranks must share the output file system")
+        raise OSError(
+            f"{partial} is not there: rank 0 could not write either and took it away, or the ranks "
+            "do not share the output's file system"
+        )
     entries = {n: tensors.write(os.path.join(partial, n), held) for n, held in files.items()}
     name = _report(partial, rank)
     with open(name + ".new", "w", encoding="utf-8") as file:

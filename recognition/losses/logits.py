@@ -81,12 +81,14 @@ class Logits:
         return [p for p in margin.parameters() if p.dim() == 0]
 
     def is_plain(self) -> bool:
-        """z = scale * cos with a scale that exp bears without a base: |z| <= scale."""
+        """z = scale * cos, without a base."""
+        return self.kind == "softmax" and self.margin.leaves_negatives and self.needs_no_base()
+
+    def needs_no_base(self) -> bool:
+        """The scale is a number that exp bears: |z| <= scale."""
         scale, info = self.margin.scale, torch.finfo(self.rows.like.dtype)
         return (
-            self.kind == "softmax"
-            and self.num_subcenters == 1
-            and self.margin.leaves_negatives
+            self.num_subcenters == 1
             and not self.margin.needs_lse
             and isinstance(scale, int | float)
             and scale + math.log(max(len(self.rows), 1)) < math.log(info.max) - 2
@@ -162,7 +164,7 @@ class Logits:
         room = self._room(number, piece, narrow)
         if self._is_written and self._kept_here(number):
             return room, weight
-        cos = _product(narrow, self._narrow(weight).T, room)
+        cos = product(narrow, self._narrow(weight).T, room)
         return cos.mul_(self._inverse(piece, weight)), weight
 
     def _logit(self, cos: Tensor, piece: Piece) -> Tensor:
@@ -212,9 +214,9 @@ class Logits:
                 spread = self._through_formula(cos, piece, share, learned, grads)
                 radial = cos.mul_(spread).sum(0)
             spread = torch.mul(spread, inverse, out=spread).to(self.dtype)
-            _add_product(total, spread, self._narrow(weight))
+            add_product(total, spread, self._narrow(weight))
             grad = self.rows.room(piece.where)  # [n, K, D]
-            flat = _product(spread.T, pulling, grad.flatten(0, 1))
+            flat = product(spread.T, pulling, grad.flatten(0, 1))
             if piece.own is not None:
                 first = piece.where.start * self.num_subcenters
                 columns = own_place[piece.targets] - first
@@ -327,16 +329,16 @@ def _norm(centres: Tensor) -> Tensor:
     return norm.masked_fill_(norm <= torch.finfo(norm.dtype).tiny, 1.0)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a @ b in `out`, which is as wide as the sums: fp32 of bf16 numbers, too."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if a.is_cuda:
-        return out.copy_(torch.mm(a, b, out_dtype=out.dtype))
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:

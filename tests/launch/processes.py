@@ -80,14 +80,24 @@ def _command(pid: int) -> str:
         return ""
 
 
-def wait(condition, seconds: float, said=lambda: "") -> None:
+def wait(condition, seconds: float, said=lambda: "", every: float = 0.1) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s\n{said()[-6000:]}"
-        time.sleep(0.1)
+        time.sleep(every)
 
 
 def records(output: pathlib.Path) -> list[dict]:
+    """Those of steps."""
+    return [record for record in _lines(output) if "loss" in record]
+
+
+def verified(output: pathlib.Path) -> dict[int, dict]:
+    """The results by step."""
+    return {r["step"]: r["verification"] for r in _lines(output) if "verification" in r}
+
+
+def _lines(output: pathlib.Path) -> list[dict]:
     path = output / "metrics.jsonl"
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -95,7 +105,7 @@ def records(output: pathlib.Path) -> list[dict]:
             found.append(json.loads(line))
         except ValueError:
             pass  # being written
-    return [record for record in found if "loss" in record]
+    return found
 
 
 def last_step(output: pathlib.Path) -> int:

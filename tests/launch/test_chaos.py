@@ -7,93 +7,27 @@ ends by an error: here `until torchrun ...; do sleep 1; done`.
 from __future__ import annotations
 
 import os
-import pathlib
+import pickle
 import random
+import re
+import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-import safetensors.torch
 
-from recognition import replicas
-from tests.launch.processes import ROOT, TINY, last_step, records, wait
+from tests.launch import chaos, ends
+from tests.launch.processes import last_step, verified
 
-# In a store that outlives an attempt, the next one meets the keys of the one before it.
-ALONE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-EPOCH = 8  # steps: 128 images, 16 a step
-
-
-class Supervised:
-    """A run on `world` processes, started again until it succeeds."""
-
-    def __init__(self, output: pathlib.Path, world: int, keys: list) -> None:
-        self.output = output
-        self.log = output.parent / f"{output.name}.log"
-        train = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={world}", "--max-restarts=100", "launch/train.py", *TINY,
-            f"output={output}", *keys,
-        ]  # fmt: skip
-        with open(self.log, "a") as log:
-            self.loop = subprocess.Popen(
-                ["bash", "-c", 'until "$@"; do sleep 1; done', "until", *train],
-                cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", **ALONE},
-            )  # fmt: skip
-
-    def processes(self) -> tuple[list[int], list[int]]:
-        """Ids of torchrun and of the ranks, alive at this moment."""
-        agents, ranks = [], []
-        said = subprocess.run(["pgrep", "-f", str(self.output)], capture_output=True, text=True)
-        for pid in map(int, said.stdout.split()):
-            try:
-                command = pathlib.Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-            except OSError:
-                continue
-            if command[0] == sys.executable:
-                (agents if "torch.distributed.run" in command else ranks).append(pid)
-        return agents, ranks
-
-    def kill_rank(self, draw: random.Random) -> None:
-        _, ranks = self.processes()
-        if ranks:
-            _kill(draw.choice(ranks))
-
-    def kill_agent(self, draw: random.Random) -> None:
-        for agent in self.processes()[0]:
-            _kill(agent)
-
-    def wait_for(self, condition, seconds: float = 120) -> None:
-        wait(lambda: condition() or self.loop.poll() is not None, seconds, self.log.read_text)
-
-    def __enter__(self) -> Supervised:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number in (self.loop.pid,):
-            try:
-                os.killpg(number, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        self.loop.wait()
-        for pid in sum(self.processes(), []):
-            _kill(pid)
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+BATCH = 16
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 24 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    """A file system of 24 MiB for the checkpoints alone: what the run says of it lies elsewhere."""
+    place = tmp_path / "r" / "checkpoints"
+    place.mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place])
     if mounted.returncode:
         pytest.skip("this machine lets nobody mount a tmpfs")
@@ -101,114 +35,110 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
-def in_save(run):
-    return any((run.output / "checkpoints").glob("*.partial"))
-
-
-def newest(output):
-    manifests = output.glob("checkpoints/step-*/manifest.json")
-    found = [p.parent for p in manifests if p.parent.name[5:].isdigit()]  # not those set aside
-    return max(found, key=lambda path: int(path.name[5:]), default=None)
-
-
-def flip(run, draw):
-    """One bit of the newest checkpoint changes; then a rank dies, so that it is read."""
-    run.wait_for(lambda: newest(run.output) is not None)
-    path = draw.choice(sorted(newest(run.output).glob("*.safetensors")))
-    place = draw.randrange(path.stat().st_size)
-    try:
-        with open(path, "r+b") as file:
-            file.seek(place)
-            byte = file.read(1)[0]
-            file.seek(place)
-            file.write(bytes([byte ^ 1 << draw.randrange(8)]))
-    except FileNotFoundError:
-        pass  # a newer one has come
-    run.kill_agent(draw)
-
-
-def fill(disk, seconds):
-    """No byte is left on the disk for a while."""
-    filler = disk / "filler"
-    try:
-        with open(filler, "wb", buffering=0) as file:
-            while file.write(bytes(1 << 16)):
-                pass
-    except OSError:
-        pass
-    time.sleep(seconds)
-    filler.unlink()
+@pytest.fixture
+def long_verification(shards_dir, tmp_path):
+    """The shards beside many.bin, which takes a second or two to verify on."""
+    rec = tmp_path / "shards"
+    shutil.copytree(shards_dir, rec)
+    images, same = pickle.loads((rec / "heldout.bin").read_bytes())
+    (rec / "many.bin").write_bytes(pickle.dumps((list(images) * 10, list(same) * 10)))
+    return rec
 
 
 def keys_for(shards_dir, max_steps, *more):
     return [
-        f"rec={shards_dir}", "global_batch_size=16", f"max_steps={max_steps}",
-        "checkpoint_every=6", "verify_every=12", "val_targets=heldout", "debug=true",
+        f"rec={shards_dir}", f"global_batch_size={BATCH}", f"max_steps={max_steps}",
+        "checkpoint_every=6", f"verify_every={chaos.VERIFY}", "val_targets=heldout", "debug=true",
         "debug_every=25", "collective_timeout=60", *more,
     ]  # fmt: skip
 
 
 def whole_run(output, world, keys):
-    with Supervised(output, world, keys) as run:
+    with chaos.Supervised(output, world, keys) as run:
         assert run.loop.wait(300) == 0
     return output
 
 
-def assert_every_image_once_an_epoch(output, max_steps):
-    steps = replicas.samples_of(str(output))
-    assert list(steps) == list(range(1, max_steps + 1))
-    for first in range(1, max_steps + 1 - EPOCH, EPOCH):
-        ids = sum((steps[first + k] for k in range(EPOCH)), [])
-        assert sorted(ids) == list(range(128)), f"steps from {first}"
-
-
 @pytest.mark.long
-@pytest.mark.timeout(900)
-def test_twenty_kills_flipped_bits_and_a_full_disk(shards_dir, small_disk, tmp_path):
-    """On four processes, ending bit for bit as if nothing had been."""
+@pytest.mark.timeout(1200)
+def test_twenty_kills_flipped_bits_and_a_full_disk(long_verification, small_disk, tmp_path):
+    """On four processes, ending bit for bit as if nothing had been.
+
+    Each injury is certain to have been what it is called (tests/launch/chaos.py), and each is
+    followed by a start from the newest checkpoint that there was.
+    """
     draw = random.Random(7)
-    max_steps = 240
-    kinds = ["rank", "agent", "save", "load", "evaluation"] * 4
-    draw.shuffle(kinds)
-    keys = keys_for(shards_dir, max_steps, "precision=fp32")
+    max_steps = 192
+    keys = keys_for(long_verification, max_steps, "precision=fp32", "val_targets=many")
     whole = whole_run(tmp_path / "whole", 4, keys)
+    kinds = list(chaos.KINDS) * 4
+    draw.shuffle(kinds)
+    while "save" in kinds[8:12]:  # when the disk is full
+        draw.shuffle(kinds)
     done = []
-    with Supervised(small_disk / "r", 4, keys) as run:
-        for count, kind in enumerate(kinds):
-            goal = last_step(run.output) + draw.randint(2, 7)
-            run.wait_for(lambda: last_step(run.output) >= goal)  # noqa: B023
-            assert run.loop.poll() is None, f"ended after {done}"
-            if count in (6, 13):
-                flip(run, draw)
-                done.append("flip")
-            if count == 10:
-                fill(small_disk, 12)
-                done.append("full disk")
-            if kind == "save":
-                run.wait_for(lambda: in_save(run))
-            elif kind == "evaluation":
-                run.wait_for(lambda: last_step(run.output) % 12 == 0)
-            elif kind == "load":
-                run.kill_rank(draw)
-                time.sleep(1.5 + 3 * draw.random())
-            (run.kill_agent if kind == "agent" else run.kill_rank)(draw)
-            done.append(kind)
-        assert run.loop.wait(300) == 0, run.log.read_text()[-4000:]
-        text = run.log.read_text()
-    counts = {
-        words: text.count(words) for words in ("continues after", "it is now", "is not there")
-    }
-    print(done, counts)
-    assert "it is now step-" in text  # a flipped bit was seen
-    ends = [path / "checkpoints" / f"step-{max_steps}" for path in (whole, run.output)]
-    names = sorted(p.name for p in ends[0].glob("*.safetensors"))
-    assert len(names) >= 6
-    for name in names:
-        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes(), name
-    assert [(r["step"], r["loss"]) for r in records(whole)] == [
-        (r["step"], r["loss"]) for r in records(run.output)
-    ]
-    assert_every_image_once_an_epoch(run.output, max_steps)
+    with chaos.Supervised(small_disk.parent, 4, keys) as run:
+
+        def go_on(steps):
+            goal = last_step(run.output) + steps
+            run.wait_for(lambda: last_step(run.output) >= goal)
+
+        def injure(kind):
+            mark, there = run.mark(), chaos.newest(run.output)
+            done.append((kind, chaos.KINDS[kind](run, draw)))
+            run.wait_for(lambda: run.resumed(mark) is not None)
+            assert run.resumed(mark) >= there, done[-1]
+
+        run.wait_for(lambda: chaos.newest(run.output) >= 12)
+        for kind in kinds[:8]:
+            injure(kind)
+            go_on(draw.randint(1, 6))
+        flip(run, draw, done)
+        go_on(draw.randint(7, 12))
+        a_minute_without_disk(run, kinds[8:12], injure, done)
+        flip(run, draw, done)
+        for kind in kinds[12:]:
+            go_on(draw.randint(1, 6))
+            injure(kind)
+        assert run.loop.wait(300) == 0, run.text()[-4000:]
+    print(*done, sep="\n")
+    assert sorted(kind for kind, _ in done if kind in chaos.KINDS) == sorted(kinds)
+    ends.assert_same_bits(whole, run.output, max_steps)
+    verifications = [0, *range(chaos.VERIFY, max_steps, chaos.VERIFY), max_steps]
+    assert list(verified(run.output)) == verifications
+    ends.assert_every_image_once_an_epoch(run.output, max_steps, BATCH)
+
+
+def flip(run, draw, done):
+    """It is found, named and set aside, and the older checkpoint is taken."""
+    run.wait_for(lambda: len(list(run.output.glob("checkpoints/step-*/manifest.json"))) > 1)
+    mark = run.mark()
+    name, step = chaos.flip(run, draw)
+    run.wait_for(lambda: run.resumed(mark) is not None)
+    said = f"{name} is damaged: its sha256 is not the manifest's; it is now step-{step}.damaged"
+    assert said in run.text(mark)
+    assert run.resumed(mark) < step
+    done.append(("flip", said))
+    shutil.rmtree(run.output / "checkpoints" / f"step-{step}.damaged")  # the disk is small
+
+
+def a_minute_without_disk(run, kinds, injure, done):
+    """Saves fail and say so, training goes on, the former checkpoint stays, later saves succeed;
+    and what is killed meanwhile goes back to it each time."""
+    began, mark = time.monotonic(), run.mark()
+    with chaos.full(run.output / "checkpoints"):
+        there = chaos.newest(run.output)
+        for kind in kinds:
+            failed = run.text(mark).count("No space left on device")
+            step = last_step(run.output)
+            run.wait_for(lambda: run.text(mark).count("No space left on device") > failed)  # noqa: B023
+            run.wait_for(lambda: last_step(run.output) > step + 2)  # noqa: B023
+            injure(kind)
+        run.wait_for(lambda: time.monotonic() > began + 60)
+        assert chaos.newest(run.output) == there
+    failures = re.findall(r"the checkpoint of step (\d+) is not there: .*No space", run.text(mark))
+    assert len(failures) >= len(kinds)
+    run.wait_for(lambda: chaos.newest(run.output) > there)
+    done.append((f"no disk for {time.monotonic() - began:.0f} s", f"not saved: {failures}"))
 
 
 @pytest.mark.long
@@ -217,25 +147,17 @@ def test_kills_with_another_number_of_processes_after_each(shards_dir, tmp_path)
     draw = random.Random(3)
     max_steps = 56
     keys = keys_for(shards_dir, max_steps, "precision=fp64", "sync_bn=true", "lr=0.02")
-    whole = whole_run(tmp_path / "whole", 4, keys)
+    whole_run(tmp_path / "whole", 4, keys)
     output = tmp_path / "r"
     for world in (4, 3, 1, 2):
-        with Supervised(output, world, keys) as run:
+        with chaos.Supervised(output, world, keys) as run:
             goal = last_step(output) + draw.randint(7, 10)
             run.wait_for(lambda: last_step(output) >= goal)  # noqa: B023
-            run.kill_rank(draw)
+            _, ranks = run.processes()
+            assert chaos.tell(draw.choice(ranks), signal.SIGKILL)
             time.sleep(draw.random())
             os.killpg(run.loop.pid, signal.SIGSTOP)  # the supervisor is gone as well
-            run.kill_agent(draw)
+            chaos.tell(run.processes()[0][0], signal.SIGKILL)
     whole_run(output, 4, keys)
-    a, b = (
-        safetensors.torch.load_file(
-            path / "checkpoints" / f"step-{max_steps}" / "model.safetensors"
-        )
-        for path in (whole, output)
-    )
-    assert max(float((a[k].double() - b[k].double()).abs().max()) for k in a) < 1e-8
-    losses = [[r["loss"] for r in records(path)] for path in (whole, output)]
-    assert len(losses[0]) == len(losses[1]) == max_steps
-    assert max(abs(x - y) for x, y in zip(*losses, strict=True)) < 1e-8
-    assert_every_image_once_an_epoch(output, max_steps)
+    ends.assert_same_numbers(tmp_path / "whole", output, max_steps, within=1e-8)
+    ends.assert_every_image_once_an_epoch(output, max_steps, BATCH)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+
+import pytest
 
 from recognition.logger import Logger
 
@@ -40,3 +43,31 @@ def test_a_resumed_run_forgets_what_it_does_again(tmp_path):
     with Logger(str(tmp_path), 0, 0):
         pass
     assert lines(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path])
+    if mounted.returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs")
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+# TensorBoard's own thread says that it ends.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_stops_nobody_and_no_record_is_lost(small_disk, capsys):
+    filler = small_disk / "filler"
+    with Logger(str(small_disk), 0, 0) as logger:
+        logger.record({"step": 1, "loss": 1.0}, "")
+        with pytest.raises(OSError), open(filler, "wb", buffering=0) as file:
+            while file.write(bytes(1 << 12)):
+                pass
+        for step in range(2, 302):
+            logger.record({"step": step, "loss": 1.0}, "")
+        assert (small_disk / "metrics.jsonl").read_bytes().count(b"\n") < 301
+        filler.unlink()
+        logger.record({"step": 302, "loss": 1.0}, "")
+    said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(said) == 1 and "No space left on device; the run goes on" in said[0]
+    assert [record["step"] for record in lines(small_disk)] == list(range(1, 303))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from recognition.head import Limits, PartialFC
+from recognition.kernels.fused import FusedLogits
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
 from tests import ranks, reference
@@ -22,6 +26,14 @@ PATHS = {
     "kept in part": ("device", Limits(1500, piece=7)),
     "held by the host": ("host", Limits(1500, piece=7)),
 }
+if importlib.util.find_spec("triton") is not None:
+    from recognition.kernels import programs
+
+    if programs.INTERPRETED:
+        operations = programs.TritonOperations(programs.Blocks(16, 16, 4, 2))
+        fused = Limits(0, piece=7, logits=functools.partial(FusedLogits, operations))
+        PATHS["fused, in Triton's interpreter"] = ("device", fused)
+        PATHS["fused, held by the host"] = ("host", fused)
 
 
 def under(path, function, *arguments):

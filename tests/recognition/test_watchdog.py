@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recognition import build, config, replicas, runtime, trainer, watchdog
-from recognition.watchdog import Place
+from recognition import build, config, places, replicas, runtime, trainer, watchdog
+from recognition.places import Place
 from tests import ranks
+from tests.conftest import run
 from tests.launch.processes import Run, wait
 from tests.recognition import runs
 
@@ -88,7 +89,7 @@ WAITS = "waits for the other ranks (recognition/collectives.py:1, f: x)"
 
 
 @pytest.mark.parametrize(
-    "places, first",
+    "told, first",
     [
         ([(0, 7, WAITS, 5, 0), (1, 7, "waits for data (..)", 5, 0), (2, 7, WAITS, 5, 0)], [1]),
         ([(0, 7, WAITS, 5, 0), (1, 6, WAITS, 9, 0)], [1]),
@@ -97,10 +98,10 @@ WAITS = "waits for the other ranks (recognition/collectives.py:1, f: x)"
     ],
     ids=["data wait", "a step behind", "silent", "all alike"],
 )
-def test_who_holds_up_whom(places, first):
-    suspects, others = watchdog.suspects([Place(*place) for place in places])
+def test_who_holds_up_whom(told, first):
+    suspects, others = places.suspects([Place(*place) for place in told])
     assert [place.rank for place in suspects] == first
-    assert len(suspects) + len(others) == len(places)
+    assert len(suspects) + len(others) == len(told)
 
 
 def test_debug_names_the_parameter_and_the_rank(shards_dir, tmp_path):
@@ -135,3 +136,23 @@ def test_debug_notes_every_image_once_an_epoch(shards_dir, tmp_path):
     for epoch in range(3):  # 128 images, 4 steps
         ids = sum((steps[4 * epoch + k] for k in range(1, 5)), [])
         assert sorted(ids) == list(range(128))
+
+
+_PATIENT = """
+import time, torch.distributed as dist
+from recognition import watchdog
+with watchdog.Watchdog(dist.HashStore(), 0, 1, 0.5, {directory!r}) as dog:
+    with dog.patience():
+        time.sleep({seconds})
+    print("patient")
+"""
+
+
+@pytest.mark.parametrize("seconds, code", [(2, 0), (60, 1)])
+def test_patience_has_a_limit_too(tmp_path, seconds, code):
+    """Ten times the time-out of half a second, of which the half brings a word already."""
+    ended = run("-c", _PATIENT.format(directory=str(tmp_path), seconds=seconds), timeout=40)
+    assert ended.returncode == code, ended.stderr
+    assert ("patient" in ended.stdout) == (code == 0)
+    assert "ends at 5 s" in ended.stderr
+    assert ("error (rank 0): has not moved for 5 s" in ended.stderr) == (code == 1)

@@ -1,0 +1,42 @@
+"""How a run ends early: its last step is saved, and it says so."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any, NoReturn
+
+from recognition import checkpoint, saving, stop
+from recognition.build import TrainState
+from recognition.logger import Logger
+from recognition.overseer import Overseer
+from recognition.verification import verify
+
+
+def end_early(
+    state: TrainState, saver: checkpoint.Saver, overseer: Overseer, heard: signal.Signals
+) -> NoReturn:
+    """Save the present step.
+
+    Raises:
+        Stopped: it is saved.
+        OSError: it cannot be.
+    """
+    with overseer.patience():
+        saving.save_now(saver, state)
+    raise stop.stopped(state.cfg.output, state.runtime.rank, heard, state.step)
+
+
+def verify_or_end(
+    state: TrainState, logger: Logger, saver: checkpoint.Saver, overseer: Overseer
+) -> dict[str, Any]:
+    """The verification's results by set, unless a signal asks the run to end meanwhile: then the
+    present step is saved, and whoever continues from it verifies it.
+
+    Raises:
+        Stopped, OSError: as end_early().
+        ValueError: as verify().
+    """
+    try:
+        return verify(state, logger, overseer.turn)
+    except stop.Interrupted as interrupted:
+        end_early(state, saver, overseer, interrupted.heard)

@@ -1,0 +1,147 @@
+"""A batch of images on its way from noise, and the steps that move it.
+
+Letters: b images of a batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from recognition.backbones.input import INPUT_SIZE
+from recognition.checkpoint.directory import sync
+from recognition.inversion.identity import ClosedSet, Identity
+from recognition.inversion.prior import BnPrior, length, total_variation
+from recognition.inversion.settings import Settings
+from recognition.sampling import hash_words
+
+_START_KEY, _FLIP_KEY, _JITTER_KEY = 6, 7, 8  # the purposes of these draws, as in sampling.py
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's Adam names them
+
+Terms = dict[str, float]
+
+
+@dataclass
+class Batch:
+    """Images that move, and Adam's state: what a file of it holds."""
+
+    number: int
+    ids: np.ndarray  # int64 [b], classes or rows of the targets
+    images: Tensor  # [b, 3, 112, 112]
+    moments: dict[str, Tensor]
+    step: int = 0
+
+    @classmethod
+    def start(cls, settings: Settings, number: int, ids: np.ndarray, device: torch.device) -> Batch:
+        """Images ~ N(0, 1), a function of the seed and the batch's number."""
+        generator = torch.Generator()
+        generator.manual_seed(hash_words(settings.seed, _START_KEY, number) >> 1)
+        images = torch.randn(len(ids), 3, INPUT_SIZE, INPUT_SIZE, generator=generator).to(device)
+        return cls(number, ids, images, {name: torch.zeros_like(images) for name in _MOMENTS})
+
+    def save(self, path: str) -> None:
+        """Complete or not at all."""
+        tensors = {"images": self.images.detach(), **self.moments}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(tensors, path + ".partial", {"step": str(self.step)})
+        sync(path + ".partial")
+        os.replace(path + ".partial", path)
+
+    def load(self, path: str) -> None:
+        """Raises: ValueError for a file that is not what was written."""
+        try:
+            with safe_open(path, "pt") as file:
+                step = int(file.metadata()["step"])
+                tensors = {name: file.get_tensor(name) for name in ("images", *_MOMENTS)}
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it and start again") from error
+        if tensors["images"].shape != self.images.shape:
+            raise ValueError(
+                f"{path} holds {list(tensors['images'].shape)}, this batch is "
+                f"{list(self.images.shape)}: remove it and start again"
+            )
+        device = self.images.device
+        self.images = tensors.pop("images").to(device)
+        self.moments = {name: tensor.to(device) for name, tensor in tensors.items()}
+        self.step = step
+
+
+def descend(
+    network: nn.Module,
+    identity: Identity,
+    batch: Batch,
+    settings: Settings,
+    rows_per_rank: Sequence[int],
+    after_step: Callable[[Batch, Terms | None], None] = lambda batch, terms: None,
+    tell_every: int = 50,
+) -> None:
+    """Take `batch` to the last step.
+
+    network: in eval mode, its parameters without gradients, of the images' dtype.
+    rows_per_rank: images of the batch of each rank, for an identity that all ranks step together.
+    after_step: called after every step; with the terms of the loss before it every `tell_every`
+        steps, and after the last.
+
+    Raises:
+        ValueError: the loss is not finite; the message names its terms.
+    """
+    prior = BnPrior(network, settings.bn_form, settings.bn_first, settings.bn_last)
+    x = batch.images.requires_grad_(True)
+    adam = torch.optim.Adam([x], settings.lr, (settings.beta1, settings.beta2))
+    adam.state[x] = {"step": torch.tensor(float(batch.step)), **batch.moments}
+    try:
+        while batch.step < settings.steps:
+            embeddings = network(_seen(x, settings, batch))
+            parts = {
+                "identity": identity.loss(embeddings, batch.ids, rows_per_rank),
+                "bn": prior.take().to(x),
+                "tv": total_variation(x),
+                "length": length(x),
+            }
+            loss = (
+                parts["identity"] + settings.bn_weight * parts["bn"]
+                + settings.tv_weight * parts["tv"] + settings.l2_weight * parts["length"]
+            )  # fmt: skip
+            (gradient,) = torch.autograd.grad(loss, x)
+            # Of a mean over b each image has 1/b: Adam does not see the factor, its eps would.
+            x.grad = gradient * len(x)
+            if isinstance(identity, ClosedSet):
+                identity.end_step()
+            adam.param_groups[0]["lr"] = settings.lr_at(batch.step)
+            adam.step()
+            if settings.clip:
+                with torch.no_grad():
+                    x.clamp_(-1, 1)
+            batch.step += 1
+            terms = None
+            if batch.step % tell_every == 0 or batch.step == settings.steps:
+                terms = {name: part.item() for name, part in parts.items()}
+                if not np.isfinite(list(terms.values())).all():
+                    raise ValueError(
+                        f"batch {batch.number}, step {batch.step}: the loss is not finite, "
+                        f"{terms}; a smaller --lr or --bn-weight may help"
+                    )
+            after_step(batch, terms)
+    finally:
+        prior.remove()
+        x.requires_grad_(False)
+        x.grad = None
+
+
+def _seen(x: Tensor, settings: Settings, batch: Batch) -> Tensor:
+    """What the network is shown in this step: the images, mirrored or rolled where asked."""
+    draw = (settings.seed, batch.number, batch.step)
+    if settings.flip and hash_words(_FLIP_KEY, *draw) & 1:
+        x = x.flip(3)
+    if settings.jitter:
+        bits, span = hash_words(_JITTER_KEY, *draw), 2 * settings.jitter + 1
+        down, right = bits % span - settings.jitter, (bits >> 32) % span - settings.jitter
+        x = x.roll((down, right), (2, 3))
+    return x

@@ -1,0 +1,148 @@
+"""Real faces that an inversion is held against, and embeddings that are to be inverted.
+
+Letters: N images, D embedding size, C identities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_tools import shards
+from data_tools.decode import decode, is_image
+from data_tools.insightface import find_rec
+from eval import lfw
+
+Embed = Callable[[np.ndarray], np.ndarray]  # uint8 RGB [n, 112, 112, 3] -> [n, D]
+
+_BATCH = 64  # images
+_NO_ONE = -1
+
+
+class Faces:
+    """Aligned images with a label each, decoded when asked for."""
+
+    def __init__(
+        self, path: str, labels: np.ndarray, get: Callable[[int], bytes], names: Sequence[str] = ()
+    ) -> None:
+        self.path, self.labels, self._get, self.names = path, labels, get, names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """uint8 RGB [n, 112, 112, 3]. Raises: ValueError naming an image that cannot be read."""
+        return np.stack(
+            [decode(self._get(int(i)), where=f"{self.path}: image {i}") for i in numbers]
+        )
+
+    def embed(self, embed: Embed, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32 [n, D] of some of the images, not normalised."""
+        numbers = np.asarray(numbers)
+        starts = range(0, len(numbers), _BATCH)
+        return np.concatenate([embed(self.pixels(numbers[i : i + _BATCH])) for i in starts])
+
+    def by_round(self, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+        """(image numbers [n], round of each [n]): the k-th image of every identity is in round k,
+        so that each round is of different identities."""
+        order = np.argsort(self.labels, kind="stable")
+        ordered = self.labels[order]
+        rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+        kept = (ordered != _NO_ONE) & (rank < rounds)
+        by = np.argsort(rank[kept], kind="stable")
+        return order[kept][by], rank[kept][by]
+
+    def of_each(self, most: int) -> np.ndarray:
+        """int64 [n]: up to `most` images of every identity."""
+        return np.sort(self.by_round(most)[0])
+
+
+def open_faces(path: str | Path) -> Faces:
+    """Shards or an InsightFace directory; a .bin of pairs; or a folder DIR/<identity>/*.jpg, or of
+    images alone.
+
+    In a .bin the two images of a pair of one person are an identity, and the other pairs are left
+    out: who is in two pairs counts as two people.
+
+    Raises:
+        FileNotFoundError, ValueError: none of these, or it is damaged.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".bin":
+        pairs = lfw.load_bin(path)
+        same = np.repeat(np.asarray(pairs.issame), 2)
+        labels = np.where(same, np.arange(len(same)) // 2, _NO_ONE)
+        return Faces(str(path), labels, pairs.encoded.__getitem__)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no shards, no .bin and no folder of images")
+    if (path / "index.json").is_file() or find_rec(path):
+        data = shards.open(path)
+        return Faces(str(path), np.asarray(data.labels), lambda i: data[i][1], _names(data))
+    files = sorted(file for file in path.rglob("*") if is_image(file.name) and file.is_file())
+    if not files:
+        raise ValueError(f"{path} holds neither shards nor images")
+    people = [str(file.parent.relative_to(path)) for file in files]
+    if len(set(people)) == 1:  # a folder of images alone: each its own
+        people = [str(file.relative_to(path)) for file in files]
+    names, labels = np.unique(people, return_inverse=True)
+    return Faces(str(path), labels, lambda i: files[i].read_bytes(), names.tolist())
+
+
+def _names(data: shards.Shards) -> Sequence[str]:
+    try:
+        return data.identities
+    except (OSError, ValueError):
+        return ()
+
+
+def means(faces: Faces, embed: Embed, num_classes: int, most: int) -> np.ndarray:
+    """float64 [C, D]: the mean direction of up to `most` images of each class; 0 without any."""
+    numbers = faces.of_each(most)
+    rows = faces.embed(embed, numbers).astype(np.float64)
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    total = np.zeros((num_classes, rows.shape[1]))
+    np.add.at(total, faces.labels[numbers], rows)
+    return total
+
+
+def load_embeddings(path: str | Path, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 [N, D], int64 labels [N]) of an .npy, or an .npz with `embeddings` and maybe
+    `labels`; without labels every row is an identity of its own.
+
+    Raises:
+        ValueError: another shape or dtype, NaN or infinity, or a row of zeros, naming the row.
+        OSError: it cannot be read.
+    """
+    try:
+        content = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no .npy or .npz of numbers: {error}") from error
+    labels = None
+    if isinstance(content, np.lib.npyio.NpzFile):
+        if "embeddings" not in content:
+            raise ValueError(f"{path} has {sorted(content)}: `embeddings` is wanted")
+        labels = content["labels"] if "labels" in content else None
+        content = content["embeddings"]
+    if content.ndim != 2 or content.shape[1] != size or content.dtype.kind != "f":
+        raise ValueError(
+            f"{path}: {content.dtype} {list(content.shape)}; floats [N, {size}] are wanted, the "
+            "embeddings of this network"
+        )
+    if not len(content):
+        raise ValueError(f"{path} holds no embedding")
+    rows = content.astype(np.float32)
+    wrong = np.flatnonzero(~np.isfinite(rows).all(1))
+    if len(wrong):
+        raise ValueError(f"{path}: row {wrong[0]} is not finite ({len(wrong)} such rows)")
+    zero = np.flatnonzero(~rows.any(1))
+    if len(zero):
+        raise ValueError(f"{path}: row {zero[0]} is all zeros, no direction ({len(zero)} rows)")
+    if labels is None:
+        return rows, np.arange(len(rows))
+    if labels.shape != (len(rows),) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path}: labels {labels.dtype} {list(labels.shape)}, not int [{len(rows)}]"
+        )
+    return rows, labels.astype(np.int64)

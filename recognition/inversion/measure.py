@@ -1,0 +1,169 @@
+"""What the faces of an inversion are worth: under the network itself, under others, as images.
+
+All is measured on the PNG files: 8 bits, clipped.
+
+Letters: n synthesised faces, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eval.embed import open_embedder
+from recognition.inversion import faces, metrics, pictures
+from recognition.inversion.plan import Plan
+from recognition.inversion.prior import BnPrior
+
+_OF_EACH = 8  # images of a class that its entry under another network is the mean of
+_REFERENCE = 10000  # real images of a Frechet distance, at most
+
+
+class Made:
+    """The synthesised faces [n], read from their files when asked for."""
+
+    def __init__(self, out: Path, names: Sequence[str]) -> None:
+        self.paths = [out / "images" / f"{name}.png" for name in names]
+
+    def pixels(self) -> np.ndarray:
+        return np.stack([pictures.read(path) for path in self.paths])
+
+    def embed(self, embed: faces.Embed, chunk: int = 256) -> np.ndarray:
+        parts = [self.paths[i : i + chunk] for i in range(0, len(self.paths), chunk)]
+        return np.concatenate([embed(np.stack([pictures.read(p) for p in part])) for part in parts])
+
+
+def made_of(plan: Plan, out: Path) -> Made:
+    return Made(out, [plan.names[int(i)] for i in plan.ids])
+
+
+def measure(plan: Plan, out: Path, others: Sequence[str], fid: str | None) -> dict[str, Any]:
+    """The numbers of a finished run, for report.json."""
+    made = made_of(plan, out)
+    own = metrics.likeness(made.embed(plan.embedder), plan.gallery(), plan.ids)
+    report: dict[str, Any] = {
+        "under_itself": own | {"network": plan.embedder.facts["path"]},
+        "under_others": [under_another(plan, made, path) for path in others],
+        "bn_distance": bn_distances(plan, made),
+    }
+    if fid is not None:
+        report["fid"] = fid_of(plan, made, fid)
+    return report
+
+
+def under_another(plan: Plan, made: Made, path: str) -> dict[str, Any]:
+    """`metrics.likeness` by a network that took no part. The gallery is the same people as it sees
+    them: a class is the mean of some of its images, an embedding the image that it is of."""
+    embedder = open_embedder(path)
+    if plan.faces is None:
+        return {
+            "network": path,
+            "not_measured": "it needs images of the same people: --data (closed set: the shards "
+            "that the run was trained on; embeddings: the images that they are of)",
+        }
+    if plan.numbers is None:
+        num_classes = sum(len(block) for block in plan.gallery())
+        gallery = faces.means(plan.faces, embedder, num_classes, _OF_EACH)
+        told = f"means of up to {_OF_EACH} images of each class of {plan.faces.path}"
+    else:
+        gallery = plan.faces.embed(embedder, plan.numbers)
+        told = f"the images of {plan.faces.path} that the targets are embeddings of"
+    found = metrics.likeness(made.embed(embedder), [gallery], plan.ids)
+    return found | {"network": path, "gallery_of": told}
+
+
+@torch.no_grad()
+def bn_distances(plan: Plan, made: Made) -> dict[str, Any] | None:
+    """The BatchNorm term of whole batches, synthesised and real, as many images each; None where
+    the network has none."""
+    prior = BnPrior(plan.embedder.module, plan.settings.bn_form)
+    try:
+        if not prior.layers:
+            return None
+
+        def of(pixels: np.ndarray) -> float:
+            images = plan.embedder.prepare(pixels)
+            if images.dtype == torch.uint8:  # on a GPU the floats are made there
+                images = plan.embedder._floats(images.to(plan.embedder.device))
+            plan.embedder.module(images)
+            return float(prior.take())
+
+        size = max(map(len, plan.batches))
+        whole = [batch for batch in plan.batches if len(batch) == size]
+        places = {int(i): at for at, i in enumerate(plan.ids)}
+        values = []
+        for batch in whole:
+            paths = [made.paths[places[int(i)]] for i in batch]
+            values.append(of(np.stack([pictures.read(path) for path in paths])))
+        found: dict[str, Any] = {
+            "synthesised": float(np.mean(values)), "batches": len(whole), "batch_size": size,
+        }  # fmt: skip
+        if plan.faces is not None:
+            numbers = plan.faces.by_round(1)[0]
+            drawn = np.random.default_rng(plan.settings.seed).permutation(numbers)[:size]
+            found |= {"real": of(plan.faces.pixels(drawn)), "real_images": len(drawn)}
+        return found
+    finally:
+        prior.remove()
+
+
+def fid_of(plan: Plan, made: Made, path: str) -> dict[str, Any]:
+    """The Frechet distance of the synthesised to real images, in the features of a network."""
+    if plan.faces is None:
+        return {"network": path, "not_measured": "it needs real images: --data"}
+    embed = open_embedder(path)
+    everyone = plan.faces.of_each(len(plan.faces))
+    if len(everyone) > _REFERENCE:
+        generator = np.random.default_rng(plan.settings.seed)
+        everyone = np.sort(generator.choice(everyone, _REFERENCE, replace=False))
+    mine, real = made.embed(embed), plan.faces.embed(embed, everyone)
+    found: dict[str, Any] = {
+        "network": path, "images": len(mine), "real_images": len(real), "features": mine.shape[1],
+    }  # fmt: skip
+    if len(mine) < 2:
+        return found | {"not_measured": "one image has no covariance"}
+    generator = np.random.default_rng(plan.settings.seed)
+    found["distance"] = metrics.frechet_distance(mine, real)
+    if len(real) >= 2 * len(mine):  # what as many real images are from the others
+        order = generator.permutation(len(real))
+        few, rest = real[order[: len(mine)]], real[order[len(mine) :]]
+        found["distance_of_as_many_real_images"] = metrics.frechet_distance(few, rest)
+    if len(mine) <= mine.shape[1]:
+        found["note"] = (
+            f"{len(mine)} images for {mine.shape[1]} features: a covariance of rank "
+            f"{len(mine) - 1}, the distance is biased upwards; compare with as many images only"
+        )
+    return found
+
+
+def sentences(report: dict[str, Any]) -> list[str]:
+    """The report in short lines."""
+    lines = [_likeness("under the network itself", report["under_itself"])]
+    lines += [_likeness(f"under {found['network']}", found) for found in report["under_others"]]
+    if (bn := report["bn_distance"]) is None:
+        lines.append("BatchNorm distance: the network has no BatchNorm")
+    else:
+        real = f", of as many real images {bn['real']:.4g}" if "real" in bn else ""
+        lines.append(f"BatchNorm distance {bn['synthesised']:.4g}{real}")
+    if found := report.get("fid"):
+        told = found.get("not_measured") or (
+            f"{found['distance']:.4g} ({found['images']} against {found['real_images']} images)"
+        )
+        if "distance_of_as_many_real_images" in found:
+            told += f", of as many real ones {found['distance_of_as_many_real_images']:.4g}"
+        lines.append(f"Frechet distance {told}" + (f"; {found['note']}" if "note" in found else ""))
+    return lines
+
+
+def _likeness(where: str, found: dict[str, Any]) -> str:
+    if "not_measured" in found:
+        return f"{where}: not measured, {found['not_measured']}"
+    return (
+        f"{where}: cosine to the target {found['cosine_mean']:.3f}, nearest of "
+        f"{found['gallery']} in {100 * found['identity_rate']:.1f} % "
+        f"(chance {100 * found['chance']:.2g} %: {found['times_chance']:.0f} x)"
+    )

@@ -1,0 +1,239 @@
+"""What is to be inverted, as a command line says it: the network, the targets, their batches.
+
+Letters: n targets that are inverted, N targets of which they are, D embedding size, C classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.embed import TorchEmbedder, open_embedder
+from recognition import checkpoint
+from recognition.inversion import settings as knobs
+from recognition.inversion import work
+from recognition.inversion.faces import Faces, load_embeddings, open_faces
+from recognition.inversion.identity import ClosedSet, Identity, OpenSet, centres, head_facts
+from recognition.inversion.settings import Settings
+from recognition.runtime import Runtime
+
+# Seconds that a process waits for the others: one with a batch more than they takes as long as it.
+TIMEOUT = 7 * 24 * 3600.0
+
+
+@dataclass
+class Plan:
+    """All that a process knows before it meets the others."""
+
+    embedder: TorchEmbedder
+    identity: Callable[[Runtime], Identity]
+    ids: np.ndarray  # int64 [n] classes, or rows of `targets`
+    batches: list[np.ndarray]
+    gallery: Callable[[], Iterator[np.ndarray]]  # blocks of [N, (K,) D], of which ids are places
+    settings: Settings
+    facts: dict[str, Any]  # settings.json
+    faces: Faces | None = None  # real ones to be held against
+    numbers: np.ndarray | None = None  # int64 [N] the image of each target; None: closed set
+    labels: np.ndarray | None = None  # int64 [N] of the targets; None: closed set
+
+    @property
+    def names(self) -> dict[int, str]:
+        return {int(i): f"{i:08d}" for i in self.ids}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every kind of inversion."""
+    parser.add_argument(
+        "--ids", metavar="0-9,40", help="which of them to invert; default: --count drawn by --seed"
+    )
+    parser.add_argument("--count", type=int, default=256, metavar="N", help="default 256")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
+    parser.add_argument(
+        "--other", action="append", default=[], metavar="MODEL",
+        help="another network to measure with, a run directory or an .onnx; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fid", metavar="MODEL", help="network whose output are the features of a Frechet distance"
+    )
+    knobs.add_arguments(parser)
+    parser.add_argument(
+        "--save-every", type=int, default=500, metavar="N", help="steps (500); from there a killed "
+        "run goes on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--picture-every", type=int, default=1000, metavar="N",
+        help="steps (1000) between two pictures of a batch, in OUT/progress",
+    )  # fmt: skip
+
+
+def every_of(args: argparse.Namespace) -> work.Every:
+    for name in ("save_every", "picture_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: 1 or more")
+    return work.Every(args.save_every, args.picture_every)
+
+
+def network_of(run: str) -> TorchEmbedder:
+    """The network to invert, frozen. Raises: ValueError where it has no gradients."""
+    embedder = open_embedder(run)
+    if not isinstance(embedder, TorchEmbedder):
+        raise ValueError(f"{run}: an ONNX file gives no gradients; a run or a backbone file does")
+    if embedder.contract.color_order != "RGB" or embedder.contract[3:] != (127.5, 127.5):
+        raise ValueError(f"{run}: only networks of RGB, (pixel - 127.5) / 127.5 can be inverted")
+    embedder.module.requires_grad_(False)
+    return embedder
+
+
+def closed_set(args: argparse.Namespace, settings: Settings) -> Plan:
+    """Classes of the trained head.
+
+    Raises:
+        ValueError: no head, a class that it does not have, data of other labels.
+    """
+    embedder = network_of(args.run)
+    if not Path(args.run).is_dir():
+        raise ValueError(f"{args.run} has no head: invert embeddings (--embeddings, --images)")
+    head = head_facts(args.run, args.head)
+    ids = choose(args.ids, args.count, np.arange(head["num_classes"]), settings.seed, "class")
+    return Plan(
+        embedder, lambda here: ClosedSet(args.run, here.group, here.device, args.head), ids,
+        work.batches(ids, np.zeros(len(ids)), settings.batch_size),
+        lambda: centres(args.run, args.head),
+        settings,
+        _facts("closed set", embedder, ids, settings) | {"head": args.head},
+        _reference(args.data, args.run, args.head, head["num_classes"]),
+    )  # fmt: skip
+
+
+def open_set(
+    args: argparse.Namespace,
+    settings: Settings,
+    images: str | None,
+    rounds: int = 1,
+) -> Plan:
+    """Embeddings of a file, or of images.
+
+    images: shards, a .bin or a folder; with --embeddings, of which row i is that of image i.
+    rounds: images of each identity at most.
+
+    Raises:
+        ValueError: nothing given, or what is given does not fit.
+    """
+    embedder = network_of(args.run)
+    size = int(embedder(np.zeros((1, 112, 112, 3), np.uint8)).shape[1])
+    faces = open_faces(images) if images else None
+    if args.embeddings:
+        targets, labels = load_embeddings(args.embeddings, size)
+        numbers = np.arange(len(targets))
+        if faces is not None and len(faces) != len(targets):
+            raise ValueError(
+                f"{args.embeddings} holds {len(targets)} embeddings, {images} {len(faces)} images: "
+                "row i is to be that of image i"
+            )
+        chosen = Faces("", labels, lambda i: b"") if faces is None else faces
+        places, rank = chosen.by_round(rounds)
+    elif faces is not None:
+        numbers, rank = faces.by_round(rounds)
+        places, labels = np.arange(len(numbers)), faces.labels[numbers]
+        targets = np.zeros((0, size), np.float32)  # of those that are chosen, below
+    else:
+        raise ValueError("nothing to invert: give --embeddings FILE or images")
+    if not len(places):
+        raise ValueError(f"{args.embeddings or images}: nobody in it to invert")
+    ids = choose(args.ids, args.count, places, settings.seed, "row")
+    if not args.embeddings:
+        assert faces is not None
+        numbers, labels, rank = numbers[ids], labels[ids], rank[ids]
+        targets, ids = faces.embed(embedder, numbers), np.arange(len(ids))
+    else:
+        rank = rank[np.searchsorted(places, ids, sorter=np.argsort(places))]
+    digest = zlib.crc32(np.ascontiguousarray(targets).view(np.uint8).data)
+    return Plan(
+        embedder,
+        lambda here: OpenSet(targets, settings.feature, here.device),
+        ids,
+        work.batches(ids, rank, settings.batch_size),
+        lambda: iter([targets]),
+        settings,
+        _facts("open set", embedder, ids, settings) | {"targets_crc32": digest},
+        faces,
+        numbers,
+        labels,
+    )
+
+
+def choose(
+    text: str | None, count: int, known: np.ndarray, seed: int, what: str
+) -> np.ndarray:  # int64 [n]
+    """The ids that `text` lists, or `count` of `known` drawn by the seed (the first images of each
+    identity before the second), ascending within what is drawn.
+
+    Raises:
+        ValueError: not a list of ranges, an id that is not known, or one given twice.
+    """
+    if text is None:
+        if count < 1:
+            raise ValueError(f"--count {count}: 1 or more")
+        if count >= len(known):
+            return known
+        return known[np.sort(np.random.default_rng(seed).choice(len(known), count, replace=False))]
+    ids: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+            raise ValueError(f"--ids {text}: {part!r} is neither a number nor a range such as 0-9")
+        if int(last) > int(known.max()):
+            raise ValueError(f"--ids {text}: there is no {what} {last}, they go to {known.max()}")
+        ids.extend(range(int(first), int(last) + 1))
+    if len(set(ids)) < len(ids):
+        raise ValueError(
+            f"--ids {text}: one stands there twice; a batch is of different identities"
+        )
+    if absent := sorted(set(ids) - set(known.tolist())):
+        raise ValueError(f"--ids {text}: there is no {what} {absent[0]}")
+    return np.array(ids, dtype=np.int64)
+
+
+def _facts(
+    kind: str, embedder: TorchEmbedder, ids: np.ndarray, settings: Settings
+) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "network": {key: embedder.facts.get(key) for key in ("path", "network", "step", "sha256")},
+        "ids_crc32": zlib.crc32(np.ascontiguousarray(ids, dtype=np.int64).data),
+        "ids": ids.tolist() if len(ids) <= 1024 else len(ids),
+        "settings": {**settings.__dict__},
+    }
+
+
+def _reference(data: str | None, run: str, number: int, num_classes: int) -> Faces | None:
+    """The images that the head was trained on, those of --data or of its run; None where they are
+    not here any more."""
+    config = checkpoint.read_manifest(checkpoint.find(run))["config"]
+    if data is None:
+        recs = [config["rec"]] if isinstance(config["rec"], str) else config["rec"]
+        if len(recs) > 1 and not config.get("rec_heads"):
+            return None  # classes of several sets joined: say --data where they are packed as one
+        try:
+            faces = open_faces(recs[number])
+        except (OSError, ValueError, IndexError):
+            return None
+        return faces if int(faces.labels.max(initial=-1)) < num_classes else None
+    faces = open_faces(data)
+    if int(faces.labels.max(initial=-1)) >= num_classes:
+        raise ValueError(
+            f"--data {data} has the label {faces.labels.max()}, the head {num_classes} classes: "
+            "the data that it was trained on are wanted"
+        )
+    known = config.get("labels_crc32")
+    own = zlib.crc32(np.ascontiguousarray(faces.labels).data)
+    if known is not None and not config.get("rec_heads") and known != own:
+        raise ValueError(f"--data {data}: its labels are not those that {run} was trained on")
+    return faces

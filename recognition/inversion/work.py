@@ -1,0 +1,229 @@
+"""A run of inversions: batches dealt out to the processes, files that it goes on from.
+
+    OUT/
+        settings.json                  what was asked, of which network
+        images/<id>.png                a face for each identity
+        grid.png                       the first 64 of them
+        progress/batch-00000.png       a batch on its way
+        state/batch-00000-step-500.safetensors   the two newest of a batch that is not done
+        state/batch-00000.json         its last terms: it is done
+        report.json                    what was measured
+
+Batch k goes to process k mod W. What a batch becomes does not depend on the others but, in a closed
+set of several processes, in the roundings of the common loss.
+
+Letters: W processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from recognition import collectives
+from recognition.inversion import pictures
+from recognition.inversion.descent import Batch, Terms, descend
+from recognition.inversion.identity import ClosedSet, Identity
+from recognition.inversion.settings import Settings
+from recognition.run_dir import owned
+from recognition.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Every:
+    """Steps between two of each."""
+
+    save: int = 500
+    picture: int = 1000
+    tell: int = 50
+
+
+def batches(ids: np.ndarray, rounds: np.ndarray, size: int) -> list[np.ndarray]:
+    """int64 ids [n] cut into batches of at most `size`; none holds ids of two `rounds` [n], so that
+    a round of different identities gives batches of different identities."""
+    parts = []
+    for value in np.unique(rounds):
+        own = ids[rounds == value]
+        parts += [own[at : at + size] for at in range(0, len(own), size)]
+    return parts
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def check_settings(out: Path, facts: Mapping[str, Any]) -> None:
+    """Raises: ValueError where `out` is there for other facts, naming them."""
+    path = out / "settings.json"
+    if not path.is_file():
+        return
+    there, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(facts))
+    known, asked = {**there, **there.get("settings", {})}, {**now, **now.get("settings", {})}
+    differ = [
+        f"{key} {known.get(key)!r} there, {asked.get(key)!r} now"
+        for key in {**known, **asked}
+        if known.get(key) != asked.get(key) and key != "settings"
+    ]
+    if differ:
+        raise ValueError(
+            f"{out} holds another inversion ({'; '.join(differ)[:600]}): choose another --out, "
+            "or ask for the same to go on with it"
+        )
+
+
+@contextlib.contextmanager
+def directory(out: Path, facts: Mapping[str, Any], runtime: Runtime) -> Iterator[None]:
+    """Hold the run directory, made for `facts` or found with the same.
+
+    Raises:
+        ValueError: it is there with other facts, or the processes were asked for different things.
+        OSError: another run holds it, or it cannot be written.
+    """
+    collectives.check_same(runtime.group, **facts)
+    check_settings(out, facts)
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            if runtime.rank == 0:
+                held.enter_context(owned(str(out)))
+                for name in ("images", "state", "progress"):
+                    (out / name).mkdir(exist_ok=True)
+                write_json(out / "settings.json", facts)
+
+        collectives.together(runtime.group, f"use {out}", take)
+        yield
+
+
+def synthesise(
+    network: nn.Module,
+    identity: Identity,
+    work: Sequence[np.ndarray],  # the batches' ids
+    names: Mapping[int, str],  # of the PNG files, without .png
+    settings: Settings,
+    out: Path,
+    runtime: Runtime,
+    every: Every = Every(),  # noqa: B008, frozen
+) -> None:
+    """Make every image that is not there yet. All processes leave it together.
+
+    Raises:
+        ValueError, OSError: as descend, Batch.load and writing.
+    """
+    group, world = runtime.group, runtime.world
+    for first in range(0, len(work), world):
+        number = first + runtime.rank
+        left = number < len(work)
+        by = _done_by(out, number)
+        if identity.in_step:
+            there = collectives.gather_objects((left, by), group)
+            if by == world and any(one and other is None for one, other in there):
+                by = None  # once more, so that the others have the company that they had
+        batch, steps = None, {}
+        if left and by is None:
+            batch = Batch.start(settings, number, work[number], runtime.device)
+            steps = _saved(out, number)
+        counts, begin = [0] * world, 0
+        if identity.in_step:
+            everywhere = collectives.gather_objects(
+                (len(batch.ids) if batch else 0, set(steps)), group
+            )
+            counts = [rows for rows, _ in everywhere]
+            common = [found for rows, found in everywhere if rows]
+            shared = set.intersection(*common) if common else set()
+            steps = {step: path for step, path in steps.items() if step in shared}
+            begin = max(shared, default=0)
+        if batch is not None:
+            if steps:
+                batch.load(str(steps[max(steps)]))
+            last = _finish(network, identity, batch, names, settings, out, counts, every, len(work))
+        elif isinstance(identity, ClosedSet) and any(counts):
+            for _ in range(begin, settings.steps):
+                identity.take_part(counts)
+        if identity.in_step:
+            collectives.gather_objects(None, group)  # all are done, or none is
+        if batch is not None:
+            done = {"ids": batch.ids.tolist(), "terms": last, "world": world}
+            write_json(_done(out, number), done)
+            _forget(out, number, 0)
+    collectives.gather_objects(None, group)  # until all have come so far
+
+
+def _finish(
+    network: nn.Module, identity: Identity, batch: Batch, names: Mapping[int, str],
+    settings: Settings, out: Path, counts: Sequence[int], every: Every, total: int,
+) -> Terms:  # fmt: skip
+    """The batch to its end and into its files; the last terms."""
+    began, before = time.perf_counter(), batch.step
+    last: Terms = {}
+
+    def after(batch: Batch, terms: Terms | None) -> None:
+        if terms is not None:
+            last.update(terms)
+            left = (time.perf_counter() - began) / (batch.step - before)
+            left *= settings.steps - batch.step
+            print(_line(batch, total, settings.steps, terms, left), file=sys.stderr, flush=True)
+        if batch.step % every.picture == 0:
+            picture = pictures.grid(pictures.as_pixels(batch.images))
+            pictures.write(out / "progress" / f"batch-{batch.number:05d}.png", picture)
+        if batch.step % every.save == 0 and batch.step < settings.steps:
+            path = out / "state" / f"batch-{batch.number:05d}-step-{batch.step}.safetensors"
+            batch.save(str(path))
+            _forget(out, batch.number, 2)
+
+    descend(network, identity, batch, settings, counts, after, every.tell)
+    for i, pixels in zip(batch.ids, pictures.as_pixels(batch.images), strict=True):
+        pictures.write(out / "images" / f"{names[int(i)]}.png", pixels)
+    return last
+
+
+def terms_of(out: Path, count: int) -> dict[str, float]:
+    """The terms of the loss at the end, means over the batches."""
+    every = [json.loads(_done(out, k).read_text(encoding="utf-8"))["terms"] for k in range(count)]
+    return {name: float(np.mean([terms[name] for terms in every])) for name in every[0]}
+
+
+def _done_by(out: Path, number: int) -> int | None:
+    """Of how many processes the run was that made this batch; None: it is not done."""
+    path = _done(out, number)
+    return json.loads(path.read_text(encoding="utf-8"))["world"] if path.is_file() else None
+
+
+def _done(out: Path, number: int) -> Path:
+    return out / "state" / f"batch-{number:05d}.json"
+
+
+def _saved(out: Path, number: int) -> dict[int, Path]:
+    """{step: file} of a batch that is not done."""
+    pattern = re.compile(rf"batch-{number:05d}-step-(\d+)\.safetensors")
+    return {
+        int(found[1]): path
+        for path in (out / "state").iterdir()
+        if (found := pattern.fullmatch(path.name))
+    }
+
+
+def _forget(out: Path, number: int, keep: int) -> None:
+    saved = _saved(out, number)
+    for step in sorted(saved)[: max(len(saved) - keep, 0)]:
+        saved[step].unlink()
+
+
+def _line(batch: Batch, total: int, steps: int, terms: Terms, left: float) -> str:
+    values = "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
+    return (
+        f"batch {batch.number + 1}/{total}  step {batch.step}/{steps}  {values}  "
+        f"left {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
+    )

@@ -1,0 +1,9 @@
+"""Fused forms of the reduction over classes, behind the functions of losses/reduction.py.
+
+    fused.py       the reduction of piece after piece from four operations, and its backward
+    programs.py    those operations as Triton programs
+    compiled.py    those operations by torch.compile, the rival
+    choice.py      which form a run takes: by name, or by measurement at its start
+
+The plain form, losses/logits.py, stays the truth, and takes what the fused ones do not.
+"""

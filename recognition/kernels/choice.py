@@ -1,0 +1,191 @@
+"""Which form of the reduction a head takes: by name, or the quickest of a few measured steps.
+
+Letters: W ranks, B rows of the global batch, S sampled classes of this rank, D embedding.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from recognition import collectives
+from recognition.config import Config
+from recognition.head import PartialFC
+from recognition.kernels.compiled import compiled_operations
+from recognition.kernels.fused import FusedLogits, why_not
+from recognition.losses.logits import Logits, Targets
+from recognition.rows import Pool, SampledRows, unit
+from recognition.storage import DeviceStorage
+
+_WARMUP, _STEPS = 2, 5
+_MOST_CLASSES = 1 << 17  # of a trial
+_LEAST_CAPABILITY = (8, 0)
+
+
+class Choice(NamedTuple):
+    form: str  # "plain", "compiled" or "triton-<rows>x<classes>"
+    said: str  # one line for the log; "" where there is nothing to say
+
+
+def choose(wanted: str, head: PartialFC, num_rows: int, known: str = "") -> Choice:
+    """Give the head its form, the same on all ranks; all of them call it. Two collectives, of
+    [forms] numbers, where something is to be tried.
+
+    wanted: "auto": on a GPU the quickest of all by measurement, on a CPU "plain"; or "plain",
+    "compiled" or "triton". num_rows: B. known: the form that the run had before, if it goes on.
+    What cannot be done falls back to "plain", and `said` says why.
+    """
+    if wanted == "plain" or (wanted == "auto" and (known == "plain" or head.device.type != "cuda")):
+        return Choice("plain", "")
+    reason = unsupported(head)
+    forms: list[str] = []
+    if reason is None:
+        without_triton = no_triton(head)
+        if wanted != "compiled" and without_triton is None:
+            forms += triton_forms(head)
+        if wanted in ("auto", "compiled"):
+            forms.append("compiled")
+        reason = None if forms else without_triton
+    if reason is not None:
+        return Choice("plain", f"head_kernel={wanted}: the plain form is taken, {reason}")
+    if known in forms:
+        forms = [known]
+    elif wanted == "auto":
+        forms = ["plain", *forms]
+    tried = [_seconds(head, form, num_rows) for form in forms]
+    seconds = torch.tensor([spent for spent, _ in tried], dtype=torch.float64)
+    seconds = collectives.largest_over_ranks(seconds, head.group)
+    taken = forms[int(seconds.argmin())] if seconds.isfinite().any() else "plain"
+    head.limits = replace(head.limits, logits=make(taken))
+    figures = ", ".join(
+        f"{form} {1e3 * spent:.2f} ms" if math.isfinite(spent) else f"{form} failed ({why})"
+        for form, spent, (_, why) in zip(forms, seconds.tolist(), tried, strict=True)
+    )
+    return Choice(taken, f"head_kernel={wanted}: {taken} is taken; of a step: {figures}")
+
+
+def choose_all(
+    cfg: Config, heads: Sequence[PartialFC], world: int, known: Sequence[str] | None
+) -> list[Choice]:
+    """choose() for each head of a run; known: the forms that it had before."""
+    num_rows = max(cfg.global_batch(world) // (cfg.accumulation * len(heads)), 1)
+    if known is None or len(known) != len(heads):
+        known = [""] * len(heads)
+    return [
+        choose(cfg.head_kernel, head, num_rows, form)
+        for head, form in zip(heads, known, strict=True)
+    ]
+
+
+def make(form: str) -> Callable[..., Logits]:
+    """What Limits.logits is to be for a form of this name."""
+    if form == "plain":
+        return Logits
+    if form == "compiled":
+        return functools.partial(FusedLogits, compiled_operations())
+    from recognition.kernels import programs  # Triton may be missing elsewhere
+
+    blocks = {f"triton-{blocks}": blocks for blocks in programs.BLOCKS}
+    return functools.partial(FusedLogits, programs.TritonOperations(blocks[form]))
+
+
+def triton_forms(head: PartialFC) -> list[str]:
+    """The forms that are worth a trial; in the interpreter, the first."""
+    from recognition.kernels import programs
+
+    if programs.INTERPRETED:
+        return [f"triton-{programs.BLOCKS[0]}"]
+    return [f"triton-{blocks}" for blocks in programs.blocks_for(_dtype(head))]
+
+
+def unsupported(head: PartialFC) -> str | None:
+    """Why no fused form computes this head; None: they can."""
+    if head.num_subcenters > 1:
+        return "a class has several centres"
+    reason = why_not(head.margin)
+    return None if reason is None else f"{type(head.margin).__name__} is not for it: {reason}"
+
+
+def no_triton(head: PartialFC) -> str | None:
+    """Why there is no Triton for this head; None: there is."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from recognition.kernels import programs
+
+    device, dtype = head.device, _dtype(head)
+    if head.embedding_size > programs.MOST_EMBEDDING_SIZE:
+        return f"embeddings are longer than {programs.MOST_EMBEDDING_SIZE}"
+    if programs.INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"Triton is for GPUs, and the class rows are on the {device.type}"
+    if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None if dtype in programs.DTYPES else f"{dtype} has no Triton form"
+
+
+def _dtype(head: PartialFC) -> torch.dtype:
+    return head.limits.dtype or head.storage.like.dtype
+
+
+def _seconds(head: PartialFC, form: str, num_rows: int) -> tuple[float, str]:
+    """Median of a step on this rank; infinite, and why, if the form fails."""
+    device = head.device
+    try:
+        step = _trial(head, make(form), num_rows)
+        spent = []
+        for i in range(_WARMUP + _STEPS):
+            began = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if i >= _WARMUP:
+                spent.append(time.perf_counter() - began)
+        return statistics.median(spent), ""
+    except Exception as error:  # of a compiler, a driver, or of memory: another form may do
+        return math.inf, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@torch.no_grad()
+def _trial(head: PartialFC, logits_of: Callable[..., Logits], num_rows: int) -> Callable:
+    """Forward and backward of the reduction over as many classes as a step has of this rank's, or
+    fewer, of centres drawn for it: without a collective and without a trace in the head."""
+    device, dtype = head.device, head.storage.like.dtype
+    start, stop = head.shard
+    num = min(max(round((stop - start) * head.sample_rate), 1), _MOST_CLASSES)
+    generator = torch.Generator().manual_seed(head.seed)
+    centre = torch.randn(head.embedding_size, generator=generator).to(device, dtype)
+    weight = torch.linspace(-1, 1, num, dtype=dtype, device=device)[:, None] + centre
+    rows_of = DeviceStorage(nn.Parameter(weight), 1)
+    place = torch.arange(num, device=device)
+    index = place if head.sample_rate < 1 else None
+    num_own = min(max(num_rows // head.group.size(), 1), num)
+    own = place[:num_own]
+    targets = Targets(own, own, own, own.tolist())
+    x, _ = unit(torch.randn(num_rows, head.embedding_size, generator=generator).to(device, dtype))
+    push = torch.full((num_rows,), 1 / num_rows, dtype=dtype, device=device)
+    pool = Pool()
+
+    def step() -> None:
+        rows = SampledRows(rows_of.like, rows_of, index, None, pool)
+        logits = logits_of(
+            rows, targets, num_rows, head.piece_size(num_rows), head.limits.stored_bytes, pool,
+            head.limits.dtype,
+        )  # fmt: skip
+        logits.margin = head.margin.frozen()
+        logits.target_cosines(x)
+        logits.log_sum_exp(x)
+        logits.push, logits.pull = push, -push
+        logits.backward(x, [])
+        rows.recycle()
+
+    return step

@@ -1,0 +1,53 @@
+"""What a disturbed run must have in common with the undisturbed one."""
+
+from __future__ import annotations
+
+import pathlib
+
+import safetensors.torch
+
+from recognition import replicas
+from tests.launch.processes import records, verified
+
+IMAGES = 128  # of shards_dir
+
+
+def assert_same_bits(whole: pathlib.Path, output: pathlib.Path, max_steps: int) -> None:
+    """Every file of the last checkpoint, what is logged of each step, every verification."""
+    ends = [path / "checkpoints" / f"step-{max_steps}" for path in (whole, output)]
+    names = sorted(p.name for p in ends[0].glob("*.safetensors"))
+    assert names == sorted(p.name for p in ends[1].glob("*.safetensors")) and len(names) > 2
+    for name in names:
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes(), name
+    logged = [
+        [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in records(path)]
+        for path in (whole, output)
+    ]
+    assert logged[0] == logged[1] and len(logged[0]) == max_steps
+    assert verified(whole) == verified(output)
+
+
+def assert_same_numbers(
+    whole: pathlib.Path, output: pathlib.Path, max_steps: int, within: float
+) -> None:
+    """Weights and losses, where the numbers of processes were others."""
+    a, b = (
+        safetensors.torch.load_file(
+            path / "checkpoints" / f"step-{max_steps}" / "model.safetensors"
+        )
+        for path in (whole, output)
+    )
+    apart = {name: float((a[name].double() - b[name].double()).abs().max()) for name in a}
+    assert max(apart.values()) < within, apart
+    losses = [[r["loss"] for r in records(path)] for path in (whole, output)]
+    assert len(losses[0]) == len(losses[1]) == max_steps
+    assert max(abs(x - y) for x, y in zip(*losses, strict=True)) < within
+
+
+def assert_every_image_once_an_epoch(output: pathlib.Path, max_steps: int, batch: int) -> None:
+    steps = replicas.samples_of(str(output))
+    assert list(steps) == list(range(1, max_steps + 1))
+    epoch = IMAGES // batch  # steps
+    for first in range(1, max_steps + 2 - epoch, epoch):
+        ids = sum((steps[first + k] for k in range(epoch)), [])
+        assert sorted(ids) == list(range(IMAGES)), f"steps from {first}"
