@@ -188,7 +188,8 @@ class Logits:
         self.rows.begin_gradient()
         self._has_inverse = True
         grad_x = torch.zeros_like(x)
-        own_place, own_grad, own_radial = self._target_gradient(x, grad_x)
+        own_place, own_grad = self._target_gradient(x, grad_x)
+        own_radial = (own_grad * self._nearest_owned()).sum(1)  # [m]
         push = x.new_zeros(len(x)) if self.push is None else self.push
         grads = [torch.zeros_like(number) for number in learned]
         plain = self.is_plain()
@@ -233,20 +234,22 @@ class Logits:
         self._spares = [None, None]
         return grad_x, grads
 
-    def _target_gradient(self, x: Tensor, grad_x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _target_gradient(self, x: Tensor, grad_x: Tensor) -> tuple[Tensor, Tensor]:
         """Adds the targets' part to grad_x; the place int64 [m] in [S * K] of each target's centre,
-        the gradient [m, D] of it before what points along it is taken off, and that [m], times the
-        centre's norm."""
+        and the gradient [m, D] of it before what points along it is taken off."""
         row, place = self.targets.row, self.targets.place
         assert self.nearest is not None
         own_place = place * self.num_subcenters + self.nearest
         inverse = self.inverse[own_place][:, None]  # [m, 1]
         pull = x.new_zeros(len(row), 1) if self.pull is None else self.pull[row][:, None]
-        which = self.nearest[:, None, None].expand(-1, 1, x.shape[1])
-        centres = self.owned().gather(1, which)[:, 0]  # [m, D]
-        grad_x.index_add_(0, row, pull * inverse * centres)
-        own_grad = pull * inverse * x[row]
-        return own_place, own_grad, (own_grad * centres).sum(1)
+        grad_x.index_add_(0, row, pull * inverse * self._nearest_owned())
+        return own_place, pull * inverse * x[row]
+
+    def _nearest_owned(self) -> Tensor:
+        """The centre [m, D] of each target, the nearest of K."""
+        assert self.nearest is not None
+        which = self.nearest[:, None, None].expand(-1, 1, self.rows.like.shape[2])
+        return self.owned().gather(1, which)[:, 0]
 
     def _through_formula(
         self,
