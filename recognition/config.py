@@ -62,7 +62,7 @@ class Config:
     init_from: str | None = None  # backbone to start from: a run, or published weights
     # Of init_from's training images; auto: BGR for AdaFace's own checkpoints, else RGB.
     init_color_order: Literal["auto", "RGB", "BGR"] = "auto"
-    init_head: str | None = None  # centres: features, a run, or a directory of partial-FC shards
+    init_head: str | None = None  # centres: features, .onnx, a run, or partial-FC shards' directory
     init_label_map: str | None = None  # a line for each class: its id in init_head, -1 for none
     # A bigger network to learn from beside the margin loss: a run, .onnx, or .npy [images, D].
     teacher: str | None = None

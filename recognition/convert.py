@@ -48,6 +48,12 @@ def read_weights(path: str, color_order: str | None = None) -> dict[str, Tensor]
     Raises:
         ValueError: the file cannot be read, or holds something else than tensors by name.
     """
+    if path.endswith(".onnx"):
+        raise ValueError(
+            f"{path}: the BatchNorms of an ONNX graph are folded into other weights, so it cannot "
+            "become a network that trains: start from the .pt or the run that it was exported "
+            "from, or use it as it is: teacher=, init_head= and `python -m eval` take it"
+        )
     state = _tensors(path)
     bgr = "head.kernel" in state if color_order is None else color_order == "BGR"
     state = _unwrapped(state)

@@ -9,9 +9,7 @@ that they find them. What the numbers mean stands in `metadata_props`.
 
 import hashlib
 import json
-import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +23,9 @@ from torch import Tensor, nn
 
 from recognition.agreement import BATCH_SIZES, LIMITS, ExportError, Limits, measure
 from recognition.backbones.input import INPUT_SIZE
+from recognition.onnx_graph import OPSET, build_graph, check_graph, name_normalisation
 from recognition.onnx_precision import PRECISIONS, to_fp16, to_int8
 
-OPSET = 18
 FORMAT_VERSION = 1  # of the metadata
 PIXEL_MEAN = PIXEL_STD = 127.5  # of pixels 0..255
 
@@ -131,8 +129,8 @@ def export_onnx(
     entries = {
         **metadata, **input_facts(bake), "embedding_size": str(size), "precision": precision,
     }  # fmt: skip
-    name_normalisation(model, bake)
-    check_graph(model, bake)
+    name_normalisation(model, bake.normalise)
+    check_graph(model, bake.normalise)
     onnx.helper.set_model_props(model, entries)
     try:
         with written_aside(path, model.SerializeToString()) as aside:
@@ -206,89 +204,6 @@ def prepared(images: Images, bake: Bake) -> np.ndarray:
     if not bake.normalise:
         pixels = (pixels - PIXEL_MEAN) / PIXEL_STD
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-
-
-def build_graph(module: nn.Module) -> onnx.ModelProto:
-    """The module as an ONNX graph with a free batch, without traces of this machine's paths."""
-    images = torch.zeros(2, 3, INPUT_SIZE, INPUT_SIZE)
-    try:
-        with quiet_exporter():
-            program = torch.onnx.export(
-                module,
-                (images,),
-                dynamo=True,
-                input_names=["input"],
-                output_names=["embedding"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                opset_version=OPSET,
-                verbose=False,
-            )
-    except RuntimeError as error:
-        raise ExportError(f"torch.onnx cannot export this module: {error}") from error
-    assert program is not None
-    model = program.model_proto
-    for part in (*model.graph.node, *model.graph.value_info, *model.graph.output):
-        del part.metadata_props[:]  # stack traces
-    return model
-
-
-@contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Without the exporter's remarks on operators of packages that nobody installed."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        log.setLevel(level)
-
-
-def name_normalisation(model: onnx.ModelProto, bake: Bake) -> None:
-    """Names that clients read: Sub and Mul where the normalisation is inside, else neither."""
-    for kind in ("Sub", "Mul"):
-        nodes = [node for node in model.graph.node if node.op_type == kind]
-        for index, node in enumerate(nodes):
-            inside = bake.normalise and index == 0
-            node.name = f"{kind}_pixels" if inside else f"node_{kind.lower()}_{index}"
-    if bake.normalise:  # among the first nodes, before what other nodes do to the weights
-        maker = {name: node for node in model.graph.node for name in node.output}
-        found = [node for node in model.graph.node if node.name == "Mul_pixels"]
-        for node in found:  # grows: what made its inputs
-            found += [maker[name] for name in node.input if name in maker]
-        names = {id(node) for node in found}
-        nodes = [*reversed(found), *(n for n in model.graph.node if id(n) not in names)]
-        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del model.graph.node[:]
-        model.graph.node.extend(copies)
-
-
-def check_graph(model: onnx.ModelProto, bake: Bake = Bake()) -> None:  # noqa: B008, frozen
-    """Refuse what onnx.checker refuses, a baked batch, and names that mislead clients."""
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"onnx.checker refuses the graph: {error}") from error
-    for value in (*model.graph.input, *model.graph.output):
-        if not value.type.tensor_type.shape.dim[0].dim_param:
-            raise ExportError(f"the batch of {value.name!r} is fixed in the graph")
-    first = [node.name for node in model.graph.node[:8]]
-    found = [
-        any(name.startswith(prefix) for name in first for prefix in prefixes)
-        for prefixes in (("Sub", "_minus"), ("Mul", "_mul"))
-    ]
-    if bake.normalise and not all(found):
-        raise ExportError(
-            f"no Sub and Mul among the first nodes ({', '.join(first)}): InsightFace's client "
-            "would repeat the pixel normalisation, which is in the graph"
-        )
-    if not bake.normalise and any(found):
-        raise ExportError(
-            f"a Sub or Mul among the first nodes ({', '.join(first)}) tells InsightFace's client "
-            "that the pixel normalisation is in the graph; it must stay outside"
-        )
 
 
 @contextmanager

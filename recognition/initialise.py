@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data_tools.decode import decode
 from data_tools.shards import Shards
 from data_tools.union import Union
+from eval.embed_onnx import OnnxEmbedder
 from recognition import checkpoint
 from recognition.checkpoint.tensors import read
 from recognition.head import PartialFC
@@ -38,9 +39,10 @@ def start_centres(
 ) -> int:
     """Fill this rank's class centres, as `init_head` says; how many were.
 
-    source: "features", the mean direction of up to 16 images of each class; a run or checkpoint
-        directory of ours; or a directory or pattern of partial-FC shards of arcface_torch
-        (softmax_fc_gpu_*.pt or checkpoint_gpu_*.pt, one a rank, in the order of their numbers).
+    source: "features", the mean direction of up to 16 images of each class under the backbone; an
+        .onnx, the same under that network; a run or checkpoint directory of ours; or a directory
+        or pattern of partial-FC shards of arcface_torch (softmax_fc_gpu_*.pt or
+        checkpoint_gpu_*.pt, one a rank, in the order of their numbers).
     label_map: a text file, a line for each class here: its id there, or -1 for none.
 
     Centres keep the length that new ones have; a class without a source keeps its random start.
@@ -51,8 +53,10 @@ def start_centres(
     """
     start, stop = head.shard
     length = head.weight.norm(dim=-1, keepdim=True)  # [C_r, (K,) 1]
-    if source == "features":
-        ids, rows = _means(data, start, stop, embed)
+    if source == "features" or source.endswith(".onnx"):
+        ids, rows = _means(
+            data, start, stop, embed if source == "features" else OnnxEmbedder(source)
+        )
     else:
         there = merged_rows(source)
         chosen = _mapped(label_map, len(there), head.num_classes, source)[start:stop]
@@ -88,7 +92,8 @@ def merged_rows(source: str) -> Tensor:
     paths = [path for path in glob.glob(pattern) if re.search(r"_gpu_(\d+)\.pt$", path)]
     if not paths:
         raise FileNotFoundError(
-            f"init_head={source}: neither a run with a checkpoint nor softmax_fc_gpu_*.pt files"
+            f"init_head={source}: neither a run with a checkpoint, softmax_fc_gpu_*.pt files, an "
+            ".onnx nor `features`"
         )
     by_rank = {int(re.search(r"_gpu_(\d+)\.pt$", path)[1]): path for path in paths}  # type: ignore[index]
     absent = sorted(set(range(max(by_rank) + 1)) - set(by_rank))

@@ -84,9 +84,11 @@ MAY_IMPORT = {
     "recognition/logger.py": ["recognition.losses.margin"],
     "recognition/progress.py": ["data_tools.loader", "recognition.phases"],
     "recognition/agreement.py": [],
+    "recognition/onnx_graph.py": ["recognition.agreement", "recognition.backbones.*"],
     "recognition/onnx_precision.py": ["recognition.agreement"],
     "recognition/export.py": [
-        "recognition.agreement", "recognition.backbones.*", "recognition.onnx_precision",
+        "recognition.agreement", "recognition.backbones.*", "recognition.onnx_graph",
+        "recognition.onnx_precision",
     ],
     "recognition/checkpoint/": [
         "recognition.checkpoint.*", "recognition.backbones.*", "recognition.collectives",
@@ -97,6 +99,10 @@ MAY_IMPORT = {
     "recognition/distill.py": [
         "recognition.checkpoint", "recognition.collectives", "recognition.precision",
         "eval.embed_onnx",
+    ],
+    "recognition/initialise.py": [
+        "recognition.checkpoint", "recognition.checkpoint.*", "recognition.head",
+        "data_tools.decode", "data_tools.shards", "data_tools.union", "eval.embed_onnx",
     ],
     "recognition/convert.py": ["recognition.mxnet_params"],
     "recognition/run_dir.py": [

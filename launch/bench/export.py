@@ -3,6 +3,12 @@
     python launch/bench/export.py RUN [--data SHARDS]          a trained network: also what it loses
     python launch/bench/export.py --network r50 --data SHARDS  speed alone, weights at random
 
+What is lost on the .bin of the data, a thousand pairs, tells losses of a point. For a tenth of one,
+--people DIR (several times for several draws) takes all pairs of the aligned faces in
+DIR/<identity>/, which training has not seen:
+
+    python -m data_tools synthesize people-1 --identities 150 --images 12 --seed 101
+
 On the CPU, all cores (OMP_NUM_THREADS limits them). The contenders take turns in every repetition,
 so that a busy machine slows all alike; medians. Prints a table, and one JSON line last.
 """
@@ -16,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,7 @@ import torch
 from torch import nn
 
 from data_tools import commands
+from data_tools.decode import decode
 from eval import drop, lfw
 from eval.embed import TorchEmbedder
 from eval.embed_onnx import OnnxEmbedder
@@ -37,6 +44,7 @@ from recognition.export import Bake, export_onnx, prepared
 from recognition.onnx_precision import NUM_CALIBRATION, PRECISIONS
 
 _BATCHES = (1, 32)
+_FARS = (1e-2, 1e-3, 1e-4)
 _NO_LIMIT = Limits(2.0, -1.0, -1.0, 100.0, 100.0)  # what is measured here is not refused
 
 
@@ -47,12 +55,14 @@ def main() -> int:
     parser.add_argument("run", nargs="?", help="run directory or checkpoint")
     parser.add_argument("--network", choices=BACKBONES, help="instead of a run: at random")
     parser.add_argument("--data", help="shards (default: the run's)")
+    parser.add_argument("--people", metavar="DIR", type=Path, action="append", default=[],
+                        help="faces whose pairs show what is lost")  # fmt: skip
     parser.add_argument("--repeat", type=int, default=9, metavar="N", help="of each (9)")
     args = parser.parse_args()
     if (args.run is None) == (args.network is None):
         parser.error("one of RUN and --network")
     try:
-        report = measure(args.run, args.network, args.data, args.repeat)
+        report = measure(args.run, args.network, args.data, args.repeat, args.people)
     except commands.USER_ERRORS as error:
         print(f"error: {commands.one_line(error)}", file=sys.stderr)
         return 1
@@ -65,11 +75,24 @@ def main() -> int:
             f"{1e3 * row['seconds'][1]:.2f} | {32 / row['seconds'][32]:.0f} | "
             f"{row['speedup'][1]:.2f} | {row['speedup'][32]:.2f} |"
         )
+    if args.people:
+        print(
+            f"\nTAR points lost over all pairs of {len(args.people)} draws of people, +- deviation"
+        )
+        print(f"| | {' | '.join(f'FAR {far:g}' for far in _FARS)} |\n|---|{'---|' * len(_FARS)}")
+        for name in PRECISIONS:
+            drops = np.array([found["tar_drop"] for found in report["rows"][name]["people"]])
+            cells = [
+                f"{m:.2f} +- {d:.2f}" for m, d in zip(drops.mean(0), drops.std(0), strict=True)
+            ]
+            print(f"| {name} | {' | '.join(cells)} |")
     print(json.dumps(report))
     return 0
 
 
-def measure(run: str | None, network: str | None, data: str | None, repeat: int) -> dict[str, Any]:
+def measure(
+    run: str | None, network: str | None, data: str | None, repeat: int, people: Sequence[Path] = ()
+) -> dict[str, Any]:
     if run is not None:
         module, config = load_backbone(run)
         rec = data or (config["rec"] if isinstance(config["rec"], str) else config["rec"][0])
@@ -101,6 +124,11 @@ def measure(run: str | None, network: str | None, data: str | None, repeat: int)
                 )  # fmt: skip
                 rows["torch"] |= found["torch"] | {"far": found["far"]}
                 rows[precision] |= found["file"] | {"tar_drop": found["tar_drop"]}
+            rows[precision]["people"] = [
+                drop.of_people(TorchEmbedder(module, {"path": str(path)}, ""), OnnxEmbedder(path),
+                               *_faces(folder), _FARS)
+                for folder in people
+            ]  # fmt: skip
             contenders[precision] = _session(path)
         for name, seconds in _in_turn(contenders, prepared(examples, Bake()), repeat).items():
             rows[name]["seconds"] = seconds
@@ -115,6 +143,16 @@ def measure(run: str | None, network: str | None, data: str | None, repeat: int)
             n: rows["fp32"]["seconds"][n] / rows["int8"]["seconds"][n] for n in _BATCHES
         },
     }  # fmt: skip
+
+
+def _faces(directory: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(images [n, 112, 112, 3], whom each shows [n]) of directory/<identity>/*."""
+    paths = sorted(path for path in directory.glob("*/*") if path.is_file())
+    if not paths:
+        raise FileNotFoundError(f"no faces at {directory}/<identity>/")
+    names = [path.parent.name for path in paths]
+    images = np.stack([decode(path.read_bytes(), where=str(path)) for path in paths])
+    return images, np.unique(names, return_inverse=True)[1]
 
 
 def _settle(module: nn.Module, x: np.ndarray) -> None:

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 from data_tools.commands import one_line
+from launch.bench import demo_run
 
-_ROOT = Path(__file__).resolve().parents[2]
 _S, _M = "margin_args.scale=32", "margin_args.margin=0.2"
 
 # run: overrides of launch/configs/demo.py
@@ -102,28 +100,9 @@ def main() -> int:
 def train(
     shards: Path, out: Path, name: str, steps: int, processes: int = 2
 ) -> tuple[float, float, float]:
-    """Accuracy on held-out people before training, after it, and its deviation over the folds.
-
-    Raises:
-        RuntimeError: the run failed, with its last lines.
-    """
+    """What demo_run.train gives of the run `name`."""
     run = out / "".join(c if c.isalnum() else "_" for c in name)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(processes), "launch/train.py", "launch/configs/demo.py",
-        f"rec={shards.resolve()}", "val_targets=heldout", f"output={run.resolve()}",
-        f"max_steps={steps}", "verify_every=100000", "checkpoint_every=100000", *RUNS[name],
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=_ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-        raise RuntimeError("; ".join(errors or done.stderr.splitlines()[-3:]))
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    first, *_, last = (r["verification"]["heldout"] for r in records if "verification" in r)
-    return first["accuracy_mean"], last["accuracy_mean"], last["accuracy_std"]
+    return demo_run.train(shards, run, [f"max_steps={steps}", *RUNS[name]], processes)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,14 @@ fp32 under InsightFace's names, and OUT/card.json, which says what it is and tak
 launch/export.py."""
 
 import argparse
-import json
 import os
-from pathlib import Path
 from typing import Any
 
-from data_tools.partial import PartialDirectory
 from recognition.backbones.input import INPUT_SIZE
 from recognition.checkpoint import tensors
 from recognition.checkpoint.backbone import load_backbone
-from recognition.checkpoint.directory import find, read_manifest, row_files
-from recognition.checkpoint.merge_command import checked, joined
+from recognition.checkpoint.directory import all_rows, read_manifest, write_json
+from recognition.checkpoint.making import add_paths, checked, joined, making
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The file is read by init_from=, `python -m eval` and InsightFace's torch scripts. The\n"
         "card names no directory of this machine."
     )
-    parser.add_argument("path", metavar="DIR", help="a checkpoint, or a run: its newest one")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the directory to make")
+    add_paths(parser, "directory")
     parser.add_argument(
         "--centres",
         action="store_true",
@@ -38,27 +34,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         FileExistsError: OUT is there.
         Damaged: a file of the checkpoint is not what was written.
     """
-    path = find(args.path)
-    if args.out.exists():
-        raise FileExistsError(f"{args.out} is there already")
-    manifest = checked(path) if args.centres else read_manifest(path)
-    module, config = load_backbone(path)
-    with PartialDirectory(args.out) as partial:
+    with making(args) as (path, partial):
+        manifest = checked(path) if args.centres else read_manifest(path)
+        module, config = load_backbone(path)
         files = {
             "model.safetensors": tensors.write(
-                str(partial.path / "model.safetensors"), module.state_dict()
+                str(partial / "model.safetensors"), module.state_dict()
             )
         }
         if args.centres:
             files["centres.safetensors"] = tensors.write(
-                str(partial.path / "centres.safetensors"), _centres(path, manifest)
+                str(partial / "centres.safetensors"), _centres(path, manifest)
             )
         card = make_card(config, manifest, files)
-        with open(partial.path / "card.json", "w", encoding="utf-8") as file:
-            json.dump(card, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename()
+        write_json(str(partial / "card.json"), card)
     size = files["model.safetensors"]["bytes"] / 1e6
     print(f"{args.out}: {card['network']}, {size:.1f} MB, of step {card['step']}")
     return {"path": str(args.out), "from": path, "card": card}
@@ -94,6 +83,6 @@ def _centres(path: str, manifest: dict[str, Any]) -> dict[str, Any]:
     several = len(manifest["heads"]) > 1
     found = {}
     for k, head in enumerate(manifest["heads"]):
-        rows = joined(path, row_files(manifest, k), head["num_classes"], only="weight")
+        rows = joined(path, all_rows(path, manifest, k), head["num_classes"], only="weight")
         found[f"head{k}.centres" if several else "centres"] = rows["weight"]
     return found

@@ -44,7 +44,9 @@ class Plan:
 
     @property
     def names(self) -> dict[int, str]:
-        return {int(i): f"{i:08d}" for i in self.ids}
+        """Of each id's PNG file: the class, the row of a file of embeddings, or the image."""
+        numbers = self.ids if self.numbers is None else self.numbers[self.ids]
+        return {int(i): f"{n:08d}" for i, n in zip(self.ids, numbers, strict=True)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

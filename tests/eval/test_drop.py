@@ -53,3 +53,35 @@ def test_what_is_lost_is_told_in_points():
     assert lost["file"] == {"accuracy": 0.5, "tar": 0.0}
     gained = drop.compare(blind, mean_colour, pairs)
     assert gained["tar_drop"] == -lost["tar_drop"]
+
+
+def test_all_pairs_of_some_people():
+    """Against loops over pairs."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (30, 112, 112, 3), dtype=np.uint8)
+    people = np.arange(30) % 6
+    table = {id_: random.normal(size=8) + 2 * np.eye(8)[people[i]] for i, id_ in enumerate(
+        images[:, 0, 0].astype(int).dot([65536, 256, 1]))}  # fmt: skip
+
+    def network(noise):
+        def forward(batch):
+            keys = batch[:, 0, 0].astype(int).dot([65536, 256, 1])
+            return np.stack([table[key] + noise * np.sin(np.arange(8) * key) for key in keys])
+
+        return forward
+
+    found = drop.of_people(network(0), network(0.5), images, people, [0.1, 0.01], batch_size=7)
+    for forward, tars in ((network(0), found["torch"]), (network(0.5), found["file"])):
+        e = forward(images)
+        e /= np.linalg.norm(e, axis=1, keepdims=True)
+        same, other = [], []
+        for i in range(30):
+            for j in range(i):
+                (same if people[i] == people[j] else other).append(e[i] @ e[j])
+        for far, tar in zip([0.1, 0.01], tars, strict=True):
+            accepted = [t for t in sorted(same + other) if np.mean(np.array(other) >= t) <= far]
+            assert tar == pytest.approx(np.mean(np.array(same) >= min(accepted)))
+    assert found["pairs"] == 435 and found["same"] == len(same) == 60
+    assert found["tar_drop"] == pytest.approx(
+        [100 * (a - b) for a, b in zip(found["torch"], found["file"], strict=True)]
+    )

@@ -22,6 +22,7 @@ from tests.recognition.test_backbones import faces
 BLOCKS = {"r18": (2, 2, 2, 2), "r34": (3, 4, 6, 3), "r50": (3, 4, 14, 3), "r100": (3, 13, 30, 3)}
 WIDTHS = (64, 128, 256, 512)
 MXNET = ROOT / ".venv-peers" / "bin" / "python"
+PEER = ROOT / "tests" / "recognition" / "mxnet_peer.py"
 
 
 class TheirBlock(nn.Module):
@@ -301,6 +302,24 @@ def test_real_mxnet_writes_what_we_read(tmp_path):
     assert set(found) == set(expected.files)
     for name, array in found.items():
         assert array.dtype == expected[name].dtype and np.array_equal(array, expected[name])
+
+
+@pytest.mark.peers
+@pytest.mark.skipif(not MXNET.exists(), reason=f"no MXNet at {MXNET}: run `make test-peers`")
+def test_a_network_that_real_mxnet_saved_gives_its_embeddings(tmp_path):
+    """A symbol of LResNet-E-IR, computed and saved by MXNet itself."""
+    pixels = ((faces(1) + 1) * 127.5).numpy()
+    np.save(tmp_path / "pixels.npy", pixels)
+    done = subprocess.run(
+        [MXNET, PEER, tmp_path / "model", tmp_path / "pixels.npy", tmp_path / "out.npy",
+         *map(str, BLOCKS["r18"])],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    module = ours("r18", convert.read_weights(str(tmp_path / "model-0000.params")))
+    with torch.no_grad():
+        found = module(torch.from_numpy((pixels - 127.5) / 127.5)).double()
+    assert near(found, torch.from_numpy(np.load(tmp_path / "out.npy")).double())
 
 
 def test_command(theirs, tmp_path, capsys):

@@ -10,6 +10,7 @@ from data_tools import shards
 from data_tools.decode import decode
 from recognition import build, config, initialise
 from recognition.backbones import BACKBONES
+from recognition.export import export_onnx
 from tests import ranks
 from tests.recognition import runs
 
@@ -100,17 +101,8 @@ def test_mistakes_in_a_head_and_its_map(keys, shards_dir, tmp_path):
             ranks.run(1, start, keys | more)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_centres_from_the_features_of_the_new_set(world, keys, shards_dir):
-    """Each centre is the mean direction of its images under the backbone of the start."""
-    found = ranks.run(world, start, keys | {"init_head": "features"})[0]
-
-    module = BACKBONES["mbf_tiny"](embedding_size=32)
-    module.load_state_dict(
-        {k.removeprefix("backbone."): v for k, v in found.items() if k.startswith("backbone.")}
-    )
-    module.eval()
-    data = shards.open(shards_dir)
+def is_mean_direction(rows, module, data):
+    """Each row is the mean direction of the images of its class."""
     labels = np.asarray(data.labels)
     for c in range(data.num_classes):
         places = np.flatnonzero(labels == c)[:16]
@@ -118,4 +110,34 @@ def test_centres_from_the_features_of_the_new_set(world, keys, shards_dir):
         x = torch.from_numpy((pixels / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)
         with torch.no_grad():
             mean = unit(module(x)).sum(0)
-        assert (unit(mean) @ unit(found["rows"][c])).item() == pytest.approx(1, abs=1e-6)
+        assert (unit(mean) @ unit(rows[c])).item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_centres_from_the_features_of_the_new_set(world, keys, shards_dir):
+    """Under the backbone of the start."""
+    found = ranks.run(world, start, keys | {"init_head": "features"})[0]
+    module = BACKBONES["mbf_tiny"](embedding_size=32)
+    module.load_state_dict(
+        {k.removeprefix("backbone."): v for k, v in found.items() if k.startswith("backbone.")}
+    )
+    is_mean_direction(found["rows"], module.eval(), shards.open(shards_dir))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_centres_from_the_features_under_an_onnx(world, keys, shards_dir, tmp_path):
+    torch.manual_seed(5)
+    module = BACKBONES["mbf_tiny"](embedding_size=32).eval()
+    export_onnx(module, tmp_path / "x.onnx", metadata={})
+    found = ranks.run(world, start, keys | {"init_head": str(tmp_path / "x.onnx")})[0]
+    is_mean_direction(found["rows"], module, shards.open(shards_dir))
+    with pytest.raises(Exception, match=r"rows are \[32\], this head's \[16\]"):
+        ranks.run(world, start, keys | {"init_head": str(tmp_path / "x.onnx"),
+                                        "embedding_size": 16})  # fmt: skip
+
+
+def test_a_network_cannot_start_from_an_onnx(keys, tmp_path):
+    """The error says what to do with it instead."""
+    (tmp_path / "x.onnx").write_bytes(b"")
+    with pytest.raises(Exception, match="init_from: .*x.onnx: .* teacher=, init_head= and"):
+        ranks.run(1, start, keys | {"init_from": str(tmp_path / "x.onnx")})

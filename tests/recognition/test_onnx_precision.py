@@ -13,6 +13,8 @@ from eval.embed_onnx import OnnxEmbedder
 from recognition.agreement import LIMITS, Agreement, ExportError, Limits
 from recognition.backbones import BACKBONES
 from recognition.export import Bake, export_onnx
+from recognition.onnx_graph import build_graph
+from recognition.onnx_precision import to_int8
 from tests.launch.test_export import Linear, NormalisingInside, normalised, pixels, trained, unit
 
 TYPES = onnx.TensorProto
@@ -48,7 +50,7 @@ def test_smaller_files_stay_near_torch(tiny, tmp_path, precision, least):
     kinds = {
         tensor.data_type
         for tensor in model.graph.initializer
-        if len(tensor.dims) == 4 and tensor.dims[0] > 1
+        if len(tensor.dims) == 4 and tensor.dims[0] > 1 and tensor.dims[1] >= 4
     }
     assert kinds == {TYPES.FLOAT16 if precision == "fp16" else TYPES.INT8}
     for value in (*model.graph.input, *model.graph.output):
@@ -57,7 +59,7 @@ def test_smaller_files_stay_near_torch(tiny, tmp_path, precision, least):
         scales = {t.name: t for t in model.graph.initializer if t.name.endswith("_scale")}
         weights = [n for n in model.graph.node if n.op_type == "Conv"]
         makers = {name: n for n in model.graph.node for name in n.output}
-        per_channel = [makers[n.input[1]].input[1] for n in weights]
+        per_channel = [makers[n.input[1]].input[1] for n in weights if n.input[1] in makers]
         sizes = [list(scales[name].dims) for name in per_channel]
         assert all(len(size) == 1 and size[0] > 1 for size in sizes)
 
@@ -162,3 +164,41 @@ def test_every_network_in_every_precision(name, precision, tmp_path):
         limits=Limits(1.0, 0.5, 0.6, 0, 0) if precision == "int8" else None,
     )  # fmt: skip
     assert report["cosine"]["count"] == 42
+
+
+def test_convolutions_of_few_channels_stay_in_fp32(tiny, tmp_path):
+    """The first one, of three, and the depthwise ones; every other product has 8-bit weights."""
+    path = tmp_path / "x.onnx"
+    export_onnx(tiny, path, metadata={}, precision="int8", calibration_images=pixels(40),
+                example_images=pixels(32))  # fmt: skip
+    graph = onnx.load(path).graph
+    shapes = {tensor.name: tensor.dims for tensor in graph.initializer}
+    maker = {name: node for node in graph.node for name in node.output}
+    floats = []
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            weight = node.input[1]
+            if weight in shapes:
+                floats.append(shapes[weight][1])
+            else:
+                assert maker[weight].op_type == "DequantizeLinear"
+                assert shapes[maker[weight].input[0]][1] >= 4
+    assert sorted(floats) == [1] * 8 + [3]
+
+
+def test_ranges_leave_out_the_outermost_values(tiny):
+    """A pixel far from all others does not widen the range of the first layer's output."""
+    images = normalised(pixels(40))
+    wild = images.copy()
+    wild[0, :, 0, 0] = 1000.0  # in one of 40 * 56 * 56 places of that output
+    graph = build_graph(tiny)
+    (output,) = next(node.output for node in graph.graph.node if node.op_type == "PRelu")
+    plain, widened = (
+        next(
+            onnx.numpy_helper.to_array(tensor).item()
+            for tensor in to_int8(graph, batch).graph.initializer
+            if tensor.name == f"{output}_scale"
+        )
+        for batch in (images, wild)
+    )
+    assert widened == pytest.approx(plain, rel=0.2)
