@@ -53,8 +53,12 @@ def embedding(model, facts, detector, path):  # -> [D] of length 1
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        sys.exit(__doc__)
     model, detector = (onnxruntime.InferenceSession(path) for path in sys.argv[1:3])
     facts = model.get_modelmeta().custom_metadata_map
+    if "thresholds" not in facts:
+        sys.exit(f"{sys.argv[1]} has no threshold: `python -m eval thresholds RUN`, export again")
     a, b = (embedding(model, facts, detector, path) for path in sys.argv[3:5])
     chosen = json.loads(facts["thresholds"])["points"][-1]
     same = "one person" if a @ b >= chosen["threshold"] else "two persons"

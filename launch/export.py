@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -201,14 +202,28 @@ def pairs_of(args: argparse.Namespace, config: dict[str, Any], rec: str) -> lfw.
 
 
 def _data(config: dict[str, Any], rec: str, licence: str) -> dict[str, str]:
-    """What the network was trained on."""
-    index = Path(rec) / "index.json"
-    facts = {"training_data": Path(rec).name, "training_data_licence": licence}
+    """What the network was trained on: the sets' names, and the hashes of those that are here."""
+    trained = config["rec"] if isinstance(config["rec"], list) else [config["rec"]]
+    facts = {
+        "training_data": ", ".join(Path(name).name for name in trained),
+        "training_data_licence": licence,
+    }
     if "labels_crc32" in config:
         facts["training_labels_crc32"] = str(config["labels_crc32"])
-    if index.is_file():
-        facts["training_index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+    moved = not Path(trained[0]).exists() and _labels_crc32(rec) == config.get("labels_crc32")
+    indices = [Path(name) / "index.json" for name in ([rec] if moved else trained)]
+    if all(path.is_file() for path in indices):
+        facts["training_index_sha256"] = ", ".join(
+            hashlib.sha256(path.read_bytes()).hexdigest() for path in indices
+        )
     return facts
+
+
+def _labels_crc32(rec: str) -> int | None:
+    """As a run notes it of its data: whether `rec` is that set under another name."""
+    if not Path(rec).is_dir():
+        return None
+    return zlib.crc32(np.ascontiguousarray(shards.open(rec).labels).data)
 
 
 def _weights(checkpoint: str, run: Path) -> dict[str, str]:

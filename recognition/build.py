@@ -96,7 +96,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     if cfg.loader == "dali":
         dali.check_installed()
     resumed_from, set_aside = resume.choose(cfg, runtime)
-    manifest = checkpoint.read_manifest(resumed_from) if resumed_from else None
+    manifest = checkpoint.read_manifest_of_run(resumed_from) if resumed_from else None
     plan = resize.plan(cfg, manifest, runtime.world)
     cfg = plan.cfg
     data = open_all(cfg.rec)

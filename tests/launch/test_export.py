@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import cv2
@@ -18,6 +20,7 @@ from torch import nn
 import launch.export
 import recognition.agreement
 import recognition.export
+from data_tools import shards
 from recognition.agreement import Agreement, ExportError
 from recognition.backbones import BACKBONES
 from recognition.export import export_onnx
@@ -311,6 +314,18 @@ def test_command_writes_the_file_and_one_json_line_last(run, tmp_path, capsys):
     assert (facts["network"], facts["margin"], facts["commit"]) == tuple(METADATA.values())
     assert json.loads(facts["recipe"]) == {"margin": "arcface", "lr": 0.1, "seed": 3}
     assert facts["training_data_licence"] == "not stated"
+
+
+def test_hashes_are_those_of_the_training_data(shards_dir):
+    """Of every set; of another one named by --data only if it holds the same labels."""
+    index = hashlib.sha256((shards_dir / "index.json").read_bytes()).hexdigest()
+    two = launch.export._data({"rec": [str(shards_dir)] * 2}, str(shards_dir), "CC0")
+    assert two["training_index_sha256"] == f"{index}, {index}"
+    assert two["training_data"] == "shards, shards" and two["training_data_licence"] == "CC0"
+    crc = zlib.crc32(np.ascontiguousarray(shards.open(shards_dir).labels).data)
+    for labels, known in ((crc, True), (crc + 1, False)):
+        facts = launch.export._data({"rec": "gone", "labels_crc32": labels}, str(shards_dir), "")
+        assert ("training_index_sha256" in facts) == known
 
 
 def test_images_of_the_data_set_are_what_is_checked():
