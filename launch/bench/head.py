@@ -15,7 +15,7 @@ of two steps, less weights and optimiser state, so that what the allocator keeps
 resident set on a CPU, what torch has reserved on a GPU.
 
 It uses GPUs (nccl) where there are any and the CPU (gloo, one thread a process) elsewhere. One JSON
-line a case, on stdout.
+line a case, on stdout; of a suite the comparison with its targets, last, on stderr.
 """
 
 from __future__ import annotations
@@ -107,11 +107,14 @@ def main(arguments: list[str] | None = None) -> int:
                 piece=args.piece,
             )
         ]  # fmt: skip
+        reports = []
         for case in cases:
             if case.batch % world:
                 raise ValueError(f"batch {case.batch}: not divisible by {world} processes")
-            told = Measurement(case, world, args.pairs, args.warmup, device)
-            print(json.dumps(_report(told)), flush=True)
+            reports.append(_report(Measurement(case, world, args.pairs, args.warmup, device)))
+            print(json.dumps(reports[-1]), flush=True)
+        for report in reports if args.suite else []:
+            print(_beside_targets(report), file=sys.stderr)
     except (ValueError, OSError) as error:  # a mistake in what was asked
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
@@ -234,11 +237,29 @@ def batch_of(case: Case, rank: int, world: int, device: torch.device) -> tuple[T
 # --- What is measured -----------------------------------------------------------------------------
 
 
+def _beside_targets(report: dict[str, Any]) -> str:
+    case, ratios = report["case"], report["median_ratio"]
+    said = [
+        f"{name} {ratios[name]:.2f} (at most {limit:.2f}: {'met' if met else 'NOT met'})"
+        for (name, limit), met in zip(
+            report["targets"].items(), report["met"].values(), strict=True
+        )
+    ]
+    shape = f"C {case['C']}, B {case['B']}, r {case['r']}, {report['products']} GEMMs"
+    return f"{shape}:  {';  '.join(said)}"
+
+
+@functools.cache
+def _peak_of_rival(plain: Measurement) -> int:
+    return together(plain.world, plain.device, _peak, plain, "rival")
+
+
 def _report(told: Measurement) -> dict[str, Any]:
     case = told.case
     times = together(told.world, told.device, _time, told)
     peaks = {
-        name: together(told.world, told.device, _peak, told, name) for name in ("ours", "rival")
+        "ours": together(told.world, told.device, _peak, told, "ours"),
+        "rival": _peak_of_rival(told._replace(case=case._replace(stored_mib=0))),  # keeps none
     }
     ratios = {
         "time / rival": statistics.median(
