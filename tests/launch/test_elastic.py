@@ -21,7 +21,7 @@ def keys_for(shards_dir):
     """Under these, rounding alone differs between numbers of processes; the rate is small, so that
     it stays small over so many steps."""
     return [
-        f"rec={shards_dir}", f"global_batch_size={BATCH}", "max_steps=100000", "lr=0.002",
+        f"rec={shards_dir}", f"global_batch_size={BATCH}", "max_steps=100000", "lr=1e-4",
         f"checkpoint_every={SAVED}", f"keep_every={SAVED}", "precision=fp64",
         "sync_bn=true", "collective_timeout=10", "debug=true",
     ]  # fmt: skip

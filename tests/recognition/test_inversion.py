@@ -579,7 +579,9 @@ def proved(tmp_path, shards, *more):
     own, other = (trained_network(shards, tmp_path / f"run-{seed}", seed, 150) for seed in (0, 7))
     options = ["--count", "24", "--batch-size", "24", "--steps", "120", "--clip"]
     for name, extra in (("out", ()), *more):
-        line = command_line(own, "--out", tmp_path / name, "--other", other, *options, *extra)
+        line = command_line(
+            own, "--out", tmp_path / name, "--other", other, "--fid", other, *options, *extra
+        )
         command(*line[1:], timeout=1800)
     return [json.loads((tmp_path / n / "report.json").read_text()) for n, _ in (("out", 0), *more)]
 
@@ -588,15 +590,15 @@ def proved(tmp_path, shards, *more):
 @pytest.mark.timeout(3600)
 def test_generated_faces_are_inverted_and_the_prior_is_why(tmp_path):
     """Identity rate >= 95 % under the network itself, >= 3 x chance under another; without the
-    BatchNorm prior the other network and the statistics say that the images are worse."""
+    BatchNorm prior the Frechet distance and the statistics say that the images are worse."""
     command("-m", "data_tools", "synthesize", tmp_path / "f", "--identities", 100, "--images", 15)
     command("-m", "data_tools", "pack", tmp_path / "f", tmp_path / "shards")
     bare, without = proved(tmp_path, tmp_path / "shards", ("without", ("--bn-weight", "0")))
     assert bare["under_itself"]["identity_rate"] >= 0.95
     assert bare["under_others"][0]["times_chance"] >= 3
     assert (tmp_path / "out" / "grid.png").is_file()
-    others = [report["under_others"][0]["cosine_mean"] for report in (bare, without)]
-    assert others[1] < others[0]
+    frechet = [report["fid"]["distance"] for report in (bare, without)]
+    assert frechet[1] > frechet[0] > bare["fid"]["distance_of_as_many_real_images"]
     distances = [report["bn_distance"]["synthesised"] for report in (bare, without)]
     assert distances[1] > 3 * distances[0]
 

@@ -22,6 +22,7 @@ from recognition.kernels.compiled import TorchOperations
 from recognition.kernels.fused import FusedLogits
 from recognition.losses import MARGINS
 from tests import ranks, reference
+from tests.recognition import runs
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 programs = pytest.importorskip("recognition.kernels.programs")
@@ -175,6 +176,24 @@ def test_without_an_interpreter_or_a_gpu_it_is_plain():
         [sys.executable, "-c", code], env=hidden, capture_output=True, text=True, check=True
     )
     assert "form='plain'" in done.stdout and "Triton is for GPUs" in done.stdout
+
+
+@interpreted
+def test_a_run_takes_its_form_says_so_and_keeps_it(shards_dir, tmp_path):
+    """Two processes, fp64: the plain run's numbers; a resumed one keeps the form it had."""
+    common = {"rec": str(shards_dir), "precision": "fp64", "max_steps": 2}
+    ends = {}
+    for name, keys in (
+        ("plain", {"head_kernel": "plain"}), ("fused", {"head_kernel": "triton"}),
+    ):  # fmt: skip
+        keys = common | keys | {"output": str(tmp_path / name)}
+        if name == "fused":
+            ranks.run(2, runs.run, keys, 1)
+        ends[name] = ranks.run(2, runs.run, keys)[0]
+    for name, value in ends["plain"].items():
+        torch.testing.assert_close(ends["fused"][name], value, rtol=1e-7, atol=1e-9)
+    said = json.loads((tmp_path / "fused" / "config.json").read_text())
+    assert said["head_forms"] == ["triton-128x128"]
 
 
 @pytest.mark.long
