@@ -101,10 +101,11 @@ MAY_IMPORT = {
         "eval.embed_onnx",
     ],
     "recognition/initialise.py": [
-        "recognition.checkpoint", "recognition.checkpoint.*", "recognition.head",
-        "data_tools.decode", "data_tools.shards", "data_tools.union", "eval.embed_onnx",
+        "recognition.checkpoint", "recognition.checkpoint.*", "recognition.convert",
+        "recognition.head", "data_tools.decode", "data_tools.shards", "data_tools.union",
+        "eval.embed_onnx",
     ],
-    "recognition/convert.py": ["recognition.mxnet_params"],
+    "recognition/convert.py": ["recognition.mxnet_params", "recognition.checkpoint.directory"],
     "recognition/run_dir.py": [
         "recognition.checkpoint", "recognition.config", "recognition.convert",
     ],
