@@ -219,19 +219,21 @@ def _finish(
 
 def terms_of(out: Path, count: int) -> dict[str, float]:
     """The terms of the loss at the end, means over the batches."""
-    every = [read_json(_done(out, k))["terms"] for k in range(count)]
+    every = [_what_was_done(out, k)["terms"] for k in range(count)]
     return {name: float(np.mean([terms[name] for terms in every])) for name in every[0]}
 
 
 def _done_by(out: Path, number: int) -> int | None:
     """Of how many processes the run was that made this batch; None: it is not done."""
-    path = _done(out, number)
-    if not path.is_file():
-        return None
-    content = read_json(path)
+    return _what_was_done(out, number)["world"] if _done(out, number).is_file() else None
+
+
+def _what_was_done(out: Path, number: int) -> dict[str, Any]:
+    """Raises: ValueError naming a damaged file."""
+    content = read_json(_done(out, number))
     if not {"world", "terms"} <= content.keys():
-        raise ValueError(f"{path} is damaged (no terms in it): remove it and start again")
-    return content["world"]
+        raise ValueError(f"{_done(out, number)} is damaged (no terms): remove it and start again")
+    return content
 
 
 def _done(out: Path, number: int) -> Path:
