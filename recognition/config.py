@@ -242,6 +242,8 @@ def make(values: Mapping[str, Any]) -> Config:
             )
     if isinstance(checked.get("rec"), list) and len(checked["rec"]) < 2:
         checked["rec"] = "".join(checked["rec"])
+    if checked.get("init_label_map") and not checked.get("init_head"):
+        raise ValueError("init_label_map says which class of init_head= is which: give that too")
     for name in checked.get("val_targets", []):
         if os.path.basename(name) != name or name in ("", ".", ".."):
             raise ValueError(f"val_targets={name!r}: the name of a .bin of rec, not a path")

@@ -56,6 +56,11 @@ def start_centres(
     start, stop = head.shard
     length = head.weight.norm(dim=-1, keepdim=True)  # [C_r, (K,) 1]
     if source == "features" or source.endswith(".onnx"):
+        if label_map is not None:
+            raise ValueError(
+                f"init_label_map goes with a head of other identities; init_head={source} takes "
+                "the images of the classes here: leave the map out"
+            )
         ids, rows = _means(
             data, start, stop, embed if source == "features" else OnnxEmbedder(source)
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
@@ -103,6 +105,14 @@ def test_mistakes_in_a_head_and_its_map(keys, shards_dir, tmp_path):
             more["init_label_map"] = str(tmp_path / "map.txt")
         with pytest.raises(Exception, match=words):
             ranks.run(1, start, keys | more)
+
+
+def test_a_map_without_a_head_of_others_is_refused(keys):
+    with pytest.raises(ValueError, match="give that too"):
+        config.make(keys | {"init_label_map": "map.txt"})
+    with pytest.raises(ValueError, match="leave the map out"):
+        head = SimpleNamespace(shard=(0, 1), weight=torch.ones(1, D))
+        initialise.start_centres(head, "features", "map.txt", None, lambda pixels: pixels)
 
 
 def is_mean_direction(rows, module, data):
