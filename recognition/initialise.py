@@ -78,7 +78,10 @@ def start_centres(
 
 
 def merged_rows(source: str) -> Tensor:
-    """All class centres [C, (K,) D] of a run of ours or of arcface_torch's shards, in order."""
+    """All class centres [C, (K,) D] of a run of ours or of arcface_torch's shards, in order.
+
+    Those of a run's own heads of several sets stand as its classes are numbered, set by set.
+    """
     if os.path.isdir(source) and (
         os.path.isfile(os.path.join(source, "manifest.json")) or checkpoint.newest(source)
     ):
@@ -86,8 +89,21 @@ def merged_rows(source: str) -> Tensor:
         path = path or checkpoint.newest(source)
         assert path is not None
         manifest = checkpoint.read_manifest(path)
-        files = sorted(checkpoint.row_files(manifest), key=lambda file: file.start)
-        return torch.cat([read(path, file.name, manifest)["weight"] for file in files])
+        heads = [
+            torch.cat(
+                [
+                    read(path, file.name, manifest)["weight"]
+                    for file in sorted(
+                        checkpoint.row_files(manifest, k), key=lambda file: file.start
+                    )
+                ]
+            )
+            for k in range(len(manifest["heads"]))
+        ]
+        if len({head.shape[1:] for head in heads}) > 1:
+            shapes = ", ".join(str(list(head.shape)) for head in heads)
+            raise ValueError(f"init_head={source}: its heads have rows of several shapes: {shapes}")
+        return torch.cat(heads)
     pattern = os.path.join(source, "*_gpu_*.pt") if os.path.isdir(source) else source
     paths = [path for path in glob.glob(pattern) if re.search(r"_gpu_(\d+)\.pt$", path)]
     if not paths:

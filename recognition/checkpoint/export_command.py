@@ -71,6 +71,7 @@ def make_card(config: dict[str, Any], manifest: dict[str, Any], files: dict) -> 
         "num_classes": [head["num_classes"] for head in manifest["heads"]],
         "margin": config["margin"],
         "margin_args": config.get("margin_args", {}),
+        **({"rec_heads": config["rec_heads"]} if config.get("rec_heads") else {}),
         "step": manifest["step"],
         "samples_seen": manifest["samples_seen"],
         "metrics": manifest.get("metrics", {}),
