@@ -109,8 +109,12 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(
             f"  {lost['pairs']} pairs of {lost['set']}: accuracy "
             f"{100 * lost['torch']['accuracy']:.2f} -> {100 * lost['file']['accuracy']:.2f} %, "
-            f"TAR at FAR {lost['far']:g} {100 * lost['torch']['tar']:.2f} -> "
-            f"{100 * lost['file']['tar']:.2f} %"
+            + (
+                "too few pairs for TAR"
+                if lost["far"] >= 1
+                else f"TAR at FAR {lost['far']:g} {100 * lost['torch']['tar']:.2f} -> "
+                f"{100 * lost['file']['tar']:.2f} %"
+            )
         )
     return "\n".join(lines)
 

@@ -66,15 +66,22 @@ def under_another(plan: Plan, made: Made, path: str) -> dict[str, Any]:
             "not_measured": "it needs images of the same people: --data (closed set: the shards "
             "that the run was trained on; embeddings: the images that they are of)",
         }
+    kept, ids = np.full(len(plan.ids), True), plan.ids
     if plan.numbers is None:
         num_classes = sum(len(block) for block in plan.gallery())
         gallery = faces.means(plan.faces, embedder, num_classes, _OF_EACH)
+        seen = (gallery != 0).any(axis=1)  # a class may have no image
+        kept = seen[ids]
+        if not kept.any():
+            told = f"{plan.faces.path} has no image of any of these classes"
+            return {"network": path, "not_measured": told}
+        gallery, ids = gallery[seen], (np.cumsum(seen) - 1)[ids[kept]]
         told = f"means of up to {_OF_EACH} images of each class of {plan.faces.path}"
     else:
         gallery = plan.faces.embed(embedder, plan.numbers)
         told = f"the images of {plan.faces.path} that the targets are embeddings of"
-    found = metrics.likeness(made.embed(embedder), [gallery], plan.ids)
-    return found | {"network": path, "gallery_of": told}
+    found = metrics.likeness(made.embed(embedder)[kept], [gallery], ids)
+    return found | {"network": path, "gallery_of": told, "without_images": int((~kept).sum())}
 
 
 @torch.no_grad()
@@ -167,4 +174,9 @@ def _likeness(where: str, found: dict[str, Any]) -> str:
         f"{where}: cosine to the target {found['cosine_mean']:.3f}, nearest of "
         f"{found['gallery']} in {100 * found['identity_rate']:.1f} % "
         f"(chance {100 * found['chance']:.2g} %: {found['times_chance']:.0f} x)"
+        + (
+            f"; {n} classes have no image and were left out"
+            if (n := found.get("without_images"))
+            else ""
+        )
     )

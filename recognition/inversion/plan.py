@@ -232,6 +232,11 @@ def _reference(data: str | None, run: str, number: int, num_classes: int) -> Fac
     """The images that the head was trained on, those of --data or of its run; None where they are
     not here any more."""
     config = checkpoint.read_manifest(checkpoint.find(run))["config"]
+    known = None if config.get("rec_heads") else config.get("labels_crc32")
+
+    def others(faces: Faces) -> bool:
+        return known is not None and known != zlib.crc32(np.ascontiguousarray(faces.labels).data)
+
     if data is None:
         recs = [config["rec"]] if isinstance(config["rec"], str) else config["rec"]
         if len(recs) > 1 and not config.get("rec_heads"):
@@ -240,15 +245,14 @@ def _reference(data: str | None, run: str, number: int, num_classes: int) -> Fac
             faces = open_faces(recs[number])
         except (OSError, ValueError, IndexError):
             return None
-        return faces if int(faces.labels.max(initial=-1)) < num_classes else None
+        fits = int(faces.labels.max(initial=-1)) < num_classes and not others(faces)
+        return faces if fits else None
     faces = open_faces(data)
     if int(faces.labels.max(initial=-1)) >= num_classes:
         raise ValueError(
             f"--data {data} has the label {faces.labels.max()}, the head {num_classes} classes: "
             "the data that it was trained on are wanted"
         )
-    known = config.get("labels_crc32")
-    own = zlib.crc32(np.ascontiguousarray(faces.labels).data)
-    if known is not None and not config.get("rec_heads") and known != own:
+    if others(faces):
         raise ValueError(f"--data {data}: its labels are not those that {run} was trained on")
     return faces

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -25,7 +26,7 @@ from data_tools import shards
 from recognition.backbones import BACKBONES
 from recognition.checkpoint import load_backbone
 from recognition.inversion import __main__ as program
-from recognition.inversion import faces, metrics, pictures, plan, prior, privacy, work
+from recognition.inversion import faces, measure, metrics, pictures, plan, prior, privacy, work
 from recognition.inversion.descent import Batch, descend
 from recognition.inversion.identity import ClosedSet, OpenSet, centres
 from recognition.inversion.settings import Settings
@@ -447,6 +448,32 @@ def test_embeddings_that_are_not_finite_are_told(tmp_path):
         folder.embed(broken, [0, 1])
     with pytest.raises(ValueError, match="no image"):
         folder.embed(broken, [])
+
+
+def test_classes_without_images_are_left_out_and_counted(trained, shards_dir):
+    """Under another network; and images of other labels are not taken for the training set's."""
+    everyone = faces.open_faces(shards_dir)
+    few = faces.Faces("few", np.where(everyone.labels == 1, -1, everyone.labels), everyone._get)
+    ids, size = np.array([0, 1, 5]), int(everyone.labels.max()) + 1
+    made = SimpleNamespace(embed=lambda embed: embed(everyone.pixels(everyone.by_round(1)[0][ids])))
+    asked = SimpleNamespace(
+        faces=few, numbers=None, ids=ids, gallery=lambda: iter([np.zeros((size, 32))])
+    )
+    found = measure.under_another(asked, made, trained[4])
+    assert found["without_images"] == 1 and found["images"] == 2 and found["gallery"] == size - 1
+    assert "1 classes have no image" in measure._likeness("", found)
+    asked.ids = ids[1:2]
+    assert "no image" in measure.under_another(asked, made, trained[4])["not_measured"]
+
+
+def test_data_of_other_labels_are_not_measured_with(trained, shards_dir, monkeypatch):
+    everyone = faces.open_faces(shards_dir)
+    assert plan._reference(None, trained[3], 0, 16) is not None
+    everyone.labels = everyone.labels[::-1]
+    monkeypatch.setattr(plan, "open_faces", lambda path: everyone)
+    assert plan._reference(None, trained[3], 0, 16) is None
+    with pytest.raises(ValueError, match="labels are not those"):
+        plan._reference(str(shards_dir), trained[3], 0, 16)
 
 
 def test_thresholds_of_many_embeddings_are_drawn_from_some(trained, tmp_path):
