@@ -33,6 +33,13 @@ class Aligner:
             if self.detector is None:
                 raise ValueError("no landmarks")
             points = detect(image, self.detector)
+        height, width = image.shape[:2]
+        x, y = points.mean(0).tolist()
+        if not (0 <= x < width and 0 <= y < height) and np.isfinite(points).all():
+            raise ValueError(
+                f"the five points lie around ({x:.0f}, {y:.0f}), outside the image of "
+                f"{width}x{height} pixels: were they found in another size of it?"
+            )
         return warp(image, points, self.size)
 
 

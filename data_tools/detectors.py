@@ -25,6 +25,7 @@ import numpy as np
 DETECT_SIDE = 640  # pixels
 _STRIDES = (8, 16, 32)
 _MOST = 100  # faces of an image
+_FAR = 1e4  # pixels: what a network says beyond, of an image of a few rows say, is no face
 
 
 class Faces(NamedTuple):
@@ -50,6 +51,8 @@ def detect(image: np.ndarray, detector: str) -> np.ndarray:
     size = max(1, round(width * scale)), max(1, round(height * scale))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
     boxes, points = open_detector(detector)(small)
+    near = (np.abs(boxes) < _FAR).all(1) & (np.abs(points) < _FAR).all((1, 2))  # False for NaN too
+    boxes, points = boxes[near], points[near]
     if not len(boxes):
         raise ValueError("no face found")
     away = ((boxes[:, :2] + boxes[:, 2:] / 2 - np.array(size) / 2) ** 2).sum(1)
@@ -131,7 +134,7 @@ class _Scrfd:
         scores, boxes, points = [], [], []
         for level, stride in enumerate(_STRIDES):
             score, box, point = (
-                found[level + 3 * kind].reshape(-1, width) for kind, width in enumerate((1, 4, 10))
+                _columns(found[level + 3 * kind], width) for kind, width in enumerate((1, 4, 10))
             )
             rows, columns = canvas.shape[0] // stride, canvas.shape[1] // stride
             anchors, rest = divmod(len(score), rows * columns)
@@ -167,3 +170,10 @@ class _Scrfd:
         canvas = np.zeros((high, wide, 3), np.uint8)
         canvas[: image.shape[0], : image.shape[1]] = image
         return canvas, scale
+
+
+def _columns(output: np.ndarray, width: int) -> np.ndarray:
+    """[n, width] of [n, width] or [1, n, width]: a map [1, A width, h, w] has another order."""
+    if output.ndim < 2 or output.shape[-1] != width or output.shape[:-2] not in ((), (1,)):
+        raise ValueError(f"an output of {list(output.shape)} where [n, {width}] is expected")
+    return output.reshape(-1, width)

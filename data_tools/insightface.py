@@ -5,8 +5,12 @@ a record per identity; both have no pixels. The plain layouts (im2rec, shuffle_r
 hold images only. Ranges in the header and the identity records are float32, exact to 2^24 only:
 labels are therefore always taken from the images themselves. These too are float32: a label of 2^24
 or more may be that of a neighbour, and is refused.
+
+Without a .idx the keys are lost, but not the order: InsightFace's tools write the images, then the
+header and the identities (face2rec2) or the identities and the header (RecBuilder).
 """
 
+import bisect
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +19,8 @@ import numpy as np
 
 from data_tools.recordio import Header, IndexedReader, RecordFile, unpack_record
 
-MAX_CLASSES = 2**31
 _PROPERTY = re.compile(r" *([0-9]{1,18}) *, *([0-9]{1,18}) *, *([0-9]{1,18}) *(?:,.*)?")
-_EXACT = 2**24  # float32 has every integer below; 2^24 itself may stand for 2^24 + 1
+MAX_CLASSES = 2**24  # float32 has every integer below; 2^24 itself may stand for 2^24 + 1
 
 
 class ImageRecords(NamedTuple):
@@ -48,6 +51,9 @@ def open_directory(directory: Path, rec_path: Path) -> ImageRecords:
     reader = IndexedReader(idx_path if idx_path.exists() else None, rec_path)
     keys, offsets = reader.keys, reader.offsets
     first_identity = _first_identity(reader)
+    if first_identity is None and reader.idx_path is None and (images := _walked_images(reader)):
+        first_identity = images + 1
+        keys = keys + 1  # as the images' own were
     if first_identity is not None:
         image = (keys > 0) & (keys < first_identity)
         keys, offsets = keys[image], offsets[image]
@@ -67,7 +73,7 @@ def open_directory(directory: Path, rec_path: Path) -> ImageRecords:
 def read_property(path: Path) -> tuple[int, int, int] | None:
     """Classes, height, width of a `property` file, None where there is none.
 
-    Raises: ValueError naming the file if they are no such numbers, or not 1 .. 2^31 classes.
+    Raises: ValueError naming the file if they are no such numbers, or not 1 .. 2^24 classes.
     """
     if not path.exists():
         return None
@@ -77,7 +83,10 @@ def read_property(path: Path) -> tuple[int, int, int] | None:
         raise ValueError(f"{path}: {line[:60]!r} is not num_classes,height,width")
     classes, height, width = map(int, stated.groups())
     if not 1 <= classes <= MAX_CLASSES:
-        raise ValueError(f"{path}: {classes} classes; their number must be 1 .. {MAX_CLASSES}")
+        raise ValueError(
+            f"{path}: {classes} classes; their number must be 1 .. {MAX_CLASSES}: the labels of "
+            f"these records are float32, which tells no more of them apart"
+        )
     return classes, height, width
 
 
@@ -112,13 +121,13 @@ def class_labels(
 
 
 def _bad_label(labels: np.ndarray, num_classes: int | None) -> np.ndarray:
-    limit = _EXACT if num_classes is None else min(num_classes, _EXACT)
+    limit = MAX_CLASSES if num_classes is None else num_classes
     with np.errstate(invalid="ignore"):
         return ~((labels >= 0) & (labels < limit) & (labels == np.floor(labels)))
 
 
 def _label_fault(label: np.float32, num_classes: int | None) -> str:
-    if _EXACT <= label < (MAX_CLASSES if num_classes is None else num_classes):
+    if num_classes is None and MAX_CLASSES <= label < 2**31:
         return (
             f"the label {label:.0f} is 2^24 or more, where a float32 no longer tells a class from "
             f"its neighbour: pack the images from their source instead"
@@ -144,6 +153,25 @@ def _first_identity(reader: IndexedReader) -> int | None:
     slack = int(np.spacing(np.float32(stated))) // 2
     around = range(int(stated) - slack, int(stated) + slack + 1)
     return next((key for key in around if key in reader and _no_pixels(reader, key)), None)
+
+
+def _walked_images(reader: IndexedReader) -> int:
+    """How many records stand before those of layout A without pixels; 0 if it is not layout A.
+
+    Of a file without .idx whose images come first, with keys from 1. A header must be at either end
+    of the records without pixels: [key of the first of the others, key after the last], in float32.
+    """
+    last = len(reader) - 1
+    if last < 1 or not _no_pixels(reader, last):
+        return 0
+    images = bisect.bisect_left(range(last), True, key=lambda i: _no_pixels(reader, i))
+    for header in (images, last):
+        start, stop = np.ravel(reader[header][0].label).astype(np.float64)
+        slack = 2 * float(np.spacing(np.float32(abs(stop))))
+        counts_them = abs(stop - start - (last - images)) < max(1.0, slack)
+        if counts_them and start > images - slack:
+            return images
+    return 0
 
 
 def _no_pixels(reader: IndexedReader, key: int) -> bool:

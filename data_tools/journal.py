@@ -42,8 +42,8 @@ class Journal:
     def __init__(self, partial: Path, plan: dict[str, Any] | None) -> None:
         self._partial = partial
         self._path = partial / _DIRECTORY
-        self._used = plan is not None
-        if self._used and not is_of_plan(partial, plan):
+        self.used = plan is not None
+        if self.used and not is_of_plan(partial, plan):
             self._path.mkdir()
             _write_whole(self._path / _PLAN, json.dumps(plan).encode())
 
@@ -61,7 +61,7 @@ class Journal:
         return Finished(shard, about["resized"], [(where, why) for where, why in about["skipped"]])
 
     def add(self, finished: Finished) -> None:
-        if not self._used:
+        if not self.used:
             return
         entry, labels, offsets = finished.shard
         about = {"entry": entry, "resized": finished.resized, "skipped": finished.skipped}
@@ -71,7 +71,7 @@ class Journal:
         aside.replace(path)
 
     def remove(self) -> None:
-        if self._used:
+        if self.used:
             shutil.rmtree(self._path)
 
 

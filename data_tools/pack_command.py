@@ -6,7 +6,8 @@
    and reads each image once. What cannot be used is counted, and listed in skipped.txt; an identity
    of which nothing can be used gets no class.
 
-Killed, the same command goes on after the last finished shard and ends in the same bytes.
+Killed, or left by a worker that was killed, the same command goes on after the last finished shard
+and ends in the same bytes. Ctrl-C, a full disk and whatever else fails remove what was written.
 """
 
 import argparse

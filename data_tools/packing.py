@@ -19,6 +19,7 @@ from data_tools.split import Parts, choose
 from data_tools.wording import count
 
 Skipped = list[tuple[str, str]]  # (where, why)
+_ONE_FIELD = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})  # a name may hold them
 
 
 class Packing:
@@ -188,7 +189,10 @@ class Packing:
     def _list_skipped(self) -> dict[str, Any]:
         if not self.skipped:
             return {"count": 0}
-        lines = b"".join(os.fsencode(f"{where}\t{why}\n") for where, why in self.skipped)
+        lines = b"".join(
+            os.fsencode(f"{where.translate(_ONE_FIELD)}\t{why.translate(_ONE_FIELD)}\n")
+            for where, why in self.skipped
+        )
         (self.directory / "skipped.txt").write_bytes(lines)
         no_face = sum(why in ("no face found", "no landmarks") for _, why in self.skipped)
         without = {"without_face": no_face} if self.options.align else {}

@@ -11,7 +11,7 @@ class PartialDirectory:
     """`OUT.partial`, empty and this process's own until it is closed or becomes `OUT`.
 
     What a killed process left in it is cleared, unless `keep(path)` says that it can be used.
-    `close` removes it unless `rename` came before.
+    `close` removes it unless `rename` came before, or it says `keep`.
 
     Raises: FileExistsError if another process is writing it.
     """
@@ -46,8 +46,8 @@ class PartialDirectory:
         self.path.rename(self.out)
         self._renamed = True
 
-    def close(self) -> None:
-        if not self._renamed:
+    def close(self, keep: bool = False) -> None:
+        if not (self._renamed or keep):
             shutil.rmtree(self.path)
         os.close(self._lock)
 

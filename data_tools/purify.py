@@ -38,7 +38,8 @@ class Centres:
         self.path = Path(found)
         manifest = checkpoint.read_manifest(str(found))
         if not 0 <= head < len(manifest["heads"]):
-            raise ValueError(f"{found} has {len(manifest['heads'])} heads, counted from 0: {head}")
+            heads = count(len(manifest["heads"]), "head")
+            raise ValueError(f"--head {head}: {found} has {heads}, counted from 0")
         facts = manifest["heads"][head]
         self.num_classes: int = facts["num_classes"]
         self.num_subcenters: int = facts["num_subcenters"]

@@ -42,9 +42,9 @@ class ShardWriter:
         written = [write_shard(writer.partial, name, images) ...]
         writer.finish(written, identities, image_size, about)
 
-    Left by an exception, or without `finish`, it removes what it wrote; killed, it leaves
-    OUT.partial, whose whole shards the next one takes over if it has the same plan. OUT itself is
-    never half there.
+    Left by an exception, or without `finish`, it removes what it wrote; killed, or left because a
+    worker was, it leaves OUT.partial, whose whole shards the next one takes over if it has the same
+    plan. OUT itself is never half there.
 
     Raises: FileExistsError if `out` exists (with `overwrite`: and is not a data set), or if another
     process is writing it.
@@ -106,7 +106,12 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._aside.close()
+        killed = isinstance(error, ChildProcessError) and self.journal.used
+        self._aside.close(keep=killed)
+        if killed:
+            raise ChildProcessError(
+                f"{self.out}: {error}; the same command goes on from what {self.partial} has"
+            ) from error
         if isinstance(error, OSError) and not error.filename:  # of a write: it names no file
             raise OSError(f"{self.out}: {error}; what was written is removed") from error
 

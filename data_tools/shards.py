@@ -196,6 +196,11 @@ def _open(path: Path) -> Shards:
     if (path / INDEX).is_file():
         return _open_packed(path)
     rec = insightface.find_rec(path)
+    if rec is None and (several := sorted(file.name for file in path.glob("*.rec"))):
+        raise FileNotFoundError(
+            f"{path}: {len(several)} files of records, none of them train.rec: name those you mean "
+            f"({path / several[0]} ...); `pack --join name` makes one set of the parts of one run"
+        )
     if rec is None:
         raise FileNotFoundError(
             f"{path}: no data set: neither {INDEX} nor train.rec; if it is a folder of identities, "

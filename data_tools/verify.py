@@ -185,7 +185,9 @@ def verify_insightface(
     order = np.argsort(offsets, kind="stable")
     keys, offsets = keys[order], offsets[order]
     stated = insightface.read_property(path / "property")
-    has_header = _has_header(file, keys, offsets)
+    ends = [] if idx.exists() or not len(keys) else [0, -1]  # where a walked file may have it
+    header_at = np.append(offsets[keys == 0], offsets[ends])
+    has_header = _has_header(file, header_at)
     blocks = []
     for start in range(0, len(keys), _BLOCK):
         stop = min(start + _BLOCK, len(keys))
@@ -216,13 +218,15 @@ def _scan(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(len(offsets)), np.array(offsets, np.int64)
 
 
-def _has_header(file: RecordFile, keys: np.ndarray, offsets: np.ndarray) -> bool:
-    for offset in offsets[keys == 0].tolist():
+def _has_header(file: RecordFile, offsets: np.ndarray) -> bool:
+    """Whether a header of layout A stands at one of these places."""
+    for offset in offsets.tolist():
         try:
             header, image = file.read_image(offset)
         except ValueError:
             return True  # damaged: checking it will say so; better no fault too many
-        return header.flag == 2 and not image
+        if header.flag == 2 and not image:
+            return True
     return False
 
 

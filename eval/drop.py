@@ -54,6 +54,13 @@ def compare(
             found.append(forward(images).astype(np.float64))
         progress(len(images))
     embeddings = [np.concatenate(found) for found in parts]  # [2P, D] each
+    for which, e in zip(("first", "second"), embeddings, strict=True):
+        lengths = np.linalg.norm(e, axis=1)
+        if wrong := int((~np.isfinite(lengths) | (lengths == 0)).sum()):
+            raise ValueError(
+                f"{pairs.name}: the {which} network gives {wrong} of {len(e)} images an embedding "
+                "that is zero or not finite"
+            )
     far = far_of(int((~pairs.issame).sum()))
     scores = []
     for e in embeddings:

@@ -53,9 +53,17 @@ def embedding(model, facts, detector, path):  # -> [D] of length 1
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        sys.exit(0)
     if len(sys.argv) != 5:
         sys.exit(__doc__)
-    model, detector = (onnxruntime.InferenceSession(path) for path in sys.argv[1:3])
+    try:
+        model, detector = (onnxruntime.InferenceSession(path) for path in sys.argv[1:3])
+    except Exception as error:  # ONNX Runtime's errors share no other base
+        sys.exit(f"{sys.argv[1]} and {sys.argv[2]} are to be ONNX files: {error}")
+    if "kps_8" not in [output.name for output in detector.get_outputs()]:
+        sys.exit(f"{sys.argv[2]} is no YuNet: take face_detection_yunet_2023mar.onnx")
     facts = model.get_modelmeta().custom_metadata_map
     if "thresholds" not in facts:
         sys.exit(f"{sys.argv[1]} has no threshold: `python -m eval thresholds RUN`, export again")

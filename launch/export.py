@@ -117,6 +117,7 @@ def summary(report: dict[str, Any]) -> str:
 
 def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Export as the arguments say; the report of export_onnx, also written to OUT.export.json."""
+    check(args)
     found = args.run if (Path(args.run) / "manifest.json").is_file() else newest(args.run)
     module, config = load_backbone(found or args.run)
     rec = args.data or (config["rec"] if isinstance(config["rec"], str) else config["rec"][0])
@@ -149,9 +150,24 @@ def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     )  # fmt: skip
     beside = args.out.with_suffix(".export.json")
     partial = beside.with_name(f".{beside.name}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, beside)
+    try:
+        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, beside)
+    finally:
+        partial.unlink(missing_ok=True)
     return report
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises: ValueError for what cannot be asked, OSError for an output that cannot be."""
+    if args.out.suffix != ".onnx":
+        raise ValueError(f"{args.out}: name the output *.onnx, by which readers know it")
+    if not args.out.parent.is_dir():
+        raise OSError(f"cannot write {args.out}: {args.out.parent} is not a directory")
+    if args.max_pairs < 0:
+        raise ValueError(f"--max-pairs {args.max_pairs}: 0 (do not verify) or more")
+    if args.max_drop is not None and not 0 <= args.max_drop <= 100:
+        raise ValueError(f"--max-drop {args.max_drop}: points, from 0 to 100")
 
 
 def lost_on(
@@ -159,6 +175,11 @@ def lost_on(
     max_drop: float | None, say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """eval.drop.compare of the network and its file. Raises: ExportError beyond the limits."""
+    if pairs.issame.all() or not pairs.issame.any():
+        raise ValueError(
+            f"{pairs.name}: its {len(pairs.issame)} pairs are all of one kind, which shows no "
+            "loss: give --pairs with pairs of one person and of two, or --max-pairs 0"
+        )
     network = TorchEmbedder(module, {"path": str(path)}, "")
 
     def torch_embeddings(images: np.ndarray) -> np.ndarray:
@@ -179,7 +200,7 @@ def lost_on(
         allowed = most if max_drop is None else max_drop
         # A set of few pairs moves by steps: one pair of a kind is not a loss that can be told.
         step = 100 / min(pairs.issame.sum(), (~pairs.issame).sum())
-        if lost[f"{name}_drop"] > max(allowed, step) + 1e-9:
+        if not lost[f"{name}_drop"] <= max(allowed, step) + 1e-9:  # NaN too
             raise ExportError(
                 f"{lost[f'{name}_drop']:.2f} points of {name} are lost on {lost['pairs']} pairs "
                 f"of {lost['set']}, allowed are {max(allowed, step):.2f} (--max-drop)"

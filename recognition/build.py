@@ -30,6 +30,7 @@ from recognition.freezing import freeze, train_mode
 from recognition.head import PartialFC
 from recognition.kernels.choice import choose_all
 from recognition.optim import LossScaler, RowAdamW, RowSGD, Schedule
+from recognition.phases import Phases
 from recognition.precision import dtype_of, resolve
 from recognition.run_dir import commit, initial_weights
 from recognition.runtime import Runtime
@@ -76,6 +77,13 @@ class TrainState:
     samples_seen: int = 0
     teacher: distill.Teacher | None = None
     head_losses: torch.Tensor | None = None  # [heads] of the last step, without their weights
+    phases: Phases = field(init=False)  # of the steps' time
+
+    def __post_init__(self) -> None:
+        self.phases = Phases(self.runtime.device)
+        first = next(p for p in self.parts.backbone.parameters() if p.requires_grad)
+        # The last gradient that the backward finds: what follows is the end of its exchange.
+        first.register_post_accumulate_grad_hook(lambda _: self.phases.enter("communication"))
 
     @property
     def backbone(self) -> nn.Module:
@@ -96,7 +104,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     if cfg.loader == "dali":
         dali.check_installed()
     resumed_from, set_aside = resume.choose(cfg, runtime)
-    manifest = checkpoint.read_manifest(resumed_from) if resumed_from else None
+    manifest = checkpoint.read_manifest_of_run(resumed_from) if resumed_from else None
     plan = resize.plan(cfg, manifest, runtime.world)
     cfg = plan.cfg
     data = open_all(cfg.rec)

@@ -23,6 +23,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from recognition.phases import communication
+
 # torch 2.13 renamed both; the old names warn there, the new ones are absent before.
 _all_gather: Callable = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable = (
@@ -133,7 +135,8 @@ class _GatherRows(Function):
                 source[: len(rows)] = rows
             padded = padded.flatten(0, 1)
         local = padded.new_empty(most, *grad.shape[1:])
-        _reduce_scatter(local, padded, group=ctx.group)
+        with communication():
+            _reduce_scatter(local, padded, group=ctx.group)
         return (local[: counts[rank]] * world).to(ctx.dtype), None, None, None
 
 
@@ -152,7 +155,8 @@ class _MergeLogSumExp(Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, group: ProcessGroup) -> Tensor:
         every = local.new_empty(group.size(), *local.shape)
-        _all_gather(every.flatten(), local.contiguous(), group=group)
+        with communication():
+            _all_gather(every.flatten(), local.contiguous(), group=group)
         total = torch.logsumexp(every, 0)
         # -inf - -inf: no rank has a class for this row, nothing to share out.
         ctx.save_for_backward((local - total).exp_().nan_to_num_(0.0))
@@ -181,7 +185,8 @@ def _gather(local: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor
     if len(local) < most:
         padded = torch.cat([padded, padded.new_zeros(most - len(local), *local.shape[1:])])
     every = padded.new_empty(group.size() * most, *local.shape[1:])
-    _all_gather(every, padded, group=group)
+    with communication():
+        _all_gather(every, padded, group=group)
     if min(counts) == most:
         return every
     return torch.cat([rows[:n] for rows, n in zip(every.split(most), counts, strict=True)])
@@ -241,7 +246,8 @@ class _SyncBatchNorm(Function):
         count = local_mean.new_full((1,), x.numel() // x.shape[1])
         local = torch.cat([local_mean, local_var, count])
         every = local.new_empty(group.size() * len(local))
-        _all_gather(every, local, group=group)
+        with communication():
+            _all_gather(every, local, group=group)
         means, variances, counts = every.view(group.size(), -1).split([x.shape[1]] * 2 + [1], dim=1)
         total = counts.sum()
         mean = (means * counts).sum(0) / total
@@ -263,8 +269,7 @@ class _SyncBatchNorm(Function):
         wide = grad.to(mean.dtype)
         unit = (x.to(mean.dtype) - mean.view(shape)) * inverse_std.view(shape)
         local = torch.stack([wide.sum(dims), (wide * unit).sum(dims)])  # [2, channels]
-        sums = local.clone()
-        dist.all_reduce(sums, group=ctx.group)
+        sums = sum_over_ranks(local, ctx.group)
         from_mean, from_var = (sums / total).unbind()
         grad_x = wide - from_mean.view(shape) - unit * from_var.view(shape)
         grad_x *= (inverse_std * weight).view(shape)
@@ -281,7 +286,8 @@ def average_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
     """Replace each tensor by its mean over the ranks. One all-reduce of all their elements."""
     if tensors:
         flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat, group=group)
+        with communication():
+            dist.all_reduce(flat, group=group)
         flat /= group.size()
         for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
@@ -290,7 +296,8 @@ def average_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
 def largest_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
     """The maximum over the ranks, the same on all: how ranks agree on what one may decide alone."""
     largest = values.detach().clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    with communication():
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     return largest
 
 
@@ -310,7 +317,8 @@ def start_largest(value: int, group: ProcessGroup) -> Callable[[], int]:
 def sum_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over the ranks, the same on all, without gradient. One all-reduce."""
     total = values.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
+    with communication():
+        dist.all_reduce(total, group=group)
     return total
 
 

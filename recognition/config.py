@@ -242,6 +242,8 @@ def make(values: Mapping[str, Any]) -> Config:
             )
     if isinstance(checked.get("rec"), list) and len(checked["rec"]) < 2:
         checked["rec"] = "".join(checked["rec"])
+    if checked.get("init_label_map") and not checked.get("init_head"):
+        raise ValueError("init_label_map says which class of init_head= is which: give that too")
     for name in checked.get("val_targets", []):
         if os.path.basename(name) != name or name in ("", ".", ".."):
             raise ValueError(f"val_targets={name!r}: the name of a .bin of rec, not a path")
@@ -267,7 +269,10 @@ def of_head(cfg: Config, k: int) -> Config:
     _checked(f"{place}: loss_weight", own.pop("loss_weight", 1.0), float, (0.0, math.inf))
     if own.get("margin", cfg.margin) != cfg.margin:
         own.setdefault("margin_args", {})  # the run's belong to its own margin
-    return make({**dataclasses.asdict(cfg), "rec_heads": [], **own})
+    try:
+        return make({**dataclasses.asdict(cfg), "rec_heads": [], **own})
+    except (KeyError, TypeError, ValueError) as error:
+        raise type(error)(f"{place}: {error.args[0]}") from error
 
 
 def _translate(values: dict[str, Any], place: str) -> dict[str, Any]:
@@ -319,7 +324,8 @@ def _checked(key: str, value: Any, hint: Any, bounds: tuple[float, float] | None
         items = [part for part in value.split(",") if part] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise TypeError(f"{key}={value!r}: expected a list")
-        return [_checked(key, item, typing.get_args(kind)[0], None) for item in items]
+        inner = typing.get_args(kind)[0]
+        return [_checked(f"{key}[{i}]", item, inner, None) for i, item in enumerate(items)]
     if kind is dict:
         if not isinstance(value, Mapping):
             raise TypeError(f"{key}={value!r}: expected a dict")

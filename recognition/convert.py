@@ -17,10 +17,11 @@ What differs is folded into the weights, so that ours computes what theirs did:
 from __future__ import annotations
 
 import argparse
-import pickle
+import os
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from recognition import mxnet_params
+from recognition.checkpoint.directory import sync
 
 WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".safetensors", ".params")
 
@@ -46,7 +48,7 @@ def read_weights(path: str, color_order: str | None = None) -> dict[str, Tensor]
         checkpoints (they hold its head's kernel), RGB for all others.
 
     Raises:
-        ValueError: the file cannot be read, or holds something else than tensors by name.
+        ValueError: the file cannot be read, or holds something else than finite tensors by name.
     """
     if path.endswith(".onnx"):
         raise ValueError(
@@ -66,7 +68,29 @@ def read_weights(path: str, color_order: str | None = None) -> dict[str, Tensor]
         if first is None:
             raise ValueError(f"{path}: no convolution of three channels to turn from BGR to RGB")
         state[first] = state[first].flip(1)
+    wrong = [n for n, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if wrong:
+        raise ValueError(
+            f"{path}: {len(wrong)} tensors hold NaN or infinity, {', '.join(wrong[:4])}: the file "
+            "is damaged or its training diverged; take another one"
+        )
     return state
+
+
+def read_torch(path: str) -> Any:
+    """What torch.save wrote, read without running anything in it.
+
+    Raises:
+        ValueError: damaged, or it holds more than tensors and plain containers.
+        OSError: it cannot be opened.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes can fail anywhere in torch's reader
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
 
 
 def _tensors(path: str) -> dict[str, Tensor]:
@@ -74,17 +98,18 @@ def _tensors(path: str) -> dict[str, Tensor]:
     if path.endswith(".params"):
         arrays = mxnet_params.read(path)
         return {n.split(":", 1)[-1]: torch.from_numpy(a).float() for n, a in arrays.items()}
-    try:
-        if path.endswith(".safetensors"):
+    if path.endswith(".safetensors"):
+        try:
             return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} cannot be read as weights: {error}") from error
+    state = read_torch(path)
     for name in _INSIDE:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
             state = state[name]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{path} is not a state dict: expected tensors by name")
     return dict(state)
 
@@ -112,8 +137,8 @@ def _stage_of(blocks: list[int]) -> list[tuple[int, int]]:
 def _from_ir(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """AdaFace's and CVLface's IR networks; names that are not theirs stay as they are."""
     numbers = sorted({int(f[1]) for n in state if (f := re.match(r"body\.(\d+)\.", n))})
-    widths = [len(state[f"body.{i}.res_layer.4.weight"]) for i in numbers
-              if f"body.{i}.res_layer.4.weight" in state]  # fmt: skip
+    last = [state.get(f"body.{i}.res_layer.4.weight") for i in numbers]
+    widths = [len(weight) for weight in last if weight is not None and weight.ndim == 4]
     if len(widths) != len(numbers) or not set(widths) <= set(_WIDTHS):
         return state  # bottlenecks or others: load_state lists what does not fit
     names = {"input_layer.0": "conv1", "input_layer.1": "bn1", "input_layer.2": "prelu",
@@ -130,7 +155,7 @@ def _from_ir(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         at, _, leaf = name.rpartition(".")
         ours[f"{names.get(at, at)}.{leaf}"] = value
-    size = len(ours["features.running_mean"]) if "features.running_mean" in ours else 0
+    size = ours["features.running_mean"].numel() if "features.running_mean" in ours else 0
     if size:  # theirs has neither gain nor bias
         ours.setdefault("features.weight", torch.ones(size))
         ours.setdefault("features.bias", torch.zeros(size))
@@ -171,9 +196,9 @@ def _from_mxnet(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
         leaf = next((x for x in _MXNET_LEAVES if name.endswith(f"_{x}")), "")
         at = name.removesuffix(f"_{leaf}")
         unit = re.fullmatch(r"stage(\d)_unit(\d+)_(\w+)", at)
-        if unit and unit[3] in _MXNET_UNIT:
+        if leaf and unit and unit[3] in _MXNET_UNIT:
             place = f"layer{unit[1]}.{int(unit[2]) - 1}.{_MXNET_UNIT[unit[3]]}"
-        elif at in _MXNET_NAMES:
+        elif leaf and at in _MXNET_NAMES:
             place = _MXNET_NAMES[at]
         else:
             unknown.append(name)
@@ -195,23 +220,43 @@ def _from_mxnet(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m recognition.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", help=f"one of {', '.join(WEIGHT_FILES)}")
     parser.add_argument("out", help="file to write, OUT.safetensors")
     parser.add_argument("--color-order", choices=["RGB", "BGR"], help="default: as it is known")
     args = parser.parse_args(arguments)
+    out = Path(args.out)
     try:
+        if out.suffix != ".safetensors":
+            raise ValueError(f"{out}: name the output *.safetensors, by which readers know it")
         state = read_weights(args.source, args.color_order)
-        facts: dict[str, Any] = {"source": args.source, "color_order": "RGB"}
-        tensors = {name: value.contiguous() for name, value in state.items()}
-        safetensors.torch.save_file(tensors, args.out, {k: str(v) for k, v in facts.items()})
+        if not state:
+            raise ValueError(f"{args.source} holds no backbone: not one tensor of it is left")
+        _write(state, out, {"source": args.source, "color_order": "RGB"})
     except (ValueError, OSError, safetensors.SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     size = sum(value.numel() for value in state.values())
     print(f"{args.out}: {len(state)} tensors, {size / 1e6:.1f} M numbers, takes RGB")
     return 0
+
+
+def _write(state: Mapping[str, Tensor], out: Path, facts: dict[str, str]) -> None:
+    """Complete or not at all."""
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: there is no directory {out.parent}, make it first")
+    tensors = {name: value.clone(memory_format=torch.contiguous_format)
+               for name, value in state.items()}  # fmt: skip
+    partial = out.with_name(out.name + ".partial")
+    try:
+        safetensors.torch.save_file(tensors, partial, facts)
+        sync(str(partial))
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

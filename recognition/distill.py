@@ -88,17 +88,26 @@ class Stored:
     def __init__(self, path: str, size: int, num_images: int, device: torch.device) -> None:
         try:
             self.rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"teacher={path} cannot be read: {error}") from error
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"teacher={path} cannot be read as .npy: {error}") from error
+        if not isinstance(self.rows, np.ndarray):
+            raise ValueError(f"teacher={path} is an .npz by its content: one array is wanted, .npy")
         if self.rows.shape != (num_images, size) or self.rows.dtype.kind != "f":
             raise ValueError(
                 f"teacher={path} holds {self.rows.dtype} {list(self.rows.shape)}: expected floats "
                 f"[{num_images}, {size}], an embedding for each image of the data set"
             )
-        self.device = device
+        self.path, self.device = path, device
 
     def __call__(self, pixels: Tensor, ids: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.asarray(self.rows[ids], np.float32)).to(self.device)
+        rows = np.asarray(self.rows[ids], np.float32)
+        if not np.isfinite(rows).all():  # here, as a look at all of them would be long
+            wrong = ids[~np.isfinite(rows).all(1)]
+            raise ValueError(
+                f"teacher={self.path}: the embedding of image {wrong[0]} is not finite: make the "
+                "file anew, or take the run itself as the teacher"
+            )
+        return torch.from_numpy(rows).to(self.device)
 
 
 def lesson(

@@ -72,7 +72,10 @@ def _non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
     filled = [tensor.detach().flatten() for tensor in tensors.values() if tensor.numel()]
     norms = iter(torch._foreach_norm(filled, torch.inf) if filled else [])
     nothing = torch.zeros((), device=device)
-    worst = [next(norms).float() if tensor.numel() else nothing for tensor in tensors.values()]
+    # Of class rows in host memory the gradient is there too.
+    worst = [
+        next(norms).float().to(device) if tensor.numel() else nothing for tensor in tensors.values()
+    ]
     if not worst:
         return torch.zeros(0, dtype=torch.bool, device=device)
     return ~torch.stack(worst).isfinite()

@@ -38,6 +38,7 @@ def make_heads(cfg: Config, data: Shards | Union, group: ProcessGroup) -> list[P
 
     Raises:
         ValueError: not as many as sets, or slow encoders that differ.
+        KeyError, TypeError, ValueError: a margin or its arguments, with the head's number.
     """
     counts = np.bincount(data.labels, minlength=data.num_classes)
     if not cfg.rec_heads:
@@ -48,10 +49,13 @@ def make_heads(cfg: Config, data: Shards | Union, group: ProcessGroup) -> list[P
             f"rec_heads has {len(cfg.rec_heads)} heads and rec {len(firsts) - 1} data sets: one "
             "for each, {} for the settings of the run"
         )
-    heads = [
-        make_head(of_head(cfg, k), stop - start, counts[start:stop], group, cfg.seed + k)
-        for k, (start, stop) in enumerate(zip(firsts[:-1], firsts[1:], strict=True))
-    ]
+    heads = []
+    for k, (start, stop) in enumerate(zip(firsts[:-1], firsts[1:], strict=True)):
+        own = of_head(cfg, k)
+        try:
+            heads.append(make_head(own, stop - start, counts[start:stop], group, cfg.seed + k))
+        except (KeyError, TypeError, ValueError) as error:
+            raise type(error)(f"rec_heads[{k}]: {error.args[0]}") from error
     encoder_momentum(heads)
     return heads
 

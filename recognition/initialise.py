@@ -21,6 +21,7 @@ from data_tools.union import Union
 from eval.embed_onnx import OnnxEmbedder
 from recognition import checkpoint
 from recognition.checkpoint.tensors import read
+from recognition.convert import read_torch
 from recognition.head import PartialFC
 
 _IMAGES_OF_A_CLASS = 16  # that its centre is the mean of
@@ -48,12 +49,18 @@ def start_centres(
     Centres keep the length that new ones have; a class without a source keeps its random start.
 
     Raises:
-        ValueError: shapes that do not fit, or as many classes as here are not there and no map.
+        ValueError: shapes that do not fit, rows without a direction, or as many classes as here are
+            not there and no map.
         FileNotFoundError: nothing at `source`.
     """
     start, stop = head.shard
     length = head.weight.norm(dim=-1, keepdim=True)  # [C_r, (K,) 1]
     if source == "features" or source.endswith(".onnx"):
+        if label_map is not None:
+            raise ValueError(
+                f"init_label_map goes with a head of other identities; init_head={source} takes "
+                "the images of the classes here: leave the map out"
+            )
         ids, rows = _means(
             data, start, stop, embed if source == "features" else OnnxEmbedder(source)
         )
@@ -62,12 +69,22 @@ def start_centres(
         chosen = _mapped(label_map, len(there), head.num_classes, source)[start:stop]
         ids = np.flatnonzero(chosen >= 0)
         rows = there[torch.from_numpy(chosen[ids])]
+    if not len(ids):  # no class of this rank has a source
+        return 0
     if rows.shape[-1] != head.embedding_size or (
-        rows.ndim == 3 and rows.shape != head.weight.shape
+        rows.ndim == 3 and rows.shape[1:] != head.weight.shape[1:]
     ):
         raise ValueError(
             f"init_head={source}: its rows are {list(rows.shape[1:])}, this head's "
             f"{list(head.weight.shape[1:])}"
+        )
+    wrong = ~rows.isfinite().flatten(1).all(1) | ~rows.ne(0).any(-1).reshape(len(rows), -1).all(1)
+    if wrong.any():
+        first = start + int(ids[wrong.numpy()][0])
+        raise ValueError(
+            f"init_head={source}: its row for class {first} is zero or not finite "
+            f"({int(wrong.sum())} such rows on this rank): the file is damaged, or the "
+            "network that made it diverged"
         )
     if rows.ndim < head.weight.ndim:
         rows = rows[:, None].expand(-1, head.num_subcenters, -1)
@@ -78,7 +95,10 @@ def start_centres(
 
 
 def merged_rows(source: str) -> Tensor:
-    """All class centres [C, (K,) D] of a run of ours or of arcface_torch's shards, in order."""
+    """All class centres [C, (K,) D] of a run of ours or of arcface_torch's shards, in order.
+
+    Those of a run's own heads of several sets stand as its classes are numbered, set by set.
+    """
     if os.path.isdir(source) and (
         os.path.isfile(os.path.join(source, "manifest.json")) or checkpoint.newest(source)
     ):
@@ -86,8 +106,21 @@ def merged_rows(source: str) -> Tensor:
         path = path or checkpoint.newest(source)
         assert path is not None
         manifest = checkpoint.read_manifest(path)
-        files = sorted(checkpoint.row_files(manifest), key=lambda file: file.start)
-        return torch.cat([read(path, file.name, manifest)["weight"] for file in files])
+        heads = [
+            torch.cat(
+                [
+                    read(path, file.name, manifest)["weight"]
+                    for file in sorted(
+                        checkpoint.row_files(manifest, k), key=lambda file: file.start
+                    )
+                ]
+            )
+            for k in range(len(manifest["heads"]))
+        ]
+        if len({head.shape[1:] for head in heads}) > 1:
+            shapes = ", ".join(str(list(head.shape)) for head in heads)
+            raise ValueError(f"init_head={source}: its heads have rows of several shapes: {shapes}")
+        return torch.cat(heads)
     pattern = os.path.join(source, "*_gpu_*.pt") if os.path.isdir(source) else source
     paths = [path for path in glob.glob(pattern) if re.search(r"_gpu_(\d+)\.pt$", path)]
     if not paths:
@@ -116,10 +149,7 @@ def merged_rows(source: str) -> Tensor:
 
 def _shard(path: str) -> Tensor:
     """The class rows in a file of one rank."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes can fail anywhere in torch's reader
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    content = read_torch(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict_softmax_fc"), dict):
         content = content["state_dict_softmax_fc"]
     found = content if isinstance(content, Tensor) else None
@@ -143,7 +173,7 @@ def _mapped(label_map: str | None, there: int, here: int, source: str) -> np.nda
     try:
         with open(label_map, encoding="utf-8") as file:
             ids = np.array([int(line) for line in file.read().split()], dtype=np.int64)
-    except ValueError as error:
+    except (ValueError, OverflowError, OSError) as error:
         raise ValueError(f"init_label_map={label_map}: {error}") from error
     if len(ids) != here or ids.min(initial=0) < -1 or ids.max(initial=-1) >= there:
         raise ValueError(

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_tools.loader import BatchSource
+from recognition.phases import Phases
 
 
 class Stopwatch:
     """Steps, seconds and seconds of waiting for data since the last reading, pauses left out."""
 
-    def __init__(self, source: BatchSource, step: int) -> None:
-        self._source = source
+    def __init__(self, source: BatchSource, step: int, phases: Phases) -> None:
+        self._source, self._phases = source, phases
+        phases.read()
         self._last = (step, time.perf_counter(), source.wait_seconds)
 
     def read(self, step: int) -> tuple[int, float, float]:
@@ -25,7 +27,8 @@ class Stopwatch:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         began = time.perf_counter()
-        yield
+        with self._phases.pause():
+            yield
         step, then, waited = self._last
         self._last = (step, then + time.perf_counter() - began, waited)
 
@@ -37,12 +40,20 @@ def speed(reading: tuple[int, float, float], global_batch: int) -> dict[str, flo
     return {"images_per_second": steps * global_batch / seconds, "data_wait": waited / seconds}
 
 
+def where_time_went(phases: Phases, steps: int) -> dict[str, float]:
+    """Seconds a step of each phase since the last reading, on this rank."""
+    return {name: seconds / max(steps, 1) for name, seconds in phases.read().items()}
+
+
 def line(record: dict[str, Any], total_steps: int, global_batch: int) -> str:
     """One readable line of a step's record."""
+    spent = record["seconds"]
+    whole = max(sum(spent.values()), 1e-9)
+    shares = " ".join(f"{name} {100 * part / whole:.0f} %" for name, part in spent.items())
     left = int((total_steps - record["step"]) * global_batch / record["images_per_second"])
     return (
         f"step {record['step']}/{total_steps}  epoch {record['epoch']:.2f}  "
         f"loss {record['loss']:.4f}  lr {record['lr']:.5f}  "
-        f"{record['images_per_second']:.0f} images/s  data wait {100 * record['data_wait']:.0f} %  "
+        f"{record['images_per_second']:.0f} images/s  {shares}  "
         f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     )

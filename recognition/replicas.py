@@ -53,9 +53,13 @@ class SampleRecord:
     """
 
     def __init__(self, run_dir: str, group: ProcessGroup) -> None:
-        start = collectives.gather_objects(time.time_ns(), group)[0]
         directory = os.path.join(run_dir, "samples")
         os.makedirs(directory, exist_ok=True)
+        earlier = [
+            int(name.partition("-")[0]) + 1 for name in os.listdir(directory) if "-rank-" in name
+        ]
+        now = max(earlier, default=0), time.time_ns()  # the clock may have been set back
+        start = collectives.gather_objects(max(now), group)[0]
         path = os.path.join(directory, f"{start:020d}-rank-{group.rank()}.jsonl")
         self._file = open(path, "w", encoding="utf-8", buffering=1)
 

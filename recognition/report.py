@@ -61,12 +61,14 @@ def log_step(
         name: part.head.statistics()
         for name, part in zip(heads.head_names(cfg), state.parts.heads, strict=True)
     }
+    reading = watch.read(state.step)
     record: dict[str, Any] = {
         "step": state.step,
         "epoch": state.samples_seen / len(state.data),
         "loss": loss.item(),
         "lr": state.schedule.lr_at(state.step - 1),
-        **progress.speed(watch.read(state.step), global_batch),
+        **progress.speed(reading, global_batch),
+        "seconds": progress.where_time_went(state.phases, reading[0]),
         "grad_norm": grad_norm.item(),
     }
     if cfg.rec_heads:

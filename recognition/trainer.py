@@ -78,6 +78,7 @@ def _to_the_end(state: TrainState, overseer: Overseer, rolled_back: str | None) 
         logger = stack.enter_context(Logger(state.cfg.output, state.runtime.rank, state.step))
         saver = stack.enter_context(saving.make_saver(state, logger))
         report.announce(state, logger)
+        stack.enter_context(state.phases.running())
         trace = traced(state.cfg.profile, state.cfg.output, state.runtime.rank)
         stepped = stack.enter_context(trace)
         if rolled_back:
@@ -106,7 +107,7 @@ def _run(
     """To the last step, or to samples that are left out; the last verification's results."""
     cfg, runtime, total = state.cfg, state.runtime, state.schedule.total_steps
     batches = overseer.batches(iter(loader))
-    watch = progress.Stopwatch(loader, state.step)
+    watch = progress.Stopwatch(loader, state.step, state.phases)
     jumped = False
     while state.step < total and not jumped:
         seen_before = state.samples_seen
@@ -158,11 +159,15 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
         share = sum(map(sum, rows)) / global_batch
         synchronise = micro == cfg.accumulation - 1
         with contextlib.nullcontext() if synchronise else state.model.no_sync():
-            joint, seen = _forward(state, next(batches), micro, rows)
+            state.phases.enter("data")
+            batch = next(batches)
+            state.phases.enter("backbone")
+            joint, seen = _forward(state, batch, micro, rows)
             scaled = joint.total * share
             if parts.scaler is not None:
                 scaled = scaled * parts.scaler.scale
             scaled.backward()
+        state.phases.enter("optimizer")
         loss = loss + joint.total.detach() * share
         by_head = by_head + joint.by_head * share
         looked_at |= {f"{name} of micro-step {micro}": x for name, x in seen.items()}
@@ -172,6 +177,7 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
     state.head_losses = by_head
     state.step += 1
     state.samples_seen += global_batch
+    state.phases.enter("other")
     return loss, grad_norm
 
 
@@ -193,6 +199,9 @@ def _forward(
         if state.parts.encoder is not None:
             with torch.no_grad():
                 seen["slow encoder's embeddings"] = state.parts.encoder(pixels)
+    state.phases.enter("head")
+    if seen["embeddings"].requires_grad:  # its gradient ends the head's backward
+        seen["embeddings"].register_hook(lambda _: state.phases.enter("backbone"))
     features = seen.get("slow encoder's embeddings")
     own = [part.head for part in state.parts.heads]
     loss = heads.joint_loss(cfg, own, seen["embeddings"], batch.labels, rows, features)

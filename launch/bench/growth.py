@@ -1,6 +1,6 @@
 """How the time of a head step grows with classes, batch, sample rate and processes: a picture.
 
-    python launch/bench/growth.py OUT.svg
+    python launch/bench/growth.py docs/growth.svg
     python launch/bench/growth.py OUT.png --embedding-size 512 --largest 400000
 
 A step is launch/bench/head.py's (CosFace, SGD, fp32, updated in the backward); each point is the
@@ -11,6 +11,7 @@ at C 100 000, B 256, r 1, two processes. One JSON line with all points comes las
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -19,9 +20,9 @@ import time
 import matplotlib
 import torch
 
-from launch.bench.head import Case, Ours, batch_of
 from launch.bench.machine import machine
 from launch.bench.processes import slowest, together
+from launch.bench.sides import Case, Ours, batch_of
 from recognition import collectives
 from recognition.run_dir import commit
 
@@ -56,13 +57,19 @@ def main(arguments: list[str] | None = None) -> int:
         },
         "processes": {w: (base, w) for w in worlds},
     }
-    points: dict[str, dict[float, float]] = {}
-    for name, cases in panels.items():
-        points[name] = {}
-        for value, (case, world) in cases.items():
-            seconds = together(world, device, _seconds, case, world, args.steps)
+    points: dict[str, dict[float, float]] = {name: {} for name in panels}
+    for world in worlds:  # the cases of a world in one group of processes
+        own = [
+            (name, value, case)
+            for name, cases in panels.items()
+            for value, (case, size) in cases.items()
+            if size == world
+        ]
+        told = [(f"{name} {value:g}", case) for name, value, case in own]
+        times = together(world, device, _seconds, told, world, args.steps)
+        for (name, value, _), seconds in zip(own, times, strict=True):
             points[name][value] = round(1e3 * seconds, 3)
-            print(f"{name} {value:g}: {1e3 * seconds:.1f} ms", file=sys.stderr, flush=True)
+    points = {name: dict(sorted(found.items())) for name, found in points.items()}
     _draw(points, args)
     print(
         json.dumps(
@@ -75,7 +82,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _seconds(rank: int, device: torch.device, case: Case, world: int, steps: int) -> float:
+def _seconds(
+    rank: int, device: torch.device, told: list[tuple[str, Case]], world: int, steps: int
+) -> list[float]:
+    """Median seconds of a step of each case on the slowest rank."""
+    found = []
+    for name, case in told:
+        found.append(_seconds_of(rank, device, case, world, steps))
+        gc.collect()  # the head before the next one
+        if rank == 0:
+            print(f"W {world}, {name}: {1e3 * found[-1]:.1f} ms", file=sys.stderr, flush=True)
+    return found
+
+
+def _seconds_of(rank: int, device: torch.device, case: Case, world: int, steps: int) -> float:
     group = collectives.world_group()
     ours = Ours(case, device)
     x, labels = batch_of(case, rank, world, device)

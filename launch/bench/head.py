@@ -9,62 +9,46 @@ batch spread over all processes; it lasts as long as on the slowest of them. The
 tests/recognition/rival.py: arcface_torch's form, written plainly. The floor is the GEMMs that the
 arithmetic needs (forward, recompute if any, two gradients) at the shapes of our pieces. All stand
 in one process group and take turns; what goes first changes from pair to pair; medians are given.
+--forms adds the fused forms of recognition/kernels to those that take turns.
 
 Peak memory is each one's alone, in processes of its own: from before the head is built to the end
 of two steps, less weights and optimiser state, so that what the allocator keeps counts: the
 resident set on a CPU, what torch has reserved on a GPU.
 
+--alone leaves out rival and floor: is a size within reach, and at what time? --storage auto then
+holds the rows on the device if they fit it and on the host if not.
+
 It uses GPUs (nccl) where there are any and the CPU (gloo, one thread a process) elsewhere. One JSON
-line a case, on stdout.
+line a case, on stdout; of a suite the comparison with its targets, last, on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import gc
-import importlib.util
 import json
+import os
 import statistics
 import sys
 import time
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from data_tools.commands import one_line
 from launch.bench.machine import machine
+from launch.bench.memory import read_peak, reset_peak
 from launch.bench.processes import slowest, together
+from launch.bench.sides import DTYPES, Case, Floor, Ours, Rival, Storage, Unavailable, batch_of
 from recognition import collectives
-from recognition.head import Limits, PartialFC
-from recognition.losses import MARGINS
-from recognition.optim import RowSGD
 from recognition.run_dir import commit
 
-_RIVAL = Path(__file__).resolve().parents[2] / "tests" / "recognition" / "rival.py"
-_SEED, _LR, _NORM = 1, 0.01, 20.0  # norm of an embedding, about what a trained network gives
 _MEMORY_STEPS = 2
+_SHARE = 0.9  # of free memory that a case may take
 
-# dtype of the embeddings and of the products; the class rows are fp32 in all.
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
-
-
-class Case(NamedTuple):
-    classes: int  # C
-    batch: int  # B, of all processes
-    sample_rate: float = 1.0
-    embedding_size: int = 512
-    dtype: str = "fp32"
-    # At most, of time / rival, time / floor, peak / rival; None: none is promised.
-    targets: tuple[float, float, float] | None = None
-    stored_mib: int = 64  # what the forward may keep for the backward
-    update_in_backward: bool = False
-    piece: int | None = None  # classes; None: from the cache
-
-
+_RATIOS = ("time / rival", "time / floor", "peak / rival")
+_FUSED = ("compiled", "triton")
 SUITES = {
     "cpu": [
         Case(*sizes, targets=targets, stored_mib=stored_mib, update_in_backward=True)
@@ -76,7 +60,7 @@ SUITES = {
         for stored_mib in (0, 64)
     ],
     "gpu": [
-        Case(1_000_000, batch, rate, dtype="bf16", targets=(0.30, 1 / 0.6, 0.10))
+        Case(1_000_000, batch, rate, dtype="bf16", targets=(0.30, 1 / 0.6, 0.10), forms=_FUSED)
         for batch in (1024, 4096)
         for rate in (1.0, 0.1)
     ],
@@ -104,14 +88,18 @@ def main(arguments: list[str] | None = None) -> int:
             Case(
                 args.classes, args.batch, args.sample_rate, args.embedding_size, args.dtype,
                 stored_mib=args.stored_mib, update_in_backward=args.update_in_backward,
-                piece=args.piece,
+                piece=args.piece, forms=tuple(args.forms), alone=args.alone,
+                storage=_storage(args, device, world),
             )
         ]  # fmt: skip
+        reports = []
         for case in cases:
             if case.batch % world:
                 raise ValueError(f"batch {case.batch}: not divisible by {world} processes")
-            told = Measurement(case, world, args.pairs, args.warmup, device)
-            print(json.dumps(_report(told)), flush=True)
+            reports.append(_report(Measurement(case, world, args.pairs, args.warmup, device)))
+            print(json.dumps(reports[-1]), flush=True)
+        for report in reports if args.suite else []:
+            print(_beside_targets(report), file=sys.stderr)
     except (ValueError, OSError) as error:  # a mistake in what was asked
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
@@ -128,157 +116,156 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=256, metavar="B", help="of all processes; %(default)s")
     add("--embedding-size", type=int, default=512, metavar="D", help="default %(default)s")
     add("--sample-rate", type=float, default=1.0, metavar="R", help="default %(default)s")
-    add("--dtype", choices=_DTYPES, default="fp32", help="of the products; default %(default)s")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the products; default %(default)s")
     add(
         "--stored-mib", type=int, default=64, metavar="N", help="kept for the backward; %(default)s"
     )
     add("--update-in-backward", action="store_true", help="no gradient of the rows exists")
     add("--piece", type=int, metavar="N", help="classes; default: from the cache")
+    add("--forms", nargs="+", choices=_FUSED, default=(), help="to be timed beside the plain one")
+    add("--storage", choices=["device", "host", "auto"], default="device", help="of the rows")
+    add("--alone", action="store_true", help="no rival, no floor")
     add("--processes", type=int, metavar="W", help="default: one a GPU, two on a CPU")
     add("--pairs", type=int, default=7, metavar="N", help="timed; default %(default)s")
     add("--warmup", type=int, default=2, metavar="N", help="pairs before them; %(default)s")
     return parser
 
 
-# --- The two sides --------------------------------------------------------------------------------
+def _storage(args: argparse.Namespace, device: str, world: int) -> Storage:
+    """Where the rows, their momentum and the gradient of a sample are to be held.
 
-
-class Ours:
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.head = PartialFC(
-            MARGINS["cosface"](), case.embedding_size, case.classes, case.sample_rate, seed=_SEED,
-            limits=Limits(case.stored_mib << 20, case.piece, _DTYPES[case.dtype]),
-        ).to(device)  # fmt: skip
-        self.optimizer = RowSGD(self.head)
-        self.in_backward = case.update_in_backward
-
-    def step(self, x: Tensor, labels: Tensor) -> None:
-        if self.in_backward:
-            self.optimizer.begin(_LR)
-        self.head(x, labels).backward()
-        self.optimizer.step(_LR)
-
-    def held(self) -> list[Tensor]:  # weights and state
-        return [self.head.weight.detach(), *self.optimizer.state.values()]
-
-
-class Rival:
-    def __init__(self, case: Case, device: torch.device) -> None:
-        torch.manual_seed(_SEED)
-        head = _rival().DenseHead(
-            case.embedding_size, case.classes, case.sample_rate, dtype=_DTYPES[case.dtype]
-        )
-        self.head = head.to(device)
-        self.optimizer = torch.optim.SGD(head.parameters(), _LR, momentum=0.9, weight_decay=5e-4)
-
-    def step(self, x: Tensor, labels: Tensor) -> None:
-        self.optimizer.zero_grad()
-        self.head(x, labels.to(x.device, copy=True)).backward()
-        self.optimizer.step()
-
-    def held(self) -> list[Tensor]:
-        momentum = self.optimizer.state[self.head.weight]["momentum_buffer"]
-        return [self.head.weight.detach(), momentum]
-
-
-@functools.cache
-def _rival() -> ModuleType:
-    if not _RIVAL.exists():
-        raise FileNotFoundError(f"{_RIVAL}: the rival stands in the tests of the repository")
-    spec = importlib.util.spec_from_file_location("rival", _RIVAL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-class Floor:
-    """The GEMMs of a step of ours, at the shapes of its pieces, over a weight of its size."""
-
-    def __init__(self, ours: Ours, case: Case, device: torch.device) -> None:
-        dtype = _DTYPES[case.dtype] or torch.float32
-        self.size = ours.head.piece_size(case.batch)
-        self.num = round(len(ours.head.weight) * case.sample_rate)
-        columns = self.num * case.batch * 4
-        kept = min((case.stored_mib << 20) // max(columns, 1), 1)
-        self.num_products = 4 - kept
-        self.weight = torch.randn(self.num, case.embedding_size, dtype=dtype, device=device)
-        self.x = torch.randn(case.batch, case.embedding_size, dtype=dtype, device=device)
-        self.z = torch.rand(case.batch, self.size, dtype=dtype, device=device)
-        self.grad = torch.empty(self.size, case.embedding_size, dtype=dtype, device=device)
-        self.grad_x = torch.zeros_like(self.x)
-
-    def step(self, x: Tensor, labels: Tensor) -> None:
-        for _ in range(self.num_products - 2):
-            for start in range(0, self.num, self.size):
-                rows = self.weight[start : start + self.size]
-                torch.mm(self.x, rows.T, out=self.z[:, : len(rows)])
-        for start in range(0, self.num, self.size):
-            rows = self.weight[start : start + self.size]
-            grad_z = self.z[:, : len(rows)]
-            self.grad_x.addmm_(grad_z, rows, beta=0)
-            torch.mm(grad_z.T, self.x, out=self.grad[: len(rows)])
-
-
-def batch_of(case: Case, rank: int, world: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Embeddings [b, D] and host labels int64 [b] of this rank."""
-    generator = torch.Generator().manual_seed(_SEED)
-    labels = torch.randint(case.classes, (case.batch,), generator=generator)
-    x = torch.randn(case.batch, case.embedding_size, generator=generator)
-    x = x * _NORM / case.embedding_size**0.5
-    mine = slice(rank * case.batch // world, (rank + 1) * case.batch // world)
-    dtype = _DTYPES[case.dtype] or torch.float32
-    return x[mine].to(device, dtype).requires_grad_(), labels[mine]
+    Raises:
+        ValueError: there is no place for them.
+    """
+    if args.storage != "auto":
+        return args.storage
+    rows = args.classes * args.embedding_size * 4 / world
+    needed = rows * (2 + 2 * args.sample_rate)  # weight, momentum; a sample's gradient and update
+    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else host
+    if needed < _SHARE * free:
+        return "device"
+    if 2 * rows * world < _SHARE * host:
+        return "host"
+    raise ValueError(
+        f"{args.classes} classes need {needed / 2**30:.0f} GiB on a device that has "
+        f"{free / 2**30:.0f} free, or {2 * rows * world / 2**30:.0f} GiB on a host that has "
+        f"{host / 2**30:.0f}"
+    )
 
 
 # --- What is measured -----------------------------------------------------------------------------
 
 
+def _beside_targets(report: dict[str, Any]) -> str:
+    case, ratios = report["case"], report["median_ratio"]
+    said = [
+        f"{name} {ratios[name]:.2f} "
+        f"(at most {report['targets'][name]:.2f}: {'met' if met else 'NOT met'})"
+        for name, met in report["met"].items()
+    ]
+    shape = f"C {case['C']}, B {case['B']}, r {case['r']}, {report['products']} GEMMs"
+    return f"{shape}:  {';  '.join(said)}"
+
+
+@functools.cache
+def _peak_of_rival(plain: Measurement) -> int:
+    return together(plain.world, plain.device, _peaks, plain, ["rival"])["rival"]
+
+
 def _report(told: Measurement) -> dict[str, Any]:
     case = told.case
     times = together(told.world, told.device, _time, told)
-    peaks = {
-        name: together(told.world, told.device, _peak, told, name) for name in ("ours", "rival")
-    }
-    ratios = {
-        "time / rival": statistics.median(
-            a / b for a, b in zip(times["ours"], times["rival"], strict=True)
-        ),
-        "time / floor": statistics.median(
-            a / b for a, b in zip(times["ours"], times["floor"], strict=True)
-        ),
-        "peak / rival": peaks["ours"] / peaks["rival"],
-    }
-    report = {
+    seconds: dict[str, list[float]] = times["seconds"]
+    timed = [name for name in seconds if name != "floor"]
+    if case.alone:  # a large one is not built twice
+        peaks = {"ours": times["peak"]}
+    elif told.device == "cuda":
+        peaks = together(told.world, told.device, _peaks, told, timed)
+    else:  # a resident set keeps what an earlier side left
+        peaks = {}
+        for name in timed:
+            if name == "rival":  # which knows nothing of budgets and forms
+                peaks["rival"] = _peak_of_rival(
+                    told._replace(case=case._replace(stored_mib=0, forms=()))
+                )
+            else:
+                peaks |= together(told.world, told.device, _peaks, told, [name])
+    report: dict[str, Any] = {
         "case": {
             "W": told.world, "B": case.batch, "C": case.classes, "D": case.embedding_size,
             "r": case.sample_rate, "dtype": case.dtype, "stored_mib": case.stored_mib,
             "update_in_backward": case.update_in_backward,
         },
-        "median_ratio": {name: round(ratio, 4) for name, ratio in ratios.items()},
-        "ms": {name: round(1e3 * statistics.median(every), 1) for name, every in times.items()
-               if name in ("ours", "rival", "floor")},
+        "median_ratio": _ratios("ours", seconds, peaks),
+        "ms": {name: round(1e3 * statistics.median(every), 1) for name, every in seconds.items()},
         "peak_bytes": peaks,
-        "piece": times["piece"],
-        "products": times["products"],
+        **{key: times[key] for key in ("piece", "products", "threads", "taken", "left_out")},
+        "storage": case.storage,
         "pairs": told.pairs,
         "commit": commit(),
         "machine": machine(torch.device(told.device)),
         "torch": torch.__version__,
-        "threads": times["threads"],
     }  # fmt: skip
+    report["forms"] = {
+        name: _ratios(name, seconds, peaks) for name in case.forms if name in seconds
+    }
     if case.targets is not None:
-        report["targets"] = dict(zip(ratios, case.targets, strict=True))
-        report["met"] = {name: ratios[name] <= limit for name, limit in report["targets"].items()}
+        report["targets"] = dict(zip(_RATIOS, case.targets, strict=True))
+        for found, met in [
+            (report["median_ratio"], report.setdefault("met", {})),
+            *((found, found.setdefault("met", {})) for found in report["forms"].values()),
+        ]:
+            met |= {name: found[name] <= limit for name, limit in report["targets"].items()
+                    if name in found}  # fmt: skip
     return report
+
+
+def _ratios(side: str, seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, float]:
+    """Medians over the pairs, against what has been measured."""
+    found = {
+        f"time / {'plain' if other == 'ours' else other}": statistics.median(
+            a / b for a, b in zip(seconds[side], seconds[other], strict=True)
+        )
+        for other in ("rival", "floor", "ours")
+        if other in seconds and other != side
+    }
+    if "rival" in peaks:
+        found["peak / rival"] = peaks[side] / peaks["rival"]
+    return {name: round(ratio, 4) for name, ratio in found.items()}
 
 
 def _time(rank: int, device: torch.device, told: Measurement) -> dict[str, Any]:
     """Seconds of every step of each side on the slowest rank."""
     case, group = told.case, collectives.world_group()
-    ours = Ours(case, device)
-    sides = {"ours": ours, "rival": Rival(case, device), "floor": Floor(ours, case, device)}
     x, labels = batch_of(case, rank, told.world, device)
+    before = reset_peak(device)
+    sides: dict[str, Ours | Rival | Floor] = {}
+    left_out: dict[str, str] = {}
+
+    def add(name: str, make: Callable[[], Ours | Rival | Floor]) -> None:
+        """The side after a first step, or why it is not there; on one rank where it is memory."""
+        try:
+            side = make()
+            side.step(x, labels)
+            sides[name] = side
+        except Unavailable as error:
+            left_out[name] = str(error)
+        except torch.cuda.OutOfMemoryError as error:
+            if told.world > 1:  # the others wait for this one
+                raise
+            left_out[name] = one_line(error)
+
+    ours = Ours(case, device)
+    ours.step(x, labels)
+    sides["ours"] = ours
+    for form in case.forms:
+        add(form, lambda form=form: Ours(case, device, form))  # type: ignore[misc]
+    if not case.alone:
+        add("rival", lambda: Rival(case, device))
+    floor = Floor(ours, case, device)
+    if not case.alone:
+        sides["floor"] = floor
     times: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(told.warmup + told.pairs):
         for name in reversed(sides) if i % 2 else sides:
@@ -291,48 +278,42 @@ def _time(rank: int, device: torch.device, told: Measurement) -> dict[str, Any]:
             spent = slowest(time.perf_counter() - began, group)
             if i >= told.warmup:
                 times[name].append(spent)
-    floor = sides["floor"]
-    assert isinstance(floor, Floor)
-    more = {"piece": floor.size, "products": floor.num_products}
-    return times | more | {"threads": torch.get_num_threads()}
+    return {
+        "peak": _beyond(before, ours, device), "seconds": times,
+        "piece": floor.size, "products": floor.num_products,
+        "threads": torch.get_num_threads(), "left_out": left_out,
+        "taken": {name: side.form for name, side in sides.items()
+                  if isinstance(side, Ours) and name != "ours"},
+    }  # fmt: skip
+
+
+def _peaks(
+    rank: int, device: torch.device, told: Measurement, names: Sequence[str]
+) -> dict[str, int]:
+    return {name: _peak(rank, device, told, name) for name in names}
 
 
 def _peak(rank: int, device: torch.device, told: Measurement, side: str) -> int:
     """Bytes beyond weights and state at the worst of building and two steps, on the worst rank."""
     x, labels = batch_of(told.case, rank, told.world, device)
-    gc.collect()
-    before = _reset_peak(device)
-    one = {"ours": Ours, "rival": Rival}[side](told.case, device)
-    if isinstance(one, Ours):
+    before = reset_peak(device)
+    one: Ours | Rival
+    if side == "rival":
+        one = Rival(told.case, device)
+    else:
+        one = Ours(told.case, device, "plain" if side == "ours" else side)
         for tensor in one.held()[1:]:
             tensor.zero_()  # pages of zeros count only once they are written
     for _ in range(_MEMORY_STEPS):
         x.grad = None
         one.step(x, labels)
-    held = sum(tensor.numel() * tensor.element_size() for tensor in one.held())
-    return int(slowest(_read_peak(device) - before - held, collectives.world_group()))
+    return _beyond(before, one, device)
 
 
-def _reset_peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_reserved(device)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the high-water mark begins anew
-    return _status("VmRSS")
-
-
-def _read_peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
+def _beyond(before: int, side: Ours | Rival, device: torch.device) -> int:
+    """Bytes at the worst since `before`, less weights and state, on the worst rank."""
+    held = sum(t.numel() * t.element_size() for t in side.held() if t.device == device)
+    return int(slowest(read_peak(device) - before - held, collectives.world_group()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  before there is a group: runtime.py says why
 import torch.multiprocessing as mp
 from torch.distributed import ProcessGroup
 
@@ -76,5 +78,6 @@ def _work(
         if rank == 0:
             queue.put((False, answer))
         dist.destroy_process_group()
+        gc.collect()  # as in runtime.py: no thread of the group may outlive the interpreter
     except BaseException:
         queue.put((True, traceback.format_exc()))

@@ -22,6 +22,7 @@ from recognition.checkpoint.directory import (
     newest,
     older,
     read_manifest,
+    read_manifest_of_run,
     row_files,
     set_aside,
 )
@@ -33,6 +34,6 @@ from recognition.checkpoint.saver import Saver
 
 __all__ = [
     "Damaged", "HeadParts", "Keep", "Parts", "Saver", "find", "load", "load_backbone",
-    "load_state", "newest", "older", "optimizer_tensors", "read_manifest", "row_files",
-    "set_aside", "verify",
+    "load_state", "newest", "older", "optimizer_tensors", "read_manifest",
+    "read_manifest_of_run", "row_files", "set_aside", "verify",
 ]  # fmt: skip

@@ -11,6 +11,8 @@ from recognition.backbones import BACKBONES
 from recognition.checkpoint.directory import Damaged, find, older, read_manifest
 from recognition.checkpoint.tensors import read
 
+_SHOWN = 8  # names of a kind that an error lists
+
 
 def load_backbone(path: str) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a run directory (its newest checkpoint) or checkpoint, and its config.
@@ -40,14 +42,17 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> N
         ValueError: listing the names that are missing, unexpected, or of another shape.
     """
     own = module.state_dict()
-    problems = [f"missing {name}" for name in own if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in own]
-    problems += [
-        f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if problems:
-        listed = "\n  ".join(problems[:12]) + ("\n  ..." if len(problems) > 12 else "")
-        raise ValueError(f"{source} does not fit this network ({len(problems)} names):\n  {listed}")
+    problems = (
+        [f"missing {name}" for name in own if name not in state],
+        [f"unexpected {name}" for name in state if name not in own],
+        [
+            f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ],
+    )
+    if count := sum(map(len, problems)):
+        shown = [line for kind in problems for line in kind[:_SHOWN]]
+        listed = "\n  ".join(shown) + ("\n  ..." if count > len(shown) else "")
+        raise ValueError(f"{source} does not fit this network ({count} names):\n  {listed}")
     module.load_state_dict(dict(state))

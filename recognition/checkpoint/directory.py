@@ -10,10 +10,11 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from recognition.checkpoint.manifest import check, check_of_run
+
 FORMAT = 2
 _DIRECTORY = "checkpoints"
 _ROWS = r"(?:head(\d+)-)?rows-(\d+)-(\d+)\.safetensors"
-_OTHERS = r"(?:head\d+-)?margin\.safetensors|(?:model|optimizer|encoder)\.safetensors"
 
 
 class Damaged(OSError):
@@ -67,7 +68,7 @@ def read_manifest(path: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError: not a complete checkpoint.
         Damaged: the manifest has changed.
-        ValueError: written by a newer version, or not by us: it lists files that none has.
+        ValueError: written by a newer version, or not by us: a fact is missing or makes no sense.
     """
     name = os.path.join(path, "manifest.json")
     if not os.path.isfile(name):
@@ -76,17 +77,23 @@ def read_manifest(path: str) -> dict[str, Any]:
         with open(name, encoding="utf-8") as file:
             manifest = json.load(file)
         own = manifest.pop("sha256")
-        version = manifest["format"]
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        version = int(manifest["format"])
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise Damaged(f"{name} is damaged") from error
     if own != digest(manifest):
         raise Damaged(f"{name} is damaged: its sha256 is not its own")
     if version > FORMAT:
         raise ValueError(f"{path} has format {version}, this version reads {FORMAT}")
-    for listed in manifest["files"]:
-        if not re.fullmatch(f"{_ROWS}|{_OTHERS}", listed):
-            raise ValueError(f"{name} lists {listed!r}, which is no file of a checkpoint")
-    return manifest if version == FORMAT else _from_format_1(manifest)
+    manifest = manifest if version == FORMAT else _from_format_1(manifest)
+    check(manifest, path)
+    return manifest
+
+
+def read_manifest_of_run(path: str) -> dict[str, Any]:
+    """As read_manifest(), with all that a run needs to go on; and its errors, for that too."""
+    manifest = read_manifest(path)
+    check_of_run(manifest, path)
+    return manifest
 
 
 def row_files(manifest: Mapping[str, Any], head: int = 0) -> list[RowFile]:
@@ -98,6 +105,22 @@ def row_files(manifest: Mapping[str, Any], head: int = 0) -> list[RowFile]:
         if found and found[1] == (str(head) if several else None):
             files.append(RowFile(name, int(found[2]), int(found[3])))
     return sorted(files, key=lambda file: file.start)
+
+
+def all_rows(path: str, manifest: Mapping[str, Any], head: int = 0) -> list[RowFile]:
+    """As row_files(), for those that read them all.
+
+    Raises:
+        Damaged: they do not hold every class once.
+    """
+    files, filled = row_files(manifest, head), 0
+    for file in files:
+        if file.start != filled or file.stop <= file.start:
+            raise Damaged(f"{path}: {file.name}, where the classes from {filled} on are due")
+        filled = file.stop
+    if filled != manifest["heads"][head]["num_classes"]:
+        raise Damaged(f"{path} lacks the classes {filled} and more")
+    return files
 
 
 def digest(manifest: Mapping[str, Any]) -> str:
@@ -127,7 +150,15 @@ def remove(path: str) -> None:
     """Remove a checkpoint; one that is half removed does not look complete."""
     going = path + ".removed.partial"
     os.rename(path, going)
-    shutil.rmtree(going)
+    clear(going)
+
+
+def clear(path: str) -> None:
+    """Remove what lies there; of a link the link alone."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
 
 
 def write_json(path: str, content: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from recognition.backbones.input import INPUT_SIZE
 from recognition.checkpoint import tensors
 from recognition.checkpoint.backbone import load_backbone
-from recognition.checkpoint.directory import read_manifest, row_files, write_json
+from recognition.checkpoint.directory import all_rows, read_manifest, write_json
 from recognition.checkpoint.making import add_paths, checked, joined, making
 
 
@@ -71,6 +71,7 @@ def make_card(config: dict[str, Any], manifest: dict[str, Any], files: dict) -> 
         "num_classes": [head["num_classes"] for head in manifest["heads"]],
         "margin": config["margin"],
         "margin_args": config.get("margin_args", {}),
+        **({"rec_heads": config["rec_heads"]} if config.get("rec_heads") else {}),
         "step": manifest["step"],
         "samples_seen": manifest["samples_seen"],
         "metrics": manifest.get("metrics", {}),
@@ -83,6 +84,6 @@ def _centres(path: str, manifest: dict[str, Any]) -> dict[str, Any]:
     several = len(manifest["heads"]) > 1
     found = {}
     for k, head in enumerate(manifest["heads"]):
-        rows = joined(path, row_files(manifest, k), head["num_classes"], only="weight")
+        rows = joined(path, all_rows(path, manifest, k), head["num_classes"], only="weight")
         found[f"head{k}.centres" if several else "centres"] = rows["weight"]
     return found

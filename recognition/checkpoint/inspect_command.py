@@ -51,6 +51,9 @@ def describe(path: str) -> dict[str, Any]:
         "world": manifest["world"],
         "network": config.get("network"),
         "margin": config.get("margin"),
+        "margins": [
+            own.get("margin", config.get("margin")) for own in config.get("rec_heads") or [{}]
+        ],
         "heads": manifest["heads"],
         "metrics": manifest.get("metrics", {}),
         "skipped": manifest.get("skipped", []),
@@ -67,9 +70,10 @@ def _print(facts: dict[str, Any]) -> None:
         f"{head['num_classes']} classes x {head['num_subcenters']} x {head['embedding_size']}"
         for head in facts["heads"]
     )
-    scores = "".join(f", {name} {100 * x:.2f} %" for name, x in facts["metrics"].items())
+    name = " + ".join([str(facts["network"]), *map(str, facts["margins"])])
+    scores = "".join(f", {target} {100 * x:.2f} %" for target, x in facts["metrics"].items())
     print(
-        f"{facts['path']}: {facts['network']} + {facts['margin']}, {heads}; "
+        f"{facts['path']}: {name}, {heads}; "
         f"{facts['samples_seen']} samples, saved by {facts['world']} processes, "
         f"{facts['bytes'] / 1e6:.1f} MB{scores}"
     )

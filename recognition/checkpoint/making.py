@@ -60,20 +60,16 @@ def joined(
     """All that is held by class, or one kind of it, [C, ...] by name, from the files of the ranks.
 
     Raises:
-        Damaged: the files do not hold every class once.
+        Damaged: a file holds something else than its name says.
     """
     held: dict[str, Tensor] = {}
-    filled = 0
     for name, start, stop in files:
-        if start != filled:
-            raise Damaged(f"{path} lacks the classes {filled} to {start - 1}")
-        with safe_open(os.path.join(path, name), "pt") as file:
+        with tensors.readable(path, name), safe_open(os.path.join(path, name), "pt") as file:
             for key in file.keys() if only is None else [only]:  # noqa: SIM118  no mapping
                 part = file.get_tensor(key)
+                if len(part) != stop - start:
+                    raise Damaged(f"{os.path.join(path, name)}: {key} is {list(part.shape)}")
                 if key not in held:
                     held[key] = torch.empty(num_classes, *part.shape[1:], dtype=part.dtype)
                 held[key][start:stop] = part
-        filled = stop
-    if filled != num_classes:
-        raise Damaged(f"{path} lacks the classes {filled} to {num_classes - 1}")
     return held

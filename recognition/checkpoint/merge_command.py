@@ -10,7 +10,7 @@ import shutil
 from typing import Any
 
 from recognition.checkpoint import tensors
-from recognition.checkpoint.directory import FORMAT, digest, row_files, sync, write_json
+from recognition.checkpoint.directory import FORMAT, all_rows, digest, sync, write_json
 from recognition.checkpoint.making import add_paths, checked, joined, making
 
 
@@ -28,14 +28,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with making(args) as (path, partial):
         manifest = checked(path)
         files = {}
-        merged = [file for k in range(len(manifest["heads"])) for file in row_files(manifest, k)]
+        by_head = [all_rows(path, manifest, k) for k in range(len(manifest["heads"]))]
+        merged = sum(by_head, [])
         for name in sorted(set(manifest["files"]) - {file.name for file in merged}):
             shutil.copyfile(os.path.join(path, name), partial / name)
             files[name] = manifest["files"][name]
         for k, head in enumerate(manifest["heads"]):
             prefix = f"head{k}-" if len(manifest["heads"]) > 1 else ""
             name = f"{prefix}rows-0-{head['num_classes']}.safetensors"
-            rows = joined(path, row_files(manifest, k), head["num_classes"])
+            rows = joined(path, by_head[k], head["num_classes"])
             files[name] = tensors.write(str(partial / name), rows)
         manifest |= {"format": FORMAT, "files": files, "world": 1}
         write_json(str(partial / "manifest.json"), {**manifest, "sha256": digest(manifest)})

@@ -33,11 +33,15 @@ def load_optimizer(
     scaler: LossScaler | None,
     tensors: Mapping[str, Tensor],
     source: str,
+    started: bool,
 ) -> None:
     """Take the state that optimizer_tensors() gave.
 
+    started: a step was taken before it did, so that there is a state.
+
     Raises:
-        ValueError: it is of a parameter that the backbone lacks.
+        ValueError: it is of a parameter that the backbone lacks, of another shape (the fused step
+            would write beyond it), or not of all.
     """
     place = {name: (i, p) for i, (name, p) in enumerate(_trained(backbone))}
     scale: dict[str, Tensor] = {}
@@ -50,10 +54,18 @@ def load_optimizer(
         if name not in place:
             raise ValueError(f"cannot resume from {source}: optimiser state of unknown {name}")
         index, parameter = place[name]
+        if value.shape != (() if kind == "step" else parameter.shape):
+            raise ValueError(f"cannot resume from {source}: {key} is {list(value.shape)}")
         if value.shape == parameter.shape:
             # The fused step walks both in memory order: the state needs the parameter's strides.
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(index, {})[kind] = value
+    lacking = [name for name, (index, _) in place.items() if index not in state]
+    if lacking and (state or (started and optimizer.defaults.get("momentum", 1))):
+        raise ValueError(
+            f"cannot resume from {source}: it lacks the optimiser's state of {len(lacking)} "
+            f"parameters, {lacking[0]} the first"
+        )
     if scaler is not None and scale:
         scaler.load_state_dict(scale)
     groups = optimizer.state_dict()["param_groups"]

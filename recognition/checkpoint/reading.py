@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from recognition.checkpoint.backbone import load_state
-from recognition.checkpoint.directory import Damaged, read_manifest, row_files
+from recognition.checkpoint.directory import Damaged, all_rows, read_manifest
 from recognition.checkpoint.optimizer import load_optimizer
 from recognition.checkpoint.parts import MAY_LACK, HeadParts, Parts
-from recognition.checkpoint.tensors import problem
+from recognition.checkpoint.tensors import problem, readable
 from recognition.collectives import together
 from recognition.head import PartialFC
 
@@ -65,7 +65,8 @@ def load(path: str, parts: Parts) -> dict[str, Any]:
     _check_fit(path, manifest, parts)
     load_state(parts.backbone, _read(path, "model.safetensors"), path)
     state = _read(path, "optimizer.safetensors")
-    load_optimizer(parts.backbone, parts.optimizer, parts.scaler, state, path)
+    started = manifest["step"] > 0
+    load_optimizer(parts.backbone, parts.optimizer, parts.scaler, state, path, started)
     for i, (prefix, part) in enumerate(parts.named_heads()):
         part.head.drop_step()
         _read_rows(path, manifest, i, part.head.shard, part.rows())
@@ -93,7 +94,8 @@ def load_head(path: str, number: int, head: PartialFC) -> None:
 
 
 def _read(path: str, name: str) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(os.path.join(path, name))
+    with readable(path, name):
+        return safetensors.torch.load_file(os.path.join(path, name))
 
 
 def _check_fit(path: str, manifest: Mapping[str, Any], parts: Parts) -> None:
@@ -140,16 +142,15 @@ def _read_rows(
 ) -> None:
     """Fill this rank's rows from the files whose class ranges overlap its own."""
     start, stop = shard
-    filled = 0
-    for name, first, last in row_files(manifest, head):
+    for name, first, last in all_rows(path, manifest, head):
         low, high = max(start, first), min(stop, last)
         if low >= high:
             continue
-        with safe_open(os.path.join(path, name), "pt") as file:
+        with readable(path, name), safe_open(os.path.join(path, name), "pt") as file:
             for key, tensor in rows.items():
                 if key in MAY_LACK and key not in file.keys():  # noqa: SIM118  no mapping
                     continue
-                tensor[low - start : high - start] = file.get_slice(key)[low - first : high - first]
-        filled += high - low
-    if filled != stop - start:
-        raise Damaged(f"{path} lacks {stop - start - filled} of the classes {start} to {stop - 1}")
+                saved = file.get_slice(key)
+                if saved.get_shape() != [last - first, *tensor.shape[1:]]:
+                    raise Damaged(f"{os.path.join(path, name)}: {key} is {saved.get_shape()}")
+                tensor[low - start : high - start] = saved[low - first : high - first]

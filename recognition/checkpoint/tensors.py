@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -103,4 +105,14 @@ def read(path: str, name: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]
     """
     if wrong := problem(path, name, manifest):
         raise Damaged(wrong)
-    return safetensors.torch.load_file(os.path.join(path, name))
+    with readable(path, name):
+        return safetensors.torch.load_file(os.path.join(path, name))
+
+
+@contextlib.contextmanager
+def readable(path: str, name: str) -> Iterator[None]:
+    """Raises: Damaged, where the body finds that the file holds no tensors, or not those."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise Damaged(f"{os.path.join(path, name)} is damaged: {error}") from error

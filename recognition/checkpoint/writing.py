@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from recognition.checkpoint import tensors
-from recognition.checkpoint.directory import FORMAT, digest, sync, write_json
+from recognition.checkpoint.directory import FORMAT, clear, digest, sync, write_json
 
 Entries = dict[str, dict[str, Any]]  # file name -> its size and hash
 
@@ -21,8 +20,8 @@ def prepare(partial: str) -> None:
     root = os.path.dirname(partial)
     os.makedirs(root, exist_ok=True)
     for name in os.listdir(root):
-        if name.endswith(".partial") and os.path.isdir(os.path.join(root, name)):
-            shutil.rmtree(os.path.join(root, name))
+        if name.endswith(".partial"):
+            clear(os.path.join(root, name))
     os.mkdir(partial)
 
 
@@ -69,7 +68,7 @@ def commit(partial: str, path: str, world: int, facts: Mapping[str, Any], files:
     os.rename(partial, path)
     sync(os.path.dirname(path))
     if os.path.isdir(former):
-        shutil.rmtree(former)
+        clear(former)
 
 
 def _report(partial: str, rank: int) -> str:

@@ -54,13 +54,15 @@ class Batch:
         sync(path + ".partial")
         os.replace(path + ".partial", path)
 
-    def load(self, path: str) -> None:
-        """Raises: ValueError for a file that is not what was written."""
+    def load(self, path: str, expected: int) -> None:
+        """Raises: ValueError for a file that is not what was written after `expected` steps."""
         try:
             with safe_open(path, "pt") as file:
                 step = int(file.metadata()["step"])
                 tensors = {name: file.get_tensor(name) for name in ("images", *_MOMENTS)}
-        except (SafetensorError, KeyError, TypeError) as error:
+            if step != expected:
+                raise ValueError(f"it is of step {step}")
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}): remove it and start again") from error
         if tensors["images"].shape != self.images.shape:
             raise ValueError(

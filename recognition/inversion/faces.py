@@ -5,8 +5,11 @@ Letters: N images, D embedding size, C identities.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,10 +42,17 @@ class Faces:
         )
 
     def embed(self, embed: Embed, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-        """float32 [n, D] of some of the images, not normalised."""
+        """float32 [n, D] of some of the images, not normalised.
+
+        Raises:
+            ValueError: none is asked for, one cannot be read, or its embedding is not finite.
+        """
         numbers = np.asarray(numbers)
+        if not len(numbers):
+            raise ValueError(f"{self.path}: no image in it of a person who is told from others")
         starts = range(0, len(numbers), _BATCH)
-        return np.concatenate([embed(self.pixels(numbers[i : i + _BATCH])) for i in starts])
+        rows = np.concatenate([embed(self.pixels(numbers[i : i + _BATCH])) for i in starts])
+        return finite(rows, f"of image {{}} of {self.path}", numbers)
 
     def by_round(self, rounds: int) -> tuple[np.ndarray, np.ndarray]:
         """(image numbers [n], round of each [n]): the k-th image of every identity is in round k,
@@ -57,6 +67,17 @@ class Faces:
     def of_each(self, most: int) -> np.ndarray:
         """int64 [n]: up to `most` images of every identity."""
         return np.sort(self.by_round(most)[0])
+
+
+def finite(rows: np.ndarray, what: str, numbers: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """The embeddings [n, D] themselves. Raises: ValueError naming the first that is not finite."""
+    wrong = np.flatnonzero(~np.isfinite(rows).all(1))
+    if len(wrong):
+        raise ValueError(
+            f"the embedding {what.format(numbers[int(wrong[0])])} is not finite ({len(wrong)} of "
+            f"{len(rows)}): the network that made it is damaged or its training diverged"
+        )
+    return rows
 
 
 def open_faces(path: str | Path) -> Faces:
@@ -115,16 +136,17 @@ def load_embeddings(path: str | Path, size: int) -> tuple[np.ndarray, np.ndarray
         ValueError: another shape or dtype, NaN or infinity, or a row of zeros, naming the row.
         OSError: it cannot be read.
     """
+    labels = None
     try:
         content = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no .npy or .npz of numbers: {error}") from error
-    labels = None
-    if isinstance(content, np.lib.npyio.NpzFile):
-        if "embeddings" not in content:
-            raise ValueError(f"{path} has {sorted(content)}: `embeddings` is wanted")
-        labels = content["labels"] if "labels" in content else None
-        content = content["embeddings"]
+        if isinstance(content, np.lib.npyio.NpzFile):
+            names = sorted(content)
+            labels = content["labels"] if "labels" in names else None
+            content = content["embeddings"] if "embeddings" in names else None
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is no whole .npy or .npz of numbers: {error}") from error
+    if content is None:
+        raise ValueError(f"{path} has {names}: `embeddings` is wanted")
     if content.ndim != 2 or content.shape[1] != size or content.dtype.kind != "f":
         raise ValueError(
             f"{path}: {content.dtype} {list(content.shape)}; floats [N, {size}] are wanted, the "

@@ -34,7 +34,8 @@ class Made:
 
     def embed(self, embed: faces.Embed, chunk: int = 256) -> np.ndarray:
         parts = [self.paths[i : i + chunk] for i in range(0, len(self.paths), chunk)]
-        return np.concatenate([embed(np.stack([pictures.read(p) for p in part])) for part in parts])
+        rows = [embed(np.stack([pictures.read(p) for p in part])) for part in parts]
+        return faces.finite(np.concatenate(rows), "of {}", self.paths)
 
 
 def made_of(plan: Plan, out: Path) -> Made:

@@ -18,7 +18,7 @@ from eval.embed import TorchEmbedder, open_embedder
 from recognition import checkpoint
 from recognition.inversion import settings as knobs
 from recognition.inversion import work
-from recognition.inversion.faces import Faces, load_embeddings, open_faces
+from recognition.inversion.faces import Faces, finite, load_embeddings, open_faces
 from recognition.inversion.identity import ClosedSet, Identity, OpenSet, centres, head_facts
 from recognition.inversion.settings import Settings
 from recognition.runtime import Runtime
@@ -52,8 +52,9 @@ class Plan:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of every kind of inversion."""
     parser.add_argument(
-        "--ids", metavar="0-9,40", help="which of them to invert; default: --count drawn by --seed"
-    )
+        "--ids", metavar="0-9,40", help="which of them to invert: classes, rows of the "
+        "embeddings, or people of the images by label; default: --count drawn by --seed",
+    )  # fmt: skip
     parser.add_argument("--count", type=int, default=256, metavar="N", help="default 256")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
     parser.add_argument(
@@ -72,6 +73,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--picture-every", type=int, default=1000, metavar="N",
         help="steps (1000) between two pictures of a batch, in OUT/progress",
     )  # fmt: skip
+
+
+def check_networks(args: argparse.Namespace) -> None:
+    """Raises: ValueError, OSError where one of --other or --fid is no network: before hours of
+    work rather than after them."""
+    for flag, paths in (("--other", args.other), ("--fid", [args.fid] if args.fid else [])):
+        for path in paths:
+            try:
+                embedder = open_embedder(path)
+                finite(embedder(np.zeros((1, 112, 112, 3), np.uint8)), "of {}", [path])
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{flag} {path}: {error}") from error
 
 
 def every_of(args: argparse.Namespace) -> work.Every:
@@ -189,7 +202,7 @@ def choose(
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
-        if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise ValueError(f"--ids {text}: {part!r} is neither a number nor a range such as 0-9")
         if int(last) > int(known.max()):
             raise ValueError(f"--ids {text}: there is no {what} {last}, they go to {known.max()}")

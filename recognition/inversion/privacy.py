@@ -19,7 +19,7 @@ from recognition.inversion import metrics
 from recognition.inversion.measure import made_of
 from recognition.inversion.plan import Plan
 
-_MOST = 3000  # real images whose pairs set the thresholds
+_MOST = 3000  # images, or embeddings, whose pairs set the thresholds
 
 
 def threshold_at(impostors: np.ndarray, far: float) -> float | None:
@@ -86,7 +86,8 @@ def _at_thresholds(
     """The shares that a system with a threshold at each FAR lets pass."""
     assert plan.labels is not None
     if plan.faces is None:
-        crowd, labels = same, plan.labels
+        drawn = np.random.default_rng(plan.settings.seed).permutation(len(same))[:_MOST]
+        crowd, labels = same[drawn], plan.labels[drawn]
     else:
         crowd = metrics.unit(plan.faces.embed(network, numbers))
         labels = plan.faces.labels[numbers]

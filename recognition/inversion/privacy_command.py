@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         raise ValueError(f"--far {wrong[0]}: between 0 and 1")
     plan = plans.open_set(args, settings, args.data)
     work.check_settings(args.out, plan.facts)
+    plans.check_networks(args)
     with runtime.start(plans.TIMEOUT) as here:
         make(plan, args, here, every)
         if here.rank != 0:

@@ -62,7 +62,7 @@ class Settings:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{_flag(name)} {getattr(self, name)}: 1 or more")
-        for name in ("bn_weight", "tv_weight", "l2_weight", "bn_first", "warmup", "jitter"):
+        for name in ("bn_weight", "tv_weight", "l2_weight", "bn_first", "warmup", "jitter", "seed"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"--{_flag(name)} {getattr(self, name)}: 0 or more")
         for name in ("beta1", "beta2"):

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     else:
         plan = plans.closed_set(args, settings)
     work.check_settings(args.out, plan.facts)
+    plans.check_networks(args)
     with runtime.start(plans.TIMEOUT) as here:
         make(plan, args, here, every)
         if here.rank != 0:

@@ -39,6 +39,8 @@ from recognition.inversion.settings import Settings
 from recognition.run_dir import owned
 from recognition.runtime import Runtime
 
+_OURS = {".lock", "images", "state", "progress", "settings.json.partial"}  # before settings.json
+
 
 @dataclass(frozen=True)
 class Every:
@@ -65,12 +67,32 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What write_json wrote. Raises: ValueError naming a damaged file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it and start again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (no object): remove it and start again")
+    return content
+
+
 def check_settings(out: Path, facts: Mapping[str, Any]) -> None:
-    """Raises: ValueError where `out` is there for other facts, naming them."""
+    """Raises: ValueError where `out` holds other things, or was made for other facts, naming
+    them."""
     path = out / "settings.json"
     if not path.is_file():
+        others = (
+            sorted(p.name for p in out.iterdir() if p.name not in _OURS) if out.is_dir() else []
+        )
+        if others:
+            raise ValueError(
+                f"{out} is no directory of an inversion, it holds {', '.join(others[:4])}: choose "
+                "another --out, an empty or a new one"
+            )
         return
-    there, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(facts))
+    there, now = read_json(path), json.loads(json.dumps(facts))
     known, asked = {**there, **there.get("settings", {})}, {**now, **now.get("settings", {})}
     differ = [
         f"{key} {known.get(key)!r} there, {asked.get(key)!r} now"
@@ -127,6 +149,12 @@ def synthesise(
         number = first + runtime.rank
         left = number < len(work)
         by = _done_by(out, number)
+        if (
+            left
+            and by is not None
+            and not all((out / "images" / f"{names[int(i)]}.png").is_file() for i in work[number])
+        ):
+            by = None  # an image was taken away
         if identity.in_step:
             there = collectives.gather_objects((left, by), group)
             if by == world and any(one and other is None for one, other in there):
@@ -147,7 +175,7 @@ def synthesise(
             begin = max(shared, default=0)
         if batch is not None:
             if steps:
-                batch.load(str(steps[max(steps)]))
+                batch.load(str(steps[max(steps)]), max(steps))
             last = _finish(network, identity, batch, names, settings, out, counts, every, len(work))
         elif isinstance(identity, ClosedSet) and any(counts):
             for _ in range(begin, settings.steps):
@@ -191,14 +219,21 @@ def _finish(
 
 def terms_of(out: Path, count: int) -> dict[str, float]:
     """The terms of the loss at the end, means over the batches."""
-    every = [json.loads(_done(out, k).read_text(encoding="utf-8"))["terms"] for k in range(count)]
+    every = [_what_was_done(out, k)["terms"] for k in range(count)]
     return {name: float(np.mean([terms[name] for terms in every])) for name in every[0]}
 
 
 def _done_by(out: Path, number: int) -> int | None:
     """Of how many processes the run was that made this batch; None: it is not done."""
-    path = _done(out, number)
-    return json.loads(path.read_text(encoding="utf-8"))["world"] if path.is_file() else None
+    return _what_was_done(out, number)["world"] if _done(out, number).is_file() else None
+
+
+def _what_was_done(out: Path, number: int) -> dict[str, Any]:
+    """Raises: ValueError naming a damaged file."""
+    content = read_json(_done(out, number))
+    if not {"world", "terms"} <= content.keys():
+        raise ValueError(f"{_done(out, number)} is damaged (no terms): remove it and start again")
+    return content
 
 
 def _done(out: Path, number: int) -> Path:

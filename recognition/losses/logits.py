@@ -75,6 +75,7 @@ class Logits:
             self._kept = pool.take(weight, self._num_kept, num_rows * columns)
         self._is_written = False  # what is kept
         self._owned: Tensor | None = None
+        self._spares: list[Tensor | None] = [None, None]
 
     def learned(self, margin: Margin) -> list[Tensor]:
         return [p for p in margin.parameters() if p.dim() == 0]
@@ -115,7 +116,8 @@ class Logits:
             self.peak = None
             scaled = (x * self.margin.scale).to(self.dtype)
             for number, piece in enumerate(self._pieces()):
-                self.mass += self._exponentials(number, piece, scaled).sum(1)
+                z, _ = self._cosines(number, piece, scaled)
+                self.mass += self._exponentials(z, piece, self._kept_here(number)).sum(1)
             self._is_written = self._kept is not None
             return self.mass.log()
         peak = x.new_full((len(x),), -torch.inf)  # the largest z so far
@@ -134,11 +136,9 @@ class Logits:
             total += torch.logaddexp(z, z.new_zeros(())).sum(1)
         return total
 
-    def _exponentials(self, number: int, piece: Piece, scaled: Tensor) -> Tensor:
-        """exp(scale * cos) [B, n], 0 where the class is the row's own."""
-        weight = self._read(piece)
-        e = product(scaled, self._narrow(weight).T, self._room(number, piece, scaled))
-        e.mul_(self._inverse(piece, weight)).exp_()
+    def _exponentials(self, z: Tensor, piece: Piece, apart: bool) -> Tensor:
+        """exp(z) [B, n], 0 where the class is the row's own. apart: z is still wanted."""
+        e = torch.exp(z, out=self._spare(1, *z.shape)) if apart else z.exp_()
         if piece.own is not None:
             e[piece.own] = 0.0
         return e
@@ -154,11 +154,15 @@ class Logits:
             yield z
         self._is_written = self._kept is not None
 
+    def _kept_here(self, number: int) -> bool:
+        return number < self._num_kept
+
     def _cosines(self, number: int, piece: Piece, narrow: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, n * K], and the centres [n * K, D] that they are with; not to be changed."""
+        """[B, n * K], and the centres [n * K, D] that they are with; not to be changed.
+        narrow: the rows of the batch, to scale where the cosines are to be so."""
         weight = self._read(piece)
         room = self._room(number, piece, narrow)
-        if self._is_written and number < self._num_kept:
+        if self._is_written and self._kept_here(number):
             return room, weight
         cos = product(narrow, self._narrow(weight).T, room)
         return cos.mul_(self._inverse(piece, weight)), weight
@@ -185,6 +189,7 @@ class Logits:
         self._has_inverse = True
         grad_x = torch.zeros_like(x)
         own_place, own_grad = self._target_gradient(x, grad_x)
+        own_radial = (own_grad * self._nearest_owned()).sum(1)  # [m]
         push = x.new_zeros(len(x)) if self.push is None else self.push
         grads = [torch.zeros_like(number) for number in learned]
         plain = self.is_plain()
@@ -195,30 +200,30 @@ class Logits:
         if plain:
             share = share * self.margin.scale
             scaled, pulling = (x * self.margin.scale).to(self.dtype), x * share[:, None]
+            along = share / self.margin.scale
         else:
-            scaled, pulling = x.to(self.dtype), x
+            scaled, pulling, along = x.to(self.dtype), x, share
         pulling, total = pulling.to(self.dtype), torch.zeros_like(x)
-        scratch = x.new_empty(self.size * self.num_subcenters, x.shape[1])
         for number, piece in enumerate(self._pieces()):
-            if plain:
-                weight = self._read(piece)
-                if self._is_written and number < self._num_kept:
-                    spread = self._room(number, piece, scaled)
-                else:
-                    spread = self._exponentials(number, piece, scaled)
-            else:
-                cos, weight = self._cosines(number, piece, scaled)
-                spread = self._through_formula(cos, piece, share, learned, grads)
+            cos, weight = self._cosines(number, piece, scaled)
             inverse = self._inverse(piece, weight)
+            # What each centre is pulled along itself, which its norm takes no part in: [n * K].
+            if plain:
+                spread = self._exponentials(cos, piece, apart=True)
+                radial = torch.mv(cos.mul_(spread).T, along)
+            else:
+                spread = self._through_formula(cos, piece, share, learned, grads)
+                radial = cos.mul_(spread).sum(0)
             spread = torch.mul(spread, inverse, out=spread).to(self.dtype)
             add_product(total, spread, self._narrow(weight))
             grad = self.rows.room(piece.where)  # [n, K, D]
             flat = product(spread.T, pulling, grad.flatten(0, 1))
             if piece.own is not None:
                 first = piece.where.start * self.num_subcenters
-                flat.index_add_(0, own_place[piece.targets] - first, own_grad[piece.targets])
+                columns = own_place[piece.targets] - first
+                flat.index_add_(0, columns, own_grad[piece.targets])
+                radial.index_add_(0, columns, own_radial[piece.targets])
             # Through w_hat = w / |w|: less what points along the centre.
-            radial = torch.mul(flat, weight, out=scratch[: len(flat)]).sum(1)
             radial.mul_(inverse).mul_(inverse)
             flat.addcmul_(weight, radial[:, None], value=-1)
             self.rows.add_gradient(piece.where, grad, weight.view_as(grad))
@@ -226,6 +231,7 @@ class Logits:
         self._pool.give(self._kept)
         self._kept, self._is_written, self._num_kept = None, False, 0
         self.pull = self.push = self._owned = None
+        self._spares = [None, None]
         return grad_x, grads
 
     def _target_gradient(self, x: Tensor, grad_x: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,10 +242,14 @@ class Logits:
         own_place = place * self.num_subcenters + self.nearest
         inverse = self.inverse[own_place][:, None]  # [m, 1]
         pull = x.new_zeros(len(row), 1) if self.pull is None else self.pull[row][:, None]
-        which = self.nearest[:, None, None].expand(-1, 1, x.shape[1])
-        centres = self.owned().gather(1, which)[:, 0]  # [m, D]
-        grad_x.index_add_(0, row, pull * inverse * centres)
+        grad_x.index_add_(0, row, pull * inverse * self._nearest_owned())
         return own_place, pull * inverse * x[row]
+
+    def _nearest_owned(self) -> Tensor:
+        """The centre [m, D] of each target, the nearest of K."""
+        assert self.nearest is not None
+        which = self.nearest[:, None, None].expand(-1, 1, self.rows.like.shape[2])
+        return self.owned().gather(1, which)[:, 0]
 
     def _through_formula(
         self,
@@ -306,7 +316,14 @@ class Logits:
         columns = (piece.where.stop - piece.where.start) * self.num_subcenters
         if self._kept is not None and number < self._num_kept:
             return self._kept[number, : len(narrow) * columns].view(len(narrow), columns)
-        return self.inverse.new_empty(len(narrow), columns)
+        return self._spare(0, len(narrow), columns)
+
+    def _spare(self, which: int, num_rows: int, columns: int) -> Tensor:
+        """One of two memories [B, n * K] of this moment, the same for all pieces."""
+        held = self._spares[which]
+        if held is None or held.numel() < num_rows * columns:
+            held = self._spares[which] = self.inverse.new_empty(num_rows * columns)
+        return held[: num_rows * columns].view(num_rows, columns)
 
 
 def _norm(centres: Tensor) -> Tensor:

@@ -1,47 +1,22 @@
-"""Packing: every image once, the same bytes at any number of workers, whole or not at all."""
+"""Packing: every image once, the same bytes at any number of workers."""
 
 import json
 import os
 import pickle
-import re
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 
-from data_tools import files, parallel, shards
+from data_tools import parallel, shards
 from data_tools.__main__ import main
 from data_tools.decode import decode
 from data_tools.pack import pack
 from data_tools.pack_options import Options
 from data_tools.recordio import Header, Writer
+from tests.data_tools.packs import by_identity, contents
 from tests.data_tools.samples import encoded, folder
-from tests.real import ROOT, real
-
-
-@pytest.fixture
-def source(tmp_path):
-    """Seven identities, 31 images."""
-    return folder(tmp_path / "faces", [5, 2, 7, 1, 4, 9, 3])
-
-
-def contents(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def by_identity(data):
-    """identity name -> the set of its images."""
-    found = {name: set() for name in data.identities}
-    for label, image in data:
-        found[data.identities[label]].add(image)
-    return found
+from tests.real import real
 
 
 def test_every_image_once_and_untouched(source, tmp_path):
@@ -146,49 +121,30 @@ def test_nothing_is_skipped_in_silence(tmp_path, capsys):
     assert data.index["ignored_files"] == 3
 
 
-@pytest.mark.parametrize(
-    ("spoil", "arguments", "fault"),
-    [
-        (
-            lambda s: [p.write_bytes(b"") for p in s.glob("*/*.jpg")],
-            [],
-            r"0 of 7 identities have a",
-        ),
-        (lambda s: [shutil.rmtree(p) for p in s.iterdir()], [], r"no images: expected .*/<id"),
-        (lambda s: [shutil.rmtree(p) for p in list(s.iterdir())[1:]], [], "1 of 1 identities"),
-        (lambda s: None, ["--hold-out", "6", "--pairs", "20"], "6 to hold out and 2 to train"),
-        (lambda s: None, ["--hold-out", "2", "--pairs", "21"], "multiple of 20"),
-        (lambda s: None, ["--hold-out", "6"], "--hold-out can be at most 5"),
-        (lambda s: None, ["--hold-out", "1"], "--hold-out 1: 20 pairs need 10 of .* more images"),
-        (lambda s: None, ["--shards", "32"], "31 images cannot fill 32 shards"),
-        (lambda s: None, ["--shards", "0"], "--shards 0: must be 1 or more"),
-        (lambda s: None, ["--seed", "-1"], "--seed -1"),
-        (lambda s: None, ["--size", "1025"], "--size 1025: must be 1024 or less"),
-        (lambda s: None, ["--quality", "101"], "at most 100"),
-        (lambda s: None, ["--workers", "0"], "--workers 0"),
-        (lambda s: (s / "x\ny").mkdir(), [], "line break"),
-    ],
-)
-def test_mistakes_leave_nothing(source, tmp_path, capsys, spoil, arguments, fault):
-    spoil(source)
-    out = tmp_path / "set"
-    assert main(["pack", str(source), str(out), "--workers", "1", *arguments]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ")
-    assert len(list(tmp_path.iterdir())) == 1, "something was left beside the source"
-    assert re.search(fault, error), error
+def test_a_name_with_a_line_break_keeps_its_line(tmp_path):
+    source = folder(tmp_path / "faces", [3, 2])
+    (source / "p00" / "two\nlines\tand a tab.jpg").write_bytes(b"")
+    (source / "stray\r.jpg").write_bytes(encoded(1))
+    (source / "p01" / "kept\n.jpg").write_bytes(encoded(2))
+    assert pack(source, tmp_path / "set", Options(shards=1))["images"] == 6
+    assert (tmp_path / "set" / "skipped.txt").read_bytes() == (
+        b"stray\\r.jpg\tlies outside any identity folder\n"
+        b"p00/two\\nlines\\tand a tab.jpg\tno image: zero bytes\n"
+    )
 
 
-def test_source_and_output_are_kept_apart(source, tmp_path, capsys):
-    for one, other in [
-        (source, source), (source, source / "p00" / "out"), (source / "p00", source),
-        (source, tmp_path),
-    ]:  # fmt: skip
-        assert main(["pack", str(one), str(other), "--overwrite"]) == 1
-        assert "keep source and output apart" in capsys.readouterr().err
-    assert len(list(source.glob("*/*.jpg"))) == 31
-    assert main(["pack", str(tmp_path / "absent"), str(tmp_path / "set")]) == 1
-    assert "absent: no such directory" in capsys.readouterr().err
+def test_an_identity_whose_images_all_fail_leaves_no_gap(tmp_path):
+    source = folder(tmp_path / "faces", [3, 2, 4, 2])
+    for path in (source / "p01").iterdir():
+        path.write_bytes(b"\xff\xd8 no picture")
+    pack(source, tmp_path / "set", Options(shards=2))
+    shutil.rmtree(source / "p01")
+    data = shards.open(tmp_path / "set")
+    assert data.identities == ["p00", "p02", "p03"]
+    assert by_identity(data) == {
+        path.name: {image.read_bytes() for image in path.iterdir()} for path in source.iterdir()
+    }
+    assert main(["verify", str(tmp_path / "set"), "--deep"]) == 0
 
 
 # --- what is there already ---
@@ -347,178 +303,6 @@ def test_an_image_without_pixels_is_listed_by_its_byte(tmp_path):
     assert line == f"{shards.open(rec).where(1)}\tno image: zero bytes\n"
 
 
-# --- death and full disks ---
-
-
-@pytest.fixture
-def slow_source(tmp_path):
-    """240 images that take some 10 ms each."""
-    source = tmp_path / "slow"
-    big = tmp_path / "big.png"
-    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)
-    big.write_bytes(cv2.imencode(".png", noise)[1].tobytes())
-    for k in range(8):
-        (source / f"p{k}").mkdir(parents=True)
-        for j in range(30):
-            os.link(big, source / f"p{k}" / f"{j}.png")
-    return source
-
-
-def start_pack(source, out, *arguments, before=None):
-    program = (  # processes, for few images as well
-        "import sys; from data_tools import __main__, parallel; parallel.ITEMS_PER_WORKER = 1; "
-        "sys.exit(__main__.main())"
-    )
-    command = [sys.executable, "-c", program, "pack", str(source), str(out), *arguments]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=before, start_new_session=True,
-    )  # fmt: skip
-
-
-def descendants(pid):
-    """Process ids below `pid`, from /proc."""
-    found = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        found += [int(child), *descendants(int(child))]
-    return found
-
-
-def wait_for(condition, what):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not happen in 60 s"
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_killed_in_the_middle(slow_source, tmp_path, workers):
-    out, partial = tmp_path / "set", tmp_path / "set.partial"
-    process = start_pack(slow_source, out, "--shards", "2", "--workers", workers)
-    wait_for(lambda: list(partial.glob("*.rec")), "the first shard")
-    below = descendants(process.pid)
-    assert (len(below) >= 2) == (workers == "2")
-    process.kill()
-    process.communicate()
-    assert not out.exists() and partial.exists()
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the workers' end")
-    done = pack(slow_source, out, Options(shards=2, size=16))
-    assert (done["status"], done["images"]) == ("packed", 240)
-    assert not partial.exists()
-
-
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_interrupted(slow_source, tmp_path, workers):
-    out, partial = tmp_path / "set", tmp_path / "set.partial"
-    process = start_pack(slow_source, out, "--shards", "2", "--workers", workers)
-    wait_for(lambda: list(partial.glob("*.rec")), "the first shard")
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to all of them
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error.splitlines()[-1].startswith("error: interrupted")
-    assert "Traceback" not in error
-    assert not out.exists() and not partial.exists()
-
-
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_disk_full(source, tmp_path, workers):
-    """The kernel refuses to let any file grow beyond 8 KiB, as a full disk would."""
-    out = tmp_path / "set"
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))  # noqa: E731
-    process = start_pack(source, out, "--shards", "2", "--workers", workers, before=limit)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 1
-    last = error.splitlines()[-1]
-    assert last.startswith(f"error: {out}: ") and "File too large" in last
-    assert "what was written is removed" in last and "Traceback" not in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["faces"]
-
-
-def test_a_worker_that_is_killed_ends_the_pack(slow_source, tmp_path):
-    out = tmp_path / "set"
-    process = start_pack(slow_source, out, "--shards", "2", "--workers", "2")
-    wait_for(lambda: list((tmp_path / "set.partial").glob("*.rec")), "the first shard")
-    workers = [
-        pid for pid in descendants(process.pid)
-        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]  # fmt: skip
-    os.kill(workers[0], signal.SIGKILL)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "a worker process was killed" in error.splitlines()[-1]
-    assert not out.exists() and not (tmp_path / "set.partial").exists()
-
-
-def test_a_failing_source_disk_stops_the_pack(source, tmp_path, monkeypatch):
-    """An unreadable image is the image's fault; EIO is not, and nobody should train without it."""
-
-    def broken(path, *args):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(files, "open", broken, raising=False)
-    with pytest.raises(OSError, match=r"Input/output error: .*p0\d/\d\.jpg"):
-        pack(source, tmp_path / "set", Options(shards=2))
-    assert not (tmp_path / "set").exists() and not (tmp_path / "set.partial").exists()
-
-
-@pytest.mark.parametrize(("total", "started"), [(300, 0), (1499, 2), (10**6, 3)])
-def test_no_more_processes_than_the_work_is_worth(monkeypatch, total, started):
-    asked = []
-
-    class Pool:
-        def __init__(self, workers, *_, **__):
-            asked.append(workers)
-            raise InterruptedError
-
-    monkeypatch.setattr(parallel, "ProcessPoolExecutor", Pool)
-    arguments = (lambda task, advance: task, [1, 2, 3], 8, total, "title")
-    if started:
-        with pytest.raises(InterruptedError):
-            parallel.run_tasks(*arguments)
-        assert asked == [started]
-    else:
-        assert parallel.run_tasks(*arguments) == [1, 2, 3]
-
-
-# --- the command ---
-
-
-def test_the_command_prints_one_json_line_last(source, tmp_path):
-    process = start_pack(source, tmp_path / "set", "--shards", "2", "--workers", "1", "--json")
-    output, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
-    done = json.loads(output.splitlines()[-1])
-    seconds = done.pop("seconds")
-    assert 0 < seconds < 60
-    assert done == {
-        "status": "packed",
-        "path": str(tmp_path / "set"),
-        "images": 31,
-        "classes": 7,
-        "shards": 2,
-        "bytes": sum(path.stat().st_size for path in (tmp_path / "set").glob("*.rec")),
-        "skipped": 0,
-        "empty_identities": 0,
-        "resized": {"count": 0, "of": 31},
-        "held_out_identities": 0,
-        "pairs_asked": 0,
-        "pairs_made": 0,
-        "verification": [],
-    }
-    assert "images" in error and "31/31" in error  # the progress
-
-
-def test_mistyped_commands(capsys):
-    for arguments in ([], ["pakc"], ["pack"], ["pack", "a", "b", "--shards", "x"]):
-        with pytest.raises(SystemExit) as exit:
-            main(arguments)
-        assert exit.value.code == 2
-    with pytest.raises(SystemExit) as exit:
-        main(["pack", "--help"])
-    assert exit.value.code == 0
-    assert "--hold-out N" in capsys.readouterr().out
-
-
 def test_real_faces(tmp_path):
     source = real("lfw112")
     done = pack(source, tmp_path / "set", Options(shards=4, hold_out=284, pairs=1000), workers=2)
@@ -528,65 +312,3 @@ def test_real_faces(tmp_path):
         label, image = data[i]
         folder_of = source / data.identities[label]
         assert image in {path.read_bytes() for path in folder_of.iterdir()}
-
-
-# --- going on after a kill ---
-
-
-def kill_after(shards_done, source, out, *arguments):
-    process = start_pack(source, out, *arguments)
-    journal = Path(f"{out}.partial") / "journal"
-    wait_for(lambda: len(list(journal.glob("*-of-*[0-9].npz"))) >= shards_done, "those shards")
-    below = descendants(process.pid)
-    process.kill()
-    process.communicate()
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the workers' end")
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_pack_goes_on_to_the_same_bytes(slow_source, tmp_path, workers):
-    (slow_source / "p3" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    options = Options(shards=6, hold_out=2, pairs=20)
-    words = ["--shards", "6", "--hold-out", "2", "--pairs", "20", "--workers", str(workers)]
-    out = tmp_path / "set"
-    kill_after(2, slow_source, out, *words)
-    done = sorted((tmp_path / "set.partial" / "journal").glob("*.npz"))
-    kept = {path.stem: (tmp_path / "set.partial" / f"{path.stem}.rec").stat() for path in done[:2]}
-    assert pack(slow_source, out, options, workers)["status"] == "resumed"
-    for name, was in kept.items():
-        now = (out / f"{name}.rec").stat()
-        assert (now.st_ino, now.st_mtime_ns) == (was.st_ino, was.st_mtime_ns), "written again"
-    assert pack(slow_source, tmp_path / "unbroken", options)["status"] == "packed"
-    assert contents(out) == contents(tmp_path / "unbroken")
-
-
-def test_what_a_kill_left_is_not_trusted_blindly(slow_source, tmp_path):
-    out = tmp_path / "set"
-    kill_after(2, slow_source, out, "--shards", "4", "--workers", "1")
-    partial = tmp_path / "set.partial"
-    (partial / "train-00000-of-00004.rec").write_bytes(b"damaged since")
-    next((partial / "journal").glob("train-00001*.npz")).write_bytes(b"PK")
-    assert pack(slow_source, out, Options(shards=4))["images"] == 240
-    assert main(["verify", str(out)]) == 0
-    pack(slow_source, tmp_path / "unbroken", Options(shards=4))
-    assert contents(out) == contents(tmp_path / "unbroken")
-
-
-def test_other_options_do_not_take_over_what_a_kill_left(slow_source, tmp_path):
-    out = tmp_path / "set"
-    kill_after(1, slow_source, out, "--shards", "2", "--workers", "1")
-    assert pack(slow_source, out, Options(shards=2, seed=1))["status"] == "packed"
-
-
-def test_an_identity_whose_images_all_fail_leaves_no_gap(tmp_path):
-    source = folder(tmp_path / "faces", [3, 2, 4, 2])
-    for path in (source / "p01").iterdir():
-        path.write_bytes(b"\xff\xd8 no picture")
-    pack(source, tmp_path / "set", Options(shards=2))
-    shutil.rmtree(source / "p01")
-    data = shards.open(tmp_path / "set")
-    assert data.identities == ["p00", "p02", "p03"]
-    assert by_identity(data) == {
-        path.name: {image.read_bytes() for image in path.iterdir()} for path in source.iterdir()
-    }
-    assert main(["verify", str(tmp_path / "set"), "--deep"]) == 0

@@ -27,6 +27,30 @@ def test_a_case_on_two_processes():
     for name in ("time / rival", "time / floor"):
         assert report["median_ratio"][name] > 0
     assert min(report["peak_bytes"].values()) > 0 and report["products"] in (3, 4)
+    assert report["forms"] == {} and report["left_out"] == {}
+
+
+def test_a_form_takes_its_turns_or_is_said_to_be_left_out():
+    """In Triton's interpreter, and without it."""
+    wanted = ["--forms", "triton", "--alone", "--processes", 1, "--dtype", "bf16"]
+    for interpreting in (True, False):
+        environment = {**os.environ, "TRITON_INTERPRET": str(int(interpreting))}
+        done = command(SCRIPT, *SMALL, *wanted, env=environment | {"CUDA_VISIBLE_DEVICES": ""})
+        report = json.loads(done.stdout.splitlines()[-1])
+        assert ("triton" in report["ms"]) is ("triton" in report["forms"]) is interpreting
+        if interpreting:
+            assert report["taken"] == {"triton": "triton-128x128"}
+            assert set(report["forms"]["triton"]) == {"time / plain"}
+        else:
+            assert "Triton is for GPUs" in report["left_out"]["triton"]
+
+
+def test_a_size_alone_where_it_fits():
+    wanted = ["--alone", "--storage", "auto", "--processes", 1]
+    report = json.loads(command(SCRIPT, *SMALL, *wanted).stdout.splitlines()[-1])
+    assert set(report["ms"]) == {"ours"} and report["storage"] == "device"
+    done = run(SCRIPT, *SMALL, *wanted, "--classes", 10**12)
+    assert done.returncode == 1 and "1000000000000 classes need" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -54,15 +78,16 @@ def test_the_picture_of_growth(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_the_commands_for_a_gpu_run(tmp_path):
     """launch/bench/gpu.sh from end to end on the CPU, so that no command of it is misspelt."""
     done = subprocess.run(
-        ["bash", "launch/bench/gpu.sh", tmp_path], capture_output=True, text=True, timeout=280,
+        ["bash", "launch/bench/gpu.sh", tmp_path], capture_output=True, text=True, timeout=1100,
         cwd=pathlib.Path(__file__).parents[2],
         env={**os.environ, "REHEARSAL": "1", "PYTHON": sys.executable},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("head", "losses", "loader"):
+    for name in ("head", "largest", "r50", "losses", "loader", "stages"):
         json.loads((tmp_path / f"{name}.json").read_text().splitlines()[-1])
     for name in ("bf16_cpu", "fp32_cpu", "bf16_dali"):
         lines = (tmp_path / f"r50_{name}" / "metrics.jsonl").read_text().splitlines()

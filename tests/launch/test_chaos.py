@@ -152,7 +152,7 @@ def test_kills_with_another_number_of_processes_after_each(shards_dir, tmp_path)
     for world in (4, 3, 1, 2):
         with chaos.Supervised(output, world, keys) as run:
             goal = last_step(output) + draw.randint(7, 10)
-            run.wait_for(lambda: last_step(output) >= goal)  # noqa: B023
+            run.wait_for(lambda: last_step(output) >= goal, 240)  # noqa: B023
             _, ranks = run.processes()
             assert chaos.tell(draw.choice(ranks), signal.SIGKILL)
             time.sleep(draw.random())

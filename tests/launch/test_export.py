@@ -21,6 +21,7 @@ import launch.export
 import recognition.agreement
 import recognition.export
 from data_tools import shards
+from eval import lfw
 from recognition.agreement import Agreement, ExportError
 from recognition.backbones import BACKBONES
 from recognition.export import export_onnx
@@ -345,6 +346,38 @@ def test_command_refuses_with_one_line(run, tmp_path, capsys, monkeypatch):
     (line,) = [li for li in captured.err.splitlines() if "error" in li]
     assert line.startswith("error: ") and "batch 2: 5.00e-01" in line
     assert not captured.out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--max-pairs", "-3"], "--max-pairs -3: 0"),
+        (["--max-drop", "nan"], "--max-drop nan"),
+        (["--max-drop", "-1"], "--max-drop -1"),
+    ],
+)
+def test_what_cannot_be_asked_is_told(run, more, told, tmp_path, capsys):
+    for name, words in (("x.onnx", told), ("x", "*.onnx"), ("none/x.onnx", "not a directory")):
+        arguments = more if name == "x.onnx" else []
+        assert launch.export.main(["run", str(tmp_path / name), *arguments]) == 1
+        assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("of_one", "told"), [(True, "all of one kind"), (False, "not finite")])
+def test_a_loss_that_cannot_be_told_is_refused(run, of_one, told, tmp_path, capsys, monkeypatch):
+    """Pairs of one kind, and a file whose embeddings are NaN on faces alone."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 112, 112, 3), dtype=np.uint8)
+    encoded = [cv2.imencode(".png", image)[1].tobytes() for image in pixels]
+    issame = np.array([True, True, True, True]) if of_one else np.array([True, False, True, False])
+    pairs = lfw.PairSet("few", encoded, issame)
+    monkeypatch.setattr(launch.export, "pairs_of", lambda *_: pairs)
+    if not of_one:
+        broken = lambda path: lambda images: np.full((len(images), 8), np.nan)  # noqa: E731
+        monkeypatch.setattr(launch.export, "OnnxEmbedder", broken)
+    assert launch.export.main(["run", str(tmp_path / "x.onnx")]) == 1
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def call(*arguments, cwd):

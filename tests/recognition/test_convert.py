@@ -332,3 +332,59 @@ def test_command(theirs, tmp_path, capsys):
         assert near(found, theirs(faces(1).flip(1)))
     assert convert.main([str(tmp_path / "none.params"), str(out)]) == 1
     assert "error:" in capsys.readouterr().err
+
+
+def test_damaged_files_are_told_by_name(tmp_path):
+    """Wherever the bytes are wrong: an error that names the file, or the tensors that are left."""
+    path = tmp_path / "x.pt"
+    torch.save({"a.weight": torch.arange(3.0)}, path)
+    whole, drawn = path.read_bytes(), np.random.default_rng(0)
+    wrong = [b"", b"hello world", b"\x80\x02}q\x00."]
+    wrong += [whole[:200] + b"\xff\xfe\x00" + whole[203:], *(whole[:n] for n in (1, 99, 600))]
+    for _ in range(60):
+        changed = bytearray(whole)
+        changed[drawn.integers(len(whole))] ^= 1 + int(drawn.integers(255))
+        wrong.append(bytes(changed))
+    refused = 0
+    for content in wrong:
+        path.write_bytes(content)
+        try:
+            convert.read_weights(str(path))
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ({1: torch.ones(2)}, "not a state dict"),
+        ({}, "not one tensor"),
+        ({"a": torch.tensor([1.0, np.nan])}, "hold NaN or infinity, a"),
+    ],
+)
+def test_the_command_refuses_what_is_no_network(state, told, tmp_path, capsys):
+    torch.save(state, tmp_path / "x.pt")
+    assert convert.main([str(tmp_path / "x.pt"), str(tmp_path / "y.safetensors")]) == 1
+    assert told in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_tensors_of_one_storage_are_written_each(tmp_path, capsys):
+    one = torch.arange(6.0)
+    torch.save({"a": one, "b": one, "c": one[2:]}, tmp_path / "x.pt")
+    out = tmp_path / "y.safetensors"
+    assert convert.main([str(tmp_path / "x.pt"), str(out)]) == 0
+    assert convert.read_weights(str(out))["c"].tolist() == [2, 3, 4, 5]
+    for name, told in (("y.pt", "*.safetensors"), ("none/y.safetensors", "make it first")):
+        assert convert.main([str(tmp_path / "x.pt"), str(tmp_path / name)]) == 1
+        assert told in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.pt", "y.safetensors"]
+
+
+def test_an_ir_network_of_odd_tensors_is_listed(tmp_path):
+    odd = {"input_layer.0.weight": torch.ones(1), "body.0.res_layer.4.weight": torch.tensor(1.0)}
+    torch.save(odd, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="unexpected body.0"):
+        ours("r18", convert.read_weights(str(tmp_path / "x.pt")))

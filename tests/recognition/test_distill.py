@@ -118,5 +118,20 @@ def test_teachers_that_do_not_fit(teachers, shards_dir):
     ]:
         with pytest.raises(ValueError, match=words):
             distill.open_teacher(str(path), size, number, CPU, "fp32")
+    rows = np.load(teachers["npy"])
+    rows[3] = np.nan
+    np.save(teachers["npy"], rows)
+    teacher = distill.open_teacher(str(teachers["npy"]), 32, n, CPU, "fp32")
+    teacher(torch.zeros(1), np.array([2]))
+    with pytest.raises(ValueError, match="image 3 is not finite"):
+        teacher(torch.zeros(2), np.array([2, 3]))
+    broken = teachers["npy"].with_name("broken.npy")
+    np.savez(broken.with_suffix(".npz"), rows)
+    for content in (b"", b"x", broken.with_suffix(".npz").read_bytes(), None):
+        broken.unlink(missing_ok=True)
+        if content is not None:
+            broken.write_bytes(content)
+        with pytest.raises(ValueError, match="teacher=.*broken.npy"):
+            distill.open_teacher(str(broken), 32, n, CPU, "fp32")
     with pytest.raises(FileNotFoundError, match="no such run"):
         distill.open_teacher("nowhere", 32, n, CPU, "fp32")

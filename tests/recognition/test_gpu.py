@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from recognition import build, config, runtime, trainer
-from recognition.head import PartialFC
+from recognition.head import Limits, PartialFC
+from recognition.kernels.choice import choose
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
 from tests.recognition.losses.cases import CASES
@@ -59,12 +60,47 @@ def test_equals_the_cpu(case, sample_rate):
         torch.testing.assert_close(cuda.cpu(), cpu, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("threshold", [0.0, 0.1])
+@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
+@pytest.mark.parametrize("wanted", ["triton", "compiled"])
+def test_a_fused_form_equals_the_plain_one(wanted, sample_rate, threshold, dtype):
+    """Against fp64 on the CPU: the error is the products' rounding times the scale, 64."""
+    pytest.importorskip("triton")
+    x, labels = batch()
+    outcomes = []
+    for fused in (False, True):
+        limits = Limits(piece=200, dtype=dtype) if fused else Limits()
+        margin = MARGINS["cosface"](interclass_filtering_threshold=threshold)
+        head = PartialFC(margin, D, C, sample_rate, seed=1, limits=limits)
+        if fused:
+            head = head.cuda()
+            said = choose(wanted, head, B)
+            assert said.form.startswith(wanted), said
+        else:
+            head = head.double()
+        local_x = x.to(head.weight.device, head.weight.dtype).requires_grad_()
+        head(local_x, labels).backward()
+        outcomes.append([local_x.grad.double().cpu(), head.sampled_grad.double().cpu()])
+    eps = {torch.float32: 2**-20, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+    for truth, ours in zip(*outcomes, strict=True):
+        # Where the filter cuts, a rounding decides whether a class counts.
+        most = 64 * eps if not threshold else 0.3
+        assert (ours - truth).norm() < most * truth.norm()
+
+
 @pytest.mark.parametrize("micro_steps", [1, 2])
 @pytest.mark.parametrize("optimizer", [RowSGD, RowAdamW])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "fused"])
 def test_a_step_does_not_synchronise_with_the_host(case, optimizer, micro_steps):
     x, labels = batch()
-    head = make_head("cuda", case=case)
+    if case == "fused":
+        pytest.importorskip("triton")
+        head = make_head("cuda").float()
+        assert choose("triton", head, B).form.startswith("triton")
+        x = x.float()
+    else:
+        head = make_head("cuda", case=case)
     row_optimizer = optimizer(head)
     local_x = x.cuda().requires_grad_()
     found_inf = torch.zeros((), device="cuda")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import cv2
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from data_tools import shards
 from data_tools.decode import decode
 from recognition import build, config, initialise
 from recognition.backbones import BACKBONES
 from recognition.export import export_onnx
+from recognition.losses import MARGINS
 from tests import ranks
 from tests.recognition import runs
 
@@ -92,6 +97,7 @@ def test_mistakes_in_a_head_and_its_map(keys, shards_dir, tmp_path):
         ([0] * (classes - 1), "expected"),
         ([21] + [0] * (classes - 1), "from -1 to 20"),
         (["x"] * classes, "invalid literal"),
+        ([10**20] + [0] * (classes - 1), "init_label_map=.*too large"),
     ]:
         more = {"init_head": str(tmp_path)}
         if lines is not None:
@@ -99,6 +105,14 @@ def test_mistakes_in_a_head_and_its_map(keys, shards_dir, tmp_path):
             more["init_label_map"] = str(tmp_path / "map.txt")
         with pytest.raises(Exception, match=words):
             ranks.run(1, start, keys | more)
+
+
+def test_a_map_without_a_head_of_others_is_refused(keys):
+    with pytest.raises(ValueError, match="give that too"):
+        config.make(keys | {"init_label_map": "map.txt"})
+    with pytest.raises(ValueError, match="leave the map out"):
+        head = SimpleNamespace(shard=(0, 1), weight=torch.ones(1, D))
+        initialise.start_centres(head, "features", "map.txt", None, lambda pixels: pixels)
 
 
 def is_mean_direction(rows, module, data):
@@ -141,3 +155,47 @@ def test_a_network_cannot_start_from_an_onnx(keys, tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"")
     with pytest.raises(Exception, match="init_from: .*x.onnx: .* teacher=, init_head= and"):
         ranks.run(1, start, keys | {"init_from": str(tmp_path / "x.onnx")})
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_rows_without_a_direction_are_refused(value, keys, tmp_path):
+    arcface_shards(tmp_path, 21)
+    torch.save({"weight": torch.full((2, D), value)}, tmp_path / "softmax_fc_gpu_7.pt")
+    with pytest.raises(Exception, match="row for class 19 is zero or not finite"):
+        ranks.run(1, start_centres_of, 21, str(tmp_path))
+
+
+def start_centres_of(classes, source):
+    head = initialise.PartialFC(MARGINS["cosface"](), D, classes, group=dist.group.WORLD)
+    return initialise.start_centres(head, source, None, Few(), lambda pixels: pixels)
+
+
+def test_a_rank_without_images_keeps_its_centres(tmp_path):
+    """Classes 3 and 4 are the second rank's, and no image is of them."""
+    torch.manual_seed(0)
+    export_onnx(BACKBONES["mbf_tiny"](embedding_size=D).eval(), tmp_path / "x.onnx", metadata={})
+    assert ranks.run(2, count_of_few, str(tmp_path / "x.onnx")) == [3, 0]
+
+
+def count_of_few(source):
+    head = initialise.PartialFC(MARGINS["cosface"](), D, 5, group=dist.group.WORLD)
+    image = cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (112, 112, 3)))[1]
+    data = Few([(c, image.tobytes()) for c in range(3)])
+    return initialise.start_centres(head, source, None, data, lambda pixels: pixels)
+
+
+def test_centres_of_sub_centres_by_a_map(keys, tmp_path):
+    """Of K centres each, some classes without a source."""
+    torch.manual_seed(1)
+    source = keys | {"num_subcenters": 2, "max_steps": 1}
+    ranks.run(1, runs.run, source)
+    rows = initialise.merged_rows(source["output"])
+    chosen = [i - 1 for i in range(len(rows))]
+    (tmp_path / "map.txt").write_text("\n".join(map(str, chosen)))
+    more = {"init_head": source["output"], "init_label_map": str(tmp_path / "map.txt")}
+    found = ranks.run(1, start, source | more | {"output": str(tmp_path / "b")})[0]["rows"]
+    assert (unit(found[1:]) * unit(rows[:-1])).sum(-1).min().item() == pytest.approx(1)
+
+
+class Few(list):
+    labels = np.arange(3)

@@ -4,6 +4,7 @@ cases whose answers are known."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -318,9 +319,13 @@ def test_embeddings_that_cannot_be_are_refused(tmp_path):
     np.savez(tmp_path / "e.npz", rows=good)
     with pytest.raises(ValueError, match="`embeddings` is wanted"):
         faces.load_embeddings(tmp_path / "e.npz", 8)
-    path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="no .npy"):
-        faces.load_embeddings(path, 8)
+    np.savez_compressed(tmp_path / "e.npz", embeddings=good)
+    whole = (tmp_path / "e.npz").read_bytes()
+    wrong = [b"", b"nothing", whole[:100], whole[:90] + b"zzzz" + whole[94:]]
+    for content, place in itertools.product(wrong, (path, tmp_path / "e.npz")):
+        place.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{place.name} is no whole .npy"):
+            faces.load_embeddings(place, 8)
     np.savez(tmp_path / "e.npz", embeddings=good, labels=np.array([1, 1, 0, 5]))
     assert faces.load_embeddings(tmp_path / "e.npz", 8)[1].tolist() == [1, 1, 0, 5]
 
@@ -337,6 +342,10 @@ def test_mistakes_are_told(trained, tmp_path, shards_dir, capsys):
     opset = [helper.make_opsetid("", 18)]
     modules.save(helper.make_model(graph, opset_imports=opset, ir_version=10), onnx)
     for told, arguments in (
+        ("neither a number", [run, "--ids", "²"]),
+        ("--seed -1", [run, "--seed", "-1"]),
+        ("--other nowhere", [run, "--other", "nowhere"]),
+        ("--fid nowhere", ["privacy", run, "--data", str(shards_dir), "--fid", "nowhere"]),
         ("no class 16", [run, "--ids", "16"]),
         ("--head 1", [run, "--head", "1"]),
         ("no head", [str(backbone), "--ids", "0"]),
@@ -354,6 +363,9 @@ def test_mistakes_are_told(trained, tmp_path, shards_dir, capsys):
         assert program.main([*arguments, "--out", out]) == 1, arguments
         assert told in capsys.readouterr().err, arguments
     assert not os.path.exists(out)
+    assert program.main([run, "--out", run, "--ids", "0"]) == 1
+    assert "no directory of an inversion, it holds checkpoints" in capsys.readouterr().err
+    assert not os.path.exists(os.path.join(run, "images"))
 
 
 # --- Runs ---
@@ -393,6 +405,58 @@ def test_a_run_says_what_it_made(trained, tmp_path, shards_dir, capsys):
     capsys.readouterr()
     assert program.main([*line, "--lr", "0.1"]) == 1
     assert "lr 0.25 there, 0.1 now" in capsys.readouterr().err
+
+    # What was taken away is made again, to the bit; what is damaged is told by name.
+    face = min(before)
+    content = face.read_bytes()
+    face.unlink()
+    assert program.main(line) == 0 and face.read_bytes() == content
+    for wrong in ("{", "[]"):
+        (out / "settings.json").write_text(wrong)
+        assert program.main(line) == 1
+        assert f"{out / 'settings.json'} is damaged" in capsys.readouterr().err
+    for wrong in ("{", "[]", "{}"):
+        (out / "state" / "batch-00000.json").write_text(wrong)
+        with pytest.raises(ValueError, match="batch-00000.json is damaged"):
+            work.terms_of(out, 1)
+
+
+def test_a_state_file_of_another_step_is_refused(tmp_path):
+    settings = Settings(batch_size=2)
+    batch = Batch.start(settings, 0, np.arange(2), CPU)
+    batch.step = 7
+    path = str(tmp_path / "x.safetensors")
+    batch.save(path)
+    Batch.start(settings, 0, np.arange(2), CPU).load(path, 7)
+    for told, change in (("it is of step 7", None), ("damaged", b""), ("damaged", b"x" * 50)):
+        if change is not None:
+            (tmp_path / "x.safetensors").write_bytes(change)
+        with pytest.raises(ValueError, match=told):
+            Batch.start(settings, 0, np.arange(2), CPU).load(path, 500)
+
+
+def test_embeddings_that_are_not_finite_are_told(tmp_path):
+    for i in range(2):
+        pictures.write(tmp_path / f"{i}.png", np.full((112, 112, 3), 90 * i, np.uint8))
+    folder = faces.open_faces(tmp_path)
+
+    def broken(pixels):
+        return np.where(pixels.mean((1, 2, 3))[:, None] > 50, np.nan, 1.0) * np.ones((1, 4))
+
+    with pytest.raises(ValueError, match=r"embedding of image 1 of .* is not finite \(1 of 2\)"):
+        folder.embed(broken, [0, 1])
+    with pytest.raises(ValueError, match="no image"):
+        folder.embed(broken, [])
+
+
+def test_thresholds_of_many_embeddings_are_drawn_from_some(trained, tmp_path):
+    """Without images: all pairs of 20 000 embeddings would take 3 GB."""
+    np.save(tmp_path / "e.npy", np.random.default_rng(0).normal(size=(20000, 32)).astype("f4"))
+    out = tmp_path / "out"
+    line = ["privacy", trained[3], "--out", str(out), "--embeddings", str(tmp_path / "e.npy")]
+    assert program.main([*line, "--count", "2", "--steps", "1", "--batch-size", "2"]) == 0
+    (found,) = json.loads((out / "report.json").read_text())["under"]
+    assert found["impostor_pairs"] == 3000 * 2999 // 2 and found["gallery"] == 20000
 
 
 def synthesise_here(run, out, stop_at, options):
@@ -579,7 +643,9 @@ def proved(tmp_path, shards, *more):
     own, other = (trained_network(shards, tmp_path / f"run-{seed}", seed, 150) for seed in (0, 7))
     options = ["--count", "24", "--batch-size", "24", "--steps", "120", "--clip"]
     for name, extra in (("out", ()), *more):
-        line = command_line(own, "--out", tmp_path / name, "--other", other, *options, *extra)
+        line = command_line(
+            own, "--out", tmp_path / name, "--other", other, "--fid", other, *options, *extra
+        )
         command(*line[1:], timeout=1800)
     return [json.loads((tmp_path / n / "report.json").read_text()) for n, _ in (("out", 0), *more)]
 
@@ -588,15 +654,15 @@ def proved(tmp_path, shards, *more):
 @pytest.mark.timeout(3600)
 def test_generated_faces_are_inverted_and_the_prior_is_why(tmp_path):
     """Identity rate >= 95 % under the network itself, >= 3 x chance under another; without the
-    BatchNorm prior the other network and the statistics say that the images are worse."""
+    BatchNorm prior the Frechet distance and the statistics say that the images are worse."""
     command("-m", "data_tools", "synthesize", tmp_path / "f", "--identities", 100, "--images", 15)
     command("-m", "data_tools", "pack", tmp_path / "f", tmp_path / "shards")
     bare, without = proved(tmp_path, tmp_path / "shards", ("without", ("--bn-weight", "0")))
     assert bare["under_itself"]["identity_rate"] >= 0.95
     assert bare["under_others"][0]["times_chance"] >= 3
     assert (tmp_path / "out" / "grid.png").is_file()
-    others = [report["under_others"][0]["cosine_mean"] for report in (bare, without)]
-    assert others[1] < others[0]
+    frechet = [report["fid"]["distance"] for report in (bare, without)]
+    assert frechet[1] > frechet[0] > bare["fid"]["distance_of_as_many_real_images"]
     distances = [report["bn_distance"]["synthesised"] for report in (bare, without)]
     assert distances[1] > 3 * distances[0]
 

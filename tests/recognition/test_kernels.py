@@ -22,6 +22,7 @@ from recognition.kernels.compiled import TorchOperations
 from recognition.kernels.fused import FusedLogits
 from recognition.losses import MARGINS
 from tests import ranks, reference
+from tests.recognition import runs
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 programs = pytest.importorskip("recognition.kernels.programs")
@@ -51,6 +52,8 @@ def stepped(limits, batch, arguments, wide):
     """On a rank: loss, gradient of its embeddings and of its rows."""
     x, weight, labels = batch
     rank, world = dist.get_rank(), dist.get_world_size()
+    if limits == "compiled":  # which does not travel between processes
+        limits = Limits(0, 50, None, choice.make("compiled"))
     head = PartialFC(MARGINS["cosface"](**arguments), x.shape[1], len(weight), limits=limits)
     head = head.to(wide)
     head.weight.data.copy_(weight[slice(*head.shard)])
@@ -177,11 +180,28 @@ def test_without_an_interpreter_or_a_gpu_it_is_plain():
     assert "form='plain'" in done.stdout and "Triton is for GPUs" in done.stdout
 
 
+@interpreted
+def test_a_run_takes_its_form_says_so_and_keeps_it(shards_dir, tmp_path):
+    """Two processes, fp64: the plain run's numbers; a resumed one keeps the form it had."""
+    common = {"rec": str(shards_dir), "precision": "fp64", "max_steps": 2}
+    ends = {}
+    for name, keys in (
+        ("plain", {"head_kernel": "plain"}), ("fused", {"head_kernel": "triton"}),
+    ):  # fmt: skip
+        keys = common | keys | {"output": str(tmp_path / name)}
+        if name == "fused":
+            ranks.run(2, runs.run, keys, 1)
+        ends[name] = ranks.run(2, runs.run, keys)[0]
+    for name, value in ends["plain"].items():
+        torch.testing.assert_close(ends["fused"][name], value, rtol=1e-7, atol=1e-9)
+    said = json.loads((tmp_path / "fused" / "config.json").read_text())
+    assert said["head_forms"] == ["triton-128x128"]
+
+
 @pytest.mark.long
 def test_torch_compile_gives_the_same():
     batch = drawn(33, 70, 130)
-    limits = Limits(0, 50, None, choice.make("compiled"))
-    assert max(errors(limits, batch)) < 1e-12
+    assert max(errors("compiled", batch)) < 1e-12
 
 
 @pytest.fixture(scope="module")

@@ -70,9 +70,34 @@ def test_every_class_is_drawn_equally_often_and_pairs_are_not_tied():
     expected = math.ceil(rate * num_classes) / num_classes
     deviation = (expected * (1 - expected) / steps) ** 0.5
     assert np.abs(counts / steps - expected).max() < 4.5 * deviation  # 60 draws: p < 0.001
-    # Two classes of one cell never meet, those of neighbouring cells do; far pairs are independent.
-    far = [pairs[i, (i + 20) % num_classes] / steps for i in range(num_classes)]
-    assert np.abs(np.array(far) - expected**2).max() < 0.01
+    # 15 cells of four classes, their borders as often at any place: two classes at a distance of
+    # four or more are drawn independently, nearer ones as often as a border parts them.
+    i, j = np.triu_indices(num_classes, 1)
+    distance = np.minimum(j - i, num_classes - (j - i))
+    together = expected**2 * np.minimum(distance, 4) / 4
+    deviation = (together * (1 - together) / steps) ** 0.5
+    assert np.abs(pairs[i, j] / steps - together).max() < 5 * deviation.max()  # 1770: p < 0.001
+    assert (np.abs(pairs[i, j] / steps - together) < 5.5 * deviation).all()
+
+
+def test_cells_that_do_not_divide_draw_evenly_too():
+    """Every class of 1003 at rate 0.1: the sum of squares of the deviations, as chi-square's."""
+    num_classes, rate, steps = 1003, 0.1, 4000
+    counts = np.zeros(num_classes)
+    for step in range(steps):
+        counts[drawn(num_classes, rate, step)] += 1
+    share = math.ceil(rate * num_classes) / num_classes
+    squares = ((counts - steps * share) ** 2).sum() / (steps * share * (1 - share))
+    # Mean C - 1 but for the fixed size of a draw, deviation sqrt(2 C): five of them.
+    assert abs(squares - num_classes) < 5 * (2 * num_classes) ** 0.5
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.5, 1.0])
+def test_positives_are_always_in_and_change_no_negative(rate):
+    for step in range(200):
+        labels = np.random.default_rng(step).integers(0, 500, 32)
+        alone, beside = set(drawn(500, rate, step)), drawn(500, rate, step, 3, labels)
+        assert set(beside) == alone | set(labels) and len(set(beside)) == len(beside)
 
 
 def test_every_step_and_seed_draws_afresh():

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -136,6 +137,21 @@ def test_debug_notes_every_image_once_an_epoch(shards_dir, tmp_path):
     for epoch in range(3):  # 128 images, 4 steps
         ids = sum((steps[4 * epoch + k] for k in range(1, 5)), [])
         assert sorted(ids) == list(range(128))
+
+
+def test_a_clock_that_was_set_back_mixes_no_starts(tmp_path):
+    """Step 2 is done twice; the second start's clock is behind the first's."""
+    (tmp_path / "samples").mkdir()
+    first = tmp_path / "samples" / f"{2**62:020d}-rank-0.jsonl"
+    first.write_text("[1, [5]]\n[2, [6]]\n")
+    ranks.run(1, noted, str(tmp_path))
+    assert replicas.samples_of(str(tmp_path)) == {1: [5], 2: [7]}
+
+
+def noted(run_dir):
+    record = replicas.SampleRecord(run_dir, dist.group.WORLD)
+    record.note(1, np.array([7]))
+    record.close()
 
 
 _PATIENT = """

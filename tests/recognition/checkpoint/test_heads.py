@@ -8,9 +8,9 @@ import os
 import pytest
 import torch
 
-from recognition import checkpoint
+from recognition import checkpoint, initialise
 from recognition.backbones import BACKBONES
-from recognition.checkpoint import directory
+from recognition.checkpoint import directory, export_command, inspect_command
 from recognition.head import PartialFC
 from recognition.losses import make_margin
 from recognition.optim import RowAdamW, RowSGD
@@ -50,11 +50,13 @@ def mark(part, salt):
     part.head.step = 3 + salt
 
 
-def saved(run_dir):
-    parts = make_parts()
+def saved(run_dir, heads=HEADS):
+    parts = make_parts(heads)
     for salt, part in enumerate(parts.heads):
         mark(part, salt)
-    facts = {"step": 3, "samples_seen": 36, "config": {}}
+    margins = [{"margin": name} for name, *_ in heads]
+    config = {"network": "mbf_tiny", "margin": "softmax", "rec_heads": margins}
+    facts = {"step": 3, "samples_seen": 36, "config": config}
     saver = checkpoint.Saver(run_dir, parts.group, checkpoint.Keep(1), background=False)
     return saver.save_now(parts, facts)
 
@@ -102,6 +104,27 @@ def test_other_heads_are_refused(tmp_path):
     assert "2 heads there, 1 here" in message
     (message,) = ranks.run(1, loaded_alike, path, HEADS[::-1])
     assert "head0-num_classes 11 there, 13 here" in message
+
+
+def test_centres_of_several_heads_start_one(tmp_path):
+    """In the order of the sets; of other shapes they are no one head."""
+    alike = [HEADS[0], ("cosface", 13, RowSGD, 1)]
+    path = ranks.run(2, saved, str(tmp_path / "alike"), alike)[0]
+    rows = initialise.merged_rows(path)
+    assert rows[:, 0].tolist() == [*range(11), *range(1000, 1013)]
+    path = ranks.run(1, saved, str(tmp_path / "others"))[0]
+    with pytest.raises(ValueError, match=r"several shapes: \[11, 8\], \[13, 3, 8\]"):
+        initialise.merged_rows(path)
+
+
+def test_the_losses_of_several_heads_are_told(tmp_path):
+    ranks.run(1, saved, str(tmp_path))
+    told = inspect_command.describe(checkpoint.newest(str(tmp_path)))
+    assert told["margins"] == ["uniface", "jamsface"]
+    config = told | {"rec": ["a", "b"], "rec_heads": [{}, {"margin": "jamsface"}]}
+    manifest = checkpoint.read_manifest(told["path"])
+    card = export_command.make_card(config | {"embedding_size": 8}, manifest, {})
+    assert card["rec_heads"] == config["rec_heads"]
 
 
 def test_a_checkpoint_of_format_1_still_loads(shards_dir, tmp_path):

@@ -39,6 +39,23 @@ def test_the_newest_ones_are_kept_while_training(shards_dir, tmp_path):
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-5", "step-6"]
 
 
+def test_of_a_link_the_link_alone_is_removed(shards_dir, tmp_path):
+    """A checkpoint that was moved to another disk, and two names that are in the way."""
+    keys = {
+        "rec": str(shards_dir), "output": str(tmp_path / "run"), "max_steps": 3,
+        "checkpoint_every": 1, "keep_checkpoints": 1,
+    }  # fmt: skip
+    ranks.run(1, runs.run, keys, 1)
+    checkpoints, elsewhere = tmp_path / "run" / "checkpoints", tmp_path / "elsewhere"
+    (checkpoints / "step-1").rename(elsewhere)
+    (checkpoints / "step-1").symlink_to(elsewhere)
+    (checkpoints / "step-2.partial").symlink_to(elsewhere)
+    (checkpoints / "step-3.partial").write_text("")
+    ranks.run(1, runs.run, keys)
+    assert [path.name for path in checkpoints.iterdir()] == ["step-3"]
+    assert (elsewhere / "manifest.json").exists() and len(list(elsewhere.iterdir())) == 4
+
+
 def test_the_best_and_every_third(shards_dir, tmp_path, monkeypatch):
     """The score of each step is given: the second is the best."""
     keys = {

@@ -1,0 +1,144 @@
+"""What launch/bench/head.py times: our head in each of its forms, the standard one, the floor."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recognition.head import Limits, PartialFC
+from recognition.kernels.choice import choose
+from recognition.losses import MARGINS
+from recognition.optim import RowSGD
+
+_RIVAL = Path(__file__).resolve().parents[2] / "tests" / "recognition" / "rival.py"
+_SEED, _LR, _NORM = 1, 0.01, 20.0  # norm of an embedding, about what a trained network gives
+
+# dtype of the embeddings and of the products; the class rows are fp32 in all.
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+Storage = Literal["device", "host"]
+
+
+class Case(NamedTuple):
+    classes: int  # C
+    batch: int  # B, of all processes
+    sample_rate: float = 1.0
+    embedding_size: int = 512
+    dtype: str = "fp32"
+    # At most, of time / rival, time / floor, peak / rival; None: none is promised.
+    targets: tuple[float, float, float] | None = None
+    stored_mib: int = 64  # what the forward may keep for the backward
+    update_in_backward: bool = False
+    piece: int | None = None  # classes; None: from the cache
+    forms: tuple[str, ...] = ()  # to be timed beside the plain one
+    storage: Storage = "device"
+    alone: bool = False  # no rival, no floor
+
+
+class Unavailable(Exception):
+    """A form that falls back here, on every rank."""
+
+
+class Ours:
+    """form: as config.py's head_kernel.
+
+    Raises:
+        Unavailable: it cannot be had here.
+    """
+
+    def __init__(self, case: Case, device: torch.device, form: str = "plain") -> None:
+        self.head = PartialFC(
+            MARGINS["cosface"](), case.embedding_size, case.classes, case.sample_rate, seed=_SEED,
+            head_storage=case.storage,
+            limits=Limits(case.stored_mib << 20, case.piece, DTYPES[case.dtype]),
+        ).to(device)  # fmt: skip
+        choice = choose(form, self.head, case.batch)
+        if form != "plain" and choice.form == "plain":
+            raise Unavailable(choice.said)
+        self.form = choice.form
+        self.optimizer = RowSGD(self.head)
+        self.in_backward = case.update_in_backward
+
+    def step(self, x: Tensor, labels: Tensor) -> None:
+        if self.in_backward:
+            self.optimizer.begin(_LR)
+        self.head(x, labels).backward()
+        self.optimizer.step(_LR)
+
+    def held(self) -> list[Tensor]:  # weights and state
+        return [self.head.weight.detach(), *self.optimizer.state.values()]
+
+
+class Rival:
+    def __init__(self, case: Case, device: torch.device) -> None:
+        torch.manual_seed(_SEED)
+        head = _rival().DenseHead(
+            case.embedding_size, case.classes, case.sample_rate, dtype=DTYPES[case.dtype]
+        )
+        self.head = head.to(device)
+        self.optimizer = torch.optim.SGD(head.parameters(), _LR, momentum=0.9, weight_decay=5e-4)
+
+    def step(self, x: Tensor, labels: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.head(x, labels.to(x.device, copy=True)).backward()
+        self.optimizer.step()
+
+    def held(self) -> list[Tensor]:
+        momentum = self.optimizer.state[self.head.weight]["momentum_buffer"]
+        return [self.head.weight.detach(), momentum]
+
+
+@functools.cache
+def _rival() -> ModuleType:
+    if not _RIVAL.exists():
+        raise FileNotFoundError(f"{_RIVAL}: the rival stands in the tests of the repository")
+    spec = importlib.util.spec_from_file_location("rival", _RIVAL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Floor:
+    """The GEMMs of a step of ours, at the shapes of its pieces, over a weight of its size."""
+
+    def __init__(self, ours: Ours, case: Case, device: torch.device) -> None:
+        dtype = DTYPES[case.dtype] or torch.float32
+        self.size = ours.head.piece_size(case.batch)
+        self.num = round(len(ours.head.weight) * case.sample_rate)
+        columns = self.num * case.batch * 4
+        kept = min((case.stored_mib << 20) // max(columns, 1), 1)
+        self.num_products = 4 - kept
+        self.weight = torch.randn(self.num, case.embedding_size, dtype=dtype, device=device)
+        self.x = torch.randn(case.batch, case.embedding_size, dtype=dtype, device=device)
+        self.z = torch.rand(case.batch, self.size, dtype=dtype, device=device)
+        self.grad = torch.empty(self.size, case.embedding_size, dtype=dtype, device=device)
+        self.grad_x = torch.zeros_like(self.x)
+
+    def step(self, x: Tensor, labels: Tensor) -> None:
+        for _ in range(self.num_products - 2):
+            for start in range(0, self.num, self.size):
+                rows = self.weight[start : start + self.size]
+                torch.mm(self.x, rows.T, out=self.z[:, : len(rows)])
+        for start in range(0, self.num, self.size):
+            rows = self.weight[start : start + self.size]
+            grad_z = self.z[:, : len(rows)]
+            self.grad_x.addmm_(grad_z, rows, beta=0)
+            torch.mm(grad_z.T, self.x, out=self.grad[: len(rows)])
+
+
+def batch_of(case: Case, rank: int, world: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Embeddings [b, D] and host labels int64 [b] of this rank."""
+    generator = torch.Generator().manual_seed(_SEED)
+    labels = torch.randint(case.classes, (case.batch,), generator=generator)
+    x = torch.randn(case.batch, case.embedding_size, generator=generator)
+    x = x * _NORM / case.embedding_size**0.5
+    mine = slice(rank * case.batch // world, (rank + 1) * case.batch // world)
+    dtype = DTYPES[case.dtype] or torch.float32
+    return x[mine].to(device, dtype).requires_grad_(), labels[mine]
