@@ -68,7 +68,7 @@ if __name__ == "__main__":
     if "thresholds" not in facts:
         sys.exit(f"{sys.argv[1]} has no threshold: `python -m eval thresholds RUN`, export again")
     a, b = (embedding(model, facts, detector, path) for path in sys.argv[3:5])
-    chosen = json.loads(facts["thresholds"])["points"][-1]
+    chosen = json.loads(facts["thresholds"])["points"][0]  # the lowest FAR
     same = "one person" if a @ b >= chosen["threshold"] else "two persons"
     print(f"{same}: score {a @ b:.4f}, from {chosen['threshold']:.4f} on it is one person "
           f"(FAR {chosen['far_target']:g})")  # fmt: skip

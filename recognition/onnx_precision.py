@@ -53,15 +53,34 @@ def to_fp16(
     """
     large = _large_nodes(model, images)
     kinds = [*float16.DEFAULT_OP_BLOCK_LIST, *_ISLANDS]
+    whole = copy.deepcopy(model)
+    _unshare(whole, [n for n in whole.graph.node if n.name in large or n.op_type in kinds])
     with _quiet():
         converted = float16.convert_float_to_float16(
-            copy.deepcopy(model), keep_io_types=True, op_block_list=kinds, node_block_list=large
+            whole, keep_io_types=True, op_block_list=kinds, node_block_list=large
         )
     ordered = ONNXModel(converted)
     ordered.topological_sort()  # the converter appends its casts
     del ordered.model.graph.value_info[:]  # types from before
     islands = [n.name for n in model.graph.node if n.op_type in _ISLANDS]
     return ordered.model, sorted({*large, *islands})
+
+
+def _unshare(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
+    """Give each of the nodes weights of its own: the converter names its casts by the weight.
+
+    The exporter stores equal weights once: the biases of an untrained ViT's LayerNorms, say.
+    """
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    used: set[str] = set()
+    for node in nodes:
+        for i, name in enumerate(node.input):
+            if name in used:
+                own = model.graph.initializer.add()
+                own.CopyFrom(weights[name])
+                own.name = node.input[i] = f"{name}_of_{node.name}_{i}"
+            elif name in weights:
+                used.add(name)
 
 
 def _large_nodes(model: onnx.ModelProto, images: np.ndarray) -> list[str]:

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from eval import embed
 from recognition.backbones import BACKBONES
+from recognition.checkpoint.directory import FORMAT
 from recognition.export import input_facts
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 112, 112, 3), dtype=np.uint8)
@@ -51,13 +52,20 @@ def make_run(path, network="mbf_tiny", seed=0):
     checkpoint = path / "checkpoints" / "step-7"
     checkpoint.mkdir(parents=True)
     safetensors.torch.save_file(module.state_dict(), checkpoint / "model.safetensors")
-    sha256 = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+    content = (checkpoint / "model.safetensors").read_bytes()
+    head = {"num_classes": 5, "embedding_size": 32, "num_subcenters": 1, "margin": "arcface"}
     manifest = {
-        "format": 1,
+        "format": FORMAT,
         "step": 7,
+        "world": 1,
         "config": {"network": network, "embedding_size": 32},
-        "files": {"model.safetensors": {"sha256": sha256}},
-    }
+        "heads": [{**head, "step": 7, "row_state": [], "margin_state": []}],
+        "files": {
+            "model.safetensors": {
+                "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
+            }
+        },
+    }  # fmt: skip
     own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "sha256": own}))
     return module.eval()

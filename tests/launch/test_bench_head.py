@@ -16,6 +16,7 @@ SCRIPT = "launch/bench/head.py"
 SMALL = ["--classes", 600, "--batch", 8, "--embedding-size", 32, "--pairs", 2, "--warmup", 1]
 
 
+@pytest.mark.long
 def test_a_case_on_two_processes():
     done = command(SCRIPT, *SMALL, "--sample-rate", 0.5)
     report = json.loads(done.stdout.splitlines()[-1])

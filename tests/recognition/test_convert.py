@@ -253,6 +253,7 @@ def by_mxnet_rules(arrays, pixels, blocks):
     return norm(x, "fc1", fixed=True)
 
 
+@pytest.mark.long
 def test_mxnet_params_without_mxnet(tmp_path):
     arrays = mxnet_arrays(BLOCKS["r18"])
     path = tmp_path / "model-0000.params"

@@ -107,6 +107,7 @@ def test_the_joint_loss_is_the_weighted_mean_of_each_sets_own(rows):
     torch.testing.assert_close(grad, x.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.long
 def test_a_run_with_two_heads_is_the_same_at_any_world_size_and_resumes(two_sets, tmp_path):
     keys = {
         "rec": two_sets, "rec_shares": [2, 1], "precision": "fp64", "sync_bn": True,

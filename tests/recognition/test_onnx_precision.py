@@ -147,6 +147,11 @@ def test_a_verification_that_refuses_leaves_nothing(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_fp16_where_layers_share_weights(tmp_path):
+    """The exporter stores equal tensors once: those of the LayerNorms, which stay in fp32."""
+    export_onnx(trained("vit_t"), tmp_path / "x.onnx", metadata={}, precision="fp16")
+
+
 @pytest.mark.parametrize("name", ["mbf", "vit_t"])
 def test_other_networks_take_any_batch(name, tmp_path):
     """Every kind of network; the sizes of one kind differ in numbers of blocks alone."""
