@@ -120,6 +120,7 @@ def frozen_head(path: str, group: ProcessGroup, number: int = 0) -> PartialFC:
         cfg, sample_rate=1.0, num_subcenters=facts["num_subcenters"], head_storage="device"
     )
     head = heads.make_head(cfg, facts["num_classes"], counts, group, cfg.seed)
+    checkpoint.verify(place, group)
     load_head(place, number, head)
     return head.eval().requires_grad_(False)
 

@@ -422,6 +422,20 @@ def test_a_run_says_what_it_made(trained, tmp_path, shards_dir, capsys):
             work.terms_of(out, 1)
 
 
+def test_a_class_row_that_has_changed_is_told(trained, tmp_path):
+    shutil.copytree(trained[3], tmp_path / "run")
+    (rows, *_) = sorted(tmp_path.glob("run/checkpoints/*/rows-*.safetensors"))
+    content = bytearray(rows.read_bytes())
+    content[-40] ^= 64
+    rows.write_bytes(content)
+    with pytest.raises(AssertionError, match="rows-.* is damaged: its sha256"):
+        ranks.run(2, closed_set_of, str(tmp_path / "run"))
+
+
+def closed_set_of(run):
+    return ClosedSet(run, dist.group.WORLD, CPU, 0).in_step
+
+
 def test_a_state_file_of_another_step_is_refused(tmp_path):
     settings = Settings(batch_size=2)
     batch = Batch.start(settings, 0, np.arange(2), CPU)
