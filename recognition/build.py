@@ -83,7 +83,9 @@ class TrainState:
         self.phases = Phases(self.runtime.device)
         first = next(p for p in self.parts.backbone.parameters() if p.requires_grad)
         # The last gradient that the backward finds: what follows is the end of its exchange.
-        first.register_post_accumulate_grad_hook(lambda _: self.phases.enter("communication"))
+        # Of the phases alone: what a hook holds is out of the collector's sight.
+        enter = self.phases.enter
+        first.register_post_accumulate_grad_hook(lambda _: enter("communication"))
 
     @property
     def backbone(self) -> nn.Module:

@@ -173,6 +173,7 @@ def test_a_world_size_without_a_rank_is_one_process(shards_dir, tmp_path):
     assert "step 4/4" in command(*arguments, env=environment, timeout=60).stdout
 
 
+@pytest.mark.long
 def test_a_killed_rank_takes_the_others_with_it(shards_dir, tmp_path):
     """And the run continues from its checkpoint afterwards."""
     output = tmp_path / "r"

@@ -44,7 +44,12 @@ def under(path, function, *arguments):
         return function(*arguments)
 
 
-@pytest.fixture(params=PATHS)
+_LONG = {"computed again in small pieces", "fused, held by the host"}  # between the others
+
+
+@pytest.fixture(
+    params=[pytest.param(p, marks=pytest.mark.long) if p in _LONG else p for p in PATHS]
+)
 def path(request, monkeypatch):
     plain = ranks.run
     monkeypatch.setattr(

@@ -34,6 +34,7 @@ def test_no_thread_of_a_group_outlives_it(shards_dir, tmp_path, command, options
     assert threads and not [name for name in threads if "gloo" in name]
 
 
+@pytest.mark.long
 def test_restarts_share_torchruns_store(shards_dir, tmp_path):
     """As it is by default; two ranks are killed, one after the other."""
     torchrun = ["--standalone", "--nproc-per-node", 2, "--max-restarts", 2]

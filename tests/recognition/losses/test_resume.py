@@ -20,7 +20,7 @@ KEYS = {
     "log_every": 100,
 }  # fmt: skip
 
-QUICK = ["adacos, accumulated", "kappaface, momentum encoder", "jamsface, batch, AdamW"]
+QUICK = ["jamsface, batch, AdamW"]
 
 CASES = {
     "adaface": {"margin": "adaface", "margin_args": {"t_alpha": 0.3}},
