@@ -30,12 +30,12 @@ def size_for(
     num_rows: int, embedding_size: int, num_subcenters: int, bytes_each: int, is_cuda: bool
 ) -> int:
     """n: the centres of a piece, their gradient and their logits fill the second-level caches of
-    the threads at work."""
+    the threads at work twice over: the GEMMs are no quicker on less, and a piece has its price."""
     numbers = num_subcenters * (2 * embedding_size + max(num_rows, 1))  # of a class
     if is_cuda:
         numbers, memory = num_subcenters * max(num_rows, 1), _GPU_BYTES
     else:
-        memory = l2_bytes() * torch.get_num_threads()
+        memory = 2 * l2_bytes() * torch.get_num_threads()
     size = memory // (numbers * bytes_each) // _STEP * _STEP
     return min(max(size, _LEAST), _MOST)
 

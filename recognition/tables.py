@@ -47,5 +47,7 @@ class Tables:
                 new = torch.where(found_inf > 0, table[rows], new)
             if isinstance(rows, slice):
                 table[rows] = new
+            elif table.device.type == "cpu":  # a quarter less time than index_copy_
+                table.numpy()[rows.numpy()] = new.numpy()
             else:
                 table.index_copy_(0, rows, new)

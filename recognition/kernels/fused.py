@@ -107,7 +107,7 @@ class FusedLogits(Logits):
             if piece.own is not None:
                 flat.index_add_(0, own_place[piece.targets] - start, own_grad[piece.targets])
             grad = self.rows.room(piece.where)  # [n, 1, D]
-            inverse = self.inverse[piece.where]
+            inverse = piece.inverse
             self.operations.project(flat, weight, inverse, largest, grad.flatten(0, 1))
             self.rows.add_gradient(piece.where, grad, weight.view_as(grad))
         grad_x += total.mul_(share[:, None])
@@ -127,7 +127,7 @@ class FusedLogits(Logits):
         return threshold * float(self.margin.scale) * _LOG2_E if threshold else None
 
     def _unit(self, piece: Piece, weight: Tensor, index: Tensor | None) -> Tensor:  # [n, D]
-        inverse = self.inverse[piece.where]
+        inverse = piece.inverse
         unit = weight.new_empty(len(inverse), weight.shape[1], dtype=self.dtype)
         self.operations.unit_rows(weight, index, unit, inverse)
         return unit

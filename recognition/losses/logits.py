@@ -32,9 +32,11 @@ class Targets(NamedTuple):
 
 
 class Piece(NamedTuple):
+    number: int
     where: slice  # of the sample
     own: tuple[Tensor, Tensor] | None  # (row, column) of the targets in it; None: there are none
     targets: slice  # those targets
+    inverse: Tensor  # [n * K] of 1 / |w|, written by the first pass
 
 
 class Logits:
@@ -75,7 +77,9 @@ class Logits:
             self._kept = pool.take(weight, self._num_kept, num_rows * columns)
         self._is_written = False  # what is kept
         self._owned: Tensor | None = None
-        self._spares: list[Tensor | None] = [None, None]
+        self._cut: list[Piece] | None = None
+        self._spares: dict[int, Tensor] = {}
+        self._rooms: dict[tuple[int, int], Tensor] = {}  # views of them
 
     def learned(self, margin: Margin) -> list[Tensor]:
         return [p for p in margin.parameters() if p.dim() == 0]
@@ -115,9 +119,9 @@ class Logits:
         if self.is_plain():
             self.peak = None
             scaled = (x * self.margin.scale).to(self.dtype)
-            for number, piece in enumerate(self._pieces()):
-                z, _ = self._cosines(number, piece, scaled)
-                self.mass += self._exponentials(z, piece, self._kept_here(number)).sum(1)
+            for piece in self._pieces():
+                z, _ = self._cosines(piece, scaled)
+                self.mass += self._exponentials(z, piece, self._kept_here(piece)).sum(1)
             self._is_written = self._kept is not None
             return self.mass.log()
         peak = x.new_full((len(x),), -torch.inf)  # the largest z so far
@@ -146,23 +150,23 @@ class Logits:
     def _general(self, x: Tensor) -> Iterator[Tensor]:
         """z [B, n] of each piece, -inf where the class is the row's own."""
         narrow = x.to(self.dtype)
-        for number, piece in enumerate(self._pieces()):
-            cos, _ = self._cosines(number, piece, narrow)
+        for piece in self._pieces():
+            cos, _ = self._cosines(piece, narrow)
             z = self._logit(self._nearest(cos)[0], piece)
             if piece.own is not None:
                 z[piece.own] = -torch.inf
             yield z
         self._is_written = self._kept is not None
 
-    def _kept_here(self, number: int) -> bool:
-        return number < self._num_kept
+    def _kept_here(self, piece: Piece) -> bool:
+        return piece.number < self._num_kept
 
-    def _cosines(self, number: int, piece: Piece, narrow: Tensor) -> tuple[Tensor, Tensor]:
+    def _cosines(self, piece: Piece, narrow: Tensor) -> tuple[Tensor, Tensor]:
         """[B, n * K], and the centres [n * K, D] that they are with; not to be changed.
         narrow: the rows of the batch, to scale where the cosines are to be so."""
         weight = self._read(piece)
-        room = self._room(number, piece, narrow)
-        if self._is_written and self._kept_here(number):
+        room = self._room(piece, narrow)
+        if self._is_written and self._kept_here(piece):
             return room, weight
         cos = product(narrow, self._narrow(weight).T, room)
         return cos.mul_(self._inverse(piece, weight)), weight
@@ -204,8 +208,8 @@ class Logits:
         else:
             scaled, pulling, along = x.to(self.dtype), x, share
         pulling, total = pulling.to(self.dtype), torch.zeros_like(x)
-        for number, piece in enumerate(self._pieces()):
-            cos, weight = self._cosines(number, piece, scaled)
+        for piece in self._pieces():
+            cos, weight = self._cosines(piece, scaled)
             inverse = self._inverse(piece, weight)
             # What each centre is pulled along itself, which its norm takes no part in: [n * K].
             if plain:
@@ -231,7 +235,7 @@ class Logits:
         self._pool.give(self._kept)
         self._kept, self._is_written, self._num_kept = None, False, 0
         self.pull = self.push = self._owned = None
-        self._spares = [None, None]
+        self._spares, self._rooms = {}, {}
         return grad_x, grads
 
     def _target_gradient(self, x: Tensor, grad_x: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,8 +287,16 @@ class Logits:
 
     def _pieces(self) -> Iterator[Piece]:
         """Once through the sample. The first time leaves the norms of the centres."""
+        if self._cut is None:
+            self._cut = [*self._cut_up()]
+        yield from self._cut
+        self._has_inverse = True
+
+    def _cut_up(self) -> Iterator[Piece]:
         targets, first = self.targets, 0
-        for start in range(0, len(self.rows), self.size):
+        inverses = self.inverse.split(self.size * self.num_subcenters)
+        for number, inverse in enumerate(inverses):
+            start = number * self.size
             stop = min(start + self.size, len(self.rows))
             last = first
             while last < len(targets.place_list) and targets.place_list[last] < stop:
@@ -292,38 +304,36 @@ class Logits:
             own = None
             if last > first:
                 own = targets.row[first:last], targets.place[first:last] - start
-            yield Piece(slice(start, stop), own, slice(first, last))
+            yield Piece(number, slice(start, stop), own, slice(first, last), inverse)
             first = last
-        self._has_inverse = True
 
     def _read(self, piece: Piece) -> Tensor:  # [n * K, D]
         return self.rows.read(piece.where).flatten(0, 1)
 
     def _inverse(self, piece: Piece, weight: Tensor) -> Tensor:  # [n * K]
-        where = slice(
-            piece.where.start * self.num_subcenters, piece.where.stop * self.num_subcenters
-        )
-        inverse = self.inverse[where]
         if not self._has_inverse:
-            torch.reciprocal(_norm(weight), out=inverse)
-        return inverse
+            torch.reciprocal(_norm(weight), out=piece.inverse)
+        return piece.inverse
 
     def _narrow(self, weight: Tensor) -> Tensor:
         return weight.to(self.dtype)
 
-    def _room(self, number: int, piece: Piece, narrow: Tensor) -> Tensor:
+    def _room(self, piece: Piece, narrow: Tensor) -> Tensor:
         """Memory for [B, n * K] of a piece: of what is kept, or of this moment."""
-        columns = (piece.where.stop - piece.where.start) * self.num_subcenters
-        if self._kept is not None and number < self._num_kept:
-            return self._kept[number, : len(narrow) * columns].view(len(narrow), columns)
+        columns = len(piece.inverse)
+        if self._kept is not None and self._kept_here(piece):
+            return self._kept[piece.number, : len(narrow) * columns].view(-1, columns)
         return self._spare(0, len(narrow), columns)
 
     def _spare(self, which: int, num_rows: int, columns: int) -> Tensor:
         """One of two memories [B, n * K] of this moment, the same for all pieces."""
-        held = self._spares[which]
-        if held is None or held.numel() < num_rows * columns:
-            held = self._spares[which] = self.inverse.new_empty(num_rows * columns)
-        return held[: num_rows * columns].view(num_rows, columns)
+        room = self._rooms.get((which, columns))
+        if room is None:
+            if which not in self._spares:  # the first piece is the largest
+                self._spares[which] = self.inverse.new_empty(num_rows * columns)
+            room = self._spares[which][: num_rows * columns].view(num_rows, columns)
+            self._rooms[which, columns] = room
+        return room
 
 
 def _norm(centres: Tensor) -> Tensor:
