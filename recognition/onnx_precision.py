@@ -128,6 +128,7 @@ def to_int8(
     those in small groups. VNNI adds four products at a time, so 8 bits gain them no time, and they
     carry half of the error of a MobileFaceNet.
     """
+    model = without_batch_norms(model)
     shapes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     narrow = [
         node.name
@@ -158,6 +159,43 @@ def to_int8(
             },
         )
         return onnx.load(target)
+
+
+def without_batch_norms(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy with each BatchNormalization of feature maps as a product and a sum.
+
+    8-bit convolutions keep channels last. ONNX Runtime moves its transpositions past products and
+    sums, but not past a BatchNormalization: one before and one behind each would remain.
+    """
+    model = onnx.shape_inference.infer_shapes(model)
+    known = [*model.graph.value_info, *model.graph.input]
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in known}
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = [*model.graph.node]
+    del model.graph.node[:]
+    for node in nodes:
+        if node.op_type != "BatchNormalization" or ranks.get(node.input[0]) != 4:
+            model.graph.node.append(node)
+            continue
+        scale, shift, mean, variance = (
+            onnx.numpy_helper.to_array(weights[name]).astype(np.float64) for name in node.input[1:]
+        )
+        epsilon = {a.name: a.f for a in node.attribute}.get("epsilon", 1e-5)
+        factor = scale / np.sqrt(variance + epsilon)
+        name, product = node.name, f"{node.output[0]}_product"
+        for constant, values in (("factor", factor), ("term", shift - mean * factor)):
+            wide = values.astype(np.float32).reshape(-1, 1, 1)  # [C, 1, 1]
+            model.graph.initializer.append(onnx.numpy_helper.from_array(wide, f"{name}_{constant}"))
+        make = onnx.helper.make_node
+        model.graph.node.extend([
+            make("Mul", [node.input[0], f"{name}_factor"], [product], f"{name}_product"),
+            make("Add", [product, f"{name}_term"], [*node.output], f"{name}_sum"),
+        ])  # fmt: skip
+    used = {name for node in model.graph.node for name in node.input}
+    left = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(left)
+    return model
 
 
 class _Batches(CalibrationDataReader):

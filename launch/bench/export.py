@@ -44,6 +44,7 @@ from recognition.export import Bake, export_onnx, prepared
 from recognition.onnx_precision import NUM_CALIBRATION, PRECISIONS
 
 _BATCHES = (1, 32)
+_PAUSE = 0.05  # seconds, until the threads of the one before have stopped spinning
 _FARS = (1e-2, 1e-3, 1e-4)
 _NO_LIMIT = Limits(2.0, -1.0, -1.0, 100.0, 100.0)  # what is measured here is not refused
 
@@ -191,6 +192,7 @@ def _in_turn(
         taken: dict[str, list[float]] = {name: [] for name in contenders}
         for repetition in range(repeat + 1):
             for name, run in contenders.items():
+                time.sleep(_PAUSE)
                 began = time.perf_counter()
                 run(batch)
                 if repetition:  # the first warms up

@@ -14,7 +14,7 @@ from recognition.agreement import LIMITS, Agreement, ExportError, Limits
 from recognition.backbones import BACKBONES
 from recognition.export import Bake, export_onnx
 from recognition.onnx_graph import build_graph
-from recognition.onnx_precision import to_int8
+from recognition.onnx_precision import to_int8, without_batch_norms
 from tests.launch.test_export import Linear, NormalisingInside, normalised, pixels, trained, unit
 
 TYPES = onnx.TensorProto
@@ -189,6 +189,29 @@ def test_convolutions_of_few_channels_stay_in_fp32(tiny, tmp_path):
                 assert maker[weight].op_type == "DequantizeLinear"
                 assert shapes[maker[weight].input[0]][1] >= 4
     assert sorted(floats) == [1] * 8 + [3]
+
+
+def test_batch_norms_between_8_bit_convolutions_become_products_and_sums():
+    """r18 has one before each block's first convolution, whose padding keeps it from folding."""
+    module = trained("r18")
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.weight.copy_(torch.randn(norm.num_features, generator=generator))
+                norm.bias.copy_(torch.randn(norm.num_features, generator=generator))
+    graph = build_graph(module)
+    assert sum(node.op_type == "BatchNormalization" for node in graph.graph.node) >= 8
+    spelled_out = without_batch_norms(graph)
+    assert not any(node.op_type == "BatchNormalization" for node in spelled_out.graph.node)
+    onnx.checker.check_model(spelled_out, full_check=True)
+    images = normalised(pixels(4))
+    before, after = (
+        onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"input": images})[0]
+        for model in (graph, spelled_out)
+    )
+    # One rounding more a BatchNorm, eighteen convolutions deep.
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-4 * np.abs(before).max())
 
 
 def test_ranges_leave_out_the_outermost_values(tiny):
