@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 
 class Tables:
@@ -49,5 +50,6 @@ class Tables:
                 table[rows] = new
             elif table.device.type == "cpu":  # a quarter less time than index_copy_
                 table.numpy()[rows.numpy()] = new.numpy()
+                increment_version(table)
             else:
                 table.index_copy_(0, rows, new)
