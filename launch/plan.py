@@ -69,15 +69,22 @@ def head_bytes(
     piece_bytes = max(batch * piece * columns * _FP32, 1)
     stored = cfg.head_stored_mib * 2**20 // piece_bytes * piece_bytes
     on_host, is_sampled = cfg.head_storage == "host", cfg.sample_rate < 1
-    # Copies of the rows of a piece: of the gradient, of what is read of a sample, of its state.
-    copies = 1 + (is_sampled and not on_host) + cfg.update_in_backward
+    # A sample's rows and state are copied, and AdamW takes memory for its deviation and its step.
+    # The update after the backward goes in larger pieces.
+    is_copied = is_sampled and not on_host
+    updating = (state if is_copied else 0) + (2 * row if cfg.optimizer == "adamw" else 0)
+    at_work = row + (row if is_copied else 0) + (updating if cfg.update_in_backward else 0)
+    whole = min(sampled, size_for(0, size, columns, _FP32, is_cuda))
+    updated = (row if is_copied else 0) + updating
     staged = 0.0
     if on_host:  # two stages of sampled rows; or two pieces of all rows, those of the update larger
-        whole = min(local, size_for(0, size, columns, _FP32, is_cuda))
         pieces = piece if cfg.update_in_backward else whole
         staged = 2 * (sampled + missed if is_sampled else pieces) * (row + state)
     gradient = 0.0 if cfg.update_in_backward else sampled * row
-    products = 2 if columns == 1 else 5  # [B, n * K] at once: the nearest centre takes more
+    logits = batch * sampled * columns * _FP32
+    # [B, n * K] at once: cosines and exponentials, one less where all are kept; of sub-centres also
+    # eight [B, n], of the nearest, its int64 place, and the formula with its gradient.
+    products = 2 + (8 / columns if columns > 1 else 0) - (stored >= logits)
     index = 2 * _INT64 if cfg.sample_rate < 1 else 0
     return {
         "classes: weights": 0 if on_host else local * row,
@@ -86,8 +93,11 @@ def head_bytes(
         "classes: sub-centre votes": local * columns * _INT64 if columns > 1 else 0,
         "classes: gradient": 0 if on_host and not is_sampled else gradient,
         "classes: indices and norms": sampled * (index + columns * _FP32),
-        "logits kept": min(stored, batch * sampled * columns * _FP32),
-        "logits of a piece": products * piece_bytes + copies * piece * row,
+        "logits kept": min(stored, logits),
+        "logits or update of a piece": max(
+            products * piece_bytes + piece * at_work,
+            0 if cfg.update_in_backward else whole * updated,
+        ),
         "gathered embeddings": 8 * batch * size * _FP32 + batch * _INT64,
     }
 
