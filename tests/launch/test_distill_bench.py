@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.bench.distill import STUDENT, compare, parameters
+from launch.bench.distill import compare, parameters
 from tests.conftest import command
 
 LEAST_GAIN = 0.05  # of the accuracy; the deviation of a student's over seeds is about 0.03
@@ -19,7 +19,7 @@ def test_a_bigger_teacher_lifts_the_student(tmp_path):
     command("-m", "data_tools", "pack", tmp_path / "faces", tmp_path / "shards",
             "--hold-out", 100, "--pairs", 1000, timeout=900)  # fmt: skip
     found = compare(tmp_path / "shards", tmp_path / "runs", seeds=2)
-    assert parameters("r18") > 100 * parameters(STUDENT)
+    assert parameters("r18") > 100 * parameters("mbf_tiny")
     for row in found["students"]:
         assert found["teacher"] > row["alone"] + LEAST_GAIN
         assert row["taught"] > row["alone"] + LEAST_GAIN
