@@ -6,27 +6,24 @@
 Predicted, not measured: sums over what the head, the backbone and the optimisers hold
 (tests/launch/test_plan.py compares them with measured bytes), the activations as autograd keeps
 them for the backward. The libraries' own memory (CUDA context, cuDNN, nccl) is not in it: keep some
-GB free. Time on the wire is bytes over --bandwidth, no overlap, no latency.
+GB free. Not in it either: what a loss keeps of each class (KappaFace's sums are as large as the
+centres), its slow copy of the network, a teacher. rec_heads are planned as one head over all
+classes. Time on the wire is bytes over --bandwidth, no overlap, no latency.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import sys
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from data_tools.commands import one_line
 from data_tools.union import open_all
+from launch.plan_backbone import backbone_bytes
 from recognition import config
-from recognition.backbones import BACKBONES
 from recognition.config import Config
 from recognition.lane import BUFFER_BYTES
 from recognition.pieces import size_for
@@ -49,9 +46,7 @@ class Plan(NamedTuple):
 def plan(cfg: Config, num_classes: int, gpus: int, is_cuda: bool = True) -> Plan:
     """What each of `gpus` processes holds and sends."""
     batch = cfg.global_batch(gpus) // cfg.accumulation  # rows of a micro-step over all
-    backbone = _backbone(
-        cfg.network, cfg.embedding_size, cfg.precision, cfg.optimizer, math.ceil(batch / gpus)
-    )
+    backbone = backbone_bytes(cfg, math.ceil(batch / gpus))
     return Plan(
         head_bytes(cfg, num_classes, gpus, batch, is_cuda) | backbone,
         _wire(cfg, batch, gpus, backbone["backbone: weights"]),
@@ -137,54 +132,18 @@ def _rows(
     return local, missed, sampled, row, 2 * row + _FP32 if cfg.optimizer == "adamw" else row
 
 
-@functools.cache
-def _backbone(
-    network_name: str, embedding_size: int, precision: str, optimizer: str, rows: int
-) -> dict[str, float]:
-    """Bytes of the network, built and run on tensors that have shapes and no memory."""
-    narrow = {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.bfloat16}
-    dtype = narrow.get(precision)
-    with FakeTensorMode():
-        network = BACKBONES[network_name](embedding_size=embedding_size)
-        images = torch.empty(rows, 3, 112, 112)
-        activations = _kept(network, images, dtype)
-    weights = sum(p.numel() for p in network.parameters()) * _FP32
-    return {
-        "backbone: weights": weights,
-        "backbone: gradient": weights,
-        "backbone: optimiser state": weights * (2 if optimizer == "adamw" else 1),
-        "backbone: activations": activations,
-    }
-
-
-def _kept(network: nn.Module, images: torch.Tensor, dtype: torch.dtype | None) -> float:
-    """Bytes that autograd keeps of a forward for its backward, the parameters left out."""
-    own = {tensor.untyped_storage()._cdata for tensor in network.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no name comes twice
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            network(images)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
 def _wire(cfg: Config, batch: int, gpus: int, weights: float) -> dict[str, float]:
     """Bytes that one GPU sends in a step, by rings: (W - 1) / W of the whole for a gather or a
     scatter, twice that for a sum."""
     ring = (gpus - 1) / gpus * cfg.accumulation
     size = cfg.embedding_size * _FP32
+    gradients = weights / 2 if cfg.gradient_compression == "bf16" else weights
     return {
         "gather of embeddings and labels": ring * batch * (size + _INT64),
         "sum of target cosines": 2 * ring * batch * _FP32,
         "merge of log-sum-exps": ring * gpus * batch * _FP32,
         "scatter of their gradients": ring * batch * size,
-        "sum of the backbone's gradients": 2 * (gpus - 1) / gpus * weights,
+        "sum of the backbone's gradients": 2 * (gpus - 1) / gpus * gradients,
     }
 
 
@@ -205,11 +164,13 @@ def advice(cfg: Config, num_classes: int, gpus: int, memory: float) -> list[str]
             rows = (cfg.batch_size or 128) // factor
             less = dataclasses.replace(cfg, batch_size=rows, accumulation=factor)
             tried[f"batch_size={rows} accumulation={factor}"] = less, gpus
-    tried |= {f"--gpus {gpus * 2**k}": (cfg, gpus * 2**k) for k in range(1, 8)}
     fitting = [
         what for what, (one, many) in tried.items() if plan(one, num_classes, many).total <= memory
     ]
-    return fitting[:5] or ["nothing of these alone: a smaller network or batch, and more GPUs"]
+    more = (gpus * 2**k for k in range(1, 8))
+    enough = next((many for many in more if plan(cfg, num_classes, many).total <= memory), None)
+    fitting += [] if enough is None else [f"--gpus {enough}"]
+    return fitting or ["nothing of these alone: a smaller network or batch, and more GPUs"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -228,12 +189,15 @@ def main(arguments: list[str] | None = None) -> int:
     add("--json", action="store_true", help="one JSON line last")
     args = parser.parse_intermixed_args(arguments)
     try:
-        cfg = config.load(args.recipe, args.overrides)
-        num_classes = args.classes or cfg.num_classes or open_all(cfg.rec).num_classes
-        if args.gpus < 1 or num_classes < args.gpus:
+        for option in ("gpus", "memory", "classes", "bandwidth"):
+            number = getattr(args, option)
+            if number is not None and not number > 0:
+                raise ValueError(f"--{option} {number:g}: a number above 0")
+        unread = [] if args.classes is None else ["rec=-"]  # then a recipe needs no data
+        cfg = config.load(args.recipe, [*args.overrides, *unread])
+        num_classes = args.classes or cfg.num_classes or _count(cfg)
+        if num_classes < args.gpus:
             raise ValueError(f"--gpus {args.gpus}: 1 to {num_classes}, the number of classes")
-        if cfg.network not in BACKBONES:
-            raise KeyError(f"network={cfg.network!r}: one of {', '.join(BACKBONES)}")
         found = plan(cfg, num_classes, args.gpus)
         hints = advice(cfg, num_classes, args.gpus, (args.memory or math.inf) * _GB)
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -243,6 +207,13 @@ def main(arguments: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(report))
     return 0
+
+
+def _count(cfg: Config) -> int:
+    try:
+        return open_all(cfg.rec).num_classes
+    except OSError as error:
+        raise OSError(f"{error}; --classes C plans without the data") from error
 
 
 def _report(

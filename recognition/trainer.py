@@ -79,7 +79,7 @@ def _to_the_end(state: TrainState, overseer: Overseer, rolled_back: str | None) 
         saver = stack.enter_context(saving.make_saver(state, logger))
         report.announce(state, logger)
         stack.enter_context(state.phases.running())
-        trace = traced(state.cfg.profile, state.cfg.output, state.runtime.rank)
+        trace = traced(state.cfg.profile, state.cfg.output, state.runtime.rank, logger.say)
         stepped = stack.enter_context(trace)
         if rolled_back:
             record = {"step": state.step, "rollback": rolled_back}

@@ -49,6 +49,10 @@ _SHARE = 0.9  # of free memory that a case may take
 
 _RATIOS = ("time / rival", "time / floor", "peak / rival")
 _FUSED = ("compiled", "triton")
+_OF_A_CASE = (
+    "classes", "batch", "embedding_size", "sample_rate", "dtype", "stored_mib",
+    "update_in_backward", "piece", "forms", "storage", "alone",
+)  # fmt: skip
 SUITES = {
     "cpu": [
         Case(*sizes, targets=targets, stored_mib=stored_mib, update_in_backward=True)
@@ -78,7 +82,9 @@ class Measurement(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    _check(parser, args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     world = args.processes or (torch.cuda.device_count() if device == "cuda" else 2)
     try:
@@ -129,6 +135,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--pairs", type=int, default=7, metavar="N", help="timed; default %(default)s")
     add("--warmup", type=int, default=2, metavar="N", help="pairs before them; %(default)s")
     return parser
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with the usage where an option is out of its range, or not heeded by a suite."""
+    if args.suite:
+        for name in _OF_A_CASE:
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} is of one case: leave out --suite")
+    least = {"classes": 1, "batch": 1, "embedding_size": 1, "stored_mib": 0, "piece": 1,
+             "processes": 1, "pairs": 1, "warmup": 0}  # fmt: skip
+    for name, number in least.items():
+        given = getattr(args, name)
+        if given is not None and given < number:
+            parser.error(f"--{name.replace('_', '-')} {given}: at least {number}")
+    if not 0 < args.sample_rate <= 1:
+        parser.error(f"--sample-rate {args.sample_rate:g}: a share of the classes, above 0, to 1")
 
 
 def _storage(args: argparse.Namespace, device: str, world: int) -> Storage:

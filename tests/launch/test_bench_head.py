@@ -59,6 +59,10 @@ def test_a_size_alone_where_it_fits():
     [
         (["--batch", 7, "--processes", 2], "batch 7: not divisible by 2", 1),
         (["--suite", "tpu"], "invalid choice", 2),
+        (["--suite", "cpu"], "--classes is of one case", 2),
+        (["--classes", 0], "--classes 0: at least 1", 2),
+        (["--pairs", 0], "--pairs 0: at least 1", 2),
+        (["--sample-rate", 2], "--sample-rate 2", 2),
     ],
 )
 def test_a_mistake_is_said(typed, words, code):

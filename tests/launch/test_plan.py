@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from launch import plan
+from launch.plan_backbone import backbone_bytes
 from recognition import config
-from recognition.backbones import BACKBONES
+from recognition.backbones import BACKBONES, make_backbone
 from recognition.head import PartialFC
 from recognition.heads import limits_of
 from recognition.losses import MARGINS
@@ -57,11 +58,7 @@ def test_the_heads_bytes_are_those_that_are_measured(size):
             rows.begin(0.1)
         head(x, labels).backward()
         rows.step(0.1)
-    live = peak = 0
-    for _, step in sorted(_memory_events(profile)):
-        live += step
-        peak = max(peak, live)
-    assert sum(predicted.values()) == pytest.approx(peak, rel=0.15)
+    assert sum(predicted.values()) == pytest.approx(_peak(profile), rel=0.15)
 
 
 def test_the_backbones_weights_and_activations():
@@ -75,6 +72,43 @@ def test_the_backbones_weights_and_activations():
     live = sum(step for _, step in _memory_events(profile))  # what the graph still holds
     assert len(embeddings) == 8
     assert predicted["backbone: activations"] == pytest.approx(live, rel=0.15)
+
+
+def _peak(profile):
+    live = peak = 0
+    for _, step in sorted(_memory_events(profile)):
+        live += step
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("arguments", [{"drop_path": 0.05}, {"checkpointing": True}])
+def test_a_transformers_activations(arguments):
+    keys = {"network": "vit_t", "network_args": arguments, "precision": "fp32"}
+    predicted = backbone_bytes(config.make({"rec": "-", **keys}), 16)
+    network = make_backbone("vit_t", 512, arguments)
+    network.feature[0].weight.requires_grad_(False)  # its gradient would be the peak
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x = torch.randn(16, 3, 112, 112)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        network(x).sum().backward()
+    assert predicted["backbone: activations"] == pytest.approx(_peak(profile), rel=0.15)
+
+
+def test_the_wire_knows_the_compression():
+    parts = {
+        kind: plan.plan(
+            config.make({"rec": "-", "network": "mbf_tiny", "gradient_compression": kind}), 1000, 4
+        ).wire["sum of the backbone's gradients"]
+        for kind in ("none", "bf16")
+    }
+    assert parts["bf16"] == parts["none"] / 2 > 0
+
+
+def test_a_recipe_without_data():
+    done = command("-m", "launch.plan", "launch/configs/demo.py", "--gpus", 2, "--classes", 300)
+    assert "300 classes on 2 GPUs" in done.stdout
 
 
 def test_a_recipe_for_64_gpus():
@@ -99,6 +133,9 @@ def test_what_does_not_fit_is_told_what_to_change():
     [
         ([RECIPE, "--gpus", 0, "--classes", 10], "--gpus 0", 1),
         ([RECIPE, "--gpus", 1, "rec=/no/such/place"], "/no/such/place", 1),
+        ([RECIPE, "--gpus", 1, "rec=/no/such/place"], "--classes C", 1),
+        ([RECIPE, "--gpus", 1, "--classes", 10, "--memory", 0], "--memory 0", 1),
+        ([RECIPE, "--gpus", 1, "--classes", 10, "--bandwidth", 0], "--bandwidth 0", 1),
         ([RECIPE], "--gpus", 2),
     ],
 )

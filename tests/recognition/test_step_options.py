@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from recognition import config
+from recognition.profiling import traced
 from tests import ranks
 from tests.recognition import runs
 
@@ -52,6 +53,15 @@ def test_a_profile_is_written(shards_dir, tmp_path):
     for rank in range(2):
         trace = json.loads((tmp_path / f"trace-{rank}.json").read_text())
         assert any("_GateBackward" in str(event.get("name")) for event in trace["traceEvents"])
+
+
+def test_where_a_trace_is_or_why_there_is_none(tmp_path):
+    for num_steps, words in ((9, "5 to 7"), (6, "5 to 6"), (4, "no trace"), (1, "no trace")):
+        said = []
+        with traced(True, str(tmp_path), 0, said.append) as stepped:
+            for _ in range(num_steps):
+                stepped()
+        assert len(said) == 1 and words in said[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""What the backbone holds on a GPU, for the planner: found on tensors that have no memory."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from recognition.backbones import make_backbone
+from recognition.backbones.input import INPUT_SIZE
+from recognition.backbones.vit import VisionTransformer
+from recognition.config import Config
+
+_FP32 = 4
+_NARROW = {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.bfloat16}
+
+
+def backbone_bytes(cfg: Config, rows: int) -> dict[str, float]:
+    """Bytes by part, of a process with `rows` images at once.
+
+    Raises:
+        KeyError, TypeError, ValueError: no such network, or none that takes `network_args`.
+    """
+    arguments = tuple(sorted(cfg.network_args.items()))
+    weights, activations = _sizes(cfg.network, cfg.embedding_size, arguments, cfg.precision, rows)
+    return {
+        "backbone: weights": weights,
+        "backbone: gradient": weights,
+        "backbone: optimiser state": weights * (2 if cfg.optimizer == "adamw" else 1),
+        "backbone: activations": activations,
+    }
+
+
+@functools.cache
+def _sizes(
+    name: str,
+    embedding_size: int,
+    arguments: tuple[tuple[str, Any], ...],
+    precision: str,
+    rows: int,
+) -> tuple[float, float]:
+    """Bytes of the weights, and of what a forward leaves for the backward."""
+    with torch.device("meta"):  # where initialising looks at no value
+        network = make_backbone(name, embedding_size, dict(arguments))
+    weights = sum(p.numel() for p in network.parameters()) * _FP32
+    dtype = _NARROW.get(precision)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network.to_empty(device="cpu")
+        images = torch.empty(rows, 3, INPUT_SIZE, INPUT_SIZE)
+        kept = _kept(network, images, dtype)
+        if isinstance(network, VisionTransformer) and network.checkpointing:
+            network.checkpointing = False  # the backward computes one block at a time again
+            kept += (_kept(network, images, dtype) - kept) / len(network.blocks)
+    return weights, kept
+
+
+def _kept(network: nn.Module, images: torch.Tensor, dtype: torch.dtype | None) -> float:
+    """Bytes that autograd keeps of a forward for its backward, the parameters left out."""
+    own = {tensor.untyped_storage()._cdata for tensor in network.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no name comes twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    inputs = [  # checkpointed blocks hold theirs, which autograd does not say
+        block.register_forward_pre_hook(lambda _, given: [keep(one) for one in given] and None)
+        for block in (network.blocks if getattr(network, "checkpointing", False) else ())
+    ]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            network(images)
+    for handle in inputs:
+        handle.remove()
+    return sum(storage.nbytes() for storage in kept.values())
