@@ -70,10 +70,10 @@ def gather_batch(
     own = local_x.dtype if local_x.dtype.itemsize < dtype.itemsize else dtype
     sent = local_x.detach().to(sent_dtype or own).contiguous()
     if labels.device == sent.device:
-        packed = torch.cat([_as_bytes(sent), _as_bytes(labels[:, None].contiguous())], 1)
+        packed = torch.cat([_as_bytes(labels[:, None].contiguous()), _as_bytes(sent)], 1)
         every = _gather(packed, counts, group)
-        x = every[:, :-8].contiguous().view(sent.dtype)
-        all_labels = every[:, -8:].contiguous().view(torch.int64)[:, 0].cpu()
+        x = _from_bytes(every[:, 8:], sent.dtype)
+        all_labels = _from_bytes(every[:, :8], torch.int64)[:, 0].cpu()
     else:
         x = _gather(sent, counts, group)
         all_labels = _gather(labels, counts, group).cpu()
@@ -82,6 +82,11 @@ def gather_batch(
 
 def _as_bytes(rows: Tensor) -> Tensor:  # [b, n] -> uint8 [b, n * itemsize]
     return rows.view(torch.uint8).view(len(rows), rows.shape[1] * rows.element_size())
+
+
+def _from_bytes(packed: Tensor, dtype: torch.dtype) -> Tensor:  # uint8 [b, n * itemsize] -> [b, n]
+    # Flat first: the stride of a lone row, which is not copied, need not be a multiple of itemsize.
+    return packed.reshape(-1).view(dtype).view(len(packed), packed.shape[1] // dtype.itemsize)
 
 
 def gather_rows(

@@ -153,6 +153,14 @@ class PartialFC(nn.Module):
         self.storage.move(fn(self.storage.like))
         return self
 
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self.storage.settle()
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.storage.drop()
+        super()._load_from_state_dict(*arguments)
+
     def forward(
         self,
         local_x: Tensor,  # [b, D]

@@ -55,9 +55,15 @@ class _RowOptimizer:
     """
 
     def __init__(self, head: PartialFC, weight_decay: float) -> None:
+        dtype = head.storage.parameter.dtype
+        if dtype.itemsize < torch.float32.itemsize:  # torch._fused_sgd_ is wrong there on a CPU
+            raise TypeError(
+                f"the class rows are {dtype}, in which small updates are lost: keep the head in "
+                "float32; Limits(dtype=...) narrows its products"
+            )
         self.head = head
         self.weight_decay = weight_decay
-        self._begun: float | None = None  # lr of the step whose backward updates
+        self._begun: float | None = None  # lr of the last step whose backward updates
         own = self._new_state(head.weight.detach())
         head.storage.attach(own)
         self.state = dict(own)  # by class
@@ -96,9 +102,8 @@ class _RowOptimizer:
             ValueError: after begin(), another lr, or a wish to scale or skip what has been done.
         """
         self._check_state()
-        begun, self._begun = self._begun, None
-        if begun is not None:
-            if (lr, grad_scale, found_inf) != (begun, None, None):
+        if self.head.sink is not None:
+            if (lr, grad_scale, found_inf) != (self._begun, None, None):
                 raise ValueError(
                     "the backward has updated the rows (update_in_backward): the step can neither "
                     "be scaled, skipped nor have another lr"

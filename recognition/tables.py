@@ -41,7 +41,9 @@ class Tables:
     ) -> None:
         """What take() gave, changed."""
         if isinstance(rows, slice) and found_inf is None:
-            return  # it was the tables' own memory
+            # It was the tables' own memory, and torch._fused_sgd_ does not count as a change.
+            increment_version(list(self.tensors().values()))
+            return
         for name, table in self.tensors().items():
             new = parts[name]
             if found_inf is not None:

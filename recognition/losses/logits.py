@@ -294,6 +294,8 @@ class Logits:
 
     def _cut_up(self) -> Iterator[Piece]:
         targets, first = self.targets, 0
+        if not len(self.rows):
+            return  # split() would give one piece, without a class
         inverses = self.inverse.split(self.size * self.num_subcenters)
         for number, inverse in enumerate(inverses):
             start = number * self.size

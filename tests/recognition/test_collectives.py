@@ -59,6 +59,18 @@ def gather_batch(rows, dtype):
     return x.detach(), labels, local.grad
 
 
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lone_row_of_any_width(size, dtype):
+    x, label = torch.randn(1, size).to(dtype), torch.tensor([2**40])
+    [(got, labels)] = ranks.run(1, lone_row, x, label)
+    assert torch.equal(got, x.double()) and labels.tolist() == [2**40]
+
+
+def lone_row(x, label):
+    return collectives.gather_batch(x, label, None, dist.group.WORLD, torch.float64)
+
+
 def test_rows_that_do_not_describe_the_batch():
     messages = ranks.run(2, gather_wrongly)
     assert all("rows_per_rank=[3, 3] does not describe" in message for message in messages)

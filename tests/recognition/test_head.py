@@ -137,6 +137,10 @@ def test_a_rank_may_own_no_target(sample_rate):
     check(4, "arcface", sample_rate, owned_by_first=True)
 
 
+def test_a_rank_may_sample_no_class():
+    check(2, "cosface", 0.0, rows=[4, 3], num_subcenters=3, owned_by_first=True)
+
+
 def test_more_positives_than_drawn_classes():
     classes = check(2, "cosface", 0.02, rows=[20, 20])
     assert len(classes) > 3  # ceil(0.02 * 103)

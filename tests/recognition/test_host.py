@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -183,6 +185,25 @@ def test_changes_from_outside_are_seen():
         head.weight.mul_(2)
     with pytest.raises(RuntimeError, match="changed between a forward and its backward"):
         loss.backward()
+
+
+def test_the_state_dict_waits_for_the_copies():
+    head = make("host")
+    rows = RowSGD(head)
+    start = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+
+    def step():
+        x, labels = batch(0, 0, 1)
+        head(x.requires_grad_(), labels).backward()
+        head.storage.lane._thread.submit(time.sleep, 0.2)  # the lane is behind
+        rows.step(0.1)
+
+    step()
+    saved = head.state_dict()["weight"].clone()
+    assert torch.equal(saved, head.weight) and not torch.equal(saved, start["weight"])
+    step()
+    head.load_state_dict(start)
+    assert torch.equal(head.weight, start["weight"])
 
 
 def test_the_rows_stay_with_the_host_when_the_head_moves():

@@ -169,8 +169,9 @@ def test_state_travels_by_class_id(name):
         loaded.load_state_dict({"classes": state["classes"]})
 
 
-def test_the_rows_may_not_change_between_forward_and_backward():
-    head = make_head(0.3)
+@pytest.mark.parametrize("sample_rate", [0.3, 1.0])
+def test_the_rows_may_not_change_between_forward_and_backward(sample_rate):
+    head = make_head(sample_rate)
     first, second = head(*batch(1)), head(*batch(2))
     first.backward()
     RowSGD(head).step(0.1)
@@ -185,6 +186,36 @@ def test_an_optimizer_older_than_the_heads_precision_is_refused():
     head(*batch(1)).backward()
     with pytest.raises(TypeError, match="after moving the head"):
         row_optimizer.step(0.1)
+
+
+def test_a_dropped_step_takes_its_begin_with_it():
+    head, other = make_head(1.0), make_head(1.0)
+    row_optimizer, plain = RowSGD(head), RowSGD(other)
+    row_optimizer.begin(0.1)
+    head(*batch(1))
+    head.drop_step()
+    for one, rows in ((head, row_optimizer), (other, plain)):
+        one(*batch(2)).backward()
+        rows.step(0.1)
+    assert torch.equal(head.weight, other.weight)
+
+
+def test_after_a_refused_step_the_right_one_ends_it():
+    head = make_head(1.0)
+    row_optimizer = RowSGD(head)
+    row_optimizer.begin(0.1)
+    head(*batch(1)).backward()
+    with pytest.raises(ValueError, match="have another lr"):
+        row_optimizer.step(0.2)
+    row_optimizer.step(0.1)
+    assert head.step == 1 and not head.has_begun
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_half_precision_are_refused(name, dtype):
+    with pytest.raises(TypeError, match="keep the head in float32"):
+        OPTIMIZERS[name][0](make_head(0.3).to(dtype))
 
 
 def test_a_step_without_a_gradient_is_an_error():
