@@ -294,12 +294,9 @@ class Logits:
 
     def _cut_up(self) -> Iterator[Piece]:
         targets, first = self.targets, 0
-        if not len(self.rows):
-            return  # split() would give one piece, without a class
-        inverses = self.inverse.split(self.size * self.num_subcenters)
-        for number, inverse in enumerate(inverses):
-            start = number * self.size
+        for number, start in enumerate(range(0, len(self.rows), self.size)):
             stop = min(start + self.size, len(self.rows))
+            inverse = self.inverse[start * self.num_subcenters : stop * self.num_subcenters]
             last = first
             while last < len(targets.place_list) and targets.place_list[last] < stop:
                 last += 1
