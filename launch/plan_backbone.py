@@ -13,9 +13,9 @@ from recognition.backbones import make_backbone
 from recognition.backbones.input import INPUT_SIZE
 from recognition.backbones.vit import VisionTransformer
 from recognition.config import Config
+from recognition.precision import autocast
 
 _FP32 = 4
-_NARROW = {"fp16": torch.float16, "bf16": torch.bfloat16, "auto": torch.bfloat16}
 
 
 def backbone_bytes(cfg: Config, rows: int) -> dict[str, float]:
@@ -25,7 +25,8 @@ def backbone_bytes(cfg: Config, rows: int) -> dict[str, float]:
         KeyError, TypeError, ValueError: no such network, or none that takes `network_args`.
     """
     arguments = tuple(sorted(cfg.network_args.items()))
-    weights, activations = _sizes(cfg.network, cfg.embedding_size, arguments, cfg.precision, rows)
+    precision = "bf16" if cfg.precision == "auto" else cfg.precision  # of a GPU of today
+    weights, activations = _sizes(cfg.network, cfg.embedding_size, arguments, precision, rows)
     return {
         "backbone: weights": weights,
         "backbone: gradient": weights,
@@ -46,18 +47,17 @@ def _sizes(
     with torch.device("meta"):  # where initialising looks at no value
         network = make_backbone(name, embedding_size, dict(arguments))
     weights = sum(p.numel() for p in network.parameters()) * _FP32
-    dtype = _NARROW.get(precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
         images = torch.empty(rows, 3, INPUT_SIZE, INPUT_SIZE)
-        kept = _kept(network, images, dtype)
+        kept = _kept(network, images, precision)
         if isinstance(network, VisionTransformer) and network.checkpointing:
             network.checkpointing = False  # the backward computes one block at a time again
-            kept += (_kept(network, images, dtype) - kept) / len(network.blocks)
+            kept += (_kept(network, images, precision) - kept) / len(network.blocks)
     return weights, kept
 
 
-def _kept(network: nn.Module, images: torch.Tensor, dtype: torch.dtype | None) -> float:
+def _kept(network: nn.Module, images: torch.Tensor, precision: str) -> float:
     """Bytes that autograd keeps of a forward for its backward, the parameters left out."""
     own = {tensor.untyped_storage()._cdata for tensor in network.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no name comes twice
@@ -73,7 +73,7 @@ def _kept(network: nn.Module, images: torch.Tensor, dtype: torch.dtype | None) -
         for block in (network.blocks if getattr(network, "checkpointing", False) else ())
     ]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        with autocast(precision, images.device):
             network(images)
     for handle in inputs:
         handle.remove()
