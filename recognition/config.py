@@ -103,8 +103,9 @@ class Config:
     head_precision: Literal["full", "bf16"] = "full"
     head_stored_mib: int = _between(16, 0)  # per process, of results kept for its backward
     # The form of its reduction. auto: on a GPU the quickest of a few steps at the start, the same
-    # when the run goes on; on a CPU plain. What cannot be done falls back to plain and is said.
-    head_kernel: Literal["auto", "plain", "compiled", "triton"] = "auto"
+    # when the run goes on; on a CPU native, built by the C compiler, where there are many classes.
+    # What cannot be done falls back to plain and is said.
+    head_kernel: Literal["auto", "plain", "native", "compiled", "triton"] = "auto"
     # host: class centres and their optimiser state in the host's memory, on the device only what a
     # step samples of them; for more classes than the device holds.
     head_storage: Literal["device", "host"] = "device"

@@ -27,6 +27,7 @@ from recognition.losses.reduction import (
     target_cosines,
 )
 from recognition.microsteps import MicroSteps
+from recognition.passes import Passes
 from recognition.pieces import piece_size
 from recognition.rows import Pool, SampledRows, Sink, to_device, unit
 from recognition.sampling import Draw, hash_words, sample, shard_range
@@ -49,6 +50,7 @@ class Limits:
     piece: int | None = None  # classes of a piece of the reduction; None: from the cache
     dtype: torch.dtype | None = None  # of the GEMMs' inputs; sums and logits stay as the weight
     logits: Callable[..., Logits] = Logits  # or a fused form of recognition/kernels
+    passes: Passes | None = None  # compiled, for the update of the rows
 
 
 class PartialFC(nn.Module):

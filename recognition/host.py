@@ -42,10 +42,7 @@ class Stage(Tables):
     def tensors(self) -> Mapping[str, Tensor]:
         return {name: table[: len(self)] for name, table in self.memory.items()}
 
-    def put(
-        self, rows: slice | Tensor, parts: Mapping[str, Tensor], found_inf: Tensor | None
-    ) -> None:
-        super().put(rows, parts, found_inf)
+    def changed(self) -> None:
         self.updates += 1
 
     def ids(self) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recognition.head import PartialFC
 from recognition.pieces import piece_size
+from recognition.rows import take_off
 from recognition.tables import Tables
 
 
@@ -84,8 +85,14 @@ class _RowOptimizer:
             raise RuntimeError("begin() comes before the forward whose backward updates the rows")
         self._check_state()
 
-        def update(tables: Tables, where: slice | Tensor, grad: Tensor, weight: Tensor) -> None:
-            self._apply(tables, where, grad.flatten(1), lr, weight=weight.flatten(1))
+        def update(
+            tables: Tables,
+            where: slice | Tensor,
+            grad: Tensor,
+            weight: Tensor,
+            radial: Tensor | None,
+        ) -> None:
+            self._apply(tables, where, grad, lr, weight=weight, radial=radial)
 
         self.head.sink, self._begun = update, lr
 
@@ -113,7 +120,7 @@ class _RowOptimizer:
             self._step_margin(lr, None, None)
             return
         sampled = self.head.end_step(found_inf)
-        gradient = sampled.gradient().flatten(1)  # [S, K * D]
+        gradient = sampled.gradient()  # [S, K, D]
         if found_inf is not None and found_inf.device.type == "cpu":  # asking costs nothing
             found_inf, skipped = None, bool(found_inf)
         else:
@@ -135,14 +142,19 @@ class _RowOptimizer:
         self,
         tables: Tables,
         rows: slice | Tensor,
-        grad: Tensor,  # [n, K * D]
+        grad: Tensor,  # [n, K, D]
         lr: float,
         found_inf: Tensor | None = None,
-        weight: Tensor | None = None,  # [n, K * D] these rows of it, where they have been read
+        weight: Tensor | None = None,  # [n, K, D] these rows of it, where they have been read
+        radial: Tensor | None = None,  # [n * K] of it to be taken off the gradient
     ) -> None:
         """Update some rows of the weight and their state."""
-        parts = tables.take(rows, weight, found_inf)
-        self._update_(grad, lr, self.weight_decay, **parts)
+        read = None
+        if weight is not None:
+            take_off(grad, weight, radial)
+            read = weight.flatten(1)
+        parts = tables.take(rows, read, found_inf)
+        self._update_(grad.flatten(1), lr, self.weight_decay, **parts)
         tables.put(rows, parts, found_inf)
 
     def _check_state(self) -> None:
@@ -235,6 +247,34 @@ class RowSGD(_RowOptimizer):
 
     def _new_state(self, rows: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(rows)}
+
+    def _apply(
+        self,
+        tables: Tables,
+        rows: slice | Tensor,
+        grad: Tensor,
+        lr: float,
+        found_inf: Tensor | None = None,
+        weight: Tensor | None = None,
+        radial: Tensor | None = None,
+    ) -> None:
+        passes = self.head.limits.passes
+        if passes is None:
+            return super()._apply(tables, rows, grad, lr, found_inf, weight, radial)
+        assert found_inf is None  # a CPU has asked
+        index = None if isinstance(rows, slice) else rows
+        standing = tables.standing()
+        if standing is None:
+            parts = tables.take(rows, None if weight is None else weight.flatten(1), None)
+        elif index is None:
+            parts = {name: table[rows] for name, table in standing.items()}
+        else:
+            parts = dict(standing)
+        passes.sgd(parts, index, grad, radial, lr, self.momentum, self.weight_decay)
+        if standing is None:
+            tables.put(rows, parts, None)
+        else:
+            tables.changed()
 
     def _update_(self, grad: Tensor, lr: float, decay: float, **rows: Tensor) -> None:
         torch._fused_sgd_(  # what torch.optim.SGD(fused=True) calls: once through the memory

@@ -15,9 +15,17 @@ from torch import Tensor
 from recognition.sampling import Draw
 from recognition.tables import Tables
 
-# Takes the finished gradient [n, K, D] of rows of the tables, a slice or int64 [n] of them, and
-# what was read of them, which it may change.
-Sink = Callable[[Tables, slice | Tensor, Tensor, Tensor], None]
+# Takes the gradient [n, K, D] of rows of the tables, a slice or int64 [n] of them; what was read of
+# them, which it may change; and [n * K] how much of each centre is to be taken off its gradient, or
+# None: nothing.
+Sink = Callable[[Tables, slice | Tensor, Tensor, Tensor, Tensor | None], None]
+
+
+def take_off(grad: Tensor, rows: Tensor, radial: Tensor | None) -> None:
+    """grad - radial * rows, in place: the gradient through w / |w| does not point along w.
+    grad, rows: [n, K, D]; radial: [n * K]."""
+    if radial is not None:
+        grad.flatten(0, 1).addcmul_(rows.flatten(0, 1), radial[:, None], value=-1)
 
 
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,12 +144,20 @@ class SampledRows:
             self._scratch = self.like.new_empty(num, *self.weight.shape[1:])
         return self._scratch[:num]
 
-    def add_gradient(self, where: slice, grad: Tensor, read: Tensor) -> None:
-        """What stands in room(where) is finished; read: what read(where) gave, no longer wanted."""
+    def add_gradient(
+        self, where: slice, grad: Tensor, read: Tensor, radial: Tensor | None = None
+    ) -> None:
+        """What stands in room(where) is finished but for what is to be taken off it, radial
+        [n * K] of each centre; read: what read(where) gave, no longer wanted."""
         if self.sink is not None:
-            self.sink(self.tables, self.at(where), grad, read)
+            self.sink(self.tables, self.at(where), grad, read, radial)
             self._version = self._current_version()
-        elif self._adds:
+            return
+        take_off(grad, read, radial)
+        self._collect(where, grad)
+
+    def _collect(self, where: slice, grad: Tensor) -> None:
+        if self._adds:  # else it stands there
             self.gradient()[where] += grad
 
     def gradient(self) -> Tensor:

@@ -77,6 +77,9 @@ class Pieces(Tables):
         rows = both[0][:num]
         return _Held(where, rows, self._lane.load(self._tables, where, {name: rows}))
 
+    def standing(self) -> None:
+        return None
+
     def take(
         self, rows: slice | Tensor, weight: Tensor | None, found_inf: Tensor | None
     ) -> dict[str, Tensor]:
@@ -131,11 +134,8 @@ class StreamedRows(SampledRows):
     def room(self, where: slice) -> Tensor:
         return self._scratch_for(where)
 
-    def add_gradient(self, where: slice, grad: Tensor, read: Tensor) -> None:
-        if self.sink is not None:
-            self.sink(self.tables, where, grad, read)
-            self._version = self._current_version()
-        elif self._adds:
+    def _collect(self, where: slice, grad: Tensor) -> None:
+        if self._adds:
             self.gradient()[where] += grad.to(self.weight.device)
         else:
             self.gradient()[where] = grad

@@ -40,18 +40,25 @@ class Tables:
         self, rows: slice | Tensor, parts: Mapping[str, Tensor], found_inf: Tensor | None
     ) -> None:
         """What take() gave, changed."""
-        if isinstance(rows, slice) and found_inf is None:
-            # It was the tables' own memory, and torch._fused_sgd_ does not count as a change.
-            increment_version(list(self.tensors().values()))
-            return
         for name, table in self.tensors().items():
             new = parts[name]
             if found_inf is not None:
                 new = torch.where(found_inf > 0, table[rows], new)
+            elif isinstance(rows, slice):  # it is the table's own memory
+                continue
             if isinstance(rows, slice):
                 table[rows] = new
             elif table.device.type == "cpu":  # a quarter less time than index_copy_
                 table.numpy()[rows.numpy()] = new.numpy()
-                increment_version(table)
             else:
                 table.index_copy_(0, rows, new)
+        self.changed()
+
+    def standing(self) -> Mapping[str, Tensor] | None:
+        """The tables, for an update of rows where they stand, with changed() after it; None: rows
+        are to be taken and put."""
+        return self.tensors()
+
+    def changed(self) -> None:
+        """Not every change counts as one by itself: torch._fused_sgd_ and numpy's do not."""
+        increment_version(list(self.tensors().values()))

@@ -39,10 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
     add("--largest", type=int, default=1_600_000, metavar="C", help="default %(default)s")
     add("--steps", type=int, default=5, metavar="N", help="timed, after two; default %(default)s")
     args = parser.parse_args(arguments)
+    for name, least in (("embedding_size", 1), ("steps", 1), ("largest", _FIRST)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = Case(
         min(_CLASSES, args.largest), _BATCH, 1.0, args.embedding_size, stored_mib=16,
-        update_in_backward=True,
+        update_in_backward=True, kernel="auto",
     )  # fmt: skip
     counts = []
     while (count := _FIRST << len(counts)) <= args.largest:

@@ -9,7 +9,8 @@ batch spread over all processes; it lasts as long as on the slowest of them. The
 tests/recognition/rival.py: arcface_torch's form, written plainly. The floor is the GEMMs that the
 arithmetic needs (forward, recompute if any, two gradients) at the shapes of our pieces. All stand
 in one process group and take turns; what goes first changes from pair to pair; medians are given.
---forms adds the fused forms of recognition/kernels to those that take turns.
+Ours has the form of recognition/kernels that --kernel names; in the suite for a CPU, that of a run
+(auto). --forms adds others to those that take turns.
 
 Peak memory is each one's alone, in processes of its own: from before the head is built to the end
 of two steps, less weights and optimiser state, so that what the allocator keeps counts: the
@@ -49,13 +50,20 @@ _SHARE = 0.9  # of free memory that a case may take
 
 _RATIOS = ("time / rival", "time / floor", "peak / rival")
 _FUSED = ("compiled", "triton")
+_FORMS = ("plain", "native", *_FUSED)  # as config.py's head_kernel
 _OF_A_CASE = (
     "classes", "batch", "embedding_size", "sample_rate", "dtype", "stored_mib",
-    "update_in_backward", "piece", "forms", "storage", "alone",
+    "update_in_backward", "piece", "kernel", "forms", "storage", "alone",
 )  # fmt: skip
 SUITES = {
     "cpu": [
-        Case(*sizes, targets=targets, stored_mib=stored_mib, update_in_backward=True)
+        Case(
+            *sizes,
+            targets=targets,
+            stored_mib=stored_mib,
+            update_in_backward=True,
+            kernel="auto",
+        )
         for *sizes, targets in (
             (100_000, 256, 1.0, (0.50, 1.25, 0.35)),
             (500_000, 256, 0.1, (0.26, 1.35, 0.10)),
@@ -94,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
             Case(
                 args.classes, args.batch, args.sample_rate, args.embedding_size, args.dtype,
                 stored_mib=args.stored_mib, update_in_backward=args.update_in_backward,
-                piece=args.piece, forms=tuple(args.forms), alone=args.alone,
+                piece=args.piece, kernel=args.kernel, forms=tuple(args.forms), alone=args.alone,
                 storage=_storage(args, device, world),
             )
         ]  # fmt: skip
@@ -128,7 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--update-in-backward", action="store_true", help="no gradient of the rows exists")
     add("--piece", type=int, metavar="N", help="classes; default: from the cache")
-    add("--forms", nargs="+", choices=_FUSED, default=(), help="to be timed beside the plain one")
+    add(
+        "--kernel", choices=["auto", *_FORMS], default="plain", help="our form; default %(default)s"
+    )
+    add("--forms", nargs="+", choices=_FORMS, default=(), help="others, to be timed beside it")
     add("--storage", choices=["device", "host", "auto"], default="device", help="of the rows")
     add("--alone", action="store_true", help="no rival, no floor")
     add("--processes", type=int, metavar="W", help="default: one a GPU, two on a CPU")
@@ -217,7 +228,7 @@ def _report(told: Measurement) -> dict[str, Any]:
         "case": {
             "W": told.world, "B": case.batch, "C": case.classes, "D": case.embedding_size,
             "r": case.sample_rate, "dtype": case.dtype, "stored_mib": case.stored_mib,
-            "update_in_backward": case.update_in_backward,
+            "update_in_backward": case.update_in_backward, "kernel": case.kernel,
         },
         "median_ratio": _ratios("ours", seconds, peaks),
         "ms": {name: round(1e3 * statistics.median(every), 1) for name, every in seconds.items()},
@@ -246,7 +257,7 @@ def _report(told: Measurement) -> dict[str, Any]:
 def _ratios(side: str, seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, float]:
     """Medians over the pairs, against what has been measured."""
     found = {
-        f"time / {'plain' if other == 'ours' else other}": statistics.median(
+        f"time / {other}": statistics.median(
             a / b for a, b in zip(seconds[side], seconds[other], strict=True)
         )
         for other in ("rival", "floor", "ours")
@@ -304,8 +315,7 @@ def _time(rank: int, device: torch.device, told: Measurement) -> dict[str, Any]:
         "peak": _beyond(before, ours, device), "seconds": times,
         "piece": floor.size, "products": floor.num_products,
         "threads": torch.get_num_threads(), "left_out": left_out,
-        "taken": {name: side.form for name, side in sides.items()
-                  if isinstance(side, Ours) and name != "ours"},
+        "taken": {name: side.form for name, side in sides.items() if isinstance(side, Ours)},
     }  # fmt: skip
 
 
@@ -323,7 +333,7 @@ def _peak(rank: int, device: torch.device, told: Measurement, side: str) -> int:
     if side == "rival":
         one = Rival(told.case, device)
     else:
-        one = Ours(told.case, device, "plain" if side == "ours" else side)
+        one = Ours(told.case, device, None if side == "ours" else side)
         for tensor in one.held()[1:]:
             tensor.zero_()  # pages of zeros count only once they are written
     for _ in range(_MEMORY_STEPS):

@@ -36,7 +36,8 @@ class Case(NamedTuple):
     stored_mib: int = 64  # what the forward may keep for the backward
     update_in_backward: bool = False
     piece: int | None = None  # classes; None: from the cache
-    forms: tuple[str, ...] = ()  # to be timed beside the plain one
+    kernel: str = "plain"  # our form, as config.py's head_kernel
+    forms: tuple[str, ...] = ()  # to be timed beside it
     storage: Storage = "device"
     alone: bool = False  # no rival, no floor
 
@@ -46,20 +47,21 @@ class Unavailable(Exception):
 
 
 class Ours:
-    """form: as config.py's head_kernel.
+    """form: the case's, or another of config.py's head_kernel.
 
     Raises:
         Unavailable: it cannot be had here.
     """
 
-    def __init__(self, case: Case, device: torch.device, form: str = "plain") -> None:
+    def __init__(self, case: Case, device: torch.device, form: str | None = None) -> None:
         self.head = PartialFC(
             MARGINS["cosface"](), case.embedding_size, case.classes, case.sample_rate, seed=_SEED,
             head_storage=case.storage,
             limits=Limits(case.stored_mib << 20, case.piece, DTYPES[case.dtype]),
         ).to(device)  # fmt: skip
+        form = form or case.kernel
         choice = choose(form, self.head, case.batch)
-        if form != "plain" and choice.form == "plain":
+        if form not in ("auto", "plain") and choice.form == "plain":
             raise Unavailable(choice.said)
         self.form = choice.form
         self.optimizer = RowSGD(self.head)

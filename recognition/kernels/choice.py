@@ -22,17 +22,20 @@ from recognition.config import Config
 from recognition.head import PartialFC
 from recognition.kernels.compiled import compiled_operations
 from recognition.kernels.fused import FusedLogits, why_not
+from recognition.kernels.native import NativeLogits
 from recognition.losses.logits import Logits, Targets
+from recognition.passes import NotBuilt, Passes
 from recognition.rows import Pool, SampledRows, unit
 from recognition.storage import DeviceStorage
 
 _WARMUP, _STEPS = 2, 5
 _MOST_CLASSES = 1 << 17  # of a trial
 _LEAST_CAPABILITY = (8, 0)
+_WORTH_BUILDING = 4096  # sampled classes of a rank: of fewer, a step is a few ms in any form
 
 
 class Choice(NamedTuple):
-    form: str  # "plain", "compiled" or "triton-<rows>x<classes>"
+    form: str  # "plain", "native", "compiled" or "triton-<rows>x<classes>"
     said: str  # one line for the log; "" where there is nothing to say
 
 
@@ -40,12 +43,15 @@ def choose(wanted: str, head: PartialFC, num_rows: int, known: str = "") -> Choi
     """Give the head its form, the same on all ranks; all of them call it. Two collectives, of
     [forms] numbers, where something is to be tried.
 
-    wanted: "auto": on a GPU the quickest of all by measurement, on a CPU "plain"; or "plain",
-    "compiled" or "triton". num_rows: B. known: the form that the run had before, if it goes on.
-    What cannot be done falls back to "plain", and `said` says why.
+    wanted: "auto": on a GPU the quickest of all by measurement, on a CPU "native" where there are
+    many classes; or "plain", "native", "compiled" or "triton". num_rows: B. known: the form that
+    the run had before, if it goes on. What cannot be done falls back to "plain", and `said` says
+    why.
     """
-    if wanted == "plain" or (wanted == "auto" and (known == "plain" or head.device.type != "cuda")):
+    if wanted == "plain" or (wanted == "auto" and known == "plain"):
         return Choice("plain", "")
+    if wanted == "native" or (wanted == "auto" and head.device.type == "cpu"):
+        return _native(wanted, head, known)
     reason = unsupported(head)
     forms: list[str] = []
     if reason is None:
@@ -71,6 +77,25 @@ def choose(wanted: str, head: PartialFC, num_rows: int, known: str = "") -> Choi
         for form, spent, (_, why) in zip(forms, seconds.tolist(), tried, strict=True)
     )
     return Choice(taken, f"head_kernel={wanted}: {taken} is taken; of a step: {figures}")
+
+
+def _native(wanted: str, head: PartialFC, known: str) -> Choice:
+    num_sampled = head.num_classes * head.sample_rate / head.group.size()
+    if wanted == "auto" and known != "native" and num_sampled < _WORTH_BUILDING:
+        return Choice("plain", "")
+    passes, reason = None, "it is for CPUs"
+    if head.device.type == "cpu":
+        try:
+            passes, reason = Passes(head.storage.like.dtype), "another rank cannot build it"
+        except NotBuilt as error:
+            reason = str(error)
+    failed = torch.tensor([float(passes is None)], dtype=torch.float64)
+    failed = collectives.largest_over_ranks(failed, head.group)  # which all ranks call
+    if passes is None or failed.item():
+        return Choice("plain", f"head_kernel={wanted}: the plain form is taken, {reason}")
+    logits = functools.partial(NativeLogits, passes)
+    head.limits = replace(head.limits, logits=logits, passes=passes)
+    return Choice("native", f"head_kernel={wanted}: native is taken, compiled for this processor")
 
 
 def choose_all(

@@ -71,7 +71,7 @@ class FusedLogits(Logits):
     def log_sum_exp(self, x: Tensor) -> Tensor:  # [B]
         if not self.is_fused():
             return super().log_sum_exp(x)
-        scaled, own = self._scaled(x), self._own(len(x))
+        scaled, own = self._to_base_2(x), self._own(len(x))
         self.mass = x.new_zeros(len(x))
         for piece in self._pieces():
             weight, index = self.rows.source(piece.where)
@@ -85,9 +85,9 @@ class FusedLogits(Logits):
             return super().backward(x, learned)
         assert self.mass is not None
         self.rows.begin_gradient()
-        grad_x, total = torch.zeros_like(x), torch.zeros_like(x)
-        own_place, own_grad = self._target_gradient(x, grad_x)
-        scaled, own = self._scaled(x), self._own(len(x))
+        total = torch.zeros_like(x)
+        own_pull, own_grad, _ = self._target_gradients(x)
+        scaled, own = self._to_base_2(x), self._own(len(x))
         has_negatives = self.mass > 0
         base = torch.where(has_negatives, self.mass, 1.0).log2()
         push = x.new_zeros(len(x)) if self.push is None else self.push
@@ -96,7 +96,8 @@ class FusedLogits(Logits):
         largest = share.abs().max()
         largest = torch.where(largest > 0, largest, 1.0)
         pulling = (x * (share / largest)[:, None]).to(self.dtype)
-        own_grad /= (self.inverse[own_place] * largest)[:, None]  # what project() multiplies by
+        own_inverse = self.inverse[self.targets.place]
+        own_grad /= (own_inverse * largest)[:, None]  # what project() multiplies by
         for piece in self._pieces():
             weight = self._read(piece)
             unit = self._unit(piece, weight, None)
@@ -105,16 +106,16 @@ class FusedLogits(Logits):
             add_product(total, spread, unit)
             flat = product(spread.T, pulling, torch.empty_like(weight))
             if piece.own is not None:
-                flat.index_add_(0, own_place[piece.targets] - start, own_grad[piece.targets])
+                flat.index_add_(0, self._column[piece.targets], own_grad[piece.targets])
             grad = self.rows.room(piece.where)  # [n, 1, D]
             inverse = piece.inverse
             self.operations.project(flat, weight, inverse, largest, grad.flatten(0, 1))
             self.rows.add_gradient(piece.where, grad, weight.view_as(grad))
-        grad_x += total.mul_(share[:, None])
+        total.mul_(share[:, None]).index_add_(0, self.targets.row, own_pull)
         self.pull = self.push = None
-        return grad_x, [torch.zeros_like(number) for number in learned]
+        return total, [torch.zeros_like(number) for number in learned]
 
-    def _scaled(self, x: Tensor) -> Tensor:
+    def _to_base_2(self, x: Tensor) -> Tensor:
         """x whose products with unit rows are logits to the base 2."""
         return (x * (self.margin.scale * _LOG2_E)).to(self.dtype)
 

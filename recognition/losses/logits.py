@@ -62,6 +62,7 @@ class Logits:
         self.dtype = dtype or weight.dtype
         self.inverse = weight.new_empty(len(rows) * self.num_subcenters)  # 1 / |w|; [S * K]
         self.nearest: Tensor | None = None  # int64 [m] sub-centre of each target
+        self.own_cos: Tensor | None = None  # [m] cosine to it
         self.pull: Tensor | None = None  # [B] gradient of the target cosines
         self.push: Tensor | None = None  # [B] gradient of the reduction
         self.peak: Tensor | None = None  # [B] base of the exponentials; None: it is 0
@@ -76,6 +77,8 @@ class Logits:
         if self._num_kept:
             self._kept = pool.take(weight, self._num_kept, num_rows * columns)
         self._is_written = False  # what is kept
+        self._scaled: Tensor | None = None  # scale * x of the plain way, narrow; [B, D]
+        self._column = targets.place % size  # int64 [m] of each target in its piece
         self._owned: Tensor | None = None
         self._cut: list[Piece] | None = None
         self._spares: dict[int, Tensor] = {}
@@ -111,17 +114,16 @@ class Logits:
         centres = self.owned()  # [m, K, D]
         norm = _norm(centres)
         cos, nearest = (torch.einsum("md,mkd->mk", x[self.targets.row], centres) / norm).max(1)
-        self.nearest = nearest
+        self.nearest, self.own_cos = nearest, cos
         return x.new_zeros(len(x)).index_copy_(0, self.targets.row, cos), nearest
 
     def log_sum_exp(self, x: Tensor) -> Tensor:  # [B]
         self.mass = x.new_zeros(len(x))
         if self.is_plain():
             self.peak = None
-            scaled = (x * self.margin.scale).to(self.dtype)
+            scaled = self._scaled = (x * self.margin.scale).to(self.dtype)
             for piece in self._pieces():
-                z, _ = self._cosines(piece, scaled)
-                self.mass += self._exponentials(z, piece, self._kept_here(piece)).sum(1)
+                self.mass += self._masses(piece, scaled)
             self._is_written = self._kept is not None
             return self.mass.log()
         peak = x.new_full((len(x),), -torch.inf)  # the largest z so far
@@ -139,6 +141,11 @@ class Logits:
         for z in self._general(x):
             total += torch.logaddexp(z, z.new_zeros(())).sum(1)
         return total
+
+    def _masses(self, piece: Piece, scaled: Tensor) -> Tensor:  # [B]
+        """Sum over the piece of exp(z), where z is plain; scaled: scale * x, narrow."""
+        z, _ = self._cosines(piece, scaled)
+        return self._exponentials(z, piece, self._kept_here(piece)).sum(1)
 
     def _exponentials(self, z: Tensor, piece: Piece, apart: bool) -> Tensor:
         """exp(z) [B, n], 0 where the class is the row's own. apart: z is still wanted."""
@@ -191,9 +198,9 @@ class Logits:
         """Gradients of x [B, D] and of the learned numbers; that of the centres goes to `rows`."""
         self.rows.begin_gradient()
         self._has_inverse = True
-        grad_x = torch.zeros_like(x)
-        own_place, own_grad = self._target_gradient(x, grad_x)
-        own_radial = (own_grad * self._nearest_owned()).sum(1)  # [m]
+        own_pull, own_grad, own_radial = self._target_gradients(x)
+        assert self.nearest is not None
+        own_column = self._column * self.num_subcenters + self.nearest
         push = x.new_zeros(len(x)) if self.push is None else self.push
         grads = [torch.zeros_like(number) for number in learned]
         plain = self.is_plain()
@@ -203,54 +210,61 @@ class Logits:
             share = torch.where(self.mass > 0, push / self.mass, 0.0)  # no negatives: no gradient
         if plain:
             share = share * self.margin.scale
-            scaled, pulling = (x * self.margin.scale).to(self.dtype), x * share[:, None]
-            along = share / self.margin.scale
+            assert self._scaled is not None
+            scaled, pulling, along = self._scaled, x * share[:, None], share / self.margin.scale
         else:
             scaled, pulling, along = x.to(self.dtype), x, share
         pulling, total = pulling.to(self.dtype), torch.zeros_like(x)
         for piece in self._pieces():
-            cos, weight = self._cosines(piece, scaled)
-            inverse = self._inverse(piece, weight)
-            # What each centre is pulled along itself, which its norm takes no part in: [n * K].
+            # radial: what each centre is pulled along itself, which its norm takes no part in.
             if plain:
-                spread = self._exponentials(cos, piece, apart=True)
-                radial = torch.mv(cos.mul_(spread).T, along)
+                spread, weight, radial = self._slopes(piece, scaled, along)
             else:
+                cos, weight = self._cosines(piece, scaled)
                 spread = self._through_formula(cos, piece, share, learned, grads)
                 radial = cos.mul_(spread).sum(0)
-            spread = torch.mul(spread, inverse, out=spread).to(self.dtype)
+                spread = torch.mul(spread, piece.inverse, out=spread)
+            spread = spread.to(self.dtype)
             add_product(total, spread, self._narrow(weight))
             grad = self.rows.room(piece.where)  # [n, K, D]
             flat = product(spread.T, pulling, grad.flatten(0, 1))
             if piece.own is not None:
-                first = piece.where.start * self.num_subcenters
-                columns = own_place[piece.targets] - first
+                columns = own_column[piece.targets]
                 flat.index_add_(0, columns, own_grad[piece.targets])
                 radial.index_add_(0, columns, own_radial[piece.targets])
-            # Through w_hat = w / |w|: less what points along the centre.
-            radial.mul_(inverse).mul_(inverse)
-            flat.addcmul_(weight, radial[:, None], value=-1)
-            self.rows.add_gradient(piece.where, grad, weight.view_as(grad))
-        grad_x += total.mul_(share[:, None]) if plain else total
+            radial.mul_(piece.inverse).mul_(piece.inverse)
+            self.rows.add_gradient(piece.where, grad, weight.view_as(grad), radial)
+        if plain:
+            total.mul_(share[:, None])
+        total.index_add_(0, self.targets.row, own_pull)
         self._pool.give(self._kept)
         self._kept, self._is_written, self._num_kept = None, False, 0
         self.pull = self.push = self._owned = None
         self._spares, self._rooms = {}, {}
-        return grad_x, grads
+        return total, grads
 
-    def _target_gradient(self, x: Tensor, grad_x: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds the targets' part to grad_x; the place int64 [m] in [S * K] of each target's centre,
-        and the gradient [m, D] of it before what points along it is taken off."""
-        row, place = self.targets.row, self.targets.place
-        assert self.nearest is not None
-        own_place = place * self.num_subcenters + self.nearest
-        inverse = self.inverse[own_place][:, None]  # [m, 1]
-        pull = x.new_zeros(len(row), 1) if self.pull is None else self.pull[row][:, None]
-        grad_x.index_add_(0, row, pull * inverse * self._nearest_owned())
-        return own_place, pull * inverse * x[row]
+    def _slopes(self, piece: Piece, scaled: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where z is plain: exp(z) / |w| [B, n], the centres [n, D], and [n] of each the sum over
+        the rows of along * z * exp(z). along: [B]."""
+        z, weight = self._cosines(piece, scaled)
+        spread = self._exponentials(z, piece, apart=True)
+        radial = torch.mv(z.mul_(spread).T, along)
+        return torch.mul(spread, piece.inverse, out=spread), weight, radial
+
+    def _target_gradients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The targets' part in the gradient of their rows of x [m, D], and in that of their centres
+        [m, D], before what points along these is taken off: [m], times |w|^2."""
+        row = self.targets.row
+        assert self.nearest is not None and self.own_cos is not None
+        inverse = self.inverse[self.targets.place * self.num_subcenters + self.nearest]  # [m]
+        pull = x.new_zeros(len(row)) if self.pull is None else self.pull[row]
+        weight = (pull * inverse)[:, None]
+        return weight * self._nearest_owned(), x[row].mul_(weight), pull * self.own_cos
 
     def _nearest_owned(self) -> Tensor:
         """The centre [m, D] of each target, the nearest of K."""
+        if self.num_subcenters == 1:
+            return self.owned()[:, 0]
         assert self.nearest is not None
         which = self.nearest[:, None, None].expand(-1, 1, self.rows.like.shape[2])
         return self.owned().gather(1, which)[:, 0]
@@ -302,7 +316,7 @@ class Logits:
                 last += 1
             own = None
             if last > first:
-                own = targets.row[first:last], targets.place[first:last] - start
+                own = targets.row[first:last], self._column[first:last]
             yield Piece(number, slice(start, stop), own, slice(first, last), inverse)
             first = last
 

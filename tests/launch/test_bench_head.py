@@ -22,13 +22,14 @@ def test_a_case_on_two_processes():
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["case"] == {
         "W": 2, "B": 8, "C": 600, "D": 32, "r": 0.5, "dtype": "fp32", "stored_mib": 64,
-        "update_in_backward": False,
+        "update_in_backward": False, "kernel": "plain",
     }  # fmt: skip
     assert min(report["ms"].values()) > 0 and set(report["ms"]) == {"ours", "rival", "floor"}
     for name in ("time / rival", "time / floor"):
         assert report["median_ratio"][name] > 0
     assert min(report["peak_bytes"].values()) > 0 and report["products"] in (3, 4)
     assert report["forms"] == {} and report["left_out"] == {}
+    assert report["taken"] == {"ours": "plain"}
 
 
 def test_a_form_takes_its_turns_or_is_said_to_be_left_out():
@@ -40,8 +41,8 @@ def test_a_form_takes_its_turns_or_is_said_to_be_left_out():
         report = json.loads(done.stdout.splitlines()[-1])
         assert ("triton" in report["ms"]) is ("triton" in report["forms"]) is interpreting
         if interpreting:
-            assert report["taken"] == {"triton": "triton-128x128"}
-            assert set(report["forms"]["triton"]) == {"time / plain"}
+            assert report["taken"] == {"ours": "plain", "triton": "triton-128x128"}
+            assert set(report["forms"]["triton"]) == {"time / ours"}
         else:
             assert "Triton is for GPUs" in report["left_out"]["triton"]
 
@@ -68,6 +69,12 @@ def test_a_size_alone_where_it_fits():
 def test_a_mistake_is_said(typed, words, code):
     done = run(SCRIPT, *SMALL, *typed)
     assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("typed", [("--steps", 0), ("--embedding-size", 0), ("--largest", 5)])
+def test_a_mistake_of_a_picture_is_said(tmp_path, typed):
+    done = run("launch/bench/growth.py", tmp_path / "growth.svg", *typed)
+    assert done.returncode == 2 and f"{typed[0]} {typed[1]}: at least" in done.stderr
 
 
 @pytest.mark.long

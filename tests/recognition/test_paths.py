@@ -11,8 +11,10 @@ import torch.distributed as dist
 
 from recognition.head import Limits, PartialFC
 from recognition.kernels.fused import FusedLogits
+from recognition.kernels.native import NativeLogits
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
+from recognition.passes import NotBuilt, Passes
 from tests import ranks, reference
 from tests.recognition import test_head
 from tests.recognition.losses import test_sharding
@@ -26,6 +28,12 @@ PATHS = {
     "kept in part": ("device", Limits(1500, piece=7)),
     "held by the host": ("host", Limits(1500, piece=7)),
 }
+try:
+    passes = Passes(torch.float64)
+    native = functools.partial(NativeLogits, passes)
+    PATHS["native"] = ("device", Limits(1500, piece=7, logits=native, passes=passes))
+except NotBuilt:  # which test_native.py says
+    passes, native = None, None
 if importlib.util.find_spec("triton") is not None:
     from recognition.kernels import programs
 
@@ -79,12 +87,13 @@ def test_every_loss(path, case):
 C, D = 103, 16
 
 
-def trained(optimizer, in_backward, margin, sample_rate, num_subcenters, storage="device"):
+def trained(optimizer, in_backward, margin, sample_rate, num_subcenters, storage="device",
+            limits=None):  # fmt: skip
     """Rows, state, losses and gradients of the embeddings over three steps."""
     rank, world = dist.get_rank(), dist.get_world_size()
     head = PartialFC(
         MARGINS[margin](), D, C, sample_rate, num_subcenters, seed=5, head_storage=storage,
-        limits=Limits(1500, piece=7),
+        limits=limits or Limits(1500, piece=7),
     ).double()  # fmt: skip
     rows = optimizer(head)
     seen = []
