@@ -17,7 +17,8 @@ from torch.distributed import ProcessGroup
 
 from recognition import collectives
 from recognition.host import HostStorage
-from recognition.losses.logits import Logits, Targets
+from recognition.losses.cutting import Targets
+from recognition.losses.logits import Logits
 from recognition.losses.margin import Layer, Margin, Owned, Rows, Statistics
 from recognition.losses.reduction import (
     full_precision,

@@ -23,7 +23,8 @@ from recognition.head import PartialFC
 from recognition.kernels.compiled import compiled_operations
 from recognition.kernels.fused import FusedLogits, why_not
 from recognition.kernels.native import NativeLogits
-from recognition.losses.logits import Logits, Targets
+from recognition.losses.cutting import Targets
+from recognition.losses.logits import Logits
 from recognition.passes import NotBuilt, Passes
 from recognition.rows import Pool, SampledRows, unit
 from recognition.storage import DeviceStorage

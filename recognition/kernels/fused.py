@@ -21,8 +21,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from recognition.losses.logits import Logits, Piece, add_product, product
+from recognition.losses.cutting import Piece
+from recognition.losses.logits import Logits
 from recognition.losses.margin import Margin
+from recognition.losses.products import add_product, product
 
 _LOG2_E = math.log2(math.e)
 

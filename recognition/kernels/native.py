@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recognition.losses.logits import Logits, Piece, product
+from recognition.losses.cutting import Piece
+from recognition.losses.logits import Logits
+from recognition.losses.products import product
 from recognition.passes import Passes
 
 

@@ -13,30 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from recognition.losses.cutting import Piece, Targets, cut
 from recognition.losses.margin import Margin, Rows
+from recognition.losses.products import add_product, product
 from recognition.rows import Pool, SampledRows
-
-
-class Targets(NamedTuple):
-    """The rows of the batch whose class is on this rank, ordered by that class's place."""
-
-    row: Tensor  # int64 [m]
-    place: Tensor  # int64 [m] in the sample
-    local_id: Tensor  # int64 [m] in the shard
-    place_list: list[int]  # the same as `place`, on the host
-
-
-class Piece(NamedTuple):
-    number: int
-    where: slice  # of the sample
-    own: tuple[Tensor, Tensor] | None  # (row, column) of the targets in it; None: there are none
-    targets: slice  # those targets
-    inverse: Tensor  # [n * K] of 1 / |w|, written by the first pass
 
 
 class Logits:
@@ -302,23 +287,9 @@ class Logits:
     def _pieces(self) -> Iterator[Piece]:
         """Once through the sample. The first time leaves the norms of the centres."""
         if self._cut is None:
-            self._cut = [*self._cut_up()]
+            self._cut = [*cut(self.targets, self._column, self.inverse, len(self.rows), self.size)]
         yield from self._cut
         self._has_inverse = True
-
-    def _cut_up(self) -> Iterator[Piece]:
-        targets, first = self.targets, 0
-        for number, start in enumerate(range(0, len(self.rows), self.size)):
-            stop = min(start + self.size, len(self.rows))
-            inverse = self.inverse[start * self.num_subcenters : stop * self.num_subcenters]
-            last = first
-            while last < len(targets.place_list) and targets.place_list[last] < stop:
-                last += 1
-            own = None
-            if last > first:
-                own = targets.row[first:last], self._column[first:last]
-            yield Piece(number, slice(start, stop), own, slice(first, last), inverse)
-            first = last
 
     def _read(self, piece: Piece) -> Tensor:  # [n * K, D]
         return self.rows.read(piece.where).flatten(0, 1)
@@ -353,24 +324,6 @@ def _norm(centres: Tensor) -> Tensor:
     """|w| along the last axis, 1 where it is 0."""
     norm = torch.linalg.vector_norm(centres, dim=-1)
     return norm.masked_fill_(norm <= torch.finfo(norm.dtype).tiny, 1.0)
-
-
-def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b in `out`, which is as wide as the sums: fp32 of bf16 numbers, too."""
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        total += torch.mm(a, b, out_dtype=total.dtype)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _finite(peak: Tensor) -> Tensor:
