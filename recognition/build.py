@@ -29,12 +29,14 @@ from recognition.finite import FiniteGuard
 from recognition.freezing import freeze, train_mode
 from recognition.head import PartialFC
 from recognition.kernels.choice import choose_all
-from recognition.optim import LossScaler, RowAdamW, RowSGD, Schedule
+from recognition.optim import RowAdamW, RowSGD
 from recognition.phases import Phases
 from recognition.precision import dtype_of, resolve
 from recognition.run_dir import commit, initial_weights
 from recognition.runtime import Runtime
 from recognition.sampling import hash_words
+from recognition.scaler import LossScaler
+from recognition.schedule import Schedule
 from recognition.spikes import SpikeGuard, Window, make_guard, skipped
 
 _NETWORK_KEY = 3  # the purpose of this draw, as in sampling.py

@@ -1,13 +1,9 @@
-"""Learning rates, the optimisers of the sampled class rows, and the fp16 loss scale.
+"""The optimisers of the sampled class rows, and of what a margin learns.
 
 Letters: C_r classes of this rank, S sampled, K sub-centres, D embedding.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,35 +12,6 @@ from recognition.head import PartialFC
 from recognition.pieces import piece_size
 from recognition.rows import take_off
 from recognition.tables import Tables
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate as a pure function of the step."""
-
-    kind: str  # "polynomial" | "step" | "cosine"
-    lr: float  # after the warm-up
-    total_steps: int
-    warmup_steps: int = 0
-    power: float = 1.0  # of the polynomial
-    milestones: Sequence[int] = ()  # steps after which "step" multiplies by gamma
-    gamma: float = 0.1
-
-    def lr_at(self, step: float) -> float:
-        """The rate of the optimiser step that follows `step` completed ones.
-
-        Linear warm-up to lr over warmup_steps; then lr * (1 - p)^power, lr * (1 + cos(pi p)) / 2,
-        or lr * gamma^(milestones passed), with p the share done of the steps after the warm-up.
-        """
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        after = max(self.total_steps - self.warmup_steps, 1)
-        done = min((step - self.warmup_steps) / after, 1.0)
-        if self.kind == "polynomial":
-            return self.lr * (1.0 - done) ** self.power
-        if self.kind == "cosine":
-            return self.lr * (1.0 + math.cos(math.pi * done)) / 2
-        return self.lr * self.gamma ** sum(step >= milestone for milestone in self.milestones)
 
 
 class _RowOptimizer:
@@ -321,31 +288,3 @@ class RowAdamW(_RowOptimizer):
 def _as_rows(tensor: Tensor) -> Tensor:
     """A view [n, ...] -> [n, numbers of each]; a single number -> [1, 1]."""
     return tensor.reshape(len(tensor), -1) if tensor.dim() else tensor.reshape(1, 1)
-
-
-class LossScaler:
-    """The fp16 loss scale: halved when any rank finds a non-finite gradient, doubled after a run of
-    good steps. torch's GradScaler decides on each rank alone, so replicas drift apart; here
-    `found_inf` is handed in after the ranks have agreed on it."""
-
-    def __init__(
-        self, device: torch.device, initial: float = 65536.0, growth_interval: int = 2000
-    ) -> None:
-        self.scale = torch.tensor(initial, dtype=torch.float32, device=device)
-        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
-        self.skipped = torch.zeros((), device=device)  # steps so far
-        self.growth_interval = growth_interval
-
-    def update(self, found_inf: Tensor) -> None:  # [] not 0: this step was skipped
-        """The next step's scale, without a host synchronisation."""
-        self.skipped += found_inf
-        torch._amp_update_scale_(
-            self.scale, self.good_steps, found_inf, 2.0, 0.5, self.growth_interval
-        )
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in self.state_dict().items():
-            tensor.copy_(state[name])

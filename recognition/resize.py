@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recognition.config import Config
-from recognition.optim import Schedule
+from recognition.schedule import Schedule
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from recognition.optim import LossScaler
+from recognition.scaler import LossScaler
 
 
 def optimizer_tensors(

@@ -9,7 +9,9 @@ import torch
 
 from recognition.head import PartialFC
 from recognition.losses import MARGINS
-from recognition.optim import LossScaler, RowAdamW, RowSGD, Schedule
+from recognition.optim import RowAdamW, RowSGD
+from recognition.scaler import LossScaler
+from recognition.schedule import Schedule
 
 C, D = 50, 8
 

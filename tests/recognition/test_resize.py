@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from recognition import config, resize
-from recognition.optim import Schedule
+from recognition.schedule import Schedule
 
 
 def plan(world, saved_world, **keys):
