@@ -190,6 +190,8 @@ class HostStorage:
             self._next.arrival.finish()
         for stage in (self._current, self._next, self._previous):
             self._release(stage)
+        if self._pieces is not None:
+            self._pieces.updates += 1
         self._current = self._next = self._previous = self._stored = self._pieces = None
         self._version = self.version()
 
@@ -286,6 +288,7 @@ class HostStorage:
 
     def _release(self, stage: Stage | None) -> None:
         if stage is not None:
+            stage.changed()  # for a backward that comes too late
             self._free.append(stage.memory)
 
 

@@ -11,12 +11,13 @@ typedef REAL real;
 
 #define EACH _Pragma("omp parallel for num_threads(threads) schedule(static) if (threads > 1)")
 
-/* e^x to two roundings for |x| <= 87, 0 below, with no branch: loops over it become vectors.
-   2^k e^r with |r| <= ln 2 / 2; what follows r^7 in the series is below 6e-9. */
+/* e^x to two roundings for |x| <= 87, 0 below, infinite from 88 on, with no branch: loops over it
+   become vectors. 2^k e^r with |r| <= ln 2 / 2; what follows r^7 in the series is below 6e-9. */
 static inline float exp_float(float x)
 {
-    float k = nearbyintf((x < -87.0f ? -87.0f : x) * 1.44269504f);
-    float r = (x - k * 0.693145752f) - k * 1.42860677e-6f; /* ln 2 in two parts */
+    float within = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float k = nearbyintf(within * 1.44269504f);
+    float r = (within - k * 0.693145752f) - k * 1.42860677e-6f; /* ln 2 in two parts */
     float sum = 1.98412698e-4f;
     sum = sum * r + 1.38888889e-3f;
     sum = sum * r + 8.33333333e-3f;
@@ -25,16 +26,17 @@ static inline float exp_float(float x)
     sum = sum * r + 0.5f;
     sum = sum * r + 1.0f;
     sum = sum * r + 1.0f;
-    union { int32_t bits; float number; } power = { ((int32_t)k + 127) << 23 };
-    return x < -87.0f ? 0.0f : sum * power.number;
+    union { uint32_t bits; float number; } power = { (uint32_t)((int32_t)k + 127) << 23 };
+    float e = sum * power.number;
+    return x < -87.0f ? 0.0f : x > 88.0f ? INFINITY : e;
 }
 
 #define EXP(x) (sizeof(real) == sizeof(float) ? (real)exp_float((float)(x)) : (real)exp(x))
 
-/* out = those rows [n, D], inverse [n] = 1 / |w|, where |w| <= tiny it counts as 1. out NULL: the
-   rows stay where they are. */
+/* out = those rows [n, D], inverse [n] = 1 / |w|, never 0: where |w| <= tiny it counts as 1, and
+   where it is infinite as the largest number. out NULL: the rows stay where they are. */
 void read_rows(const real *restrict table, const int64_t *restrict index, int64_t n, int64_t D,
-               real tiny, real *restrict out, real *restrict inverse, int threads)
+               real tiny, real largest, real *restrict out, real *restrict inverse, int threads)
 {
     EACH for (int64_t i = 0; i < n; i++) {
         const real *restrict w = table + (index ? index[i] : i) * D;
@@ -51,6 +53,7 @@ void read_rows(const real *restrict table, const int64_t *restrict index, int64_
             for (int64_t j = 0; j < D; j++) sum += w[j] * w[j];
         }
         real norm = (real)sqrt(sum);
+        norm = norm > largest ? largest : norm;
         inverse[i] = 1 / (norm > tiny ? norm : 1);
     }
 }

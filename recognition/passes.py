@@ -13,7 +13,9 @@ import ctypes
 import functools
 import os
 import platform
+import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -47,17 +49,24 @@ class Passes:
         if dtype not in _REALS:
             raise NotBuilt(f"class rows are {dtype}, not float32 or float64")
         self.dtype = dtype
-        library = _build(_REALS[dtype])
+        library = _built(_REALS[dtype])
+        if isinstance(library, str):
+            raise NotBuilt(library)
         real = ctypes.c_float if dtype == torch.float32 else ctypes.c_double
-        self._tiny = torch.finfo(dtype).tiny
+        self._limits = torch.finfo(dtype).tiny, torch.finfo(dtype).max  # of a norm
 
         def function(name: str, *types: Any) -> Any:
-            found = library[name]
+            try:
+                found = library[name]
+            except AttributeError as error:
+                raise NotBuilt(f"what the compiler made is no such library: {error}") from error
             found.argtypes, found.restype = [*types, _THREADS], None
             return found
 
         pointers, counts = [_POINTER] * 5, [_COUNT] * 3
-        self._read_rows = function("read_rows", *pointers[:2], *counts[:2], real, *pointers[:2])
+        self._read_rows = function(
+            "read_rows", *pointers[:2], *counts[:2], real, real, *pointers[:2]
+        )
         self._sum_exp = function("sum_exp", *pointers[:2], *counts[:2], _POINTER)
         self._slopes = function("slopes", *pointers[:3], *counts[:2], _POINTER)
         self._sgd = function("sgd", *pointers, *counts, real, real, real)
@@ -68,7 +77,7 @@ class Passes:
         """Rows of the table [*, D] into `out` [n, D], where there is one, and 1 / |w| of each into
         `inverse` [n], 1 where w is 0. index: int64 [n] rows; None: the first n."""
         self._read_rows(
-            self._at(table), _rows(index), len(inverse), table.shape[1], self._tiny,
+            self._at(table), _rows(index), len(inverse), table.shape[1], *self._limits,
             self._at(out), self._at(inverse), torch.get_num_threads(),
         )  # fmt: skip
 
@@ -121,32 +130,61 @@ class Passes:
 def _rows(index: Tensor | None) -> int | None:
     if index is None:
         return None
-    assert index.dtype == torch.int64 and index.device.type == "cpu"
+    if index.dtype != torch.int64 or index.device.type != "cpu":
+        raise TypeError(f"index: {index.dtype} on {index.device}, not int64 on the CPU")
     return _dense(index)
 
 
 def _dense(tensor: Tensor) -> int:
-    assert tensor.is_contiguous()
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"head_kernel=native wants dense memory, not strides of {tensor.stride()} for "
+            f"{tuple(tensor.shape)}: make it contiguous()"
+        )
     return tensor.data_ptr()
 
 
 @functools.cache
-def _build(real: str) -> ctypes.CDLL:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if not compiler:
-        raise NotBuilt("there is no C compiler (cc, gcc or what CC names)")
+def _built(real: str) -> ctypes.CDLL | str:
+    """The program, or why there is none."""
+    named = os.environ.get("CC", "").strip()
+    try:
+        compiler = shlex.split(named) or [shutil.which("cc") or shutil.which("gcc") or ""]
+    except ValueError as error:
+        return f"CC={named}: {error}"
+    if not compiler[0]:
+        return "there is no C compiler: install gcc, or name one by CC"
     flags = _FLAGS + (_X86_FLAGS if platform.machine() == "x86_64" else [])
-    with tempfile.TemporaryDirectory(prefix="arcline-passes-") as folder:
-        library = f"{folder}/passes.so"
-        command = [
-            *compiler.split(), *flags, f"-DREAL={real}", "-shared", "-fPIC", str(_SOURCE), "-o",
-            library, "-lm",
-        ]  # fmt: skip
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
-            return ctypes.CDLL(library)  # stays when the file is gone
-        except subprocess.CalledProcessError as error:
-            said = (error.stderr.strip() or "without a word").splitlines()[0]
-            raise NotBuilt(f"{compiler} ended with {error.returncode}: {said}") from error
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise NotBuilt(f"{compiler}: {error}") from error
+    try:
+        # What is loaded stays when its file is gone.
+        with tempfile.TemporaryDirectory(
+            prefix="arcline-passes-", ignore_cleanup_errors=True
+        ) as folder:
+            library = f"{folder}/passes.so"
+            program = [f"-DREAL={real}", "-shared", "-fPIC", str(_SOURCE), "-o", library, "-lm"]
+            return _compile([*compiler, *flags, *program]) or ctypes.CDLL(library)
+    except OSError as error:
+        return (
+            f"{shlex.join(compiler)} (CC names another): {error}. TMPDIR names a directory that "
+            "can be written to and from which programs may run"
+        )
+
+
+def _compile(command: list[str]) -> str:
+    """Run the compiler. What it complained of; "" if of nothing."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    try:
+        _, said = process.communicate(timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} took more than {_SECONDS} s; CC names another compiler"
+    finally:
+        if process.returncode is None:  # with all that it has started
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode == 0:
+        return ""
+    first = (said.strip() or "without a word").splitlines()[0]
+    return f"{command[0]} ended with {process.returncode}: {first}; CC names another compiler"

@@ -126,6 +126,8 @@ class SampledRows:
         Raises:
             RuntimeError: the weight has changed since the forward.
         """
+        if self.sink is not None and self.is_finished:
+            raise RuntimeError("a backward of this forward has updated the class rows already")
         if self._current_version() != self._version:
             raise RuntimeError("the class rows were changed between a forward and its backward")
         self._adds, self.is_finished = self.grad is not None, True

@@ -187,6 +187,22 @@ def test_changes_from_outside_are_seen():
         loss.backward()
 
 
+@pytest.mark.parametrize("sample_rate", [0.3, 1.0])
+def test_a_backward_after_its_step_was_dropped_is_refused(sample_rate):
+    """Its memory may hold the rows of later steps."""
+    head = make("host", sample_rate=sample_rate)
+    rows = RowSGD(head)
+    late = head(*batch(0, 0, 1))
+    head.drop_step()
+    for number in range(1, 5):
+        x, labels = batch(number, 0, 1)
+        rows.begin(0.1)
+        head(x.requires_grad_(), labels).backward()
+        rows.step(0.1)
+    with pytest.raises(RuntimeError, match="changed between a forward and its backward"):
+        late.backward()
+
+
 def test_the_state_dict_waits_for_the_copies():
     head = make("host")
     rows = RowSGD(head)

@@ -5,8 +5,12 @@ The dense layer and every loss in this form are in test_paths.py.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import math
+import pathlib
+import tempfile
 
 import pytest
 import torch
@@ -48,6 +52,12 @@ def test_exponentials_are_right_to_two_roundings(dtype):
     x = torch.linspace(-87, 87, 100_001, dtype=dtype)[:, None]
     found = PASSES[dtype].sum_exp(x, torch.ones(1, dtype=dtype))
     assert float((found.double() / x[:, 0].double().exp() - 1).abs().max()) < 4 * ROUNDING[dtype]
+
+
+def test_exponentials_beyond_the_range_are_infinite_or_zero():
+    x = torch.tensor([[88.5], [200.0], [torch.inf], [-88.0], [-torch.inf]])
+    found = PASSES[torch.float32].sum_exp(x, torch.ones(1))
+    assert found.tolist() == [math.inf] * 3 + [0.0] * 2
 
 
 @dtypes
@@ -178,6 +188,25 @@ def test_a_change_of_the_rows_between_forward_and_backward_is_found():
         late.backward()
 
 
+def test_a_row_whose_norm_overflows_is_torchs():
+    losses = []
+    for limits in (Limits(), Limits(logits=functools.partial(NativeLogits, PASSES[torch.float32]))):
+        head = PartialFC(MARGINS["cosface"](), 16, 40, limits=limits)
+        head.weight.data[0] = 1e19  # a target's
+        losses.append(head(drawn(8, 16, dtype=torch.float32), torch.arange(8)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and math.isfinite(losses[0])
+
+
+def test_rows_that_are_not_dense_are_refused():
+    head = PartialFC(
+        MARGINS["arcface"](), 8, 30,
+        limits=Limits(logits=functools.partial(NativeLogits, PASSES[torch.float32])),
+    )  # fmt: skip
+    head.weight.data = torch.randn(8, 30).T
+    with pytest.raises(ValueError, match="make it contiguous"):
+        head(torch.randn(4, 8), torch.arange(4))
+
+
 def test_rows_of_another_dtype_are_refused():
     limits = Limits(logits=functools.partial(NativeLogits, PASSES[torch.float32]))
     head = PartialFC(MARGINS["arcface"](), 8, 30, limits=limits).double()
@@ -194,7 +223,7 @@ def chosen(wanted, known="", worth=None, broken=(), compiler=None, dtype=torch.f
         if worth is not None:
             patch.setattr(choice, "_WORTH_BUILDING", worth)
         if rank in broken:
-            patch.setattr(passes, "_build", passes._build.__wrapped__)
+            patch.setattr(passes, "_built", passes._built.__wrapped__)
             patch.setenv("CC", compiler)
         head = PartialFC(MARGINS["arcface"](), 8, 300).to(dtype)
         found = choice.choose(wanted, head, 8, known)
@@ -213,12 +242,41 @@ def chosen(wanted, known="", worth=None, broken=(), compiler=None, dtype=torch.f
         ("auto", {"known": "native"}, "native", "native is taken"),
         ("native", {"dtype": torch.bfloat16}, "plain", "class rows are torch.bfloat16, not"),
         ("native", {"broken": (0, 1), "compiler": "false"}, "plain", "false ended with 1"),
-        ("native", {"broken": (0, 1), "compiler": "/no/cc"}, "plain", "/no/cc: [Errno 2]"),
+        (
+            "native",
+            {"broken": (0, 1), "compiler": "'/no such/cc' -O0"},
+            "plain",
+            "'/no such/cc' -O0 (CC names another): [Errno 2]",
+        ),
+        ("native", {"broken": (0, 1), "compiler": "true"}, "plain", "cannot open shared object"),
+        ("native", {"broken": (0, 1), "compiler": "cc -Dsgd=other"}, "plain", "no such library"),
+        ("native", {"broken": (0, 1), "compiler": " "}, "native", "native is taken"),
     ],
 )
 def test_a_form_is_taken_or_what_hinders_is_said(wanted, options, form, words):
     for found in ranks.run(2, functools.partial(chosen, wanted, **options)):
         assert found.form == form and words in found.said and bool(found.said) is bool(words)
+
+
+def test_what_hangs_or_stammers_is_ended_and_leaves_nothing(tmp_path, monkeypatch):
+    """With the programs that the compiler has started."""
+    monkeypatch.setattr(passes, "_SECONDS", 1)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    compiler, pid = tmp_path / "cc", tmp_path / "pid"
+    compiler.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {pid}\nwait\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert "took more than 1 s" in passes._built.__wrapped__("float")
+    stat = pathlib.Path(f"/proc/{int(pid.read_text())}/stat")
+    with contextlib.suppress(FileNotFoundError):  # it is gone, or not yet buried
+        assert stat.read_text().split()[2] == "Z"
+    compiler.write_text("#!/bin/sh\nprintf 'a\\377b' >&2\nexit 3\n")
+    assert "ended with 3: a" in passes._built.__wrapped__("float")
+    assert not [*tmp_path.glob("arcline-passes-*")]
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nonexistent"])
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert "TMPDIR names" in passes._built.__wrapped__("float")
 
 
 def test_ranks_take_one_form():

@@ -147,6 +147,11 @@ def test_what_needs_the_gradient_is_refused():
     with pytest.raises(ValueError, match="neither be scaled, skipped"):
         rows.step(0.1, found_inf=torch.zeros(()))
     head, rows, batch = begun()
+    loss = head(*batch)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="updated the class rows already"):
+        loss.backward()
+    head, rows, batch = begun()
     head(*batch).backward()
     with pytest.raises(ValueError, match="another lr|have another lr"):
         rows.step(0.2)
