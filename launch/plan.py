@@ -14,7 +14,6 @@ classes. Time on the wire is bytes over --bandwidth, no overlap, no latency.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 from data_tools.commands import one_line
 from data_tools.union import open_all
+from launch.plan_advice import advice
 from launch.plan_backbone import backbone_bytes
 from recognition import config
 from recognition.config import Config
@@ -147,32 +147,6 @@ def _wire(cfg: Config, batch: int, gpus: int, weights: float) -> dict[str, float
     }
 
 
-def advice(cfg: Config, num_classes: int, gpus: int, memory: float) -> list[str]:
-    """What would make the run fit into `memory` bytes, what fits first; [] if it fits."""
-    if plan(cfg, num_classes, gpus).total <= memory:
-        return []
-    tried: dict[str, tuple[Config, int]] = {}
-    if not cfg.update_in_backward and cfg.accumulation == 1 and cfg.precision != "fp16":
-        tried["update_in_backward=true"] = dataclasses.replace(cfg, update_in_backward=True), gpus
-    for rate in (0.3, 0.1):
-        if rate < cfg.sample_rate:
-            tried[f"sample_rate={rate}"] = dataclasses.replace(cfg, sample_rate=rate), gpus
-    if cfg.head_storage == "device":
-        tried["head_storage=host"] = dataclasses.replace(cfg, head_storage="host"), gpus
-    for factor in (2, 4):
-        if cfg.global_batch_size is None and cfg.accumulation == 1:
-            rows = (cfg.batch_size or 128) // factor
-            less = dataclasses.replace(cfg, batch_size=rows, accumulation=factor)
-            tried[f"batch_size={rows} accumulation={factor}"] = less, gpus
-    fitting = [
-        what for what, (one, many) in tried.items() if plan(one, num_classes, many).total <= memory
-    ]
-    more = (gpus * 2**k for k in range(1, 8))
-    enough = next((many for many in more if plan(cfg, num_classes, many).total <= memory), None)
-    fitting += [] if enough is None else [f"--gpus {enough}"]
-    return fitting or ["nothing of these alone: a smaller network or batch, and more GPUs"]
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch.plan",
@@ -199,7 +173,10 @@ def main(arguments: list[str] | None = None) -> int:
         if num_classes < args.gpus:
             raise ValueError(f"--gpus {args.gpus}: 1 to {num_classes}, the number of classes")
         found = plan(cfg, num_classes, args.gpus)
-        hints = advice(cfg, num_classes, args.gpus, (args.memory or math.inf) * _GB)
+        hints = advice(
+            cfg, args.gpus, (args.memory or math.inf) * _GB,
+            lambda one, gpus: plan(one, num_classes, gpus).total,
+        )  # fmt: skip
     except (ValueError, KeyError, TypeError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1

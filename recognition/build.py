@@ -129,10 +129,12 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     dtype = dtype_of(precision)
 
     torch.manual_seed(hash_words(cfg.seed, _NETWORK_KEY) >> 1)  # the same network on every rank
-    backbone = _make_backbone(cfg)
+    backbone, said = _make_backbone(cfg), list[str]()
     if cfg.init_from and resumed_from is None:
         order_of = None if cfg.init_color_order == "auto" else cfg.init_color_order
-        checkpoint.load_state(backbone, initial_weights(cfg.init_from, order_of), cfg.init_from)
+        weights = initial_weights(cfg.init_from, order_of)
+        checkpoint.load_state(backbone, weights, cfg.init_from)
+        said.append(f"init_from={cfg.init_from}: {len(weights)} tensors of the network are taken")
     if cfg.freeze:
         freeze(backbone, cfg.freeze)
     if cfg.sync_bn:
@@ -165,7 +167,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
             "labels_crc32": labels_crc32, **plan.facts(),
             "head_forms": [choice.form for choice in choices],
         },
-        said=[choice.said for choice in choices if choice.said],
+        said=said + [choice.said for choice in choices if choice.said],
         set_aside=set_aside,
         spikes=make_guard(cfg, runtime.group, runtime.device),
         skipped=skipped(cfg.output, None),
@@ -173,6 +175,9 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     if cfg.teacher is not None:
         state.teacher = distill.open_teacher(
             cfg.teacher, cfg.embedding_size, len(data), runtime.device, precision
+        )
+        state.said.append(
+            f"teacher={cfg.teacher}: {cfg.teacher_loss} loss, teacher_weight={cfg.teacher_weight:g}"
         )
     if resumed_from is None and cfg.init_head is not None:
         _start_centres(state)

@@ -30,10 +30,13 @@ import torch
 from torch import Tensor
 
 from recognition import mxnet_params
+from recognition.backbones import BACKBONES
+from recognition.checkpoint.backbone import misfit
 from recognition.checkpoint.directory import sync
 
 WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".safetensors", ".params")
 
+_TORCH_MAGIC = (b"PK", b"\x80\x02")  # a zip; a pickle, as torch wrote before 1.6
 _OUR_EPS, _MXNET_EPS = 1e-5, 2e-5
 _WIDTHS = (64, 128, 256, 512)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -89,7 +92,12 @@ def read_torch(path: str) -> Any:
     except OSError:
         raise
     except Exception as error:  # damaged bytes can fail anywhere in torch's reader
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = "it is damaged, or nothing that torch.save wrote"
+        if Path(path).read_bytes()[:2] in _TORCH_MAGIC and "eights only" in str(error):
+            reason = (
+                "it holds objects beside tensors and plain containers, which reading could run: "
+                "save the network's state_dict()"
+            )
         raise ValueError(f"{path} cannot be read as weights: {reason}") from error
 
 
@@ -235,13 +243,40 @@ def main(arguments: list[str] | None = None) -> int:
         state = read_weights(args.source, args.color_order)
         if not state:
             raise ValueError(f"{args.source} holds no backbone: not one tensor of it is left")
+        network = network_of(state, args.source)
         _write(state, out, {"source": args.source, "color_order": "RGB"})
     except (ValueError, OSError, safetensors.SafetensorError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     size = sum(value.numel() for value in state.values())
-    print(f"{args.out}: {len(state)} tensors, {size / 1e6:.1f} M numbers, takes RGB")
+    print(f"{args.out}: {network}, {len(state)} tensors, {size / 1e6:.1f} M numbers, takes RGB")
     return 0
+
+
+def network_of(state: Mapping[str, Tensor], source: str) -> str:
+    """The name of the network that these weights are of.
+
+    Raises:
+        ValueError: they are of none; with what is amiss for the nearest.
+    """
+    # All end in a BatchNorm of the embedding.
+    sizes = [len(v) for n, v in state.items() if n.startswith("feature") and v.ndim == 1]
+    shared = {}  # of each network: how many names and shapes are the same, and the network
+    for name in BACKBONES:
+        with torch.device("meta"):
+            module = BACKBONES[name](embedding_size=sizes[-1] if sizes else 512)
+        own = {n: v.shape for n, v in module.state_dict().items()}
+        same = sum(n in state and state[n].shape == shape for n, shape in own.items())
+        if same == len(own) == len(state):
+            return name
+        shared[name] = same, module
+    nearest = max(shared, key=lambda name: shared[name][0])
+    if not shared[nearest][0]:
+        raise ValueError(
+            f"{source} is of no network here ({', '.join(BACKBONES)}): it holds "
+            f"{', '.join([*state][:4])}"
+        )
+    raise ValueError(f"as {nearest}, the nearest: {misfit(shared[nearest][1], state, source)}")
 
 
 def _write(state: Mapping[str, Tensor], out: Path, facts: dict[str, str]) -> None:

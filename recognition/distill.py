@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from eval.embed_onnx import OnnxEmbedder
 from recognition import checkpoint, collectives
+from recognition.convert import WEIGHT_FILES
 from recognition.precision import autocast
 
 
@@ -40,6 +41,11 @@ def open_teacher(
     """
     if path.endswith(".npy"):
         return Stored(path, size, num_images, device)
+    if path.endswith(WEIGHT_FILES):
+        raise ValueError(
+            f"teacher={path}: a file of weights does not say of which network: a run directory, "
+            "an .onnx or an .npy is taken"
+        )
     if not Path(path).exists():
         raise FileNotFoundError(f"teacher={path}: no such run directory, .onnx or .npy file")
     teacher: Teacher

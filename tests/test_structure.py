@@ -106,14 +106,17 @@ MAY_IMPORT = {
     "recognition/freezing.py": [],
     "recognition/distill.py": [
         "recognition.checkpoint", "recognition.collectives", "recognition.precision",
-        "eval.embed_onnx",
+        "recognition.convert", "eval.embed_onnx",
     ],
     "recognition/initialise.py": [
         "recognition.checkpoint", "recognition.checkpoint.*", "recognition.convert",
         "recognition.head", "data_tools.decode", "data_tools.shards", "data_tools.union",
         "eval.embed_onnx",
     ],
-    "recognition/convert.py": ["recognition.mxnet_params", "recognition.checkpoint.directory"],
+    "recognition/convert.py": [
+        "recognition.mxnet_params", "recognition.backbones", "recognition.checkpoint.backbone",
+        "recognition.checkpoint.directory",
+    ],
     "recognition/run_dir.py": [
         "recognition.checkpoint", "recognition.config", "recognition.convert",
     ],

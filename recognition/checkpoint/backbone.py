@@ -41,6 +41,13 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     Raises:
         ValueError: listing the names that are missing, unexpected, or of another shape.
     """
+    if wrong := misfit(module, state, source):
+        raise ValueError(wrong)
+    module.load_state_dict(dict(state))
+
+
+def misfit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> str:
+    """What of a state does not fit a network, for a person; "" if all does."""
     own = module.state_dict()
     problems = (
         [f"missing {name}" for name in own if name not in state],
@@ -54,5 +61,5 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     if count := sum(map(len, problems)):
         shown = [line for kind in problems for line in kind[:_SHOWN]]
         listed = "\n  ".join(shown) + ("\n  ..." if count > len(shown) else "")
-        raise ValueError(f"{source} does not fit this network ({count} names):\n  {listed}")
-    module.load_state_dict(dict(state))
+        return f"{source} does not fit this network ({count} names):\n  {listed}"
+    return ""

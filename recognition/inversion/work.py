@@ -92,18 +92,29 @@ def check_settings(out: Path, facts: Mapping[str, Any]) -> None:
                 "another --out, an empty or a new one"
             )
         return
-    there, now = read_json(path), json.loads(json.dumps(facts))
-    known, asked = {**there, **there.get("settings", {})}, {**now, **now.get("settings", {})}
+    known, asked = _flat(read_json(path)), _flat(json.loads(json.dumps(facts)))
+    if known.get("network.sha256") == asked.get("network.sha256"):
+        asked["network.path"] = known.get("network.path")  # a checkpoint, by any of its names
     differ = [
         f"{key} {known.get(key)!r} there, {asked.get(key)!r} now"
         for key in {**known, **asked}
-        if known.get(key) != asked.get(key) and key != "settings"
+        if known.get(key) != asked.get(key)
     ]
     if differ:
         raise ValueError(
             f"{out} holds another inversion ({'; '.join(differ)[:600]}): choose another --out, "
-            "or ask for the same to go on with it"
+            "or ask for the same to go on with it (RUN/checkpoints/step-N names a network for good)"
         )
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What an inversion was made for, entry by entry."""
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        prefix = "" if key == "settings" else f"{key}."
+        entries = value.items() if isinstance(value, dict) else [(None, value)]
+        flat |= {key if entry is None else f"{prefix}{entry}": one for entry, one in entries}
+    return flat
 
 
 @contextlib.contextmanager
@@ -196,6 +207,8 @@ def _finish(
     """The batch to its end and into its files; the last terms."""
     began, before = time.perf_counter(), batch.step
     last: Terms = {}
+    if before:
+        print(f"batch {batch.number} goes on at step {before}", file=sys.stderr, flush=True)
 
     def after(batch: Batch, terms: Terms | None) -> None:
         if terms is not None:

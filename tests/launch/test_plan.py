@@ -129,6 +129,23 @@ def test_what_does_not_fit_is_told_what_to_change():
 
 
 @pytest.mark.parametrize(
+    "typed, hints",
+    [
+        (["--memory", 24, "sample_rate=0.1"], ["accumulation=2", "accumulation=4"]),
+        (["--memory", 40, "network=vit_l"], ["network_args.checkpointing=true", "accumulation=2"]),
+        (["--memory", 24, "--classes", 100_000_000, "head_storage=host"],
+         ["sample_rate=0.1 accumulation=4"]),
+    ],
+)  # fmt: skip
+def test_advice_is_of_what_is_too_large(typed, hints):
+    """And what it says does fit, as it is typed."""
+    asked = ["-m", "launch.plan", RECIPE, "--gpus", 8, "--classes", 10_000_000, *typed, "--json"]
+    found = json.loads(command(*asked).stdout.splitlines()[-1])["advice"]
+    assert found[: len(hints)] == hints
+    assert json.loads(command(*asked, *hints[0].split()).stdout.splitlines()[-1])["fits"] is True
+
+
+@pytest.mark.parametrize(
     "typed, words, code",
     [
         ([RECIPE, "--gpus", 0, "--classes", 10], "--gpus 0", 1),

@@ -363,6 +363,9 @@ def test_damaged_files_are_told_by_name(tmp_path):
         ({1: torch.ones(2)}, "not a state dict"),
         ({}, "not one tensor"),
         ({"a": torch.tensor([1.0, np.nan])}, "hold NaN or infinity, a"),
+        ({"a": torch.ones(2)}, "of no network here (r18, "),
+        ({"conv1.weight": torch.ones(64, 3, 3, 3)}, "as r18, the nearest: "),
+        (nn.Linear(2, 2), "save the network's state_dict()"),
     ],
 )
 def test_the_command_refuses_what_is_no_network(state, told, tmp_path, capsys):
@@ -373,11 +376,17 @@ def test_the_command_refuses_what_is_no_network(state, told, tmp_path, capsys):
 
 
 def test_tensors_of_one_storage_are_written_each(tmp_path, capsys):
-    one = torch.arange(6.0)
-    torch.save({"a": one, "b": one, "c": one[2:]}, tmp_path / "x.pt")
+    state = BACKBONES["mbf_tiny"](embedding_size=16).state_dict()
+    norms = [name for name in state if name.endswith("1.weight") and len(state[name]) == 32][:3]
+    one = torch.arange(34.0)
+    parts = one[:32], one[:32], one[2:]
+    torch.save({**state, **dict(zip(norms, parts, strict=True))}, tmp_path / "x.pt")
     out = tmp_path / "y.safetensors"
     assert convert.main([str(tmp_path / "x.pt"), str(out)]) == 0
-    assert convert.read_weights(str(out))["c"].tolist() == [2, 3, 4, 5]
+    assert "mbf_tiny" in capsys.readouterr().out
+    written = convert.read_weights(str(out))
+    for name, part in zip(norms, parts, strict=True):
+        assert torch.equal(written[name], part)
     for name, told in (("y.pt", "*.safetensors"), ("none/y.safetensors", "make it first")):
         assert convert.main([str(tmp_path / "x.pt"), str(tmp_path / name)]) == 1
         assert told in capsys.readouterr().err

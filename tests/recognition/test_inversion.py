@@ -719,3 +719,18 @@ def test_real_faces_are_inverted(tmp_path):
     (report,) = proved(tmp_path, tmp_path / "shards")
     assert report["under_itself"]["identity_rate"] >= 0.95
     assert report["under_others"][0]["times_chance"] >= 3
+
+
+def test_a_network_is_known_by_its_weights_not_by_how_it_was_typed(tmp_path):
+    """A run directory names another checkpoint once the run has gone on; the old one has a name."""
+    facts = {"network": {"path": "runs/a", "step": 200, "sha256": "a0"}, "settings": {"steps": 9}}
+    (tmp_path / "settings.json").write_text(json.dumps(facts))
+    there = facts | {
+        "network": {"path": "runs/a/checkpoints/step-200", "step": 200, "sha256": "a0"}
+    }
+    work.check_settings(tmp_path, there)
+    newer = facts | {"network": {"path": "runs/a", "step": 400, "sha256": "b1"}}
+    with pytest.raises(ValueError, match=r"network.step 200 there, 400 now.*checkpoints/step-N"):
+        work.check_settings(tmp_path, newer)
+    with pytest.raises(ValueError, match="steps 9 there, 8 now"):
+        work.check_settings(tmp_path, there | {"settings": {"steps": 8}})
