@@ -58,6 +58,14 @@ void read_rows(const real *restrict table, const int64_t *restrict index, int64_
     }
 }
 
+/* z [B, n] = -inf at m places */
+void leave_out(real *restrict z, const int64_t *restrict row, const int64_t *restrict column,
+               int64_t m, int64_t n, int threads)
+{
+    (void)threads; /* they are few */
+    for (int64_t i = 0; i < m; i++) z[row[i] * n + column[i]] = -INFINITY;
+}
+
 /* mass [B] = sum over n of e^(z / |w|) */
 void sum_exp(const real *restrict z, const real *restrict inverse, int64_t B, int64_t n,
              real *restrict mass, int threads)

@@ -67,6 +67,7 @@ class Passes:
         self._read_rows = function(
             "read_rows", *pointers[:2], *counts[:2], real, real, *pointers[:2]
         )
+        self._leave_out = function("leave_out", *pointers[:3], *counts[:2])
         self._sum_exp = function("sum_exp", *pointers[:2], *counts[:2], _POINTER)
         self._slopes = function("slopes", *pointers[:3], *counts[:2], _POINTER)
         self._sgd = function("sgd", *pointers, *counts, real, real, real)
@@ -77,13 +78,17 @@ class Passes:
         """Rows of the table [*, D] into `out` [n, D], where there is one, and 1 / |w| of each into
         `inverse` [n], 1 where w is 0. index: int64 [n] rows; None: the first n."""
         self._read_rows(
-            self._at(table), _rows(index), len(inverse), table.shape[1], *self._limits,
+            self._at(table), _rows(index), inverse.shape[0], table.shape[1], *self._limits,
             self._at(out), self._at(inverse), torch.get_num_threads(),
         )  # fmt: skip
 
+    def leave_out(self, z: Tensor, row: Tensor, column: Tensor) -> None:
+        """z[row, column] = -inf. z: [B, n]; row, column: int64 [m]."""
+        self._leave_out(self._at(z), _rows(row), _rows(column), row.shape[0], z.shape[1], 1)
+
     def sum_exp(self, z: Tensor, inverse: Tensor) -> Tensor:
         """Sum over n of exp(z * inverse): [B]. z: [B, n]."""
-        mass = z.new_empty(len(z))
+        mass = z.new_empty(z.shape[0])
         self._sum_exp(
             self._at(z), self._at(inverse), *z.shape, self._at(mass), torch.get_num_threads()
         )
@@ -119,7 +124,7 @@ class Passes:
     def _at(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
             return None
-        if tensor.dtype != self.dtype or tensor.device.type != "cpu":
+        if tensor.dtype is not self.dtype or not tensor.is_cpu:
             raise TypeError(
                 f"{tensor.dtype} on {tensor.device}, but head_kernel=native was chosen for "
                 f"{self.dtype} on the CPU: choose after moving the head"
@@ -130,7 +135,7 @@ class Passes:
 def _rows(index: Tensor | None) -> int | None:
     if index is None:
         return None
-    if index.dtype != torch.int64 or index.device.type != "cpu":
+    if index.dtype is not torch.int64 or not index.is_cpu:
         raise TypeError(f"index: {index.dtype} on {index.device}, not int64 on the CPU")
     return _dense(index)
 

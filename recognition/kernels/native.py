@@ -42,7 +42,7 @@ class NativeLogits(Logits):
         if not (self._is_written and self._kept_here(piece)):
             product(scaled, self._narrow(weight).T, room)
             if piece.own is not None:
-                room[piece.own] = -torch.inf
+                self._passes.leave_out(room, *piece.own)
         return room, weight
 
     def _read_once(self, piece: Piece) -> Tensor:  # [n, D]
@@ -54,8 +54,8 @@ class NativeLogits(Logits):
                 self._passes.read_rows(table, None, None, piece.inverse)
             return table
         if self._centres_room is None:  # the first piece is the largest
-            self._centres_room = table.new_empty(len(piece.inverse), table.shape[1])
-        out = self._centres_room[: len(piece.inverse)]
+            self._centres_room = table.new_empty(piece.inverse.shape[0], table.shape[1])
+        out = self._centres_room[: piece.inverse.shape[0]]
         if self._has_inverse:
             return torch.index_select(table, 0, index, out=out)
         self._passes.read_rows(table, index, out, piece.inverse)

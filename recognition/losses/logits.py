@@ -304,10 +304,10 @@ class Logits:
 
     def _room(self, piece: Piece, narrow: Tensor) -> Tensor:
         """Memory for [B, n * K] of a piece: of what is kept, or of this moment."""
-        columns = len(piece.inverse)
+        columns = piece.inverse.shape[0]
         if self._kept is not None and self._kept_here(piece):
-            return self._kept[piece.number, : len(narrow) * columns].view(-1, columns)
-        return self._spare(0, len(narrow), columns)
+            return self._kept[piece.number, : narrow.shape[0] * columns].view(-1, columns)
+        return self._spare(0, narrow.shape[0], columns)
 
     def _spare(self, which: int, num_rows: int, columns: int) -> Tensor:
         """One of two memories [B, n * K] of this moment, the same for all pieces."""
