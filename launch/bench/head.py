@@ -209,6 +209,8 @@ def _peak_of_rival(plain: Measurement) -> int:
 def _report(told: Measurement) -> dict[str, Any]:
     case = told.case
     times = together(told.world, told.device, _time, told)
+    if "unavailable" in times:
+        raise ValueError(f"--kernel {case.kernel}: {times['unavailable']}")
     seconds: dict[str, list[float]] = times["seconds"]
     timed = [name for name in seconds if name != "floor"]
     if case.alone:  # a large one is not built twice
@@ -289,7 +291,10 @@ def _time(rank: int, device: torch.device, told: Measurement) -> dict[str, Any]:
                 raise
             left_out[name] = one_line(error)
 
-    ours = Ours(case, device)
+    try:
+        ours = Ours(case, device)
+    except Unavailable as error:  # on every rank
+        return {"unavailable": str(error)}
     ours.step(x, labels)
     sides["ours"] = ours
     for form in case.forms:

@@ -60,6 +60,7 @@ def test_a_size_alone_where_it_fits():
     [
         (["--batch", 7, "--processes", 2], "batch 7: not divisible by 2", 1),
         (["--suite", "tpu"], "invalid choice", 2),
+        (["--kernel", "native"], "--kernel native: head_kernel=native: the plain form is taken", 1),
         (["--suite", "cpu"], "--classes is of one case", 2),
         (["--classes", 0], "--classes 0: at least 1", 2),
         (["--pairs", 0], "--pairs 0: at least 1", 2),
@@ -67,7 +68,7 @@ def test_a_size_alone_where_it_fits():
     ],
 )
 def test_a_mistake_is_said(typed, words, code):
-    done = run(SCRIPT, *SMALL, *typed)
+    done = run(SCRIPT, *SMALL, *typed, env={**os.environ, "CC": "false"})
     assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
 
 
