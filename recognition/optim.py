@@ -228,18 +228,13 @@ class RowSGD(_RowOptimizer):
         passes = self.head.limits.passes
         if passes is None or found_inf is not None:
             return super()._apply(tables, rows, grad, lr, found_inf, weight, radial)
-        index = None if isinstance(rows, slice) else rows
-        standing = tables.standing()
-        if standing is None:
+        numbers = lr, self.momentum, self.weight_decay
+        if isinstance(rows, slice):
             parts = tables.take(rows, None if weight is None else weight.flatten(1), None)
-        elif index is None:
-            parts = {name: table[rows] for name, table in standing.items()}
-        else:
-            parts = dict(standing)
-        passes.sgd(parts, index, grad, radial, lr, self.momentum, self.weight_decay)
-        if standing is None:
+            passes.sgd(parts, None, grad, radial, *numbers)
             tables.put(rows, parts, None)
-        else:
+        else:  # where they stand, neither taken nor put
+            passes.sgd(tables.tensors(), rows, grad, radial, *numbers)
             tables.changed()
 
     def _update_(self, grad: Tensor, lr: float, decay: float, **rows: Tensor) -> None:

@@ -77,9 +77,6 @@ class Pieces(Tables):
         rows = both[0][:num]
         return _Held(where, rows, self._lane.load(self._tables, where, {name: rows}))
 
-    def standing(self) -> None:
-        return None
-
     def take(
         self, rows: slice | Tensor, weight: Tensor | None, found_inf: Tensor | None
     ) -> dict[str, Tensor]:

@@ -54,11 +54,7 @@ class Tables:
                 table.index_copy_(0, rows, new)
         self.changed()
 
-    def standing(self) -> Mapping[str, Tensor] | None:
-        """The tables, for an update of rows where they stand, with changed() after it; None: rows
-        are to be taken and put."""
-        return self.tensors()
-
     def changed(self) -> None:
-        """Not every change counts as one by itself: torch._fused_sgd_ and numpy's do not."""
+        """After an update: not every change counts as one by itself, torch._fused_sgd_ and numpy's
+        do not."""
         increment_version(list(self.tensors().values()))
