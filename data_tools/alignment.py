@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.common.errors import UserError
 from data_tools.detectors import detect
 from data_tools.listing import Names
 from eval.align import warp
@@ -31,12 +32,12 @@ class Aligner:
         """uint8 RGB [size, size, 3] of image [h, w, 3]. Raises: ValueError without a face in it."""
         if points is None:
             if self.detector is None:
-                raise ValueError("no landmarks")
+                raise UserError("no landmarks")
             points = detect(image, self.detector)
         height, width = image.shape[:2]
         x, y = points.mean(0).tolist()
         if not (0 <= x < width and 0 <= y < height) and np.isfinite(points).all():
-            raise ValueError(
+            raise UserError(
                 f"the five points lie around ({x:.0f}, {y:.0f}), outside the image of "
                 f"{width}x{height} pixels: were they found in another size of it?"
             )
@@ -54,7 +55,7 @@ def read_landmarks(path: Path, names: Names) -> tuple[np.ndarray, int]:
     hashed = hashed[order]
     twice = np.flatnonzero(hashed[1:] == hashed[:-1])
     if len(twice):
-        raise ValueError(f"{path}: two lines for {keys[int(order[twice[0]])]!r}")
+        raise UserError(f"{path}: two lines for {keys[int(order[twice[0]])]!r}")
     wanted = names.hashes()
     result = np.full((len(names), 5, 2), np.nan, np.float32)
     if len(hashed):
@@ -82,7 +83,7 @@ def _read(path: Path) -> tuple[Names, np.ndarray]:
                     if not np.isfinite(own).all():
                         raise ValueError
                 except ValueError:
-                    raise ValueError(
+                    raise UserError(
                         f"{path}: line {number}: {text[:60]!r} is not: path [score] x1 y1 .. x5 y5"
                     ) from None
                 values.extend(own)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools import zip_index
+from data_tools.common.errors import UserError
 from data_tools.decode import is_image
 from data_tools.listing import Names, number_by_name, repeated
 
@@ -34,7 +35,7 @@ def is_archive(path: Path) -> bool:
 def refuse_packed(path: Path) -> None:
     """Raises: ValueError for an archive in which no file can be found without unpacking all."""
     if path.name.lower().endswith(_PACKED_TARS) and path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{path}: a compressed archive cannot be read in place; unpack it once, for example to "
             f"a plain tar: gunzip, bunzip2 or unxz"
         )
@@ -91,16 +92,16 @@ class ArchiveImages:
             self._open[archive] = os.open(self._paths[archive], os.O_RDONLY)
         descriptor = self._open[archive]
         if size > _MAX_IMAGE or packed > _MAX_IMAGE:
-            raise ValueError(f"{self.where(i)}: {size} bytes cannot be an image of a face")
+            raise UserError(f"{self.where(i)}: {size} bytes cannot be an image of a face")
         if method == _TAR:
             data = os.pread(descriptor, size, at)
             if len(data) != size:
-                raise ValueError(f"{self.where(i)}: the archive ends within it: cut short")
+                raise UserError(f"{self.where(i)}: the archive ends within it: cut short")
             return data
         try:
             return zip_index.read_member(descriptor, at, packed, size, method, crc)
         except ValueError as error:
-            raise ValueError(f"{self.where(i)}: {error}") from error
+            raise UserError(f"{self.where(i)}: {error}") from error
 
     def select(self, indices: np.ndarray) -> "ArchiveImages":
         columns = {key: column[indices] for key, column in self._columns.items()}
@@ -130,7 +131,7 @@ class ArchiveSource(ArchiveImages):
         self.sha256 = self._digest.hexdigest()
         self._drop(self._faults(folders))
         if not len(self):
-            raise ValueError(f"{path}: no image in a folder; {len(self.skipped)} were skipped")
+            raise UserError(f"{path}: no image in a folder; {len(self.skipped)} were skipped")
         used, self.labels = np.unique(self.labels, return_inverse=True)
         self.identities = [os.fsdecode(name) for name in _stripped([folders[k] for k in used])]
 
@@ -148,7 +149,7 @@ class ArchiveSource(ArchiveImages):
                     self.skipped.append((where, entry.fault or "lies outside any identity folder"))
                     continue
                 if b"\n" in entry.name or b"\r" in entry.name:
-                    raise ValueError(f"{path}: a line break in the name {entry.name!r}")
+                    raise UserError(f"{path}: a line break in the name {entry.name!r}")
                 self._digest.update(entry.name + b"\0" + entry.stamp + b"\n")
                 values = (
                     number, entry.at, entry.packed, entry.size, entry.method, entry.crc,
@@ -217,7 +218,7 @@ def _tar(path: Path) -> Iterator[_Entry]:
                 )  # fmt: skip
             _check_end(path, tar.offset)
     except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a whole tar archive: {error}") from error
+        raise UserError(f"{path}: not a whole tar archive: {error}") from error
 
 
 def _check_end(path: Path, offset: int) -> None:
@@ -227,4 +228,4 @@ def _check_end(path: Path, offset: int) -> None:
         block = file.read(tarfile.BLOCKSIZE)
     if block != bytes(tarfile.BLOCKSIZE):
         what = "damaged" if block else "cut short"
-        raise ValueError(f"{path}: the archive is {what} at byte {offset}: no file and no end mark")
+        raise UserError(f"{path}: the archive is {what} at byte {offset}: no file and no end mark")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-USER_ERRORS = (ValueError, KeyError, OSError)  # what was asked cannot be done; others are bugs
+from data_tools.common.errors import USER_ERRORS, one_line
 
 
 def main(
@@ -46,9 +46,3 @@ def main(
     if args.json:
         print(json.dumps(result, allow_nan=False))
     return 0 if result.get("ok", True) else 1
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line; a KeyError's without its quotes."""
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split())

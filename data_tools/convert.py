@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 
 from data_tools.alignment import Aligner
+from data_tools.common.errors import UserError
 from data_tools.decode import (
     channels_of,
     check_jpeg,
@@ -88,13 +89,13 @@ def convert(
         try:
             face = how.aligner.face(image, points)
         except ValueError as error:
-            raise ValueError(f"{where or 'image'}: {error}") from error
+            raise UserError(f"{where or 'image'}: {error}") from error
         return _jpeg(face, how.quality), False
     cmyk = encoded.startswith(_JPEG) and channels_of(encoded) == 4
     if how.pass_through and not follow and not cmyk and (size := size_of(encoded, where)):
         width, height = size
         if width != height:
-            raise ValueError(f"{where or 'image'}: {not_square(width, height, how.size)}")
+            raise UserError(f"{where or 'image'}: {not_square(width, height, how.size)}")
         return encoded, width != how.size
     own = how.size, how.size
     if encoded.startswith(_JPEG) and not (follow or cmyk) and size_of(encoded, where) == own:
@@ -103,7 +104,7 @@ def convert(
     image = decode_any_size(encoded, where, follow)
     height, width = image.shape[:2]
     if height != width:
-        raise ValueError(f"{where or 'image'}: {not_square(width, height, how.size)}")
+        raise UserError(f"{where or 'image'}: {not_square(width, height, how.size)}")
     other = width != how.size
     if how.pass_through and not follow and not cmyk:
         return encoded, other

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from data_tools import augment
+from data_tools.common.errors import UserError
 from data_tools.decode import decode, decode_any_size, fault
 from data_tools.loader import Batch, Stream, check_workers
 from data_tools.shards import Shards
@@ -39,7 +40,7 @@ _AREA = -1  # among DALI's own numbers of interpolations
 def check_installed() -> None:
     """Raises: ValueError saying how to install DALI, where it is missing."""
     if importlib.util.find_spec("nvidia.dali") is None:
-        raise ValueError(
+        raise UserError(
             f"loader=dali needs DALI, which is not installed: pip install {REQUIREMENT} (Linux), "
             "or choose loader=cpu"
         )
@@ -69,7 +70,7 @@ class Dali:
         self._stream = Stream(shards, **stream)
         size = self._stream.size
         if shards.image_size not in (None, (size, size)):
-            raise ValueError(
+            raise UserError(
                 f"{shards.path} holds {shards.image_size} images and {size}x{size} are asked for: "
                 "pack them at that size, or choose loader=cpu, which resizes"
             )
@@ -196,7 +197,7 @@ def _read(shards: Shards | Union, ids: np.ndarray) -> list[np.ndarray]:
     for image in ids.tolist():
         _, content = shards[image]
         if what := fault(content):  # DALI would paint over the end of one that is cut off
-            raise ValueError(f"{shards.where(image)}, image {image}: {what}")
+            raise UserError(f"{shards.where(image)}, image {image}: {what}")
         encoded.append(np.frombuffer(content, np.uint8))
     return encoded
 

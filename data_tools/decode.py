@@ -3,6 +3,8 @@
 import cv2
 import numpy as np
 
+from data_tools.common.errors import UserError
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -31,7 +33,7 @@ def decode(encoded: bytes, size: int = 112, where: str = "") -> np.ndarray:
     image = decode_any_size(encoded, where)
     height, width = image.shape[:2]
     if height != width:
-        raise ValueError(
+        raise UserError(
             f"{where or 'image'}: {width}x{height} pixels is not square; align the faces to "
             f"{size}x{size} first"
         )
@@ -45,13 +47,13 @@ def decode_any_size(encoded: bytes, where: str = "", follow_exif: bool = False) 
 
 def _decode(encoded: bytes, flags: int, where: str) -> np.ndarray:
     if what := fault(encoded):
-        raise ValueError(f"{where or 'image'}: {what}")
+        raise UserError(f"{where or 'image'}: {what}")
     try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error as error:
-        raise ValueError(f"{where or 'image'}: {error.err or error}") from error
+        raise UserError(f"{where or 'image'}: {error.err or error}") from error
     if image is None:
-        raise ValueError(f"{where or 'image'}: the pixels cannot be decoded: cut off or damaged")
+        raise UserError(f"{where or 'image'}: the pixels cannot be decoded: cut off or damaged")
     return image
 
 
@@ -77,15 +79,15 @@ def size_of(encoded: bytes, where: str = "") -> tuple[int, int] | None:
     Raises: ValueError naming `where` for what is cut short or no image.
     """
     if what := fault(encoded):
-        raise ValueError(f"{where or 'image'}: {what}")
+        raise UserError(f"{where or 'image'}: {what}")
     if encoded.startswith(_SOI):
         frame = _frame(encoded)
         if frame is None:
-            raise ValueError(f"{where or 'image'}: a JPEG without a frame")
+            raise UserError(f"{where or 'image'}: a JPEG without a frame")
         return frame[:2]
     if encoded.startswith(_KINDS[1]):
         if encoded[12:16] != b"IHDR" or len(encoded) < 24 or b"IEND" not in encoded[-12:]:
-            raise ValueError(f"{where or 'image'}: a PNG that is cut short or damaged")
+            raise UserError(f"{where or 'image'}: a PNG that is cut short or damaged")
         return int.from_bytes(encoded[16:20], "big"), int.from_bytes(encoded[20:24], "big")
     return None
 

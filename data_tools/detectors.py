@@ -22,6 +22,8 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 
+from data_tools.common.errors import UserError
+
 DETECT_SIDE = 640  # pixels
 _STRIDES = (8, 16, 32)
 _MOST = 100  # faces of an image
@@ -54,7 +56,7 @@ def detect(image: np.ndarray, detector: str) -> np.ndarray:
     near = (np.abs(boxes) < _FAR).all(1) & (np.abs(points) < _FAR).all((1, 2))  # False for NaN too
     boxes, points = boxes[near], points[near]
     if not len(boxes):
-        raise ValueError("no face found")
+        raise UserError("no face found")
     away = ((boxes[:, :2] + boxes[:, 2:] / 2 - np.array(size) / 2) ** 2).sum(1)
     best = int(np.argmax(boxes[:, 2] * boxes[:, 3] - 2 * away))
     return points[best] / np.array([size[0] / width, size[1] / height], np.float32)
@@ -70,11 +72,11 @@ def open_detector(path: str) -> Detector:
     try:
         outputs = len(onnx.load(path, load_external_data=False).graph.output)
     except Exception as error:  # protobuf's DecodeError, which onnx does not name
-        raise ValueError(f"--detector {path}: not a face detector: not an ONNX file") from error
+        raise UserError(f"--detector {path}: not a face detector: not an ONNX file") from error
     kinds: dict[int, type[_YuNet] | type[_Scrfd]] = {12: _YuNet, 9: _Scrfd}
     if outputs not in kinds:
         without = " (an SCRFD without key points: take one of the _kps models)" * (outputs == 6)
-        raise ValueError(
+        raise UserError(
             f"--detector {path}: not a face detector with YuNet's 12 outputs or SCRFD's 9, it has "
             f"{outputs}{without}"
         )
@@ -82,7 +84,7 @@ def open_detector(path: str) -> Detector:
         detector = kinds[outputs](path)
         detector(np.zeros((320, 320, 3), np.uint8))
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"--detector {path}: its {outputs} outputs are not those of "
             f"{kinds[outputs].__name__[1:]}: {error}"
         ) from error
@@ -124,7 +126,7 @@ class _Scrfd:
         (self._input,) = self._session.get_inputs()
         _, channels, *sides = self._input.shape
         if channels != 3 or len(sides) != 2:
-            raise ValueError(f"the input {self._input.shape} is no [1, 3, h, w]")
+            raise UserError(f"the input {self._input.shape} is no [1, 3, h, w]")
         self._sides = [side if isinstance(side, int) else None for side in sides]  # None: any
 
     def __call__(self, image: np.ndarray) -> Faces:
@@ -139,7 +141,7 @@ class _Scrfd:
             rows, columns = canvas.shape[0] // stride, canvas.shape[1] // stride
             anchors, rest = divmod(len(score), rows * columns)
             if rest or not anchors or not len(score) == len(box) == len(point):
-                raise ValueError(
+                raise UserError(
                     f"{len(score)} scores, {len(box)} boxes and {len(point)} sets of points for "
                     f"the {rows} x {columns} places of stride {stride}"
                 )
@@ -175,5 +177,5 @@ class _Scrfd:
 def _columns(output: np.ndarray, width: int) -> np.ndarray:
     """[n, width] of [n, width] or [1, n, width]: a map [1, A width, h, w] has another order."""
     if output.ndim < 2 or output.shape[-1] != width or output.shape[:-2] not in ((), (1,)):
-        raise ValueError(f"an output of {list(output.shape)} where [n, {width}] is expected")
+        raise UserError(f"an output of {list(output.shape)} where [n, {width}] is expected")
     return output.reshape(-1, width)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_tools import features, shards
+from data_tools.common.errors import UserError
 from data_tools.decode import decode
 from data_tools.parallel import Advance, run_tasks
 from data_tools.wording import count
@@ -78,7 +79,7 @@ def _part(text: str | None) -> tuple[int, int]:
         return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     number, _, of = text.partition("/")
     if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
-        raise ValueError(f"--part {text}: say I/N, I from 0 to N - 1")
+        raise UserError(f"--part {text}: say I/N, I from 0 to N - 1")
     return int(number), int(of)
 
 
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from eval.embed import open_embedder  # torch and ONNX Runtime: seconds to import
 
     if args.block < 1 or args.batch_size < 1:
-        raise ValueError("--block and --batch-size must be 1 or more")
+        raise UserError("--block and --batch-size must be 1 or more")
     data = shards.open(args.path, shards.NO_RELABEL)
     part = _part(args.part)
     made = embed(data, open_embedder(args.network, args.batch_size), args.out, args.block, part)

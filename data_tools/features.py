@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.common.errors import UserError
+
 INDEX = "features.json"
 
 
@@ -24,7 +26,7 @@ class Features:
         self.path = directory
         self.index = read_index(directory)
         if of is not None and self.index["of"] != of:
-            raise ValueError(
+            raise UserError(
                 f"{directory} is of the set {self.index['of']}, not of {of}: embed again"
             )
         self.num_images: int = self.index["images"]
@@ -39,9 +41,7 @@ class Features:
                 )
             rows = np.load(path, mmap_mode="r", allow_pickle=False)
             if rows.shape != (stop - start, self.size) or rows.dtype != np.float32:
-                raise ValueError(
-                    f"{path}: {rows.dtype} {list(rows.shape)} is not what {INDEX} says"
-                )
+                raise UserError(f"{path}: {rows.dtype} {list(rows.shape)} is not what {INDEX} says")
             self._files.append(rows)
 
     def __reduce__(self) -> tuple[type["Features"], tuple[Path]]:
@@ -57,7 +57,7 @@ class Features:
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
         bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
         if len(bad):
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: the embedding of image {images[bad[0]]} has no direction"
             )
         return rows / norms
@@ -70,7 +70,7 @@ def read_index(directory: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{directory}: no {INDEX}: no directory that embed made") from error
     except (ValueError, AssertionError, AttributeError) as error:
-        raise ValueError(f"{directory / INDEX} is damaged: {error}") from error
+        raise UserError(f"{directory / INDEX} is damaged: {error}") from error
     return index
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.common.errors import UserError
 from data_tools.decode import is_image
 from data_tools.listing import Names
 
@@ -46,11 +47,11 @@ class Paths:
         path = os.path.join(os.fsencode(self.root), self.names[i])
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
-                raise ValueError(f"{self.where(i)}: not a regular file")
+                raise UserError(f"{self.where(i)}: not a regular file")
             with open(path, "rb") as file:
                 return file.read()
         except _UNREADABLE as error:
-            raise ValueError(f"{self.where(i)}: {error.strerror}") from error
+            raise UserError(f"{self.where(i)}: {error.strerror}") from error
         except OSError as error:  # a disk at fault, not the image: nobody should train without it
             raise OSError(error.errno, error.strerror, path) from error
 
@@ -74,7 +75,7 @@ class FolderSource(Paths):
         self._counts = array("q")  # images of each identity
         super().__init__(path, Names.of(self._identities(path, "")))
         if not len(self):
-            raise ValueError(
+            raise UserError(
                 f"{path}: no images: expected {path}/<identity>/<image>.jpg; found "
                 f"{len(self.identities)} folders, {len(self.skipped)} misplaced images or folders"
                 + ("" if nested else "; --nested looks into folders of folders")
@@ -99,7 +100,7 @@ class FolderSource(Paths):
 
     def _images_of(self, identity: os.DirEntry, path: str) -> Iterator[bytes]:
         if "\n" in identity.name or "\r" in identity.name:
-            raise ValueError(f"{identity.path!r}: a line break in the name of an identity")
+            raise UserError(f"{identity.path!r}: a line break in the name of an identity")
         entries = _sorted_entries(identity.path)
         folders = [e for e in entries if not e.name.startswith(".") and e.is_dir()]
         if self._nested and folders:

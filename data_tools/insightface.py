@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_tools.common.errors import UserError
 from data_tools.recordio import Header, IndexedReader, RecordFile, unpack_record
 
 _PROPERTY = re.compile(r" *([0-9]{1,18}) *, *([0-9]{1,18}) *, *([0-9]{1,18}) *(?:,.*)?")
@@ -58,7 +59,7 @@ def open_directory(directory: Path, rec_path: Path) -> ImageRecords:
         image = (keys > 0) & (keys < first_identity)
         keys, offsets = keys[image], offsets[image]
     if len(keys) == 0:
-        raise ValueError(f"{rec_path}: no image record among its {len(reader)} records")
+        raise UserError(f"{rec_path}: no image record among its {len(reader)} records")
     return ImageRecords(
         reader.file,
         reader.idx_path,
@@ -80,10 +81,10 @@ def read_property(path: Path) -> tuple[int, int, int] | None:
     line = path.read_bytes().split(b"\n", 1)[0].decode("ascii", "replace").strip()
     stated = _PROPERTY.fullmatch(line)
     if stated is None:
-        raise ValueError(f"{path}: {line[:60]!r} is not num_classes,height,width")
+        raise UserError(f"{path}: {line[:60]!r} is not num_classes,height,width")
     classes, height, width = map(int, stated.groups())
     if not 1 <= classes <= MAX_CLASSES:
-        raise ValueError(
+        raise UserError(
             f"{path}: {classes} classes; their number must be 1 .. {MAX_CLASSES}: the labels of "
             f"these records are float32, which tells no more of them apart"
         )
@@ -98,7 +99,7 @@ def class_label(header: Header, num_classes: int | None, where: str) -> int:
     label = np.ravel(header.label)[:1].astype(np.float32)
     fault = _bad_label(label, num_classes)
     if fault.any():
-        raise ValueError(f"{where}: {_label_fault(label[0], num_classes)}")
+        raise UserError(f"{where}: {_label_fault(label[0], num_classes)}")
     return int(label[0])
 
 
@@ -114,7 +115,7 @@ def class_labels(
     wrong = np.flatnonzero(_bad_label(labels, num_classes))
     if len(wrong):
         fault = _label_fault(labels[wrong[0]], num_classes)
-        raise ValueError(
+        raise UserError(
             f"{file.where(int(offsets[wrong[0]]))}: {fault} ({len(wrong)} such records)"
         )
     return labels.astype(np.int64)

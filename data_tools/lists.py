@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.common.errors import UserError
 from data_tools.decode import is_image
 from data_tools.files import Paths
 from data_tools.listing import Names, repeated
@@ -51,7 +52,7 @@ class ListSource(Paths):
         points = np.frombuffer(self._points, np.float32).reshape(-1, _POINTS)
         keep = self._first_of_each(labels)
         if not keep.any():
-            raise ValueError(f"{path}: no image in it")
+            raise UserError(f"{path}: no image in it")
         if not keep.all():
             self.names = self.names.select(np.flatnonzero(keep))
             labels = labels[keep]
@@ -88,12 +89,12 @@ class ListSource(Paths):
                 try:
                     name = self._classic(fields) if classic else self._im2rec(fields)
                 except ValueError as error:
-                    raise ValueError(f"{self.path}: line {number}: {error}") from error
+                    raise UserError(f"{self.path}: line {number}: {error}") from error
                 yield name
 
     def _im2rec(self, fields: list[bytes]) -> bytes:
         if len(fields) < 3:
-            raise ValueError(f"{_shown(fields)} is not index<TAB>label<TAB>path")
+            raise UserError(f"{_shown(fields)} is not index<TAB>label<TAB>path")
         _class(fields[0])
         self._labels.append(_class(fields[1]))
         self._unaligned.append(0)
@@ -101,14 +102,14 @@ class ListSource(Paths):
 
     def _classic(self, fields: list[bytes]) -> bytes:
         if len(fields) not in (3, 3 + _BOX, 3 + _BOX + _POINTS) or fields[0] not in (b"0", b"1"):
-            raise ValueError(
+            raise UserError(
                 f"{_shown(fields)} is not aligned(0 or 1)<TAB>path<TAB>label, with 4 numbers of a "
                 f"box and 10 of landmarks after it or without"
             )
         name, label = _image(fields[1]), _class(fields[2])
         points = [_number(field) for field in fields[3 + _BOX :]]
         if None in points:
-            raise ValueError(f"{_shown(fields)}: a landmark is not a number")
+            raise UserError(f"{_shown(fields)}: a landmark is not a number")
         if points and not len(self._points):
             self._points.extend([math.nan] * (_POINTS * len(self._labels)))
         if points or len(self._points):
@@ -133,14 +134,14 @@ def _numbered(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _image(name: bytes) -> bytes:
     if not is_image(os.fsdecode(name.rpartition(b"/")[2])):
-        raise ValueError(f"{name[:80]!r} is not the path of an image")
+        raise UserError(f"{name[:80]!r} is not the path of an image")
     return name
 
 
 def _class(field: bytes) -> int:
     value = _number(field)
     if value is None or not 0 <= value < MAX_LABEL or value != int(value):
-        raise ValueError(f"{field[:40]!r} is not a whole number from 0 below 2^31")
+        raise UserError(f"{field[:40]!r} is not a whole number from 0 below 2^31")
     return int(value)
 
 

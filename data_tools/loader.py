@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from data_tools import augment
+from data_tools.common.errors import UserError
 from data_tools.decode import decode
 from data_tools.order import Blocks, Order
 from data_tools.read_ahead import ReadAhead
@@ -82,19 +83,19 @@ class Stream:
         shares: Sequence[int] = (),  # of the batch, for each set of a Union; none: one stream
     ) -> None:
         if accumulation < 1 or samples_seen < 0:
-            raise ValueError(
+            raise UserError(
                 f"accumulation = {accumulation} must be at least 1 and samples_seen = "
                 f"{samples_seen} at least 0"
             )
         if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} does not exist among {world}: ranks are numbered from 0")
+            raise UserError(f"rank {rank} does not exist among {world}: ranks are numbered from 0")
         if global_batch < world * accumulation:
-            raise ValueError(
+            raise UserError(
                 f"a global batch of {global_batch} leaves a rank without an image: {world} ranks "
                 f"times {accumulation} micro-steps need at least {world * accumulation}"
             )
         if not all(0 <= chance <= 1 for chance in chances):
-            raise ValueError(f"{chances}: each must be a probability, 0 to 1")
+            raise UserError(f"{chances}: each must be a probability, 0 to 1")
         check_labels(shards)
         self.shards = shards
         self.size = size
@@ -102,7 +103,7 @@ class Stream:
         self._order = make_order(shards, seed, shares, blocks)
         first = self._order.rows(samples_seen, global_batch, accumulation, 0, world)
         if min(map(sum, first)) < 1:
-            raise ValueError(f"a global batch of {global_batch} leaves a rank without an image")
+            raise UserError(f"a global batch of {global_batch} leaves a rank without an image")
         self._read_ahead = ReadAhead(shards, self._order)
         self._global_batch = global_batch
         self._share = (accumulation, world, rank)
@@ -157,7 +158,7 @@ class Loader:
     ) -> None:
         check_workers(workers, prefetch)
         if pin_memory and not torch.cuda.is_available():
-            raise ValueError("pin_memory needs a GPU and there is none: leave it off")
+            raise UserError("pin_memory needs a GPU and there is none: leave it off")
         self._stream = Stream(shards, **stream)
         cv2.setNumThreads(0)  # the threads here are the parallelism; OpenCV's own would fight them
         self.wait_seconds = 0.0
@@ -283,7 +284,7 @@ def make_order(
         return Order((data.num_images,), seed, blocks=blocks)
     sizes = data.sizes if isinstance(data, Union) else (data.num_images,)
     if len(shares) != len(sizes) or min(shares) < 1:
-        raise ValueError(
+        raise UserError(
             f"shares of the batch {list(shares)} for {len(sizes)} data sets: a positive whole "
             "number for each"
         )
@@ -292,7 +293,7 @@ def make_order(
 
 def check_workers(workers: int, prefetch: int) -> None:
     if workers < 1 or prefetch < 1:
-        raise ValueError(f"workers = {workers}, prefetch = {prefetch} must be at least 1")
+        raise UserError(f"workers = {workers}, prefetch = {prefetch} must be at least 1")
 
 
 def check_labels(shards: Shards | Union) -> None:
@@ -300,7 +301,7 @@ def check_labels(shards: Shards | Union) -> None:
     wrong = np.flatnonzero((shards.labels < 0) | (shards.labels >= shards.num_classes))
     if wrong.size:
         first = int(wrong[0])
-        raise ValueError(
+        raise UserError(
             f"{shards.path}: {wrong.size} labels are outside [0, {shards.num_classes}); the first "
             f"is {shards.labels[first]}, of image {first}. Correct num_classes or pack again"
         )

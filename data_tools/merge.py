@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_tools import shards
+from data_tools.common.errors import UserError
 from data_tools.decisions import before_cleaning, write_decision
 from data_tools.features import Features
 from data_tools.wording import count
@@ -95,9 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if not -1 <= args.different < args.same <= 1:
-        raise ValueError("-1 <= --different < --same <= 1 is needed")
+        raise UserError("-1 <= --different < --same <= 1 is needed")
     if args.min_images < 1:
-        raise ValueError(f"--min-images {args.min_images}: must be 1 or more")
+        raise UserError(f"--min-images {args.min_images}: must be 1 or more")
     data = shards.open(args.path)
     x, images = Features(args.features, data.fingerprint), before_cleaning(data)
     centres = class_centres(x, images, data.labels, data.num_classes)

@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_tools.common.errors import UserError
+
 _ROUNDS = 8
 _OF_BLOCKS, _OF_WINDOW, _OF_OFFSET = 2, 3, 4  # purposes; 0 orders single images, 1 is augment.py's
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
@@ -67,9 +69,9 @@ def ids(
         ValueError: there are no images, start or count is negative, or blocks are empty.
     """
     if num_images < 1:
-        raise ValueError(f"num_images = {num_images}: a data set needs at least one image")
+        raise UserError(f"num_images = {num_images}: a data set needs at least one image")
     if start < 0 or count < 0:
-        raise ValueError(f"start = {start}, count = {count}: neither may be negative")
+        raise UserError(f"start = {start}, count = {count}: neither may be negative")
     epoch, x = np.divmod(np.arange(start, start + count, dtype=np.int64), num_images)  # [count]
     if blocks is not None:
         return _in_blocks(num_images, seed, epoch, x, blocks)
@@ -96,7 +98,7 @@ def _in_blocks(
     """
     size, width = blocks.size, blocks.size * blocks.window
     if blocks.size < 1 or blocks.window < 1:
-        raise ValueError(f"{blocks}: a block needs an image and a window a block")
+        raise UserError(f"{blocks}: a block needs an image and a window a block")
     key = keyed_hash(seed, _OF_BLOCKS, epoch)
     window = x // width
     within = x - window * width
@@ -171,7 +173,7 @@ def rank_slice(count: int, parts: int, part: int) -> tuple[int, int]:
         ValueError: part is not in [0, parts).
     """
     if not 0 <= part < parts:
-        raise ValueError(f"part {part} of {parts} does not exist: parts are numbered from 0")
+        raise UserError(f"part {part} of {parts} does not exist: parts are numbered from 0")
     share, extra = divmod(count, parts)
     start = part * share + min(part, extra)
     return start, start + share + (part < extra)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from data_tools import relabel, shards
+from data_tools.common.errors import UserError
 from data_tools.decisions import before_cleaning, write_decision
 from data_tools.decode import decode_any_size
 from data_tools.features import Features
@@ -118,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 0 <= args.bits <= 3 or not -1 < args.cosine <= 1:
-        raise ValueError("--bits is 0 to 3 and --cosine above -1, at most 1")
+        raise UserError("--bits is 0 to 3 and --cosine above -1, at most 1")
     data = shards.open(args.train)
     train, test = RecordSource(args.train), _open_test(args.test)
     one, readable = hash_images(train, args.workers, "training set")
@@ -134,9 +135,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.features:
         features = Features(args.features[0], data.fingerprint), Features(args.features[1])
         if features[0].index["network"] != features[1].index["network"]:
-            raise ValueError("the features of the two sets are of two networks: embed again")
+            raise UserError("the features of the two sets are of two networks: embed again")
         if features[1].num_images != len(test):
-            raise ValueError(
+            raise UserError(
                 f"{args.features[1]} has {features[1].num_images} images, {args.test} {len(test)}"
             )
         images = before_cleaning(data)
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     people = np.unique(data.labels[hit])
     drop = np.isin(data.labels, people) if args.identities else np.isin(np.arange(len(data)), hit)
     if drop.all():
-        raise ValueError("everything is shared with the test set: nothing would be left")
+        raise UserError("everything is shared with the test set: nothing would be left")
     write_decision(args.out, data, np.where(drop, relabel.DROP, data.labels))
     if args.pairs:
         _list_pairs(args.pairs, found, train, test)

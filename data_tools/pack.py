@@ -12,6 +12,7 @@ import numpy as np
 
 from data_tools import shards
 from data_tools.alignment import read_landmarks
+from data_tools.common.errors import UserError
 from data_tools.listing import Names
 from data_tools.lists import ListSource
 from data_tools.pack_options import HELD_OUT, SPLIT, Options, Sources
@@ -40,7 +41,7 @@ def pack(
     if not overwrite and _is_packed(source, out, recorded):
         return _summary(out, shards.read_index(out), "reused", time.monotonic() - started)
     if options.hold_out and any(path.stem == HELD_OUT for path in source.bins):
-        raise ValueError(f"{asked} already holds {HELD_OUT}.bin: pack without --hold-out")
+        raise UserError(f"{asked} already holds {HELD_OUT}.bin: pack without --hold-out")
     points, unused = _points(source, options)
     with ShardWriter(out, overwrite, {**_describe(source), **recorded}) as writer:
         packing = Packing(source, points, options, writer.partial, writer.journal, workers)
@@ -60,7 +61,7 @@ def _points(source: Source, options: Options) -> tuple[np.ndarray | None, int]:
     unaligned = isinstance(source, ListSource) and bool(source.unaligned.any())
     if not options.align:
         if unaligned and isinstance(source, ListSource):
-            raise ValueError(
+            raise UserError(
                 f"{source.path}: {int(source.unaligned.sum())} of its images are not aligned yet "
                 f"(0 in the first column): say --align"
             )
@@ -70,7 +71,7 @@ def _points(source: Source, options: Options) -> tuple[np.ndarray | None, int]:
             options.landmarks, Names.of(source.name(i) for i in range(len(source)))
         )
         if np.isnan(points).all():
-            raise ValueError(
+            raise UserError(
                 f"--landmarks {options.landmarks}: names no image of {source.path}, whose first is "
                 f"{os.fsdecode(source.name(0))!r}"
             )
@@ -79,7 +80,7 @@ def _points(source: Source, options: Options) -> tuple[np.ndarray | None, int]:
         own = source.landmarks.reshape(-1, 2, 5).transpose(0, 2, 1)
         return np.ascontiguousarray(own), 0
     if not options.detector:
-        raise ValueError("--align needs five points: give --landmarks FILE or --detector FILE.onnx")
+        raise UserError("--align needs five points: give --landmarks FILE or --detector FILE.onnx")
     return None, 0
 
 
@@ -90,7 +91,7 @@ def _where(asked: Sources) -> str:
 def _check_apart(source: Path, out: Path) -> None:
     one, other = source.resolve(), out.resolve()
     if one == other or one in other.parents or other in one.parents:
-        raise ValueError(f"{source} and {out} contain one another: keep source and output apart")
+        raise UserError(f"{source} and {out} contain one another: keep source and output apart")
 
 
 def _is_packed(source: Source, out: Path, recorded: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from data_tools.common.errors import UserError
 from data_tools.pack import pack
 from data_tools.pack_options import HELD_OUT, Options, Sources
 from data_tools.pairs import resized_text
@@ -128,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: must be 1 or more")
+        raise UserError(f"--workers {args.workers}: must be 1 or more")
     options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
     sources = Sources(args.sources, args.join, args.nested, args.root, args.relabel)
     done = pack(sources, args.out, options, args.workers, args.overwrite)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.alignment import Aligner
+from data_tools.common.errors import UserError
 from data_tools.convert import Conversion
 from data_tools.detectors import detector_sha256
 from data_tools.journal import file_sha256
@@ -45,19 +46,19 @@ class Options:
         }  # fmt: skip
         for name, low in lowest.items():
             if getattr(self, name) < low:
-                raise ValueError(
+                raise UserError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: must be {low} or more"
                 )
         if self.size > MAX_SIZE:
-            raise ValueError(f"--size {self.size}: must be {MAX_SIZE} or less")
+            raise UserError(f"--size {self.size}: must be {MAX_SIZE} or less")
         if self.quality > 100:
-            raise ValueError(f"--quality {self.quality}: a JPEG's quality is at most 100")
+            raise UserError(f"--quality {self.quality}: a JPEG's quality is at most 100")
         if self.hold_out:
             check_num_pairs(self.pairs)
         if (self.landmarks or self.detector) and not self.align:
-            raise ValueError("--landmarks and --detector are of --align: say that too")
+            raise UserError("--landmarks and --detector are of --align: say that too")
         if self.align and self.pass_through:
-            raise ValueError("--align makes new images: it cannot --pass-through old ones")
+            raise UserError("--align makes new images: it cannot --pass-through old ones")
         self.choice().share()
 
     def choice(self) -> Choice:
@@ -98,9 +99,9 @@ class Sources:
 
     def open(self) -> Source:
         if self.join not in JOINS:
-            raise ValueError(f"--join {self.join}: must be one of {', '.join(JOINS)}")
+            raise UserError(f"--join {self.join}: must be one of {', '.join(JOINS)}")
         if self.relabel and len(self.paths) > 1:
-            raise ValueError("--relabel is of one set: pack the others by themselves")
+            raise UserError("--relabel is of one set: pack the others by themselves")
         opened = [open_source(p, self.nested, self.root, self.relabel) for p in self.paths]
         return opened[0] if len(opened) == 1 else JoinedSource(opened, self.join)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.common.errors import UserError
 from data_tools.convert import Pointed, convert_all
 from data_tools.journal import Finished, Journal, WrittenShard
 from data_tools.pack_options import HELD_OUT, SPLIT, Options
@@ -48,7 +49,7 @@ class Packing:
         try:
             parts = choose(source.labels, len(source.identities), options.choice())
         except ValueError as error:
-            raise ValueError(f"{source.path}: {error}{self._reasons()}") from error
+            raise UserError(f"{source.path}: {error}{self._reasons()}") from error
         about: dict[str, Any] = {}
         empty = [parts.without]
         if len(parts.held):
@@ -96,7 +97,7 @@ class Packing:
                 title="held out",
             )
         except ValueError as error:
-            raise ValueError(f"--hold-out {options.hold_out}: {error}") from error
+            raise UserError(f"--hold-out {options.hold_out}: {error}") from error
         self.resized += made["resized"]
         self.readable += made["readable"]
         unreadable = np.setdiff1d(held, made.pop("readable_identities"))
@@ -127,7 +128,7 @@ class Packing:
     ) -> list[WrittenShard]:
         """These images in shards, shuffled; what came of them joins skipped, resized, readable."""
         if len(images) < num_shards:
-            raise ValueError(
+            raise UserError(
                 f"{count(len(images), 'image')} cannot fill {num_shards} shards: ask for fewer"
             )
         class_of = np.full(len(self.source.identities), -1, np.int64)
@@ -166,13 +167,13 @@ class Packing:
         labels = np.concatenate([shard.labels for shard in self.written])
         readable = len(np.unique(labels))
         if readable < 2:
-            raise ValueError(
+            raise UserError(
                 f"{self.source.path}: {readable} of {len(trained)} identities have a readable "
                 f"image; 2 to train on are needed{self._reasons()}"
             )
         for shard in self.written:
             if not len(shard.labels):
-                raise ValueError(
+                raise UserError(
                     f"no image of {shard.entry['name']} can be read: ask for fewer shards"
                     f"{self._reasons()}"
                 )

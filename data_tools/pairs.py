@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.common.errors import UserError
 from data_tools.convert import Conversion, convert_all
 from data_tools.parallel import Advance, run_tasks
 from data_tools.sources import Images, Source, open_source
@@ -51,7 +52,7 @@ def draw_pairs(labels: np.ndarray, num_pairs: int, seed: int) -> tuple[np.ndarra
     for name, possible in zip(("one person", "two people"), _possible(labels), strict=True):
         if half > possible:
             most = most_pairs(labels)
-            raise ValueError(
+            raise UserError(
                 f"{num_pairs} pairs need {half} of {name}, but {count(len(labels), 'image')} of "
                 f"{count(len(groups), 'identity', 'identities')} make only {possible}: "
                 + (f"ask for at most {most} pairs" if most else "more images or people are needed")
@@ -68,7 +69,7 @@ def draw_pairs(labels: np.ndarray, num_pairs: int, seed: int) -> tuple[np.ndarra
 def check_num_pairs(num_pairs: int) -> None:
     """Raises: ValueError if that many pairs do not make ten folds, half same, half different."""
     if num_pairs <= 0 or num_pairs % PAIRS_STEP:
-        raise ValueError(
+        raise UserError(
             f"{num_pairs} pairs do not make {FOLDS} folds, half same and half different: take a "
             f"multiple of {PAIRS_STEP}"
         )
@@ -187,7 +188,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.out.suffix != ".bin":
-        raise ValueError(f"{args.out}: the name of a verification set ends in .bin")
+        raise UserError(f"{args.out}: the name of a verification set ends in .bin")
     if args.out.exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; --overwrite replaces it")
     source = open_source(args.source)
@@ -225,7 +226,7 @@ def _numbers_of(source: Source, path: Path) -> list[int]:
     names = [name for name in path.read_text(errors="surrogateescape").splitlines() if name]
     unknown = [name for name in names if name not in number_of]
     if unknown or not names:
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(unknown)} of {len(names)} names are no identities of {source.path}"
             + (f"; the first is {unknown[0]!r}" if unknown else "")
         )

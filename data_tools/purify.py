@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools import relabel, shards
+from data_tools.common.errors import UserError
 from data_tools.decisions import before_cleaning, write_decision
 from data_tools.features import Features
 from data_tools.parallel import Advance, Tasks, run_tasks
@@ -39,7 +40,7 @@ class Centres:
         manifest = checkpoint.read_manifest(str(found))
         if not 0 <= head < len(manifest["heads"]):
             heads = count(len(manifest["heads"]), "head")
-            raise ValueError(f"--head {head}: {found} has {heads}, counted from 0")
+            raise UserError(f"--head {head}: {found} has {heads}, counted from 0")
         facts = manifest["heads"][head]
         self.num_classes: int = facts["num_classes"]
         self.num_subcenters: int = facts["num_subcenters"]
@@ -60,7 +61,7 @@ class Centres:
                 rows[low - start : high - start] = part.reshape(high - low, -1, self.size)
                 filled += high - low
         if filled != stop - start:
-            raise ValueError(f"{self.path} lacks some of the classes {start} to {stop - 1}")
+            raise UserError(f"{self.path} lacks some of the classes {start} to {stop - 1}")
         return rows / np.linalg.norm(rows, axis=2, keepdims=True)
 
 
@@ -138,20 +139,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 0 < args.threshold < 180:
-        raise ValueError(f"--threshold {args.threshold}: degrees between 0 and 180")
+        raise UserError(f"--threshold {args.threshold}: degrees between 0 and 180")
     if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: must be 1 or more")
+        raise UserError(f"--workers {args.workers}: must be 1 or more")
     data = shards.open(args.path)
     features, centres = Features(args.features, data.fingerprint), Centres(args.run, args.head)
     if centres.num_classes != data.num_classes or centres.size != features.size:
-        raise ValueError(
+        raise UserError(
             f"{centres.path} has {centres.num_classes} classes of size {centres.size}, {args.path} "
             f"has {data.num_classes} and {args.features} size {features.size}: not of one another"
         )
     cos, dominant = cosines(data, features, centres, args.workers)
     keep = cos > np.float32(np.cos(np.radians(args.threshold)))
     if not keep.any():
-        raise ValueError(f"no image is within {args.threshold} degrees: is the run trained?")
+        raise UserError(f"no image is within {args.threshold} degrees: is the run trained?")
     new = np.where(keep, data.labels, relabel.DROP)
     write_decision(args.out, data, new)
     left = len(np.unique(new[keep]))

@@ -5,6 +5,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from data_tools.common.errors import UserError
 from data_tools.decode import decode_any_size
 from data_tools.shards import Shards
 
@@ -14,7 +15,7 @@ _KINDS = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"BM": "bmp", b"RI": "webp"}
 def sampled(data: Shards, number: int) -> list[int]:
     """Images spread evenly over the set (which is shuffled), at most `number`, ascending."""
     if number < 1:
-        raise ValueError(f"a sample of {number} images: must be 1 or more")
+        raise UserError(f"a sample of {number} images: must be 1 or more")
     return np.unique(np.linspace(0, len(data) - 1, min(number, len(data))).astype(int)).tolist()
 
 

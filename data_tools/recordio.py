@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_tools.common.errors import UserError, UserKeyError
+
 MAGIC = 0xCED7230A
 MAX_RECORD = (1 << 29) - 1  # bytes: the length field has 29 bits
 WHOLE, FIRST, MIDDLE, LAST = range(4)  # cflag
@@ -64,7 +66,7 @@ def pack_record(header: Header, payload: bytes) -> bytes:
     try:
         return _HEADER.pack(flag, label, header.id, header.id2) + labels + payload
     except (struct.error, OverflowError) as error:
-        raise ValueError(f"{header} does not fit u32, f32, u64, u64: {error}") from error
+        raise UserError(f"{header} does not fit u32, f32, u64, u64: {error}") from error
 
 
 def unpack_record(record: bytes, where: str) -> tuple[Header, bytes]:
@@ -73,13 +75,13 @@ def unpack_record(record: bytes, where: str) -> tuple[Header, bytes]:
     Raises: ValueError naming `where` if the record is shorter than its header and labels.
     """
     if len(record) < _HEADER.size:
-        raise ValueError(f"{where}: a record of {len(record)} bytes has no 24-byte header")
+        raise UserError(f"{where}: a record of {len(record)} bytes has no 24-byte header")
     flag, label, id_, id2 = _HEADER.unpack_from(record)
     if flag == 0:
         return Header(0, label, id_, id2), record[_HEADER.size :]
     start = _HEADER.size + 4 * flag
     if len(record) < start:
-        raise ValueError(f"{where}: {len(record)} bytes cannot hold the {flag} labels it announces")
+        raise UserError(f"{where}: {len(record)} bytes cannot hold the {flag} labels it announces")
     labels = np.frombuffer(record, dtype="<f4", count=flag, offset=_HEADER.size)
     return Header(flag, labels, id_, id2), record[start:]
 
@@ -90,7 +92,7 @@ def frame(record: bytes) -> bytes:
     Raises: ValueError if the record has 2^29 bytes or more.
     """
     if len(record) > MAX_RECORD:
-        raise ValueError(f"a record has {len(record)} bytes; the format ends at {MAX_RECORD}")
+        raise UserError(f"a record has {len(record)} bytes; the format ends at {MAX_RECORD}")
     cuts: list[int] = []
     at = record.find(_MAGIC)
     while at >= 0:
@@ -141,12 +143,12 @@ class RecordFile:
         while True:
             cflag, start, stop, end = self._piece(at)
             if cflag in (WHOLE, FIRST) and pieces:
-                raise ValueError(
+                raise UserError(
                     f"{self.where(at)}: a new record (flag {cflag}) starts before the one at byte "
                     f"{offset} ends; the file is damaged there"
                 )
             if cflag in (MIDDLE, LAST) and not pieces:
-                raise ValueError(
+                raise UserError(
                     f"{self.where(at)}: a continuation (flag {cflag}) where a record should start"
                 )
             pieces.append(self._data[start:stop])
@@ -157,22 +159,22 @@ class RecordFile:
     def _piece(self, at: int) -> tuple[int, int, int, int]:
         """Of the piece framed at `at`: cflag, start and stop of its bytes, end of its padding."""
         if at < 0 or at % 4:
-            raise ValueError(f"{self.where(at)}: not an offset of a record (a multiple of 4)")
+            raise UserError(f"{self.where(at)}: not an offset of a record (a multiple of 4)")
         if at + _FRAME.size > self.size:
-            raise ValueError(
+            raise UserError(
                 f"{self.where(at)}: no record: the file ends at byte {self.size}; it is cut short, "
                 f"or its .idx belongs to another file"
             )
         magic, lrec = _FRAME.unpack_from(self._data, at)
         if magic != MAGIC:
-            raise ValueError(f"{self.where(at)}: 0x{magic:08X} is not the magic 0x{MAGIC:08X}")
+            raise UserError(f"{self.where(at)}: 0x{magic:08X} is not the magic 0x{MAGIC:08X}")
         cflag, length = lrec >> 29, lrec & MAX_RECORD
         if cflag > LAST:
-            raise ValueError(f"{self.where(at)}: unknown continuation flag {cflag}")
+            raise UserError(f"{self.where(at)}: unknown continuation flag {cflag}")
         start = at + _FRAME.size
         end = start + length + -length % 4
         if end > self.size:
-            raise ValueError(
+            raise UserError(
                 f"{self.where(at)}: the record goes on to byte {end}, but the file ends at byte "
                 f"{self.size}: it is cut short, or damaged here"
             )
@@ -266,7 +268,7 @@ class IndexedReader:
         twice = np.flatnonzero(self._sorted[1:] == self._sorted[:-1])
         if len(twice):
             key = self._sorted[twice[0]]
-            raise ValueError(
+            raise UserError(
                 f"{self.idx_path}: key {key} stands on two lines (and {len(twice) - 1} more)"
             )
 
@@ -274,7 +276,7 @@ class IndexedReader:
         beyond = np.flatnonzero(self.offsets >= self.file.size)
         if len(beyond):
             key, offset = self.keys[beyond[0]], self.offsets[beyond[0]]
-            raise ValueError(
+            raise UserError(
                 f"{self.idx_path}: key {key} points to byte {offset}, but {self.file.path} ends at "
                 f"byte {self.file.size}; {len(beyond)} of {len(self.keys)} keys do: the .rec is "
                 f"cut short, or the .idx belongs to another file"
@@ -289,7 +291,7 @@ class IndexedReader:
             except ValueError:
                 return  # reading that record will name its damage; the others can be read
         if end != self.file.size:
-            raise ValueError(
+            raise UserError(
                 f"{self.idx_path}: its last record ends at byte {end} of {self.file.path}, which "
                 f"has {self.file.size}: no line of the .idx covers the last "
                 f"{self.file.size - end} bytes: the .idx is cut short, or belongs to another file"
@@ -311,7 +313,9 @@ class IndexedReader:
         if at == len(self._sorted) or int(self._sorted[at]) != key:
             known = f"{self._sorted[0]} .. {self._sorted[-1]}" if len(self) else "none"
             place = self.idx_path or self.file.path
-            raise KeyError(f"{place}: no record has the key {key}; its {len(self)} keys: {known}")
+            raise UserKeyError(
+                f"{place}: no record has the key {key}; its {len(self)} keys: {known}"
+            )
         return at if self._order is None else int(self._order[at])
 
     def raw(self, key: int) -> bytes:
@@ -346,7 +350,7 @@ def read_idx(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             if not text.endswith(b"\n"):
                 text += b"\n"
             if not _IDX_LINES.fullmatch(text):
-                raise ValueError(f"{path}: {_first_bad_line(block, done, lines)}")
+                raise UserError(f"{path}: {_first_bad_line(block, done, lines)}")
             blocks.append(np.fromstring(text, dtype=np.int64, sep=" "))
             done += len(block)
             lines += len(blocks[-1]) // 2

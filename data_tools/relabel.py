@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_tools.common.errors import UserError
+
 NAME = "relabel.txt"
 DROP = -1
 _HEAD = re.compile(r"# arcline-relabel 1 of=([0-9a-f]+) images=([0-9]+) classes=([0-9]+)")
@@ -39,13 +41,11 @@ def read(path: Path) -> Relabel:
     with open(path, "rb") as file:
         head = _HEAD.fullmatch(file.readline().decode("ascii", "replace").strip())
         if head is None:
-            raise ValueError(f"{path}: line 1 is not '# arcline-relabel 1 of=... images= classes='")
+            raise UserError(f"{path}: line 1 is not '# arcline-relabel 1 of=... images= classes='")
         for number, line in enumerate(file, 2):
             found = _LINE.fullmatch(line.rstrip(b"\r\n"))
             if found is None:
-                raise ValueError(
-                    f"{path}: line {number}: {line[:60]!r} is not image<TAB>class|drop"
-                )
+                raise UserError(f"{path}: line {number}: {line[:60]!r} is not image<TAB>class|drop")
             images.append(int(found[1]))
             classes.append(DROP if found[2] == b"drop" else int(found[2]))
     of, num_images, num_classes = head[1], int(head[2]), int(head[3])
@@ -53,10 +53,10 @@ def read(path: Path) -> Relabel:
     order = np.argsort(index, kind="stable")
     index = index[order]
     if len(index) and index[-1] >= num_images:
-        raise ValueError(f"{path}: image {index[-1]} of a set of {num_images}")
+        raise UserError(f"{path}: image {index[-1]} of a set of {num_images}")
     twice = np.flatnonzero(index[1:] == index[:-1])
     if len(twice):
-        raise ValueError(
+        raise UserError(
             f"{path}: image {index[twice[0]]} stands on two lines (and {len(twice) - 1} more)"
         )
     return Relabel(of, num_images, num_classes, index, np.array(classes, np.int64)[order])
@@ -110,7 +110,7 @@ def dense(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     kept = np.flatnonzero(labels != DROP)
     if not len(kept):
-        raise ValueError("the relabel index drops every image")
+        raise UserError("the relabel index drops every image")
     classes, new = np.unique(labels[kept], return_inverse=True)
     return kept, new.astype(np.int64), classes
 
@@ -118,7 +118,7 @@ def dense(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def check(relabel: Relabel, place: Path, of: str, num_images: int, num_classes: int) -> None:
     """Raises: ValueError if the index was made for another set."""
     if (relabel.of, relabel.num_images, relabel.num_classes) != (of, num_images, num_classes):
-        raise ValueError(
+        raise UserError(
             f"{place} is of a set {relabel.of} of {relabel.num_images} images and "
             f"{relabel.num_classes} classes, not of this one ({of}, {num_images}, {num_classes}): "
             f"remove it, or make it again"

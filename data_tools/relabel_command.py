@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import relabel, shards
+from data_tools.common.errors import UserError
 from data_tools.wording import count
 
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.index and args.remove:
-        raise ValueError("either an index or --remove")
+        raise UserError("either an index or --remove")
     whole = shards.open(args.path, shards.NO_RELABEL)
     place = whole.path / relabel.NAME
     if args.index:

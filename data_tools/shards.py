@@ -26,6 +26,7 @@ import numpy as np
 
 from data_tools import insightface
 from data_tools import relabel as relabelling
+from data_tools.common.errors import UserError
 from data_tools.recordio import Header, RecordFile
 
 FORMAT = "arcline-shards"
@@ -129,7 +130,7 @@ class Shards:
         if self.index["format"] != FORMAT:
             return label, encoded
         if fault := record_fault(header, key, stated):
-            raise ValueError(
+            raise UserError(
                 f"{file.where(offset)}: image {image}: {fault}; labels.npy, offsets.npy or the "
                 f".rec is not what was packed: run `python -m data_tools verify {self.path}`"
             )
@@ -234,11 +235,11 @@ def read_index(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(place.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{place}: not JSON: {error}") from error
+        raise UserError(f"{place}: not JSON: {error}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ValueError(f"{place}: not the index of a data set: its format is not {FORMAT!r}")
+        raise UserError(f"{place}: not the index of a data set: its format is not {FORMAT!r}")
     if index.get("version") != VERSION:
-        raise ValueError(
+        raise UserError(
             f"{place}: format version {index.get('version')}; this program reads version {VERSION}"
         )
     try:
@@ -250,9 +251,9 @@ def read_index(path: Path) -> dict[str, Any]:
         known &= index["image_size"] is None or len(index["image_size"]) == 2
         known &= all(len(Path(index[k]["file"]).parts) == 1 for k in ("labels", "offsets"))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{place}: {error} is missing or of a wrong kind") from error
+        raise UserError(f"{place}: {error} is missing or of a wrong kind") from error
     if not known:
-        raise ValueError(f"{place}: its counts or names contradict each other; pack again")
+        raise UserError(f"{place}: its counts or names contradict each other; pack again")
     return index
 
 
@@ -265,7 +266,7 @@ def _open_packed(path: Path) -> Shards:
             raise FileNotFoundError(f"{rec}: missing, though {INDEX} lists it")
         files.append(RecordFile(rec))
         if files[-1].size != shard["bytes"]:
-            raise ValueError(
+            raise UserError(
                 f"{rec}: {files[-1].size} bytes, but {INDEX} says {shard['bytes']}: the copy is "
                 f"incomplete, or the file was changed"
             )
@@ -281,9 +282,9 @@ def load_column(path: Path, count: int) -> np.ndarray:
     try:
         column = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     if column.dtype != np.int64 or column.shape != (count,):
-        raise ValueError(
+        raise UserError(
             f"{path}: {column.dtype} {list(column.shape)}, but {INDEX} needs int64 [{count}]"
         )
     return column.view(np.ndarray)

@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from data_tools.common.errors import UserError
 from data_tools.decode import decode_any_size
 from data_tools.shards import Shards
 
@@ -22,9 +23,9 @@ def write_sheet(
 ) -> None:
     """Raises: ValueError if there is no face, or the name is not a .png; OSError of the disk."""
     if path.suffix.lower() != ".png":
-        raise ValueError(f"{path}: a sheet is a .png")
+        raise UserError(f"{path}: a sheet is a .png")
     if not faces:
-        raise ValueError(f"{path}: no face to show")
+        raise UserError(f"{path}: no face to show")
     columns = min(columns, len(faces))
     rows = -(-len(faces) // columns)
     sheet = np.full((rows * (side + _TEXT), columns * side, 3), 255, np.uint8)

@@ -18,6 +18,7 @@ import numpy as np
 
 from data_tools import shards
 from data_tools.archives import ArchiveSource, is_archive, refuse_packed
+from data_tools.common.errors import UserError
 from data_tools.decode import is_image as is_image  # for those who count images before packing
 from data_tools.files import FolderSource, stamp
 from data_tools.lists import ListSource
@@ -72,9 +73,7 @@ def open_source(
         path.is_dir() and ((path / shards.INDEX).is_file() or any(path.glob("*.rec")))
     )
     if relabel is not None and not records:
-        raise ValueError(
-            f"--relabel {relabel}: {path} is no set of records, whose images it counts"
-        )
+        raise UserError(f"--relabel {relabel}: {path} is no set of records, whose images it counts")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such directory or file")
     if records:
@@ -85,7 +84,7 @@ def open_source(
         return ListSource(path, root)
     if path.is_dir():
         return FolderSource(path, nested)
-    raise ValueError(f"{path}: neither a directory nor a .rec, .lst, .zip or .tar")
+    raise UserError(f"{path}: neither a directory nor a .rec, .lst, .zip or .tar")
 
 
 class Records:
@@ -196,7 +195,7 @@ class JoinedSource(Joined):
         labels = []
         stems = [source.path.name for source in sources]
         if join == "offset" and len(set(stems)) < len(stems):
-            raise ValueError(
+            raise UserError(
                 f"two of the sources {', '.join(stems)} have one name, and their identities would: "
                 f"rename one, or --join name if the same name is the same person"
             )
@@ -218,5 +217,5 @@ def _distinct_bins(sources: list[Source]) -> list[Path]:
     for path in (path for source in sources for path in source.bins):
         other = found.setdefault(path.name, path)
         if other != path and other.read_bytes() != path.read_bytes():
-            raise ValueError(f"{other} and {path} differ, and a set holds one of a name: move one")
+            raise UserError(f"{other} and {path} differ, and a set holds one of a name: move one")
     return list(found.values())

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_tools.common.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -30,7 +32,7 @@ class Choice:
         except ValueError:
             value = 0.0
         if what not in ("images", "identities") or not 0 < value < 1:
-            raise ValueError(
+            raise UserError(
                 f"--split {self.split}: say images=SHARE or identities=SHARE, 0 < SHARE < 1"
             )
         return what, value
@@ -60,7 +62,7 @@ def choose(labels: np.ndarray, num_identities: int, choice: Choice) -> Parts:
     num_aside = round(share * len(usable)) if what == "identities" else 0
     if len(usable) < 2 + choice.hold_out + num_aside:
         most = len(usable) - 2 - num_aside
-        raise ValueError(
+        raise UserError(
             f"{len(usable)} of {num_identities} identities have a listed image"
             + (f" (or the {choice.min_images} asked for)" if choice.min_images > 1 else "")
             + f"; {choice.hold_out + num_aside} to hold out and 2 to train on are needed"

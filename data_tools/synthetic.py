@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 
 from data_tools.canvas import SIZE
+from data_tools.common.errors import UserError
 from data_tools.faces import Drawn, Person, Pose, span
 from data_tools.parallel import Advance, run_tasks
 from data_tools.partial import PartialDirectory
@@ -145,9 +146,9 @@ class Options:
     def __post_init__(self) -> None:
         for name, low in (("identities", 1), ("images", 1), ("seed", 0)):
             if getattr(self, name) < low:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be {low} or more")
+                raise UserError(f"--{name} {getattr(self, name)}: must be {low} or more")
         if self.seed >= 2**64:
-            raise ValueError(f"--seed {self.seed}: must be below 2^64")
+            raise UserError(f"--seed {self.seed}: must be below 2^64")
 
 
 def synthesize(out: Path, options: Options, workers: int = 1) -> dict[str, Any]:
@@ -217,7 +218,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: must be 1 or more")
+        raise UserError(f"--workers {args.workers}: must be 1 or more")
     options = Options(args.identities, args.images, args.seed)
     done = synthesize(args.out, options, args.workers)
     print(

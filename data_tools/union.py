@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools import shards
+from data_tools.common.errors import UserError
 from data_tools.shards import Shards
 
 
@@ -42,7 +43,7 @@ class Union:
             wrong = (one.labels < 0) | (one.labels >= one.num_classes)
             if wrong.any():
                 image = int(np.flatnonzero(wrong)[0])
-                raise ValueError(
+                raise UserError(
                     f"{one.path}: the label {one.labels[image]} of image {image} is outside "
                     f"[0, {one.num_classes})"
                 )
@@ -85,5 +86,5 @@ def open_all(paths: str | Sequence[str]) -> Shards | Union:
     places = [os.path.realpath(path) for path in paths]
     twice = [path for path, place in zip(paths, places, strict=True) if places.count(place) > 1]
     if twice:
-        raise ValueError(f"rec names {twice[0]} twice: its people would repel themselves")
+        raise UserError(f"rec names {twice[0]} twice: its people would repel themselves")
     return Union([shards.open(path) for path in paths])

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_tools import shards
+from data_tools.common.errors import UserError
 from data_tools.parallel import Advance, run_tasks
 from data_tools.partial import PartialDirectory
 from data_tools.recordio import Header, Writer
@@ -30,7 +31,7 @@ def to_folder(data: shards.Shards, out: Path, advance: Advance) -> None:
     for name in names:
         parts = name.split("/")
         if any(part in ("", ".", "..") or part.startswith(".") for part in parts):
-            raise ValueError(f"the identity {name!r} cannot be the name of a folder")
+            raise UserError(f"the identity {name!r} cannot be the name of a folder")
     made = set()
     for i, (label, encoded) in enumerate(data):
         folder = out / names[label]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools import insightface, shards
+from data_tools.common.errors import UserError
 from data_tools.decode import decode
 from data_tools.parallel import Advance, run_tasks
 from data_tools.recordio import Header, RecordFile, read_idx, unpack_record
@@ -53,7 +54,7 @@ def check_block(block: Block, advance: Advance) -> list[Finding]:
             header, image = unpack_record(record, where)
             _check_record(block, i, header, image, where)
             if end != ends[i]:
-                raise ValueError(f"ends at byte {end}, but the next record starts at {ends[i]}")
+                raise UserError(f"ends at byte {end}, but the next record starts at {ends[i]}")
         except ValueError as error:
             problem = str(error).removeprefix(f"{where}: ")
             findings.append(Finding(block.file.path.name, key, offset, problem))
@@ -69,7 +70,7 @@ def _check_record(block: Block, i: int, header: Header, image: bytes, where: str
     else:
         fault = shards.record_fault(header, int(block.keys[i]), int(block.labels[i]))
         if fault:
-            raise ValueError(fault)
+            raise UserError(fault)
     if block.size is not None:
         decode(image, block.size, where)
 
@@ -139,7 +140,7 @@ def _packed_block(
         offsets = columns["offsets"]
     labels = columns.get("labels")
     if len(offsets) != images:
-        raise ValueError(
+        raise UserError(
             f"{name}.idx has {count(len(offsets), 'line')}, {shards.INDEX} says {images}"
         )
     size = index["image_size"][0] if deep else None
@@ -246,7 +247,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: must be 1 or more")
+        raise UserError(f"--workers {args.workers}: must be 1 or more")
     if (args.path / shards.INDEX).is_file():
         records, findings = verify_packed(args.path, args.deep, args.workers)
     elif rec := insightface.find_rec(args.path):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from data_tools import shards
+from data_tools.common.errors import UserError, UserKeyError
 from data_tools.decisions import before_cleaning
 from data_tools.features import Features
 from data_tools.sheet import MAX_FACES, face, write_sheet
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 1 <= args.most <= MAX_FACES:
-        raise ValueError(f"--most {args.most}: must be 1 to {MAX_FACES}")
+        raise UserError(f"--most {args.most}: must be 1 to {MAX_FACES}")
     data = shards.open(args.path)
     chosen = _chosen(args, data)
     shown = chosen[: args.most]
@@ -57,7 +58,7 @@ def _chosen(args: argparse.Namespace, data: shards.Shards) -> list[tuple[int, st
     if args.like is not None:
         _check(args.like, data)
         if args.features is None:
-            raise ValueError("--like needs --features")
+            raise UserError("--like needs --features")
         features = Features(args.features, data.fingerprint)
         found = nearest(features, before_cleaning(data), args.like, args.most)
         return [(i, f" {cos:.2f}") for i, cos in found]
@@ -68,14 +69,14 @@ def _chosen(args: argparse.Namespace, data: shards.Shards) -> list[tuple[int, st
     label = args.label
     if args.identity is not None:
         if args.identity not in data.identities:
-            raise KeyError(f"{args.path} has no identity {args.identity!r}")
+            raise UserKeyError(f"{args.path} has no identity {args.identity!r}")
         label = data.identities.index(args.identity)
     images = np.flatnonzero(data.labels == label).tolist()
     if not images:
-        raise KeyError(f"{args.path} has no image of class {label}")
+        raise UserKeyError(f"{args.path} has no image of class {label}")
     return [(i, "") for i in images]
 
 
 def _check(i: int, data: shards.Shards) -> None:
     if not 0 <= i < len(data):
-        raise KeyError(f"{data.path} has no image {i}: its images are 0 .. {len(data) - 1}")
+        raise UserKeyError(f"{data.path} has no image {i}: its images are 0 .. {len(data) - 1}")

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from data_tools.common.errors import UserError
+
 STORED, DEFLATED = 0, 8
 
 _END = struct.Struct("<4s4H2LH")
@@ -42,12 +44,12 @@ def members(path: Path) -> Iterator[Member]:
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         if not size:
-            raise ValueError(f"{path}: not a zip archive: empty")
+            raise UserError(f"{path}: not a zip archive: empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 yield from _members(data, size)
             except (struct.error, _Damaged) as error:
-                raise ValueError(f"{path}: not a whole zip archive: {error}") from error
+                raise UserError(f"{path}: not a whole zip archive: {error}") from error
 
 
 class _Damaged(Exception):
@@ -120,19 +122,19 @@ def read_member(
     """The unpacked file. Raises: ValueError if it is damaged or packed in another way."""
     local = os.pread(descriptor, _LOCAL.size, header)
     if len(local) < _LOCAL.size or not local.startswith(b"PK\3\4"):
-        raise ValueError(f"no file starts at byte {header} of the archive: it is damaged")
+        raise UserError(f"no file starts at byte {header} of the archive: it is damaged")
     name_len, extra_len = _LOCAL.unpack(local)[-2:]
     data = os.pread(descriptor, packed, header + _LOCAL.size + name_len + extra_len)
     if len(data) != packed:
-        raise ValueError("the archive ends within it: cut short")
+        raise UserError("the archive ends within it: cut short")
     if method == DEFLATED:
         try:
             # One byte more than stated: a bomb stops there and fails below.
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
         except zlib.error as error:
-            raise ValueError(f"damaged in the archive: {error}") from error
+            raise UserError(f"damaged in the archive: {error}") from error
     elif method != STORED:
-        raise ValueError(f"packed by method {method}; only stored and deflated files are read")
+        raise UserError(f"packed by method {method}; only stored and deflated files are read")
     if len(data) != size or zlib.crc32(data) != crc:
-        raise ValueError("damaged in the archive: its length or CRC-32 is not the one stated")
+        raise UserError("damaged in the archive: its length or CRC-32 is not the one stated")
     return data

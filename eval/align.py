@@ -4,6 +4,8 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data_tools.common.errors import UserError
+
 # Left eye, right eye, nose, left and right corner of the mouth, as seen in the image; x and y in
 # pixels of 112 x 112. The last x is 62.7299 + 8 added in float32, as InsightFace's scripts have it.
 TEMPLATE = np.array(
@@ -30,10 +32,10 @@ def similarity(points: ArrayLike, size: int = 112) -> NDArray[np.float64]:
     """
     source = np.asarray(points, dtype=np.float32)  # [5, 2]
     if source.shape != (5, 2) or not np.isfinite(source).all():
-        raise ValueError(f"five finite points [5, 2] are needed, not {np.asarray(points).tolist()}")
+        raise UserError(f"five finite points [5, 2] are needed, not {np.asarray(points).tolist()}")
     target = TEMPLATE * np.float32(size / 112)
     if np.ptp(source, axis=0).max() == 0:
-        raise ValueError(f"five points at one place, {source[0].tolist()}, cannot be aligned")
+        raise UserError(f"five points at one place, {source[0].tolist()}, cannot be aligned")
     source_mean, target_mean = source.mean(axis=0), target.mean(axis=0)
     centred = source - source_mean
     variance = centred.var(axis=0).sum()
@@ -43,7 +45,7 @@ def similarity(points: ArrayLike, size: int = 112) -> NDArray[np.float64]:
     rotation = (u @ np.diag(sign) @ vt).astype(np.float64)
     scale = 1.0 / variance * (singular @ sign)
     if not 0 < scale < np.inf:
-        raise ValueError(f"no similarity takes the points {source.tolist()} to a face")
+        raise UserError(f"no similarity takes the points {source.tolist()} to a face")
     translation = target_mean - scale * (rotation @ source_mean)
     return np.column_stack([scale * rotation, translation])
 
@@ -57,7 +59,7 @@ def warp(image: NDArray[np.uint8], points: ArrayLike, size: int = 112) -> NDArra
         ValueError: as `similarity`, or an image that is not uint8 [h, w, 3].
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(f"a uint8 [h, w, 3] image is needed, not {image.dtype} {image.shape}")
+        raise UserError(f"a uint8 [h, w, 3] image is needed, not {image.dtype} {image.shape}")
     matrix = similarity(points, size)
     warped = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=0)
     return warped.astype(np.uint8, copy=False)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data_tools.common.errors import UserError
 from eval.roc import check_labels
 
 RESAMPLES = 1000
@@ -38,13 +39,13 @@ def intervals(
     score = np.asarray(scores, dtype=np.float64)
     same = check_labels(labels, len(score))
     if len(score) > MOST_PAIRS:
-        raise ValueError(f"{len(score)} pairs are more than {MOST_PAIRS} for a bootstrap")
+        raise UserError(f"{len(score)} pairs are more than {MOST_PAIRS} for a bootstrap")
     order = np.argsort(-score, kind="stable")
     score, same = score[order], same[order]
     last = np.flatnonzero(np.append(score[1:] != score[:-1], True))  # [U] of each equal run
     num_same, num_different = int(same.sum()), int((~same).sum())
     if not num_same or not num_different:
-        raise ValueError(f"{num_same} same and {num_different} different pairs: both are needed")
+        raise UserError(f"{num_same} same and {num_different} different pairs: both are needed")
     rng = np.random.default_rng(seed)
     found: dict[str, list[NDArray]] = {"tar": [], "eer": [], "auc": []}
     step = max(1, _CHUNK // len(score))

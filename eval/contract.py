@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common.errors import UserError
+
 SIZES = {(112, 112): slice(0, 112), (112, 96): slice(8, 104)}  # (height, width): kept columns
 ORDERS = ("RGB", "BGR")
 
@@ -41,7 +43,7 @@ class InputContract(NamedTuple):
             height, width = (int(side) for side in entries["input_size"].split(","))
             order, mean, std = entries["color_order"], float(entries["mean"]), float(entries["std"])
         except (KeyError, ValueError) as error:
-            raise ValueError(f"metadata of the input: {error!r} in {dict(entries)}") from error
+            raise UserError(f"metadata of the input: {error!r} in {dict(entries)}") from error
         return cls(height, width, order, mean, std).checked(f"metadata of the input {entries}")
 
     def changed(self, changes: Mapping[str, Any], source: str) -> "InputContract":
@@ -54,19 +56,19 @@ class InputContract(NamedTuple):
             if name not in self._fields:
                 near = difflib.get_close_matches(name, self._fields, 1)
                 hint = f"; did you mean {near[0]}?" if near else f"; known: {list(self._fields)}"
-                raise ValueError(f"{source}: unknown entry {name!r}{hint}")
+                raise UserError(f"{source}: unknown entry {name!r}{hint}")
         for name, value in changes.items():
             wanted = str if name == "color_order" else int | float
             if not isinstance(value, wanted) or isinstance(value, bool):
-                raise ValueError(f"{source}: {name} is {value!r}")
+                raise UserError(f"{source}: {name} is {value!r}")
         return self._replace(**changes).checked(source)
 
     def checked(self, source: str) -> "InputContract":
         numbers = np.isfinite([self.mean, self.std]).all() and self.std > 0
         if self.color_order not in ORDERS or not numbers:
-            raise ValueError(f"{source} cannot be followed: {self.text()}")
+            raise UserError(f"{source} cannot be followed: {self.text()}")
         if (self.height, self.width) not in SIZES:
-            raise ValueError(f"{source}: images of {self.height} x {self.width} cannot be made; "
+            raise UserError(f"{source}: images of {self.height} x {self.width} cannot be made; "
                              "112 x 112 and 112 x 96 can")  # fmt: skip
         return self
 
@@ -112,8 +114,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object is expected, such as "
+        raise UserError(f"{path}: a JSON object is expected, such as "
                          '{"color_order": "BGR", "mean": 127.5, "std": 128}')  # fmt: skip
     return content

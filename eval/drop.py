@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.common.errors import UserError
 from eval import verification
 from eval.extract import batches
 from eval.images import Encoded
@@ -57,7 +58,7 @@ def compare(
     for which, e in zip(("first", "second"), embeddings, strict=True):
         lengths = np.linalg.norm(e, axis=1)
         if wrong := int((~np.isfinite(lengths) | (lengths == 0)).sum()):
-            raise ValueError(
+            raise UserError(
                 f"{pairs.name}: the {which} network gives {wrong} of {len(e)} images an embedding "
                 "that is zero or not finite"
             )

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from data_tools.common.errors import UserError
 from eval.contract import InputContract, read_json, sidecar
 from eval.embed_onnx import OnnxEmbedder
 from recognition import checkpoint
@@ -66,7 +67,7 @@ def open_embedder(
         stated, source = stated | dict(changes), f"{source} and the flags" if stated else source
     if path.is_dir():
         if stated:
-            raise ValueError(f"{path}: the input of a run is known (RGB, (pixel - 127.5) / 127.5): "
+            raise UserError(f"{path}: the input of a run is known (RGB, (pixel - 127.5) / 127.5): "
                              f"{source} must not state another")  # fmt: skip
         return TorchEmbedder(*_from_run(path), batch_size)
     if not path.is_file():
@@ -96,7 +97,7 @@ def _from_weights(path: Path) -> tuple[nn.Module, dict[str, object], str]:
     try:
         state = initial_weights(str(path))
     except Exception as error:  # damaged bytes can fail anywhere in torch's reader
-        raise ValueError(f"{path} is not a backbone: {error}") from error
+        raise UserError(f"{path} is not a backbone: {error}") from error
     name, size = _network_of({key: tuple(value.shape) for key, value in state.items()}, path)
     module = BACKBONES[name](embedding_size=size)
     checkpoint.load_state(module, state, str(path))
@@ -115,7 +116,7 @@ def _network_of(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[str,
             counters = {key for key in wanted if key.endswith("num_batches_tracked")}
             if {**{key: () for key in counters}, **shapes} == wanted:
                 return name, size
-    raise ValueError(
+    raise UserError(
         f"{path}: its {len(shapes)} tensors are those of none of {', '.join(BACKBONES)}; export "
         "the network to ONNX to evaluate it"
     )
@@ -140,7 +141,7 @@ class TorchEmbedder:
         self.digest, self.batch_size = digest, batch_size
         self.contract = contract or InputContract()
         if (self.contract.height, self.contract.width) != (112, 112):
-            raise ValueError(f"{facts['path']}: our backbones take 112 x 112 images")
+            raise UserError(f"{facts['path']}: our backbones take 112 x 112 images")
         self.facts = facts | {
             "sha256": digest,
             "input": self.contract._asdict(),

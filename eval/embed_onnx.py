@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from data_tools.common.errors import UserError
 from eval.contract import InputContract
 
 
@@ -37,24 +38,24 @@ class OnnxEmbedder:
             graph, model = _read_graph(path)
             self.session = onnxruntime.InferenceSession(model, options, _providers())
         except Exception as error:  # protobuf's and ONNX Runtime's own kinds
-            raise ValueError(f"{path} is not an ONNX model that can run: {error}") from error
+            raise UserError(f"{path} is not an ONNX model that can run: {error}") from error
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4:
-            raise ValueError(
+            raise UserError(
                 f"{path} has the inputs {[x.name for x in inputs]} and outputs "
                 f"{[x.name for x in outputs]}; a recognition model has one image and one embedding"
             )
         self.name, self.dtype = inputs[0].name, _FLOATS.get(inputs[0].type)
         if self.dtype is None:
-            raise ValueError(f"{path} takes {inputs[0].type}, not float images")
+            raise UserError(f"{path} takes {inputs[0].type}, not float images")
         entries = self.session.get_modelmeta().custom_metadata_map
         fixed, channels, *sides = inputs[0].shape
         known = [side if isinstance(side, int) else 112 for side in sides]
         if channels not in (3, None) and isinstance(channels, int):
-            raise ValueError(f"{path} takes images of {inputs[0].shape[1:]}, not [3, H, W]")
+            raise UserError(f"{path} takes images of {inputs[0].shape[1:]}, not [3, H, W]")
         self.contract = _stated(path, graph, entries, known, dict(stated or {}), source)
         if [self.contract.height, self.contract.width] != known:
-            raise ValueError(
+            raise UserError(
                 f"{path} takes images of {known[0]} x {known[1]}, its contract says "
                 f"{self.contract.height} x {self.contract.width}"
             )
@@ -88,7 +89,7 @@ class OnnxEmbedder:
                 x = np.resize(x, (self.fixed_batch, *x.shape[1:]))  # repeats images
             (output,) = self.session.run(None, {self.name: x})
             if output.ndim < 2 or len(output) != len(x):
-                raise ValueError(f"{self.facts['path']}: {len(x)} images gave an output of "
+                raise UserError(f"{self.facts['path']}: {len(x)} images gave an output of "
                                  f"{list(output.shape)}, not [{len(x)}, D]")  # fmt: skip
             parts.append(output.reshape(len(x), -1)[:num].astype(np.float32))
         return np.concatenate(parts)
@@ -108,7 +109,7 @@ def _stated(
     if "mean" in entries or "std" in entries:
         base = InputContract.from_metadata(entries)
         if (base.height, base.width) != tuple(known):
-            raise ValueError(f"{path}: its metadata say {base.height} x {base.width}, "
+            raise UserError(f"{path}: its metadata say {base.height} x {base.width}, "
                              f"its input is not that: {known}")  # fmt: skip
     else:
         base = _insightface_contract(graph).changed(size, f"the input of {path}")

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common.errors import UserError
 from eval.images import ImageSet
 
 if TYPE_CHECKING:
@@ -114,10 +115,10 @@ def extract(
     place = place or Place.of_environment()
     num_blocks = -(-len(images) // BLOCK)
     if not num_blocks:
-        raise ValueError(f"{images.name}: no images")
+        raise UserError(f"{images.name}: no images")
     if cache is None:
         if place.world > 1:
-            raise ValueError("several processes share embeddings by files: --cache must not be off")
+            raise UserError("several processes share embeddings by files: --cache must not be off")
         blocks: list[Any] = [block for _, block in
                              _compute(embedder, images, flip, range(num_blocks), batch_size,
                                       threads, advance)]  # fmt: skip
@@ -188,7 +189,7 @@ def _compute(
         views = np.stack([embedder.forward(x) for x in prepared], axis=1)  # [n, V, D]
         if not np.isfinite(views).all():
             bad = some[int(np.flatnonzero(~np.isfinite(views).all(axis=(1, 2)))[0])]
-            raise ValueError(f"{images.name}: the embedding of image {bad} is not finite")
+            raise UserError(f"{images.name}: the embedding of image {bad} is not finite")
         parts.append(views)
         advance(len(some))
         number = some[0] // BLOCK

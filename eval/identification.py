@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data_tools.common.errors import UserError
+
 RANKS = (1, 5, 10)
 FPIRS = (0.01, 0.1)
 CHUNK_BYTES = 64 << 20  # of similarities held at once
@@ -66,12 +68,12 @@ def search(
     gallery, subjects = _templates("gallery", gallery, gallery_ids)
     probes, wanted = _templates("probes", probes, probe_ids)
     if gallery.shape[1] != probes.shape[1]:
-        raise ValueError(f"gallery has {gallery.shape[1]} columns, probes have {probes.shape[1]}")
+        raise UserError(f"gallery has {gallery.shape[1]} columns, probes have {probes.shape[1]}")
     names, subject = np.unique(subjects, return_inverse=True)  # [G] index into names
     place = np.minimum(np.searchsorted(names, wanted), len(names) - 1)  # [Q]
     mated = names[place] == wanted
     if not mated.any():
-        raise ValueError(f"none of the {len(probes)} probes has its subject in the gallery")
+        raise UserError(f"none of the {len(probes)} probes has its subject in the gallery")
 
     order = np.argsort(subject, kind="stable")  # [G] the templates of a subject side by side
     bounds = np.searchsorted(subject[order], np.arange(len(names) + 1))
@@ -175,17 +177,17 @@ def legacy(
     probes, wanted = _templates("probes", probes, probe_ids)
     names, counts = np.unique(subjects, return_counts=True)
     if counts.max() > 1:
-        raise ValueError(f"subject {names[counts > 1][0]} has several gallery templates: the old "
+        raise UserError(f"subject {names[counts > 1][0]} has several gallery templates: the old "
                          "rule knows one for each")  # fmt: skip
     absent = ~np.isin(wanted, names)
     if absent.any():
-        raise ValueError(f"probe subject {wanted[absent][0]} is in no gallery: the old rule needs "
+        raise UserError(f"probe subject {wanted[absent][0]} is in no gallery: the old rule needs "
                          "every probe mated")  # fmt: skip
     found = search(gallery, subjects, probes, wanted)
     most = [int(np.ceil(x * len(probes))) for x in fars]
     keep = min(max(most), len(probes) * (len(gallery) - 1))
     if keep < 1:
-        raise ValueError("the old rule needs scores between different subjects")
+        raise UserError("the old rule needs scores between different subjects")
     column = np.argsort(subjects, kind="stable")[np.searchsorted(names, wanted)]
     top = np.empty(0)
     step = max(1, CHUNK_BYTES // (8 * len(gallery)))
@@ -219,11 +221,11 @@ def _own(
 def _templates(name: str, features: ArrayLike, ids: ArrayLike) -> tuple[NDArray, NDArray]:
     array, subjects = np.asarray(features), np.asarray(ids)
     if array.ndim != 2 or array.size == 0 or subjects.shape != (len(array),):
-        raise ValueError(
+        raise UserError(
             f"{name} must be [templates, D] with one id each, not {list(array.shape)} with "
             f"{list(subjects.shape)} ids"
         )
     if np.isnan(array).any():
         row = int(np.flatnonzero(np.isnan(array).any(axis=1))[0])
-        raise ValueError(f"{name}: template {row} holds NaN")
+        raise UserError(f"{name}: template {row} holds NaN")
     return array, subjects

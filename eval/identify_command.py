@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.common.errors import UserError
 from eval import identification, lists, pairs_command, results, session, templates
 from eval.results import Result
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> dict | None:
     ]
     names = [path.stem for path in args.gallery]
     if len(set(names)) < len(names):
-        raise ValueError(f"two galleries of one name among {', '.join(names)}; rename a file")
+        raise UserError(f"two galleries of one name among {', '.join(names)}; rename a file")
     work = session.Session(args)
     features = [work.features(faces.images) for faces in tables]
     pooled = []

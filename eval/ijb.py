@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common.errors import UserError
 from eval import templates
 from eval.images import Files, five_points
 
@@ -91,7 +92,7 @@ def read_faces(benchmark: Benchmark) -> Faces:
             template.append(int(tid))
             media.append(int(mid))
         except ValueError as error:
-            raise ValueError(f"{of_faces}:{number}: {' '.join(fields)[:200]!r} is not 'name "
+            raise UserError(f"{of_faces}:{number}: {' '.join(fields)[:200]!r} is not 'name "
                              "template media'") from error  # fmt: skip
         names.append(name)
     points = np.empty((len(names), 5, 2), dtype=np.float32)
@@ -100,15 +101,15 @@ def read_faces(benchmark: Benchmark) -> Faces:
     for number, fields in _lines(of_points):
         where = f"{of_points}:{number}"
         if row == len(names):
-            raise ValueError(f"{where}: a row more than the {len(names)} of {of_faces}")
+            raise UserError(f"{where}: a row more than the {len(names)} of {of_faces}")
         if fields[0] != names[row]:
-            raise ValueError(f"{where}: {fields[0]} where {of_faces} has {names[row]}; the two "
+            raise UserError(f"{where}: {fields[0]} where {of_faces} has {names[row]}; the two "
                              "lists must have the same rows")  # fmt: skip
         points[row] = five_points(fields[1:-1], where)
         score[row] = five_score(fields[-1], where)
         row += 1
     if row < len(names):
-        raise ValueError(f"{of_points}: {row} rows for the {len(names)} of {of_faces}")
+        raise UserError(f"{of_points}: {row} rows for the {len(names)} of {of_faces}")
     root = benchmark.directory / "loose_crop"
     images = Files(benchmark.name, root, names, points)
     absent = [name for name in names if not (root / name).is_file()]
@@ -124,7 +125,7 @@ def five_score(text: str, where: str) -> float:
     except ValueError:
         value = np.nan
     if not np.isfinite(value):
-        raise ValueError(f"{where}: the detector score {text!r} is not a number")
+        raise UserError(f"{where}: the detector score {text!r} is not a number")
     return value
 
 
@@ -142,18 +143,18 @@ def read_pairs(benchmark: Benchmark, known: NDArray[np.int64]) -> Pairs:
         count = text.count(b"\n") + (not text.endswith(b"\n"))
         values = _integers(text, count)
         if values is None:
-            raise ValueError(_wrong_pair(path, text, lines))
+            raise UserError(_wrong_pair(path, text, lines))
         bad = ~np.isin(values[:, :2], known).all(axis=1) | (values[:, 2] < 0) | (values[:, 2] > 1)
         if bad.any():
-            raise ValueError(_wrong_pair(path, text, lines, int(np.flatnonzero(bad)[0])))
+            raise UserError(_wrong_pair(path, text, lines, int(np.flatnonzero(bad)[0])))
         parts.append(values.astype(np.int32))
         lines += count
     if not parts:
-        raise ValueError(f"{path}: no pairs in it")
+        raise UserError(f"{path}: no pairs in it")
     whole = np.concatenate(parts)
     issame = whole[:, 2] == 1
     if issame.all() or not issame.any():
-        raise ValueError(f"{path}: pairs of one kind only: there is nothing to tell apart")
+        raise UserError(f"{path}: pairs of one kind only: there is nothing to tell apart")
     return Pairs(whole[:, 0].copy(), whole[:, 1].copy(), issame)
 
 
@@ -173,12 +174,12 @@ def read_subjects(path: Path, known: NDArray[np.int64]) -> Subjects:
             template.append(int(fields[0]))
             subject.append(int(fields[1]))
         except (ValueError, IndexError) as error:
-            raise ValueError(f"{path}:{number}: {line[:200]!r} is not "
+            raise UserError(f"{path}:{number}: {line[:200]!r} is not "
                              "'template,subject,..'") from error  # fmt: skip
         if not _in(template[-1], known):
-            raise ValueError(f"{path}:{number}: template {template[-1]} has no face in the lists")
+            raise UserError(f"{path}:{number}: template {template[-1]} has no face in the lists")
     if not template:
-        raise ValueError(f"{path}: no templates in it")
+        raise UserError(f"{path}: no templates in it")
     ids, first = np.unique(template, return_index=True)
     return Subjects(ids, np.array(subject)[first])
 

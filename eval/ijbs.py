@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common.errors import UserError
 from eval import identification, identify_command, session, templates
 from eval.images import Files
 
@@ -88,7 +89,7 @@ def read_protocol(directory: Path, name: str) -> dict[str, list[Template]]:
     probes = []
     for where, fields in _rows(directory / f"cs6_{probe}_probe.csv", 1):
         if fields[0] not in by_video:
-            raise ValueError(f"{where}: {fields[0]} is not in cs6_metadata.csv")
+            raise UserError(f"{where}: {fields[0]} is not in cs6_metadata.csv")
         probes += [Template(subject, (fields[0],)) for subject in by_video[fields[0]]]
     sides = {"probes": probes}
     for key in ("g1", "g2"):
@@ -147,7 +148,7 @@ def _rows(path: Path, width: int) -> Iterator[tuple[str, list[str]]]:
             if number == 1 or not line.strip():
                 continue  # the header
             if len(fields) < width or not all(fields[:width]):
-                raise ValueError(f"{path}:{number}: {line.strip()[:200]!r} has not {width} fields")
+                raise UserError(f"{path}:{number}: {line.strip()[:200]!r} has not {width} fields")
             yield f"{path}:{number}", fields
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common.errors import UserError
 from data_tools.decode import decode, decode_any_size
 from eval import align
 
@@ -88,7 +89,7 @@ class Files:
         try:
             return align.warp(image, self.points[i], SIZE)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
 
     def digest(self) -> str:
         total = hashlib.sha256()
@@ -131,9 +132,9 @@ def five_points(fields: Sequence[str], where: str = "") -> NDArray[np.float32]:
     try:
         values = np.array(fields, dtype=np.float32)
     except ValueError as error:
-        raise ValueError(f"{where}: landmarks {' '.join(fields)!r} are not numbers") from error
+        raise UserError(f"{where}: landmarks {' '.join(fields)!r} are not numbers") from error
     if values.size not in (10, 136) or not np.isfinite(values).all():
-        raise ValueError(
+        raise UserError(
             f"{where}: {values.size} numbers are neither five points (10) nor 68 (136), or one of "
             "them is not finite"
         )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data_tools.common.errors import UserError
 from eval import extract, unpickle, verification
 from eval.images import SIZE, Encoded
 
@@ -36,21 +37,21 @@ def load_bin(path: str | Path) -> PairSet:
     """
     content = unpickle.load(path)
     if not isinstance(content, tuple | list) or len(content) != 2:
-        raise ValueError(f"{path}: a pickle of (images, issame) is expected")
+        raise UserError(f"{path}: a pickle of (images, issame) is expected")
     images, labels = content
     if isinstance(labels, unpickle.Array) and labels.dtype == "b1" and len(labels.shape) == 1:
         labels = [value != 0 for value in labels.data]
     if not isinstance(images, tuple | list) or not isinstance(labels, tuple | list):
-        raise ValueError(f"{path}: images and issame must be lists")
+        raise UserError(f"{path}: images and issame must be lists")
     if not labels or len(images) != 2 * len(labels):
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(images)} images for {len(labels)} pairs; each pair has two images"
         )
     for i, label in enumerate(labels):
         if not isinstance(label, int) or label not in (0, 1):
             # Its type only: the text of nested lists that share parts can be endless.
             kind = type(label).__name__
-            raise ValueError(f"{path}: issame[{i}] ({kind}) is neither a boolean nor 0 or 1")
+            raise UserError(f"{path}: issame[{i}] ({kind}) is neither a boolean nor 0 or 1")
     encoded = [_image_bytes(image, f"{path}: image {i}") for i, image in enumerate(images)]
     return PairSet(Path(path).stem, encoded, np.array(labels, dtype=bool))
 
@@ -99,4 +100,4 @@ def _image_bytes(image: object, where: str) -> bytes:
         return bytes(image)
     if isinstance(image, unpickle.Array) and image.dtype == "u1" and len(image.shape) == 1:
         return image.data
-    raise ValueError(f"{where} is neither bytes nor a 1-D uint8 array")
+    raise UserError(f"{where} is neither bytes nor a 1-D uint8 array")

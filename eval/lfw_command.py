@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
+from data_tools.common.errors import UserError
 from eval import pair_lists, session
 from eval.pair_lists import Pairs
 
@@ -50,11 +51,11 @@ def run(args: argparse.Namespace) -> dict | None:
         ValueError, OSError: a set, the model or the report's place is not what it must be.
     """
     if args.report is not None and not args.report.endswith(".html"):
-        raise ValueError(f"--report takes an .html file, not {args.report}")
+        raise UserError(f"--report takes an .html file, not {args.report}")
     sets = [_load(name) for name in args.sets]
     names = [pairs.name for pairs in sets]
     if len(set(names)) < len(names):
-        raise ValueError(f"two sets of one name among {', '.join(names)}; rename a file")
+        raise UserError(f"two sets of one name among {', '.join(names)}; rename a file")
     from eval import verify
 
     work = session.Session(args)
@@ -96,7 +97,7 @@ def finish(work: session.Session, found: "list[Result]", report_path: str | None
 def _load(name: str) -> Pairs:
     pairs = pair_lists.open_set(name)
     if pairs.issame.all() or not pairs.issame.any():
-        raise ValueError(f"{name} holds pairs of one kind only: there is nothing to tell apart")
+        raise UserError(f"{name} holds pairs of one kind only: there is nothing to tell apart")
     return pairs
 
 

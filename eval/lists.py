@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common.errors import UserError
 from eval.images import Files, five_points, read_landmarks
 
 FACES = ("image", "subject", "template", "media", "score")
@@ -58,25 +59,25 @@ def read(path: str | Path, names: Sequence[str], needed: Sequence[str]) -> Table
                 header = [field.lower() for field in fields]
                 unknown = [x for x in header if x not in names]
                 if unknown or len(set(header)) < len(header):
-                    raise ValueError(f"{path}:{number}: columns {header}; known are "
+                    raise UserError(f"{path}:{number}: columns {header}; known are "
                                      f"{', '.join(names)}, each once")  # fmt: skip
             else:
                 header = list(names[: len(fields)])
             absent = [name for name in needed if name not in header]
             if absent:
-                raise ValueError(f"{path}:{number}: no column {', '.join(absent)}; there are "
+                raise UserError(f"{path}:{number}: no column {', '.join(absent)}; there are "
                                  f"{', '.join(header)}")  # fmt: skip
             columns = {name: [] for name in header}
             if known:
                 continue
         if len(fields) != len(header):
-            raise ValueError(f"{path}:{number}: {len(fields)} fields where the first line has "
+            raise UserError(f"{path}:{number}: {len(fields)} fields where the first line has "
                              f"{len(header)}")  # fmt: skip
         lines.append(number)
         for name, field in zip(header, fields, strict=True):
             columns[name].append(field)
     if not lines:
-        raise ValueError(f"{path}: no rows in it")
+        raise UserError(f"{path}: no rows in it")
     return Table(path, lines, columns)
 
 
@@ -127,7 +128,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                     fields = next(csv.reader([line], delimiter=delimiter))
                     yield number, [field.strip() for field in fields]
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path}: not a text table: {error}") from error
+            raise UserError(f"{path}: not a text table: {error}") from error
 
 
 def _numbered(texts: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
@@ -140,7 +141,7 @@ def _subjects(table: Table, template: NDArray, names: list[str]) -> list[str]:
     subjects: list[str | None] = [None] * len(names)
     for row, (number, subject) in enumerate(zip(template, table.columns["subject"], strict=True)):
         if subjects[number] not in (None, subject):
-            raise ValueError(f"{table.where(row)}: template {names[number]} is of subject "
+            raise UserError(f"{table.where(row)}: template {names[number]} is of subject "
                              f"{subjects[number]} and of {subject}")  # fmt: skip
         subjects[number] = subject
     return [str(subject) for subject in subjects]
@@ -154,7 +155,7 @@ def _score(table: Table) -> NDArray[np.float64]:
         except ValueError:
             values[row] = np.nan
         if not np.isfinite(values[row]):
-            raise ValueError(f"{table.where(row)}: score {text!r} is not a number")
+            raise UserError(f"{table.where(row)}: score {text!r} is not a number")
     return values
 
 
@@ -162,7 +163,7 @@ def _points(table: Table, landmarks: str | Path | None) -> NDArray[np.float32] |
     columns = table.columns
     inside = [name for name in LANDMARKS if name in columns]
     if inside and len(inside) < len(LANDMARKS):
-        raise ValueError(f"{table.path}: landmarks need all of {', '.join(LANDMARKS)}")
+        raise UserError(f"{table.path}: landmarks need all of {', '.join(LANDMARKS)}")
     if inside:
         rows = zip(*(columns[name] for name in LANDMARKS), strict=True)
         return np.stack([five_points(x, table.where(row)) for row, x in enumerate(rows)])
@@ -172,5 +173,5 @@ def _points(table: Table, landmarks: str | Path | None) -> NDArray[np.float32] |
     points = [look_up(name) for name in columns["image"]]
     for row, five in enumerate(points):
         if five is None:
-            raise ValueError(f"{table.where(row)}: {landmarks} has no landmarks of it")
+            raise UserError(f"{table.where(row)}: {landmarks} has no landmarks of it")
     return np.stack([five for five in points if five is not None])

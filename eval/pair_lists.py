@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common.errors import UserError
 from eval.images import Encoded, Files, ImageSet, read_landmarks
 from eval.lfw import load_bin
 
@@ -56,7 +57,7 @@ def open_set(given: str) -> Pairs:
         images = Encoded(encoded.name, encoded.encoded)
         return Pairs(encoded.name, images, 2 * pair, 2 * pair + 1, encoded.issame)
     if len(parts) > 3 or not all(parts):
-        raise ValueError(f"{given}: a set is X.bin, LIST:IMAGE_DIR or LIST:IMAGE_DIR:LANDMARKS")
+        raise UserError(f"{given}: a set is X.bin, LIST:IMAGE_DIR or LIST:IMAGE_DIR:LANDMARKS")
     return load_list(*parts)
 
 
@@ -90,7 +91,7 @@ def load_list(
         else:
             kept.append(pair)
     if not kept:
-        raise ValueError(
+        raise UserError(
             f"{image_dir}: none of the {len(listed)} pairs of {path} has both images; expected "
             f"e.g. {Path(image_dir) / _suffixed(listed[0].first)}"
         )
@@ -131,7 +132,7 @@ def _text(path: Path) -> list[Listed]:
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file: {error}") from error
+        raise UserError(f"{path}: not a text file: {error}") from error
     lines = [(i, line.split()) for i, line in enumerate(content.splitlines(), 1) if line.strip()]
     announced = None
     if lines and len(lines[0][1]) <= 2 and all(field.isdecimal() for field in lines[0][1]):
@@ -141,9 +142,9 @@ def _text(path: Path) -> list[Listed]:
         return list(_calfw(path, lines))
     pairs = [_line(f"{path}:{i}", fields) for i, fields in lines]
     if announced is not None and len(pairs) != announced:
-        raise ValueError(f"{path}: {len(pairs)} pairs where its first line announces {announced}")
+        raise UserError(f"{path}: {len(pairs)} pairs where its first line announces {announced}")
     if not pairs:
-        raise ValueError(f"{path}: no pairs in it")
+        raise UserError(f"{path}: no pairs in it")
     return pairs
 
 
@@ -155,7 +156,7 @@ def _line(where: str, fields: list[str]) -> Listed:
             return Listed(where, _lfw(name1, n1), _lfw(name2, n2), name1 == name2)
         case [first, second, label] if label in ("0", "1", "-1"):
             return Listed(where, first, second, label == "1")
-    raise ValueError(
+    raise UserError(
         f"{where}: {' '.join(fields)[:200]!r} is neither 'name n1 n2' nor 'name1 n1 name2 n2' nor "
         "'image1 image2 label'"
     )
@@ -167,14 +168,14 @@ def _lfw(name: str, number: str) -> str:
 
 def _calfw(path: Path, lines: list[tuple[int, list[str]]]) -> Iterable[Listed]:
     if len(lines) % 2:
-        raise ValueError(f"{path}: {len(lines)} lines; each pair has two")
+        raise UserError(f"{path}: {len(lines)} lines; each pair has two")
     for (i, one), (j, other) in zip(lines[::2], lines[1::2], strict=True):
         for number, fields in ((i, one), (j, other)):
             if len(fields) != 2 or not fields[1].isdecimal():
-                raise ValueError(f"{path}:{number}: {' '.join(fields)[:200]!r} is not "
+                raise UserError(f"{path}:{number}: {' '.join(fields)[:200]!r} is not "
                                  "'image number'")  # fmt: skip
         if (one[1] == "0") != (other[1] == "0"):
-            raise ValueError(f"{path}:{j}: the pair of lines {i} and {j} is both same and not")
+            raise UserError(f"{path}:{j}: the pair of lines {i} and {j} is both same and not")
         yield Listed(f"{path}:{i}", one[0], other[0], one[1] != "0")
 
 
@@ -183,7 +184,7 @@ def _cfp(split: Path) -> Iterable[Listed]:
     protocol = split.parents[1]
     kinds = {"FP": ("F", "P"), "FF": ("F", "F")}.get(split.name.upper())
     if kinds is None:
-        raise ValueError(f"{split}: of CFP's Protocol/Split, name the folder FP or FF")
+        raise UserError(f"{split}: of CFP's Protocol/Split, name the folder FP or FF")
     files = [_cfp_images(protocol / f"Pair_list_{kind}.txt") for kind in kinds]
     folds = sorted(x for x in split.iterdir() if x.is_dir())
     if not folds:
@@ -197,7 +198,7 @@ def _cfp(split: Path) -> Iterable[Listed]:
                 if len(numbers) != 2 or not all(
                     x.strip() in table for x, table in zip(numbers, files, strict=True)
                 ):
-                    raise ValueError(f"{fold / name}:{i}: {line[:200]!r} is not 'i,j' of numbers "
+                    raise UserError(f"{fold / name}:{i}: {line[:200]!r} is not 'i,j' of numbers "
                                      f"in {protocol}/Pair_list_*.txt")  # fmt: skip
                 one, other = (t[x.strip()] for x, t in zip(numbers, files, strict=True))
                 yield Listed(f"{fold / name}:{i}", one, other, same)
@@ -210,7 +211,7 @@ def _cfp_images(path: Path) -> dict[str, str]:
     for i, line in enumerate(path.read_text().splitlines(), 1):
         fields = line.split()
         if len(fields) != 2:
-            raise ValueError(f"{path}:{i}: {line[:200]!r} is not 'number path'")
+            raise UserError(f"{path}:{i}: {line[:200]!r} is not 'number path'")
         # ../Data/Images/001/frontal/01.jpg -> 001/frontal/01.jpg
         table[fields[0]] = fields[1].rpartition("Images/")[2]
     return table
@@ -229,7 +230,7 @@ def _agedb(path: Path) -> Iterable[Listed]:
                 one, other = (_string(side[k]) for side in (firsts, seconds))
                 yield Listed(f"{path}: fold {fold} pair {k + 1}", one, other, int(label) == 1)
     except Exception as error:  # damaged bytes can fail anywhere in SciPy's reader
-        raise ValueError(f"{path}: not a pair file of AgeDB-30: {error!r}") from error
+        raise UserError(f"{path}: not a pair file of AgeDB-30: {error!r}") from error
 
 
 def _innermost(cell: Any) -> Any:
@@ -268,7 +269,7 @@ def points_of(paths: list[str], landmarks: str | Path | None) -> NDArray[np.floa
     points = [look_up(path) for path in paths]
     absent = [path for path, five in zip(paths, points, strict=True) if five is None]
     if absent:
-        raise ValueError(f"{landmarks}: no landmarks for {len(absent)} of {len(paths)} images, "
+        raise UserError(f"{landmarks}: no landmarks for {len(absent)} of {len(paths)} images, "
                          f"the first {absent[0]}")  # fmt: skip
     return np.stack([five for five in points if five is not None])
 

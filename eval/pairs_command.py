@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.common.errors import UserError
 from eval import lfw_command, lists, pair_lists, results, roc, session, templates
 from eval.results import Result
 
@@ -49,15 +50,15 @@ def run(args: argparse.Namespace) -> dict | None:
     table = lists.read(args.pairs, PAIRS, PAIRS)
     for row, label in enumerate(table.columns["same"]):
         if label not in ("0", "1"):
-            raise ValueError(f"{table.where(row)}: same is {label!r}, neither 0 nor 1")
+            raise UserError(f"{table.where(row)}: same is {label!r}, neither 0 nor 1")
     issame = np.array(table.columns["same"]) == "1"
     if issame.all() or not issame.any():
-        raise ValueError(f"{args.pairs} holds pairs of one kind only: there is nothing to tell "
+        raise UserError(f"{args.pairs} holds pairs of one kind only: there is nothing to tell "
                          "apart")  # fmt: skip
     if args.templates is not None:
         return _of_templates(args, table, issame)
     if len(issame) < 10:
-        raise ValueError(f"{args.pairs}: {len(issame)} pairs; at least 10 are needed")
+        raise UserError(f"{args.pairs}: {len(issame)} pairs; at least 10 are needed")
     from eval import verify
 
     pairs = _of_images(args, table, issame)
@@ -98,7 +99,7 @@ def _of_templates(args: argparse.Namespace, table: lists.Table, issame) -> dict 
     for side in ("first", "second"):
         for row, name in enumerate(table.columns[side]):
             if name not in numbers:
-                raise ValueError(f"{table.where(row)}: no template {name!r} in {args.templates}")
+                raise UserError(f"{table.where(row)}: no template {name!r} in {args.templates}")
         sides.append(np.array([numbers[name] for name in table.columns[side]]))
     work = session.Session(args)
     features = work.features(faces.images)

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from data_tools.common.errors import UserError
 from eval import figures, sections, tables
 from eval.page_style import HEAD, STYLE
 from eval.results import Result
@@ -29,7 +30,7 @@ def write(
     """
     path = Path(path)
     if path.suffix != ".html":
-        raise ValueError(f"a report is an .html file, not {path}")
+        raise UserError(f"a report is an .html file, not {path}")
     records, config = [], None
     if run_dir is not None:
         records = read_metrics(Path(run_dir) / "metrics.jsonl")
@@ -63,7 +64,7 @@ def read_metrics(path: str | Path) -> list[dict]:
         except ValueError as error:
             if i == len(lines) and not line.endswith("\n"):
                 break
-            raise ValueError(f"{path}:{i}: not a JSON object: {line[:80]!r}") from error
+            raise UserError(f"{path}:{i}: not a JSON object: {line[:80]!r}") from error
     return records
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data_tools.common.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
@@ -30,7 +32,7 @@ def run(args: argparse.Namespace) -> dict:
     """
     out = args.out or args.runs[0] / "report.html"
     if out.suffix != ".html":
-        raise ValueError(f"--out takes an .html file, not {out}")
+        raise UserError(f"--out takes an .html file, not {out}")
     from eval import report, results
 
     names = _labels(args.runs)
@@ -58,6 +60,6 @@ def results_of(path: Path) -> Path:
 def _labels(runs: list[Path]) -> list[str]:
     """A name for each run, as short as tells them apart."""
     if len({path.resolve() for path in runs}) < len(runs):
-        raise ValueError(f"one run twice among {', '.join(map(str, runs))}")
+        raise UserError(f"one run twice among {', '.join(map(str, runs))}")
     short = [path.resolve().name for path in runs]
     return short if len(set(short)) == len(short) else [str(path) for path in runs]

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common.errors import UserError
 from eval import roc
 
 FORMAT = 1
@@ -170,17 +171,17 @@ def load_all(directory: str | Path) -> list[Result]:
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}; evaluate again") from error
+            raise UserError(f"{path} is damaged: {error}; evaluate again") from error
         if not isinstance(facts, dict) or "protocol" not in facts:
             continue
         if facts.get("format") != FORMAT:
-            raise ValueError(f"{path}: format {facts.get('format')!r}, not {FORMAT}; "
+            raise UserError(f"{path}: format {facts.get('format')!r}, not {FORMAT}; "
                              "evaluate again")  # fmt: skip
         try:
             with np.load(path.with_suffix(".npz"), allow_pickle=False) as data:
                 arrays = {key: data[key] for key in data.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path.with_suffix('.npz')}: {error}; evaluate again") from error
+            raise UserError(f"{path.with_suffix('.npz')}: {error}; evaluate again") from error
         found.append(Result(facts, arrays))
     if not found:
         raise FileNotFoundError(

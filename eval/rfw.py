@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.common.errors import UserError
 from eval import pair_lists, results, roc, session, verification
 from eval.verify import ACCURACY
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> dict | None:
         ValueError, OSError: a list, an image or the model is not what it must be.
     """
     if not 0 < args.fmr < 1:
-        raise ValueError(f"--fmr {args.fmr:g} is no share between 0 and 1")
+        raise UserError(f"--fmr {args.fmr:g} is no share between 0 and 1")
     sets = {group: _read(args, group) for group in GROUPS}
     work = session.Session(args)
     features = {group: work.features(pairs.images) for group, pairs in sets.items()}
@@ -71,7 +72,7 @@ def _read(args: argparse.Namespace, group: str) -> pair_lists.Pairs:
                                     "whdeng.cn/RFW")  # fmt: skip
     pairs = pair_lists.load_list(lists / f"{group}_pairs.txt", images, landmarks)
     if pairs.issame.all() or not pairs.issame.any():
-        raise ValueError(f"{lists}: pairs of one kind only")
+        raise UserError(f"{lists}: pairs of one kind only")
     return pairs._replace(name=group)
 
 
@@ -82,7 +83,7 @@ def _fairness(work, sets, distance, target: float) -> results.Result:
     points = roc.curve(together, issame)
     tar, far, threshold = (float(x[0]) for x in roc.points_on(points, [target]))
     if not np.isfinite(threshold):
-        raise ValueError(f"no threshold has an FMR of {target:g} or less: the highest score is a "
+        raise UserError(f"no threshold has an FMR of {target:g} or less: the highest score is a "
                          "different pair's; take a larger --fmr")  # fmt: skip
     groups, arrays = {}, results.pair_arrays(points, together, issame)
     for group, pairs in sets.items():

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data_tools.common.errors import UserError
+
 Floats = NDArray[np.float64]
 
 
@@ -38,11 +40,11 @@ def curve(scores: ArrayLike, labels: ArrayLike) -> Curve:
     if score.dtype.kind != "f":
         score = score.astype(np.float64)
     if score.ndim != 1 or np.isnan(score).any():
-        raise ValueError(f"scores must be one row of numbers without NaN, not {list(score.shape)}")
+        raise UserError(f"scores must be one row of numbers without NaN, not {list(score.shape)}")
     same = check_labels(labels, len(score))
     if not same.any() or same.all():
         kind = "same" if same.any() else "different"
-        raise ValueError(
+        raise UserError(
             f"all {len(same)} pairs are {kind!r} pairs: a ROC needs both kinds; check the labels"
         )
     ordered = np.sort(score)
@@ -107,7 +109,7 @@ def tar_on(points: Curve, fars: ArrayLike, rule: str = "insightface") -> Floats:
     if rule == "strict":
         return points_on(points, targets)[0]
     if rule != "insightface":
-        raise ValueError(f"unknown rule {rule!r}: 'insightface' or 'strict'")
+        raise UserError(f"unknown rule {rule!r}: 'insightface' or 'strict'")
     fp, tp, _ = points
     kept = np.ones(len(fp), dtype=bool)
     if len(fp) > 2:
@@ -197,15 +199,15 @@ def eer_of(points: Curve) -> float:
 def check_labels(labels: ArrayLike, num_pairs: int) -> NDArray[np.bool_]:
     given = np.asarray(labels)
     if given.shape != (num_pairs,):
-        raise ValueError(f"{num_pairs} pairs need {num_pairs} labels, not {list(given.shape)}")
+        raise UserError(f"{num_pairs} pairs need {num_pairs} labels, not {list(given.shape)}")
     same = given.astype(bool)
     if not np.array_equal(same, given):
-        raise ValueError(f"labels must be 0 or 1, not {given[same != given][0]}")
+        raise UserError(f"labels must be 0 or 1, not {given[same != given][0]}")
     return same
 
 
 def _targets(fars: ArrayLike) -> Floats:
     targets = np.atleast_1d(np.asarray(fars, dtype=np.float64))
     if targets.ndim != 1 or not ((targets >= 0) & (targets <= 1)).all():
-        raise ValueError(f"a FAR lies between 0 and 1: {fars!r}")
+        raise UserError(f"a FAR lies between 0 and 1: {fars!r}")
     return targets

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data_tools.common.errors import UserError
+
 Floats = NDArray[np.float64]
 
 CHUNK = 256  # images pooled by one matrix product
@@ -36,7 +38,7 @@ def pool(
     num = len(features)
     weight = np.ones(num) if weights is None else np.asarray(weights, dtype=np.float64)
     if template.shape != (num,) or media.shape != (num,) or weight.shape != (num,) or not num:
-        raise ValueError(
+        raise UserError(
             f"{num} features with {template.shape} template ids, {media.shape} media ids and "
             f"{weight.shape} weights"
         )
@@ -60,7 +62,7 @@ def pool(
         part = spread @ x
         if not np.isfinite(part).all():
             bad = some[~(np.isfinite(x).all(axis=1) & np.isfinite(weight[start : start + CHUNK]))]
-            raise ValueError(f"the feature or weight of image {bad[0] if len(bad) else some[0]} "
+            raise UserError(f"the feature or weight of image {bad[0] if len(bad) else some[0]} "
                              "is not finite")  # fmt: skip
         pooled[row[start] : row[start] + len(part)] += part
         progress(len(some))
@@ -90,9 +92,9 @@ def pair_scores(
     x = np.asarray(templates)
     a, b = np.asarray(first), np.asarray(second)
     if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"pairs of {a.shape} and {b.shape} rows")
+        raise UserError(f"pairs of {a.shape} and {b.shape} rows")
     if len(a) and not (0 <= min(a.min(), b.min()) and max(a.max(), b.max()) < len(x)):
-        raise ValueError(f"a pair names a row outside the {len(x)} templates")
+        raise UserError(f"a pair names a row outside the {len(x)} templates")
     left, right, a, b = _compact(len(x), a, b)
     scores = np.empty(len(a), dtype=x.dtype)
     wide = -(-max(len(right), 1) // tile)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from data_tools.common.errors import UserError
 from eval.report_command import results_of
 
 FILE = "thresholds.json"
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.set is not None:
         found = [result for result in found if result.name == args.set]
     if not found:
-        raise ValueError(f"{args.run}: no results of pairs{f' of {args.set}' if args.set else ''}")
+        raise UserError(f"{args.run}: no results of pairs{f' of {args.set}' if args.set else ''}")
     chosen = max(found, key=lambda result: result.metrics["different"])
     points = [x for x in chosen.metrics["operating_points"] if x["resolved"]
               and x["threshold"] is not None]  # fmt: skip
@@ -52,11 +53,11 @@ def run(args: argparse.Namespace) -> dict:
         known = [point["far_target"] for point in points]
         absent = [x for x in args.far if x not in known]
         if absent:
-            raise ValueError(f"{chosen.name} cannot show FAR {absent[0]:g}; it can "
+            raise UserError(f"{chosen.name} cannot show FAR {absent[0]:g}; it can "
                              f"{', '.join(f'{x:g}' for x in known) or 'none'}")  # fmt: skip
         points = [point for point in points if point["far_target"] in args.far]
     if not points:
-        raise ValueError(f"{chosen.name}: {chosen.metrics['different']} different pairs show no "
+        raise UserError(f"{chosen.name}: {chosen.metrics['different']} different pairs show no "
                          "FAR")  # fmt: skip
     content = {
         "set": f"{chosen.facts['protocol']}: {chosen.name}",
@@ -97,5 +98,5 @@ def of_run(run_dir: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["points"], content["weights_sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}; run `eval thresholds` again") from error
+        raise UserError(f"{path} is damaged: {error!r}; run `eval thresholds` again") from error
     return content

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common.errors import UserError
 from eval import identification, identify_command, session, templates
 from eval.images import Files
 
@@ -91,9 +92,9 @@ def read_ids(path: Path, kind: str) -> tuple[list[str], NDArray[np.int64]]:
         names = [_text(cell) for cell in content[f"{kind}_set"].ravel()]
         ids = content[f"{kind}_ids"].ravel().astype(np.int64)
     except Exception as error:  # damaged bytes can fail anywhere in SciPy's reader
-        raise ValueError(f"{path}: not TinyFace's list of {kind} images: {error!r}") from error
+        raise UserError(f"{path}: not TinyFace's list of {kind} images: {error!r}") from error
     if len(names) != len(ids) or not names:
-        raise ValueError(f"{path}: {len(names)} names for {len(ids)} ids")
+        raise UserError(f"{path}: {len(names)} names for {len(ids)} ids")
     return names, ids
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from data_tools.common.errors import UserError
+
 _ALLOWED = (
     "PROTO FRAME MARK STOP POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG "
     "LONG1 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE "
@@ -35,14 +37,14 @@ class Array:
     def build(self, state: tuple) -> None:
         _, shape, dtype, _, data = state
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
-            raise ValueError("a NumPy array whose elements are not plain bytes")
+            raise UserError("a NumPy array whose elements are not plain bytes")
         if not isinstance(shape, tuple) or len(shape) > _MAX_DIMENSIONS:
-            raise ValueError("a NumPy array without a shape")
+            raise UserError("a NumPy array without a shape")
         if not all(isinstance(length, int) and 0 <= length < 2**63 for length in shape):
-            raise ValueError("a NumPy array whose shape is not of lengths")
+            raise UserError("a NumPy array whose shape is not of lengths")
         size = math.prod(shape)
         if size != len(data):
-            raise ValueError(f"a NumPy array of {size} elements with {len(data)} bytes of data")
+            raise UserError(f"a NumPy array of {size} elements with {len(data)} bytes of data")
         self.dtype, self.shape, self.data = dtype.name, shape, bytes(data)
 
 
@@ -50,7 +52,7 @@ class _Dtype:
     def __init__(self, name: str | bytes, *_: object) -> None:
         self.name = name.decode("ascii") if isinstance(name, bytes) else name
         if self.name not in ("u1", "b1"):
-            raise ValueError(
+            raise UserError(
                 f"a NumPy array of type {_shown(self.name)}; only uint8 and bool are read"
             )
 
@@ -82,7 +84,7 @@ def _scalar(dtype: _Dtype, data: bytes) -> bool | int:
 
 def _latin1(text: str, encoding: str) -> bytes:
     if encoding not in ("latin1", b"latin1"):
-        raise ValueError(f"text in the encoding {_shown(encoding)}")
+        raise UserError(f"text in the encoding {_shown(encoding)}")
     return text.encode("latin1")  # how protocol 2 of Python 3 spells bytes
 
 
@@ -117,13 +119,13 @@ class _Interpreter(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if f"{module}.{name}" not in _GLOBALS:
             wanted = f"{module}.{name}"[:_SHOWN]
-            raise ValueError(f"the pickle asks for the forbidden global {wanted}")
+            raise UserError(f"the pickle asks for the forbidden global {wanted}")
         return _GLOBALS[f"{module}.{name}"]
 
     def load_build(self) -> None:
         state = self.stack.pop()
         if not isinstance(self.stack[-1], Array | _Dtype):
-            raise ValueError(f"the pickle sets the state of a {type(self.stack[-1]).__name__}")
+            raise UserError(f"the pickle sets the state of a {type(self.stack[-1]).__name__}")
         self.stack[-1].build(state)
 
     def load_bytearray8(self) -> None:
@@ -145,15 +147,15 @@ def load(path: str | Path) -> object:
     """
     with open(path, "rb") as file:
         if file.seek(0, 2) == 0:
-            raise ValueError(f"{path}: an empty file, not a pickle")
+            raise UserError(f"{path}: an empty file, not a pickle")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             try:
                 return _Interpreter(mapped, encoding="bytes").load()
             except EOFError as error:
-                raise ValueError(f"{path}: the pickle ends early; is the file whole?") from error
+                raise UserError(f"{path}: the pickle ends early; is the file whole?") from error
             except KeyError as error:  # of `dispatch`
-                raise ValueError(
+                raise UserError(
                     f"{path}: the pickle uses the forbidden instruction {chr(error.args[0])!r}"
                 ) from error
             except Exception as error:  # damaged bytes can fail anywhere in the interpreter
-                raise ValueError(f"{path}: not a verification pickle: {error}") from error
+                raise UserError(f"{path}: not a verification pickle: {error}") from error

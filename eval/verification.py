@@ -7,6 +7,7 @@ A *score* grows with likeness; a *distance* is the squared L2 distance of unit v
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data_tools.common.errors import UserError
 from eval.roc import (
     area_of,
     auc,
@@ -43,7 +44,7 @@ def distances(embeddings: ArrayLike) -> Floats:
     """
     x = np.asarray(embeddings)  # [2P, D]
     if x.ndim != 2 or len(x) % 2 or x.size == 0:
-        raise ValueError(f"embeddings must be [2 * pairs, D], not {list(x.shape)}")
+        raise UserError(f"embeddings must be [2 * pairs, D], not {list(x.shape)}")
     whole = np.empty(len(x) // 2)
     step = 2 * max(1, _CACHE_BYTES // (32 * x.shape[1]))  # rows that stay in the cache
     for start in range(0, len(x), step):
@@ -51,7 +52,7 @@ def distances(embeddings: ArrayLike) -> Floats:
         norms = np.sqrt(np.einsum("nd,nd->n", part, part))
         if not np.isfinite(norms).all():
             row = int(np.flatnonzero(~np.isfinite(norms))[0])
-            raise ValueError(
+            raise UserError(
                 f"embedding {start + row} (pair {(start + row) // 2}) is not finite: its norm is "
                 f"{norms[row]}"
             )
@@ -178,7 +179,7 @@ def balanced_accuracy(distance: ArrayLike, issame: ArrayLike, folds: int = 10) -
 def _folds(num_pairs: int, folds: int) -> NDArray:
     """[P]: the fold of each pair, in contiguous blocks, the first P % F of them one pair longer."""
     if not 2 <= folds <= num_pairs:
-        raise ValueError(f"{num_pairs} pairs cannot be cut into {folds} folds; at least 2 folds")
+        raise UserError(f"{num_pairs} pairs cannot be cut into {folds} folds; at least 2 folds")
     size, longer = divmod(num_pairs, folds)
     return np.repeat(np.arange(folds), [size + (f < longer) for f in range(folds)])
 

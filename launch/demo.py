@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_tools import commands
+from data_tools.common.errors import USER_ERRORS, UserError, one_line
 from data_tools.pairs import PAIRS_STEP
 from data_tools.sources import is_image
 
@@ -52,8 +52,8 @@ def main() -> int:
         print(f"\nerror: this command failed ({error.returncode}):\n  {_shown(error.cmd)}",
               file=sys.stderr)  # fmt: skip
         return 1
-    except commands.USER_ERRORS as error:
-        print(f"error: {commands.one_line(error)}", file=sys.stderr)
+    except USER_ERRORS as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     print(
         f"\nDone in {time.time() - began:.0f} s.\n"
@@ -119,7 +119,7 @@ def _num_held_out(faces: Path) -> int:
     same = sizes * (sizes - 1) / 2  # pairs of each person
     most = len(sizes) - 2
     if most < 2:
-        raise ValueError(
+        raise UserError(
             f"{faces}: {len(sizes)} folders with images; at least 4 people are needed, two to "
             "train on and two to verify on"
         )

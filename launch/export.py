@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from data_tools import commands, shards
+from data_tools import shards
+from data_tools.common.errors import USER_ERRORS, UserError, one_line
 from data_tools.decode import decode
 from eval import drop, lfw, session, thresholds_command
 from eval.align import TEMPLATE
@@ -85,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Console(stderr=True).status(f"exporting {args.run}") as status:
             report = export_run(args, status.update)
-    except (ExportError, *commands.USER_ERRORS) as error:
-        print(f"error: {commands.one_line(error)}", file=sys.stderr)
+    except (ExportError, *USER_ERRORS) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     print(summary(report))
     if args.json:
@@ -129,7 +130,7 @@ def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     if args.precision == "int8":
         calibration = images_of(rec, NUM_CALIBRATION, 0.0)
         if calibration is None:
-            raise ValueError(f"int8 sets its ranges on images, and {rec} is not here: --data DIR")
+            raise UserError(f"int8 sets its ranges on images, and {rec} is not here: --data DIR")
     bake = Bake(args.normalise, args.flip_sum, args.l2)
     limits = LIMITS[args.precision]
     pairs = pairs_of(args, config, rec)
@@ -165,13 +166,13 @@ def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
 def check(args: argparse.Namespace) -> None:
     """Raises: ValueError for what cannot be asked, OSError for an output that cannot be."""
     if args.out.suffix != ".onnx":
-        raise ValueError(f"{args.out}: name the output *.onnx, by which readers know it")
+        raise UserError(f"{args.out}: name the output *.onnx, by which readers know it")
     if not args.out.parent.is_dir():
         raise OSError(f"cannot write {args.out}: {args.out.parent} is not a directory")
     if args.max_pairs < 0:
-        raise ValueError(f"--max-pairs {args.max_pairs}: 0 (do not verify) or more")
+        raise UserError(f"--max-pairs {args.max_pairs}: 0 (do not verify) or more")
     if args.max_drop is not None and not 0 <= args.max_drop <= 100:
-        raise ValueError(f"--max-drop {args.max_drop}: points, from 0 to 100")
+        raise UserError(f"--max-drop {args.max_drop}: points, from 0 to 100")
 
 
 def lost_on(
@@ -180,7 +181,7 @@ def lost_on(
 ) -> dict[str, Any]:  # fmt: skip
     """eval.drop.compare of the network and its file. Raises: ExportError beyond the limits."""
     if pairs.issame.all() or not pairs.issame.any():
-        raise ValueError(
+        raise UserError(
             f"{pairs.name}: its {len(pairs.issame)} pairs are all of one kind, which shows no "
             "loss: give --pairs with pairs of one person and of two, or --max-pairs 0"
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from data_tools.commands import one_line
+from data_tools.common.errors import one_line
 from launch import interfaces
 from launch.machine import existing
 from recognition import collectives, config, runtime

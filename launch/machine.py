@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from data_tools.commands import one_line
+from data_tools.common.errors import one_line
 from data_tools.union import open_all
 from launch import interfaces
 from recognition import config, runtime

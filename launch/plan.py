@@ -19,7 +19,7 @@ import math
 import sys
 from typing import Any, NamedTuple
 
-from data_tools.commands import one_line
+from data_tools.common.errors import USER_ERRORS, UserError, one_line
 from data_tools.union import open_all
 from launch.plan_advice import advice
 from launch.plan_backbone import backbone_bytes
@@ -166,18 +166,18 @@ def main(arguments: list[str] | None = None) -> int:
         for option in ("gpus", "memory", "classes", "bandwidth"):
             number = getattr(args, option)
             if number is not None and not number > 0:
-                raise ValueError(f"--{option} {number:g}: a number above 0")
+                raise UserError(f"--{option} {number:g}: a number above 0")
         unread = [] if args.classes is None else ["rec=-"]  # then a recipe needs no data
         cfg = config.load(args.recipe, [*args.overrides, *unread])
         num_classes = args.classes or cfg.num_classes or _count(cfg)
         if num_classes < args.gpus:
-            raise ValueError(f"--gpus {args.gpus}: 1 to {num_classes}, the number of classes")
+            raise UserError(f"--gpus {args.gpus}: 1 to {num_classes}, the number of classes")
         found = plan(cfg, num_classes, args.gpus)
         hints = advice(
             cfg, args.gpus, (args.memory or math.inf) * _GB,
             lambda one, gpus: plan(one, num_classes, gpus).total,
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     report = _report(found, num_classes, args, hints)

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 
-from data_tools.commands import one_line
+from data_tools.common.errors import USER_ERRORS, one_line
 from launch import links, machine
 from recognition import collectives, config, runtime
 
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             report(found, place, everything=True)
             if args.json and place.rank == 0:
                 print(json.dumps(found.numbers | {"warnings": found.warnings}))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error (rank {os.environ.get('RANK', '0')}): {one_line(error)}", file=sys.stderr)
         return 1
     return 0

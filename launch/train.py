@@ -20,7 +20,7 @@ import json
 import os
 import sys
 
-from data_tools.commands import one_line
+from data_tools.common.errors import USER_ERRORS, one_line
 from launch import preflight
 from recognition import build, config, runtime, stop, trainer, watchdog
 from recognition.backbones import BACKBONES
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
                 found = preflight.check(cfg, place, cfg.preflight_seconds)
                 preflight.report(found, place, everything=False)
             state = build.build(cfg, place)
-        except (ValueError, KeyError, TypeError, OSError) as error:  # a mistake in what was asked
+        except USER_ERRORS as error:  # a mistake in what was asked
             raise SystemExit(_said(error)) from None
         except RuntimeError as error:
             if watchdog.lost_contact(error):

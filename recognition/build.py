@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from data_tools import dali
+from data_tools.common.errors import UserError
 from data_tools.loader import check_labels, make_order
 from data_tools.order import Blocks, Order
 from data_tools.shards import Shards
@@ -203,7 +204,7 @@ def _start_centres(state: TrainState) -> None:
     """The class centres as init_head says, on every rank its own."""
     cfg, runtime = state.cfg, state.runtime
     if len(state.parts.heads) > 1:
-        raise ValueError("init_head fills one head: a run of several heads starts from new centres")
+        raise UserError("init_head fills one head: a run of several heads starts from new centres")
     assert cfg.init_head is not None
 
     def fill() -> int:
@@ -297,7 +298,7 @@ def _load_val_set(data: Shards | Union, name: str) -> lfw.PairSet:
     pairs = lfw.load_bin(data.bin_path(name.removesuffix(".bin")))
     same = int(pairs.issame.sum())
     if len(pairs.issame) < 10 or same in (0, len(pairs.issame)):
-        raise ValueError(
+        raise UserError(
             f"{name}.bin has {same} pairs of one person and {len(pairs.issame) - same} of two: ten "
             "folds need ten pairs, and pairs of both kinds"
         )
@@ -320,7 +321,7 @@ def _changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path: st
     saved = newer | saved  # keys newer than the checkpoint
     for key, what in order.items():
         if saved.get(key) != now[key]:
-            raise ValueError(
+            raise UserError(
                 f"cannot resume from {path} with another {what}: images of the epoch would come "
                 "twice or never. Start a new run with init_from= and another output"
             )
@@ -332,11 +333,11 @@ def _check_keep_best(cfg: Config) -> None:
     if cfg.keep_best is None:
         return
     if cfg.keep_best not in cfg.val_targets:
-        raise ValueError(
+        raise UserError(
             f"keep_best={cfg.keep_best} is none of val_targets={','.join(cfg.val_targets)}"
         )
     if cfg.checkpoint_every % cfg.verify_every:
-        raise ValueError(
+        raise UserError(
             f"keep_best={cfg.keep_best} wants every checkpoint verified: checkpoint_every="
             f"{cfg.checkpoint_every} must be a multiple of verify_every={cfg.verify_every}"
         )
@@ -348,17 +349,17 @@ def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
         ("num_image", cfg.num_image, data.num_images),
     ]:
         if said is not None and said != true:
-            raise ValueError(f"{name}={said}, but {cfg.rec} has {true}: leave {name} out")
+            raise UserError(f"{name}={said}, but {cfg.rec} has {true}: leave {name} out")
     # A share of a batch may be a row more or less from step to step.
     least = cfg.global_batch(world) // (world * cfg.accumulation) - len(
         cfg.rec_shares or cfg.rec_heads
     )
     if least < 2:
-        raise ValueError(
+        raise UserError(
             f"a global batch of {cfg.global_batch(world)} over {world} processes and "
             f"{cfg.accumulation} micro-steps leaves {least} images for one: BatchNorm needs 2"
         )
     _check_keep_best(cfg)
     check_labels(data)
     if data.image_size is not None and tuple(data.image_size) != (112, 112):
-        raise ValueError(f"{cfg.rec} holds {data.image_size} images, the networks take 112x112")
+        raise UserError(f"{cfg.rec} holds {data.image_size} images, the networks take 112x112")

@@ -23,6 +23,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from data_tools.common.errors import UserError
 from recognition.phases import communication
 
 # torch 2.13 renamed both; the old names warn there, the new ones are absent before.
@@ -177,7 +178,7 @@ class _MergeLogSumExp(Function):
 def _counts(x: Tensor, rows_per_rank: Sequence[int] | None, group: ProcessGroup) -> list[int]:
     counts = [len(x)] * group.size() if rows_per_rank is None else [int(n) for n in rows_per_rank]
     if len(counts) != group.size() or counts[group.rank()] != len(x):
-        raise ValueError(
+        raise UserError(
             f"rows_per_rank={counts} does not describe this batch: {group.size()} ranks, "
             f"{len(x)} rows on rank {group.rank()}"
         )
@@ -368,7 +369,7 @@ def check_same(group: ProcessGroup, **facts: Any) -> None:
         values = [there[name] for there in everywhere]
         other = next((r for r, value in enumerate(values) if value != values[0]), None)
         if other is not None:
-            raise ValueError(
+            raise UserError(
                 f"the ranks do not see the same: {name} is {values[0]} on rank 0 and "
                 f"{values[other]} on rank {other}. rec and output must be alike on every machine"
             )

@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from data_tools.common.errors import UserError, UserKeyError, UserTypeError
+
 
 def _between(default: Any, low: float, high: float = math.inf) -> Any:
     """A field with an inclusive range."""
@@ -199,9 +201,9 @@ def load(path: str, overrides: Sequence[str] = (), safe: bool = False) -> Config
         else:
             recipe = runpy.run_path(path).get("config")
     except Exception as error:  # whatever the recipe's own code raises
-        raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from error
     if not isinstance(recipe, Mapping):
-        raise TypeError(
+        raise UserTypeError(
             f"{path} defines no `config`: it must hold an EasyDict with the keys it sets"
         )
     values = _translate(dict(recipe), path)
@@ -228,28 +230,28 @@ def make(values: Mapping[str, Any]) -> Config:
     checked = {}
     for key, value in values.items():
         if key not in fields:
-            raise KeyError(_unknown(str(key), fields))
+            raise UserKeyError(_unknown(str(key), fields))
         checked[key] = _checked(key, value, hints[key], fields[key].metadata.get("range"))
     if checked.get("clip_norm") == 0:
-        raise ValueError("clip_norm=0 would stop the backbone: a positive number, or none for off")
+        raise UserError("clip_norm=0 would stop the backbone: a positive number, or none for off")
     if checked.get("update_in_backward"):
         wanted = {"accumulation": checked.get("accumulation", 1) > 1}
         wanted["precision"] = checked.get("precision") == "fp16"
         wanted["on_spike"] = checked.get("on_spike") == "rollback"
         for key in [key for key in wanted if wanted[key]]:
-            raise ValueError(
+            raise UserError(
                 f"update_in_backward with {key}={checked[key]}: it keeps no gradient of the class "
                 "rows to add to, to scale or to leave out; choose one of the two"
             )
     if isinstance(checked.get("rec"), list) and len(checked["rec"]) < 2:
         checked["rec"] = "".join(checked["rec"])
     if checked.get("init_label_map") and not checked.get("init_head"):
-        raise ValueError("init_label_map says which class of init_head= is which: give that too")
+        raise UserError("init_label_map says which class of init_head= is which: give that too")
     for name in checked.get("val_targets", []):
         if os.path.basename(name) != name or name in ("", ".", ".."):
-            raise ValueError(f"val_targets={name!r}: the name of a .bin of rec, not a path")
+            raise UserError(f"val_targets={name!r}: the name of a .bin of rec, not a path")
     if not checked.get("rec"):
-        raise KeyError("rec is missing: say which data set to train on, rec=DIRECTORY")
+        raise UserKeyError("rec is missing: say which data set to train on, rec=DIRECTORY")
     cfg = Config(**checked)
     for k in range(len(cfg.rec_heads)):
         of_head(cfg, k)
@@ -266,7 +268,7 @@ def of_head(cfg: Config, k: int) -> Config:
     own = _translate(dict(cfg.rec_heads[k]), place)
     for key in own:
         if key not in HEAD_KEYS:
-            raise KeyError(f"{place}: {_unknown(key, dict.fromkeys(HEAD_KEYS))}")
+            raise UserKeyError(f"{place}: {_unknown(key, dict.fromkeys(HEAD_KEYS))}")
     _checked(f"{place}: loss_weight", own.pop("loss_weight", 1.0), float, (0.0, math.inf))
     if own.get("margin", cfg.margin) != cfg.margin:
         own.setdefault("margin_args", {})  # the run's belong to its own margin
@@ -282,16 +284,16 @@ def _translate(values: dict[str, Any], place: str) -> dict[str, Any]:
         values["resume"] = None
     for key in values:
         if key in _RENAMED:
-            raise KeyError(f"{key} in {place} is called {_RENAMED[key]} here")
+            raise UserKeyError(f"{key} in {place} is called {_RENAMED[key]} here")
     for pair in _ALTERNATIVES:
         if all(values.get(key) is not None for key in pair):
-            raise ValueError(f"{place} sets both {pair[0]} and {pair[1]}: keep one")
+            raise UserError(f"{place} sets both {pair[0]} and {pair[1]}: keep one")
     if "margin_list" in values:
         margins = values.pop("margin_list")
         if "margin" in values or "margin_args" in values:
-            raise ValueError(f"{place} sets margin_list beside margin or margin_args: keep one")
+            raise UserError(f"{place} sets margin_list beside margin or margin_args: keep one")
         if not isinstance(margins, list | tuple) or len(margins) != 3:
-            raise ValueError(f"margin_list={margins!r} in {place}: expected (m1, m2, m3)")
+            raise UserError(f"margin_list={margins!r} in {place}: expected (m1, m2, m3)")
         m1, m2, m3 = margins
         values |= {"margin": "combined", "margin_args": {"m1": m1, "m2": m2, "m3": m3}}
     return values
@@ -302,7 +304,7 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ValueError(f"{override!r} is not key=value")
+            raise UserError(f"{override!r} is not key=value")
         try:
             typed[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -319,29 +321,29 @@ def _checked(key: str, value: Any, hint: Any, bounds: tuple[float, float] | None
         kind = next(option for option in options if typing.get_origin(option) is list)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
-            raise ValueError(f"{key}={value!r}: one of {', '.join(typing.get_args(kind))}")
+            raise UserError(f"{key}={value!r}: one of {', '.join(typing.get_args(kind))}")
         return value
     if typing.get_origin(kind) is list:
         items = [part for part in value.split(",") if part] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
-            raise TypeError(f"{key}={value!r}: expected a list")
+            raise UserTypeError(f"{key}={value!r}: expected a list")
         inner = typing.get_args(kind)[0]
         return [_checked(f"{key}[{i}]", item, inner, None) for i, item in enumerate(items)]
     if kind is dict:
         if not isinstance(value, Mapping):
-            raise TypeError(f"{key}={value!r}: expected a dict")
+            raise UserTypeError(f"{key}={value!r}: expected a dict")
         return dict(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)  # a directory called 2024, typed on the command line
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise TypeError(f"{key}={value!r} is {type(value).__name__}: expected {kind.__name__}")
+        raise UserTypeError(f"{key}={value!r} is {type(value).__name__}: expected {kind.__name__}")
     if bounds and not bounds[0] <= value <= bounds[1]:
         limit = f"at least {bounds[0]}" if bounds[1] == math.inf else f"{bounds[0]} to {bounds[1]}"
-        raise ValueError(f"{key}={value}: expected {limit}")
+        raise UserError(f"{key}={value}: expected {limit}")
     if kind is float and not math.isfinite(value):
-        raise ValueError(f"{key}={value}: expected a finite number")
+        raise UserError(f"{key}={value}: expected a finite number")
     return value
 
 

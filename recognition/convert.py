@@ -29,6 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from data_tools.common.errors import UserError
 from recognition import mxnet_params
 from recognition.backbones import BACKBONES
 from recognition.checkpoint.backbone import misfit
@@ -54,7 +55,7 @@ def read_weights(path: str, color_order: str | None = None) -> dict[str, Tensor]
         ValueError: the file cannot be read, or holds something else than finite tensors by name.
     """
     if path.endswith(".onnx"):
-        raise ValueError(
+        raise UserError(
             f"{path}: the BatchNorms of an ONNX graph are folded into other weights, so it cannot "
             "become a network that trains: start from the .pt or the run that it was exported "
             "from, or use it as it is: teacher=, init_head= and `python -m eval` take it"
@@ -69,11 +70,11 @@ def read_weights(path: str, color_order: str | None = None) -> dict[str, Tensor]
     if bgr:
         first = next((n for n in state if state[n].ndim == 4 and state[n].shape[1] == 3), None)
         if first is None:
-            raise ValueError(f"{path}: no convolution of three channels to turn from BGR to RGB")
+            raise UserError(f"{path}: no convolution of three channels to turn from BGR to RGB")
         state[first] = state[first].flip(1)
     wrong = [n for n, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(wrong)} tensors hold NaN or infinity, {', '.join(wrong[:4])}: the file "
             "is damaged or its training diverged; take another one"
         )
@@ -98,7 +99,7 @@ def read_torch(path: str) -> Any:
                 "it holds objects beside tensors and plain containers, which reading could run: "
                 "save the network's state_dict()"
             )
-        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
+        raise UserError(f"{path} cannot be read as weights: {reason}") from error
 
 
 def _tensors(path: str) -> dict[str, Tensor]:
@@ -110,7 +111,7 @@ def _tensors(path: str) -> dict[str, Tensor]:
         try:
             return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} cannot be read as weights: {error}") from error
+            raise UserError(f"{path} cannot be read as weights: {error}") from error
     state = read_torch(path)
     for name in _INSIDE:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
@@ -118,7 +119,7 @@ def _tensors(path: str) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
-        raise ValueError(f"{path} is not a state dict: expected tensors by name")
+        raise UserError(f"{path} is not a state dict: expected tensors by name")
     return dict(state)
 
 
@@ -216,7 +217,7 @@ def _from_mxnet(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
             ours[f"{place}.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
         ours[f"{place}.{_MXNET_LEAVES[leaf]}"] = value
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(unknown)} arrays are not of InsightFace's LResNet-E-IR: "
             f"{', '.join(unknown[:8])}"
         )
@@ -239,10 +240,10 @@ def main(arguments: list[str] | None = None) -> int:
     out = Path(args.out)
     try:
         if out.suffix != ".safetensors":
-            raise ValueError(f"{out}: name the output *.safetensors, by which readers know it")
+            raise UserError(f"{out}: name the output *.safetensors, by which readers know it")
         state = read_weights(args.source, args.color_order)
         if not state:
-            raise ValueError(f"{args.source} holds no backbone: not one tensor of it is left")
+            raise UserError(f"{args.source} holds no backbone: not one tensor of it is left")
         network = network_of(state, args.source)
         _write(state, out, {"source": args.source, "color_order": "RGB"})
     except (ValueError, OSError, safetensors.SafetensorError) as error:
@@ -272,17 +273,17 @@ def network_of(state: Mapping[str, Tensor], source: str) -> str:
         shared[name] = same, module
     nearest = max(shared, key=lambda name: shared[name][0])
     if not shared[nearest][0]:
-        raise ValueError(
+        raise UserError(
             f"{source} is of no network here ({', '.join(BACKBONES)}): it holds "
             f"{', '.join([*state][:4])}"
         )
-    raise ValueError(f"as {nearest}, the nearest: {misfit(shared[nearest][1], state, source)}")
+    raise UserError(f"as {nearest}, the nearest: {misfit(shared[nearest][1], state, source)}")
 
 
 def _write(state: Mapping[str, Tensor], out: Path, facts: dict[str, str]) -> None:
     """Complete or not at all."""
     if not out.parent.is_dir():
-        raise ValueError(f"{out}: there is no directory {out.parent}, make it first")
+        raise UserError(f"{out}: there is no directory {out.parent}, make it first")
     tensors = {name: value.clone(memory_format=torch.contiguous_format)
                for name, value in state.items()}  # fmt: skip
     partial = out.with_name(out.name + ".partial")

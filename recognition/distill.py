@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from data_tools.common.errors import UserError
 from eval.embed_onnx import OnnxEmbedder
 from recognition import checkpoint, collectives
 from recognition.convert import WEIGHT_FILES
@@ -42,7 +43,7 @@ def open_teacher(
     if path.endswith(".npy"):
         return Stored(path, size, num_images, device)
     if path.endswith(WEIGHT_FILES):
-        raise ValueError(
+        raise UserError(
             f"teacher={path}: a file of weights does not say of which network: a run directory, "
             "an .onnx or an .npy is taken"
         )
@@ -55,7 +56,7 @@ def open_teacher(
         teacher = RunTeacher(path, device, precision)
     found = teacher(torch.zeros(2, 3, 112, 112, device=device), np.zeros(2, np.int64)).shape[1]
     if found != size:
-        raise ValueError(
+        raise UserError(
             f"teacher={path} gives embeddings of {found}, the student of {size}: "
             f"embedding_size={found}"
         )
@@ -95,11 +96,11 @@ class Stored:
         try:
             self.rows = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"teacher={path} cannot be read as .npy: {error}") from error
+            raise UserError(f"teacher={path} cannot be read as .npy: {error}") from error
         if not isinstance(self.rows, np.ndarray):
-            raise ValueError(f"teacher={path} is an .npz by its content: one array is wanted, .npy")
+            raise UserError(f"teacher={path} is an .npz by its content: one array is wanted, .npy")
         if self.rows.shape != (num_images, size) or self.rows.dtype.kind != "f":
-            raise ValueError(
+            raise UserError(
                 f"teacher={path} holds {self.rows.dtype} {list(self.rows.shape)}: expected floats "
                 f"[{num_images}, {size}], an embedding for each image of the data set"
             )
@@ -109,7 +110,7 @@ class Stored:
         rows = np.asarray(self.rows[ids], np.float32)
         if not np.isfinite(rows).all():  # here, as a look at all of them would be long
             wrong = ids[~np.isfinite(rows).all(1)]
-            raise ValueError(
+            raise UserError(
                 f"teacher={self.path}: the embedding of image {wrong[0]} is not finite: make the "
                 "file anew, or take the run itself as the teacher"
             )

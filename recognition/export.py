@@ -21,6 +21,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from data_tools.common.errors import UserError
 from recognition.agreement import BATCH_SIZES, LIMITS, ExportError, Limits, measure
 from recognition.backbones.input import INPUT_SIZE
 from recognition.onnx_graph import OPSET, build_graph, check_graph, name_normalisation
@@ -105,10 +106,10 @@ def export_onnx(
     path = Path(path)
     check_module(module)
     if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}: one of {', '.join(PRECISIONS)}")
+        raise UserError(f"precision {precision!r}: one of {', '.join(PRECISIONS)}")
     images = noise_images() if example_images is None else check_examples(example_images)
     if precision == "int8" and calibration_images is None:
-        raise ValueError("int8 needs real images to set the ranges of its activations")
+        raise UserError("int8 needs real images to set the ranges of its activations")
     if path.is_dir() or not path.parent.is_dir():
         reason = "is a directory" if path.is_dir() else f"{path.parent} is not a directory"
         raise OSError(f"cannot write {path}: {reason}")
@@ -162,10 +163,10 @@ def export_onnx(
 def check_module(module: nn.Module) -> None:
     """Refuse a module that would export something else than its inference."""
     if any(part.training for part in module.modules()):
-        raise ValueError("the module is in training mode: call eval() before the export")
+        raise UserError("the module is in training mode: call eval() before the export")
     for name, tensor in module.state_dict().items():
         if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.int64):
-            raise ValueError(
+            raise UserError(
                 f"{name} is {tensor.dtype} on {tensor.device}: the export takes float32 on cpu"
             )
 
@@ -173,12 +174,12 @@ def check_module(module: nn.Module) -> None:
 def check_examples(images: Images) -> Images:
     """`images`, if they are uint8 [n, 112, 112, 3] with n > 0."""
     if images.ndim != 4 or images.shape[1:] != (INPUT_SIZE, INPUT_SIZE, 3) or not len(images):
-        raise ValueError(
+        raise UserError(
             f"example images of shape {list(images.shape)}: "
             f"expected [n, {INPUT_SIZE}, {INPUT_SIZE}, 3] with n > 0"
         )
     if images.dtype != np.uint8:
-        raise ValueError(f"example images of {images.dtype}: expected uint8 pixels 0..255")
+        raise UserError(f"example images of {images.dtype}: expected uint8 pixels 0..255")
     return images
 
 

@@ -6,6 +6,8 @@ import fnmatch
 
 from torch import nn
 
+from data_tools.common.errors import UserError
+
 
 def freeze(backbone: nn.Module, patterns: list[str]) -> list[str]:
     """Take the parameters whose names match (`layer1.*`) out of training; their names.
@@ -22,13 +24,13 @@ def freeze(backbone: nn.Module, patterns: list[str]) -> list[str]:
         found = fnmatch.filter(names, pattern)
         if not found:
             tops = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
-            raise ValueError(f"freeze={pattern!r} matches no parameter; they begin with {tops}")
+            raise UserError(f"freeze={pattern!r} matches no parameter; they begin with {tops}")
         frozen.update(found)
     for name, parameter in backbone.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in backbone.parameters()):
-        raise ValueError(f"freeze={patterns} leaves nothing to train")
+        raise UserError(f"freeze={patterns} leaves nothing to train")
     return sorted(frozen)
 
 

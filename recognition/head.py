@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from data_tools.common.errors import UserError
 from recognition import collectives
 from recognition.host import HostStorage
 from recognition.losses.cutting import Targets
@@ -116,7 +117,7 @@ class PartialFC(nn.Module):
         weight = nn.Parameter(rows if num_subcenters > 1 else rows[:, 0])  # [C_r, (K,) D]
         self.weight = weight
         if head_storage not in STORAGES:
-            raise ValueError(f"{head_storage=}: one of {', '.join(STORAGES)}")
+            raise UserError(f"{head_storage=}: one of {', '.join(STORAGES)}")
         self.storage: DeviceStorage | HostStorage = STORAGES[head_storage](weight, num_subcenters)
         if class_counts is not None:
             class_counts = checked_counts(class_counts, num_classes)
@@ -173,7 +174,7 @@ class PartialFC(nn.Module):
     ) -> Tensor:
         check_batch(local_x, local_labels, local_features, self.embedding_size, self.num_classes)
         if local_features is None and self.training and self.margin.encoder_momentum is not None:
-            raise ValueError(
+            raise UserError(
                 "this margin observes a slow copy of the network (features='momentum'): pass its "
                 "embeddings as local_features, or make the margin with features='epoch'"
             )

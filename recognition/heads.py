@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from data_tools.common.errors import UserError
 from data_tools.order import Order
 from data_tools.shards import Shards
 from data_tools.union import Union
@@ -45,7 +46,7 @@ def make_heads(cfg: Config, data: Shards | Union, group: ProcessGroup) -> list[P
         return [make_head(cfg, len(counts), counts, group, cfg.seed)]
     firsts = first_classes(data)
     if len(cfg.rec_heads) != len(firsts) - 1:
-        raise ValueError(
+        raise UserError(
             f"rec_heads has {len(cfg.rec_heads)} heads and rec {len(firsts) - 1} data sets: one "
             "for each, {} for the settings of the run"
         )
@@ -93,7 +94,7 @@ def _make_margin(cfg: Config) -> Margin:
     arguments = dict(cfg.margin_args)
     if cfg.interclass_filtering_threshold:
         if "interclass_filtering_threshold" in arguments:
-            raise ValueError("interclass_filtering_threshold stands in margin_args too: keep one")
+            raise UserError("interclass_filtering_threshold stands in margin_args too: keep one")
         arguments["interclass_filtering_threshold"] = cfg.interclass_filtering_threshold
     return make_margin(cfg.margin, arguments)
 
@@ -112,7 +113,7 @@ def encoder_momentum(heads: Sequence[PartialFC]) -> float | None:
     """
     wanted = {head.margin.encoder_momentum for head in heads} - {None}
     if len(wanted) > 1:
-        raise ValueError(
+        raise UserError(
             f"the losses of rec_heads want slow encoders of momentum {sorted(map(str, wanted))}: "
             "a run has one"
         )
@@ -134,7 +135,7 @@ def check_rows(cfg: Config, order: Order, world: int) -> None:
     rows = cfg.global_batch(world) // cfg.accumulation
     least = min(rows * share // sum(order.shares) for share in order.shares)
     if least < 2:
-        raise ValueError(
+        raise UserError(
             f"a micro-batch of {rows} rows leaves {least} for one of the sets "
             f"(shares {list(order.shares)}): a head needs 2, so enlarge the batch or rec_shares"
         )

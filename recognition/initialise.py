@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_tools.common.errors import UserError
 from data_tools.decode import decode
 from data_tools.shards import Shards
 from data_tools.union import Union
@@ -57,7 +58,7 @@ def start_centres(
     length = head.weight.norm(dim=-1, keepdim=True)  # [C_r, (K,) 1]
     if source == "features" or source.endswith(".onnx"):
         if label_map is not None:
-            raise ValueError(
+            raise UserError(
                 f"init_label_map goes with a head of other identities; init_head={source} takes "
                 "the images of the classes here: leave the map out"
             )
@@ -74,14 +75,14 @@ def start_centres(
     if rows.shape[-1] != head.embedding_size or (
         rows.ndim == 3 and rows.shape[1:] != head.weight.shape[1:]
     ):
-        raise ValueError(
+        raise UserError(
             f"init_head={source}: its rows are {list(rows.shape[1:])}, this head's "
             f"{list(head.weight.shape[1:])}"
         )
     wrong = ~rows.isfinite().flatten(1).all(1) | ~rows.ne(0).any(-1).reshape(len(rows), -1).all(1)
     if wrong.any():
         first = start + int(ids[wrong.numpy()][0])
-        raise ValueError(
+        raise UserError(
             f"init_head={source}: its row for class {first} is zero or not finite "
             f"({int(wrong.sum())} such rows on this rank): the file is damaged, or the "
             "network that made it diverged"
@@ -119,7 +120,7 @@ def merged_rows(source: str) -> Tensor:
         ]
         if len({head.shape[1:] for head in heads}) > 1:
             shapes = ", ".join(str(list(head.shape)) for head in heads)
-            raise ValueError(f"init_head={source}: its heads have rows of several shapes: {shapes}")
+            raise UserError(f"init_head={source}: its heads have rows of several shapes: {shapes}")
         return torch.cat(heads)
     pattern = os.path.join(source, "*_gpu_*.pt") if os.path.isdir(source) else source
     paths = [path for path in glob.glob(pattern) if re.search(r"_gpu_(\d+)\.pt$", path)]
@@ -131,7 +132,7 @@ def merged_rows(source: str) -> Tensor:
     by_rank = {int(re.search(r"_gpu_(\d+)\.pt$", path)[1]): path for path in paths}  # type: ignore[index]
     absent = sorted(set(range(max(by_rank) + 1)) - set(by_rank))
     if absent or len(by_rank) != len(paths):
-        raise ValueError(
+        raise UserError(
             f"init_head={source}: shards of ranks {absent or 'given twice'} are not whole"
         )
     rows = [_shard(by_rank[rank]) for rank in sorted(by_rank)]
@@ -143,7 +144,7 @@ def merged_rows(source: str) -> Tensor:
         or (sizes[0] - sizes[-1] > 1)
     ):
         shapes = ", ".join(str(list(part.shape)) for part in rows)
-        raise ValueError(f"init_head={source}: these are not the shards of one head: {shapes}")
+        raise UserError(f"init_head={source}: these are not the shards of one head: {shapes}")
     return torch.cat(rows)
 
 
@@ -157,7 +158,7 @@ def _shard(path: str) -> Tensor:
         found = content.get("weight")
     if not isinstance(found, Tensor) or found.ndim != 2:
         names = list(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path}: no class rows `weight` [C, D] in it, but {names}")
+        raise UserError(f"{path}: no class rows `weight` [C, D] in it, but {names}")
     return found.float()
 
 
@@ -165,7 +166,7 @@ def _mapped(label_map: str | None, there: int, here: int, source: str) -> np.nda
     """int64 [C]: which row of the source each class takes, -1 for none."""
     if label_map is None:
         if there != here:
-            raise ValueError(
+            raise UserError(
                 f"init_head={source} has {there} classes, the data {here}: say which is which, "
                 "init_label_map=FILE with a line for each class here: its id there, or -1"
             )
@@ -174,9 +175,9 @@ def _mapped(label_map: str | None, there: int, here: int, source: str) -> np.nda
         with open(label_map, encoding="utf-8") as file:
             ids = np.array([int(line) for line in file.read().split()], dtype=np.int64)
     except (ValueError, OverflowError, OSError) as error:
-        raise ValueError(f"init_label_map={label_map}: {error}") from error
+        raise UserError(f"init_label_map={label_map}: {error}") from error
     if len(ids) != here or ids.min(initial=0) < -1 or ids.max(initial=-1) >= there:
-        raise ValueError(
+        raise UserError(
             f"init_label_map={label_map}: {len(ids)} lines from {ids.min(initial=0)} to "
             f"{ids.max(initial=-1)}; expected {here} lines from -1 to {there - 1}"
         )

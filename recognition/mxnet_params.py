@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.common.errors import UserError
+
 _LIST, _V1, _V2 = 0x112, 0xF993FAC8, 0xF993FAC9
 _KINDS = {0: "<f4", 1: "<f8", 2: "<f2", 3: "u1", 4: "<i4", 5: "i1", 6: "<i8"}
 _MOST_DIMENSIONS = 32
@@ -27,7 +29,7 @@ class _Reader:
 
     def take(self, size: int) -> bytes:
         if size < 0 or self.at + size > len(self.content):
-            raise ValueError(f"it ends at byte {len(self.content)}, within {size} bytes more")
+            raise UserError(f"it ends at byte {len(self.content)}, within {size} bytes more")
         self.at += size
         return self.content[self.at - size : self.at]
 
@@ -38,17 +40,17 @@ class _Reader:
     def array(self) -> np.ndarray[Any, Any]:
         magic = self.number("I")
         if magic == _V2 and self.number("i") != 0:
-            raise ValueError("it holds a sparse array")
+            raise UserError("it holds a sparse array")
         dims = self.number("I") if magic in (_V1, _V2) else magic
         if dims > _MOST_DIMENSIONS:
-            raise ValueError(f"it holds an array of {dims} dimensions")
+            raise UserError(f"it holds an array of {dims} dimensions")
         shape = [self.number("q" if magic in (_V1, _V2) else "I") for _ in range(dims)]
         if not shape:
             return np.zeros(0, np.float32)
         self.take(8)  # the device it was on
         kind = self.number("i")
         if kind not in _KINDS or min(shape) < 0:
-            raise ValueError(f"it holds an array of kind {kind} and shape {shape}")
+            raise UserError(f"it holds an array of kind {kind} and shape {shape}")
         dtype = np.dtype(_KINDS[kind])
         values = self.take(math.prod(shape) * dtype.itemsize)
         return np.frombuffer(values, dtype).reshape(shape).copy()
@@ -64,12 +66,12 @@ def read(path: str | Path) -> dict[str, np.ndarray[Any, Any]]:
     reader = _Reader(Path(path).read_bytes())
     try:
         if reader.number("Q") != _LIST:
-            raise ValueError("it does not begin as one")
+            raise UserError("it does not begin as one")
         reader.take(8)
         arrays = [reader.array() for _ in range(reader.number("Q"))]
         names = [reader.take(reader.number("Q")).decode() for _ in range(reader.number("Q"))]
     except (ValueError, struct.error) as error:
-        raise ValueError(f"{path} is no MXNet parameter file: {error}") from error
+        raise UserError(f"{path} is no MXNet parameter file: {error}") from error
     if len(names) != len(arrays) or len(set(names)) != len(names):
-        raise ValueError(f"{path}: {len(arrays)} arrays under {len(set(names))} names")
+        raise UserError(f"{path}: {len(arrays)} arrays under {len(set(names))} names")
     return dict(zip(names, arrays, strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from data_tools.common.errors import UserError, UserKeyError, UserTypeError
 from recognition.head import PartialFC
 from recognition.pieces import piece_size
 from recognition.rows import take_off
@@ -25,7 +26,7 @@ class _RowOptimizer:
     def __init__(self, head: PartialFC, weight_decay: float) -> None:
         dtype = head.storage.parameter.dtype
         if dtype.itemsize < torch.float32.itemsize:  # torch._fused_sgd_ is wrong there on a CPU
-            raise TypeError(
+            raise UserTypeError(
                 f"the class rows are {dtype}, in which small updates are lost: keep the head in "
                 "float32; Limits(dtype=...) narrows its products"
             )
@@ -78,7 +79,7 @@ class _RowOptimizer:
         self._check_state()
         if self.head.sink is not None:
             if (lr, grad_scale, found_inf) != (self._begun, None, None):
-                raise ValueError(
+                raise UserError(
                     "the backward has updated the rows (update_in_backward): the step can neither "
                     "be scaled, skipped nor have another lr"
                 )
@@ -132,7 +133,7 @@ class _RowOptimizer:
                 raise RuntimeError("another row optimizer was made for this head: step that one")
             assert tensor is not None
             if tensor.dtype != weight.dtype or tensor.device != weight.device:
-                raise TypeError(
+                raise UserTypeError(
                     f"{name} is {tensor.dtype} on {tensor.device}, the class rows {weight.dtype} "
                     f"on {weight.device}: make the row optimizer after moving the head"
                 )
@@ -188,13 +189,13 @@ class _RowOptimizer:
         self.head.storage.drop()
         if set(state) != set(self.state_dict()):
             expected = sorted(self.state_dict())
-            raise KeyError(f"row state {sorted(state)}, expected {expected}")
+            raise UserKeyError(f"row state {sorted(state)}, expected {expected}")
         classes, order = state["classes"].sort()
         own = torch.arange(*self.head.shard, device=classes.device)
         place = torch.searchsorted(classes, own).clamp_max(len(classes) - 1)
         missing = own[classes[place] != own]
         if len(missing):
-            raise KeyError(f"no state for {len(missing)} classes, the first {int(missing[0])}")
+            raise UserKeyError(f"no state for {len(missing)} classes, the first {int(missing[0])}")
         for name, tensor in self.state.items():
             tensor.copy_(state[name][order[place]])
         for name, tensor in self.model_state.items():

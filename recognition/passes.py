@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_tools.common.errors import UserError, UserTypeError
+
 _SOURCE = Path(__file__).with_name("passes.c")
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 _X86_FLAGS = ["-mprefer-vector-width=512"]
@@ -125,7 +127,7 @@ class Passes:
         if tensor is None:
             return None
         if tensor.dtype is not self.dtype or not tensor.is_cpu:
-            raise TypeError(
+            raise UserTypeError(
                 f"{tensor.dtype} on {tensor.device}, but head_kernel=native was chosen for "
                 f"{self.dtype} on the CPU: choose after moving the head"
             )
@@ -136,13 +138,13 @@ def _rows(index: Tensor | None) -> int | None:
     if index is None:
         return None
     if index.dtype is not torch.int64 or not index.is_cpu:
-        raise TypeError(f"index: {index.dtype} on {index.device}, not int64 on the CPU")
+        raise UserTypeError(f"index: {index.dtype} on {index.device}, not int64 on the CPU")
     return _dense(index)
 
 
 def _dense(tensor: Tensor) -> int:
     if not tensor.is_contiguous():
-        raise ValueError(
+        raise UserError(
             f"head_kernel=native wants dense memory, not strides of {tensor.stride()} for "
             f"{tuple(tensor.shape)}: make it contiguous()"
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data_tools.common.errors import UserError
 from recognition import checkpoint, convert
 from recognition.config import Config
 
@@ -35,7 +36,7 @@ def initial_weights(path: str, color_order: str | None = None) -> Mapping[str, T
     try:
         return convert.read_weights(path, color_order)
     except ValueError as error:
-        raise ValueError(f"init_from: {error}") from error
+        raise UserError(f"init_from: {error}") from error
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401
 from torch.distributed import ProcessGroup
 
+from data_tools.common.errors import UserError
+
 
 class Runtime(NamedTuple):
     device: torch.device
@@ -105,7 +107,7 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise ValueError(
+        raise UserError(
             f"process {local_rank} of this machine has no GPU of its own, there are {count}: "
             f"start at most --nproc-per-node {count}"
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from data_tools.common.errors import UserError
 from recognition import checkpoint, collectives, resume
 from recognition.finite import FiniteGuard
 from recognition.logger import Logger
@@ -130,7 +131,7 @@ def skipped(run_dir: str, manifest: Mapping[str, Any] | None) -> list[Window]:
             with open(path, encoding="utf-8") as file:
                 found |= {Window(int(a), int(b), str(why)) for a, b, why in json.load(file)}
         except (ValueError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} is damaged: it lists the samples that the run leaves out after a spike, "
                 "[[start, stop, why]]. Set it right, or remove it to train on all"
             ) from error

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_tools.common.errors import UserError, UserTypeError
 from recognition.sampling import hash_words
 
 _INIT_STD = 0.01  # InsightFace's
@@ -35,22 +36,22 @@ def check_layer(
 ) -> None:
     """Raises: ValueError for a head that cannot be."""
     if not 0.0 <= sample_rate <= 1.0:
-        raise ValueError(f"sample_rate={sample_rate}: a share of the classes, 0 to 1")
+        raise UserError(f"sample_rate={sample_rate}: a share of the classes, 0 to 1")
     if num_classes < world:
-        raise ValueError(
+        raise UserError(
             f"{num_classes} classes cannot be sharded over {world} ranks: start at most "
             f"{num_classes} processes"
         )
     if embedding_size < 1 or num_subcenters < 1:
-        raise ValueError(f"{embedding_size=} and {num_subcenters=} must be positive")
+        raise UserError(f"{embedding_size=} and {num_subcenters=} must be positive")
 
 
 def checked_counts(class_counts: object, num_classes: int) -> np.ndarray:
     counts = np.asarray(class_counts)
     if counts.shape != (num_classes,):
-        raise ValueError(f"class_counts of shape {counts.shape}, not ({num_classes},)")
+        raise UserError(f"class_counts of shape {counts.shape}, not ({num_classes},)")
     if counts.dtype.kind not in "iu" or counts.min(initial=0) < 0:
-        raise ValueError(f"class_counts of {counts.dtype}: whole numbers of images, none negative")
+        raise UserError(f"class_counts of {counts.dtype}: whole numbers of images, none negative")
     return counts
 
 
@@ -59,26 +60,26 @@ def check_batch(
 ) -> None:
     """Raises: ValueError, TypeError for embeddings, labels or features that are not this head's."""
     if local_x.dim() != 2 or local_x.shape[1] != embedding_size:
-        raise ValueError(
+        raise UserError(
             f"embeddings of shape {tuple(local_x.shape)}: expected [b, {embedding_size}]"
         )
     if labels.shape != local_x.shape[:1]:
-        raise ValueError(
+        raise UserError(
             f"labels of shape {tuple(labels.shape)} for {len(local_x)} embeddings: expected [b]"
         )
     if features is not None and features.shape != local_x.shape:
-        raise ValueError(
+        raise UserError(
             f"features of shape {tuple(features.shape)} for embeddings of "
             f"{tuple(local_x.shape)}: expected the same"
         )
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels are {labels.dtype}: expected torch.int64 class ids")
+        raise UserTypeError(f"labels are {labels.dtype}: expected torch.int64 class ids")
     wrong = (labels < 0) | (labels >= num_classes)
     if labels.device.type != "cpu":
         torch._assert_async(~wrong.any(), f"a label is outside [0, {num_classes})")
     elif wrong.any():
         row = int(wrong.nonzero()[0])
-        raise ValueError(
+        raise UserError(
             f"label {int(labels[row])} at row {row} is outside [0, {num_classes}): "
             "the labels do not fit num_classes"
         )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_tools.common.errors import UserError
 from data_tools.order import rank_slice
 from eval import lfw
 from recognition import collectives, freezing
@@ -72,7 +73,7 @@ def _score(state: TrainState, pairs: lfw.PairSet, turn: Callable[[], None]) -> d
         turn()
     failures = [text for text in collectives.gather_objects(failure, group) if text]
     if failures or local is None:
-        raise ValueError(f"cannot verify: {'; '.join(failures)}")
+        raise UserError(f"cannot verify: {'; '.join(failures)}")
     sums, norms = (
         collectives.gather_parts(torch.from_numpy(part), counts, group) for part in local
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from data_tools.commands import one_line
+from data_tools.common.errors import one_line
 from launch.bench.demo_run import train
 from recognition.backbones import BACKBONES
 

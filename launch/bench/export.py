@@ -31,7 +31,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from data_tools import commands
+from data_tools.common.errors import USER_ERRORS, one_line
 from data_tools.decode import decode
 from eval import drop, lfw
 from eval.embed import TorchEmbedder
@@ -64,8 +64,8 @@ def main() -> int:
         parser.error("one of RUN and --network")
     try:
         report = measure(args.run, args.network, args.data, args.repeat, args.people)
-    except commands.USER_ERRORS as error:
-        print(f"error: {commands.one_line(error)}", file=sys.stderr)
+    except USER_ERRORS as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     print("| | MiB | accuracy % | TAR % | ms, batch 1 | images/s, batch 32 | x torch, 1 | 32 |")
     print("|---|---|---|---|---|---|---|---|")

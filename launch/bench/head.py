@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data_tools.commands import one_line
+from data_tools.common.errors import USER_ERRORS, UserError, one_line
 from launch.bench.machine import machine
 from launch.bench.memory import read_peak, reset_peak
 from launch.bench.processes import slowest, together
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     world = args.processes or (torch.cuda.device_count() if device == "cuda" else 2)
     try:
         if device == "cuda" and world > torch.cuda.device_count():
-            raise ValueError(f"--processes {world}: there are {torch.cuda.device_count()} GPUs")
+            raise UserError(f"--processes {world}: there are {torch.cuda.device_count()} GPUs")
         cases = SUITES[args.suite] if args.suite else [
             Case(
                 args.classes, args.batch, args.sample_rate, args.embedding_size, args.dtype,
@@ -109,12 +109,12 @@ def main(arguments: list[str] | None = None) -> int:
         reports = []
         for case in cases:
             if case.batch % world:
-                raise ValueError(f"batch {case.batch}: not divisible by {world} processes")
+                raise UserError(f"batch {case.batch}: not divisible by {world} processes")
             reports.append(_report(Measurement(case, world, args.pairs, args.warmup, device)))
             print(json.dumps(reports[-1]), flush=True)
         for report in reports if args.suite else []:
             print(_beside_targets(report), file=sys.stderr)
-    except (ValueError, OSError) as error:  # a mistake in what was asked
+    except USER_ERRORS as error:  # a mistake in what was asked
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
@@ -180,7 +180,7 @@ def _storage(args: argparse.Namespace, device: str, world: int) -> Storage:
         return "device"
     if 2 * rows * world < _SHARE * host:
         return "host"
-    raise ValueError(
+    raise UserError(
         f"{args.classes} classes need {needed / 2**30:.0f} GiB on a device that has "
         f"{free / 2**30:.0f} free, or {2 * rows * world / 2**30:.0f} GiB on a host that has "
         f"{host / 2**30:.0f}"
@@ -210,7 +210,7 @@ def _report(told: Measurement) -> dict[str, Any]:
     case = told.case
     times = together(told.world, told.device, _time, told)
     if "unavailable" in times:
-        raise ValueError(f"--kernel {case.kernel}: {times['unavailable']}")
+        raise UserError(f"--kernel {case.kernel}: {times['unavailable']}")
     seconds: dict[str, list[float]] = times["seconds"]
     timed = [name for name in seconds if name != "floor"]
     if case.alone:  # a large one is not built twice

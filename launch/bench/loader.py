@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from data_tools import order, shards
 from data_tools.augment import Probabilities
-from data_tools.commands import one_line
+from data_tools.common.errors import USER_ERRORS, UserError, one_line
 from data_tools.dali import Dali
 from data_tools.decode import _FLAGS
 from data_tools.loader import Loader, normalise
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
             report = rates(shards.open(args.shards), args)
         else:
             parser.error("name a packed set, or --index N")
-    except (ValueError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     print(json.dumps(report))
@@ -116,7 +116,7 @@ def rates(data: shards.Shards, args: argparse.Namespace) -> dict:
             Dali(data, device="cuda", seed=0, global_batch=_BATCH, workers=threads)
         )
     if unknown := set(args.only or ()) - ways.keys():
-        raise ValueError(f"--only {', '.join(unknown)}: one of {', '.join(ways)}")
+        raise UserError(f"--only {', '.join(unknown)}: one of {', '.join(ways)}")
     ways = {name: way for name, way in ways.items() if not args.only or name in args.only}
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {name: [] for name in ways}

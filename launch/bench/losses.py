@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data_tools.commands import one_line
+from data_tools.common.errors import USER_ERRORS, UserError, UserKeyError, one_line
 from launch.bench.machine import machine
 from launch.bench.processes import slowest
 from recognition import collectives, runtime
@@ -89,9 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
         names = _chosen(args.losses)
         with runtime.start() as here:
             if args.batch % here.world:
-                raise ValueError(f"--batch {args.batch}: not divisible by {here.world} processes")
+                raise UserError(f"--batch {args.batch}: not divisible by {here.world} processes")
             report = _report(names, args, here)
-    except (ValueError, KeyError) as error:  # a mistake in what was asked
+    except USER_ERRORS as error:  # a mistake in what was asked
         rank = os.environ.get("RANK", "0")
         print(f"error (rank {rank}): {one_line(error)}", file=sys.stderr, flush=True)
         return 1
@@ -147,7 +147,7 @@ def _chosen(typed: str | None) -> list[str]:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            raise KeyError(
+            raise UserKeyError(
                 f"--losses {name!r}: one of {', '.join(known)}"
                 + (f"; did you mean {near[0]}?" if near else "")
             )

@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from data_tools.commands import one_line
+from data_tools.common.errors import one_line
 from launch.bench import demo_run
 
 _S, _M = "margin_args.scale=32", "margin_args.margin=0.2"

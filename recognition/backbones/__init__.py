@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from data_tools.common.errors import UserKeyError, UserTypeError
 from recognition.backbones.iresnet import IResNet
 from recognition.backbones.mobilefacenet import MobileFaceNet
 from recognition.backbones.vit import VisionTransformer
@@ -41,7 +42,7 @@ def make_backbone(name: str, embedding_size: int, arguments: Mapping[str, Any]) 
         TypeError, ValueError: it does not take the arguments.
     """
     if name not in BACKBONES:
-        raise KeyError(f"network={name!r}: one of {', '.join(BACKBONES)}")
+        raise UserKeyError(f"network={name!r}: one of {', '.join(BACKBONES)}")
     known = inspect.signature(BACKBONES[name]).parameters
     fixed = {"embedding_size", *BACKBONES[name].keywords}
     taken = {
@@ -52,8 +53,8 @@ def make_backbone(name: str, embedding_size: int, arguments: Mapping[str, Any]) 
     for key, value in arguments.items():
         if key not in taken:
             listed = ", ".join(taken) or "nothing else"
-            raise TypeError(f"network_args: {name} takes no {key!r}; it takes {listed}")
+            raise UserTypeError(f"network_args: {name} takes no {key!r}; it takes {listed}")
         number = taken[key] is float and isinstance(value, int) and not isinstance(value, bool)
         if not (number or type(value) is taken[key]):
-            raise TypeError(f"network_args.{key}={value!r}: expected {taken[key].__name__}")
+            raise UserTypeError(f"network_args.{key}={value!r}: expected {taken[key].__name__}")
     return BACKBONES[name](embedding_size=embedding_size, **arguments)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from data_tools.common.errors import UserError
 from recognition.backbones.input import INPUT_SIZE, check_images
 
 PATCH = 9  # pixels; the last 4 rows and columns of 112 belong to none
@@ -115,10 +116,10 @@ class VisionTransformer(nn.Module):
         super().__init__()
         for name, share in (("drop_path", drop_path), ("mask_ratio", mask_ratio)):
             if not 0 <= share < 1:
-                raise ValueError(f"{name}={share}: a share, at least 0 and below 1")
+                raise UserError(f"{name}={share}: a share, at least 0 and below 1")
         self.num_kept = NUM_TOKENS - round(mask_ratio * NUM_TOKENS)
         if not self.num_kept:
-            raise ValueError(f"mask_ratio={mask_ratio} leaves none of {NUM_TOKENS} tokens")
+            raise UserError(f"mask_ratio={mask_ratio} leaves none of {NUM_TOKENS} tokens")
         self.checkpointing = checkpointing
         self.patch_embed = PatchEmbed(dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, NUM_TOKENS, dim))

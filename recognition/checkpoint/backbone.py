@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from data_tools.common.errors import UserError
 from recognition.backbones import BACKBONES
 from recognition.checkpoint.directory import Damaged, find, older, read_manifest
 from recognition.checkpoint.tensors import read
@@ -42,7 +43,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> N
         ValueError: listing the names that are missing, unexpected, or of another shape.
     """
     if wrong := misfit(module, state, source):
-        raise ValueError(wrong)
+        raise UserError(wrong)
     module.load_state_dict(dict(state))
 
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from data_tools.common.errors import UserError
 from recognition.checkpoint.manifest import check, check_of_run
 
 FORMAT = 2
@@ -83,7 +84,7 @@ def read_manifest(path: str) -> dict[str, Any]:
     if own != digest(manifest):
         raise Damaged(f"{name} is damaged: its sha256 is not its own")
     if version > FORMAT:
-        raise ValueError(f"{path} has format {version}, this version reads {FORMAT}")
+        raise UserError(f"{path} has format {version}, this version reads {FORMAT}")
     manifest = manifest if version == FORMAT else _from_format_1(manifest)
     check(manifest, path)
     return manifest

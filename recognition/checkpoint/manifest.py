@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from data_tools.common.errors import UserError
+
 _ROWS = r"(?:head\d+-)?rows-\d{1,18}-\d{1,18}\.safetensors"
 _OTHERS = r"(?:head\d+-)?margin\.safetensors|(?:model|optimizer|encoder)\.safetensors"
 _MOST = 2**62
@@ -67,7 +69,7 @@ def check(manifest: Mapping[str, Any], source: str) -> None:
     _refuse(_fits(manifest, _ALWAYS | there), manifest, source)
     for listed in manifest["files"]:
         if not re.fullmatch(f"{_ROWS}|{_OTHERS}", listed):
-            raise ValueError(
+            raise UserError(
                 f"{source}/manifest.json lists {listed!r}, which is no file of a checkpoint"
             )
 
@@ -88,4 +90,4 @@ def _fits(facts: Mapping[str, Any], tests: Mapping[str, Callable[[Any], bool]]) 
 def _refuse(name: str | None, manifest: Mapping[str, Any], source: str) -> None:
     if name is not None:
         said = f"{name} is {str(manifest[name])[:80]}" if name in manifest else f"{name} is missing"
-        raise ValueError(f"{source}/manifest.json was not written by a run of ours: {said}")
+        raise UserError(f"{source}/manifest.json was not written by a run of ours: {said}")

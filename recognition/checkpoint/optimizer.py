@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from data_tools.common.errors import UserError
 from recognition.scaler import LossScaler
 
 
@@ -52,17 +53,17 @@ def load_optimizer(
             scale[name] = value
             continue
         if name not in place:
-            raise ValueError(f"cannot resume from {source}: optimiser state of unknown {name}")
+            raise UserError(f"cannot resume from {source}: optimiser state of unknown {name}")
         index, parameter = place[name]
         if value.shape != (() if kind == "step" else parameter.shape):
-            raise ValueError(f"cannot resume from {source}: {key} is {list(value.shape)}")
+            raise UserError(f"cannot resume from {source}: {key} is {list(value.shape)}")
         if value.shape == parameter.shape:
             # The fused step walks both in memory order: the state needs the parameter's strides.
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(index, {})[kind] = value
     lacking = [name for name, (index, _) in place.items() if index not in state]
     if lacking and (state or (started and optimizer.defaults.get("momentum", 1))):
-        raise ValueError(
+        raise UserError(
             f"cannot resume from {source}: it lacks the optimiser's state of {len(lacking)} "
             f"parameters, {lacking[0]} the first"
         )

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from data_tools.common.errors import UserError
 from recognition.checkpoint.backbone import load_state
 from recognition.checkpoint.directory import Damaged, all_rows, read_manifest
 from recognition.checkpoint.optimizer import load_optimizer
@@ -110,7 +111,7 @@ def _check_fit(path: str, manifest: Mapping[str, Any], parts: Parts) -> None:
     if wrong:
         keys = ("margin", "margin_args", "optimizer")
         saved = [f"{k}={manifest['config'][k]}" for k in keys if k in manifest.get("config", {})]
-        raise ValueError(
+        raise UserError(
             f"cannot resume from {path}{', saved with ' * bool(saved)}{', '.join(saved)}: "
             f"{'; '.join(wrong)}. To start a new run from its network, use init_from= and another "
             "output"

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from data_tools.common.errors import UserError
 from recognition.backbones.input import INPUT_SIZE
 from recognition.checkpoint.directory import sync
 from recognition.inversion.identity import ClosedSet, Identity
@@ -61,11 +62,11 @@ class Batch:
                 step = int(file.metadata()["step"])
                 tensors = {name: file.get_tensor(name) for name in ("images", *_MOMENTS)}
             if step != expected:
-                raise ValueError(f"it is of step {step}")
+                raise UserError(f"it is of step {step}")
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}): remove it and start again") from error
+            raise UserError(f"{path} is damaged ({error}): remove it and start again") from error
         if tensors["images"].shape != self.images.shape:
-            raise ValueError(
+            raise UserError(
                 f"{path} holds {list(tensors['images'].shape)}, this batch is "
                 f"{list(self.images.shape)}: remove it and start again"
             )
@@ -126,7 +127,7 @@ def descend(
             if batch.step % tell_every == 0 or batch.step == settings.steps:
                 terms = {name: part.item() for name, part in parts.items()}
                 if not np.isfinite(list(terms.values())).all():
-                    raise ValueError(
+                    raise UserError(
                         f"batch {batch.number}, step {batch.step}: the loss is not finite, "
                         f"{terms}; a smaller --lr or --bn-weight may help"
                     )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_tools import shards
+from data_tools.common.errors import UserError
 from data_tools.decode import decode, is_image
 from data_tools.insightface import find_rec
 from eval import lfw
@@ -49,7 +50,7 @@ class Faces:
         """
         numbers = np.asarray(numbers)
         if not len(numbers):
-            raise ValueError(f"{self.path}: no image in it of a person who is told from others")
+            raise UserError(f"{self.path}: no image in it of a person who is told from others")
         starts = range(0, len(numbers), _BATCH)
         rows = np.concatenate([embed(self.pixels(numbers[i : i + _BATCH])) for i in starts])
         return finite(rows, f"of image {{}} of {self.path}", numbers)
@@ -73,7 +74,7 @@ def finite(rows: np.ndarray, what: str, numbers: Sequence[Any] | np.ndarray) -> 
     """The embeddings [n, D] themselves. Raises: ValueError naming the first that is not finite."""
     wrong = np.flatnonzero(~np.isfinite(rows).all(1))
     if len(wrong):
-        raise ValueError(
+        raise UserError(
             f"the embedding {what.format(numbers[int(wrong[0])])} is not finite ({len(wrong)} of "
             f"{len(rows)}): the network that made it is damaged or its training diverged"
         )
@@ -103,7 +104,7 @@ def open_faces(path: str | Path) -> Faces:
         return Faces(str(path), np.asarray(data.labels), lambda i: data[i][1], _names(data))
     files = sorted(file for file in path.rglob("*") if is_image(file.name) and file.is_file())
     if not files:
-        raise ValueError(f"{path} holds neither shards nor images")
+        raise UserError(f"{path} holds neither shards nor images")
     people = [str(file.parent.relative_to(path)) for file in files]
     if len(set(people)) == 1:  # a folder of images alone: each its own
         people = [str(file.relative_to(path)) for file in files]
@@ -144,27 +145,27 @@ def load_embeddings(path: str | Path, size: int) -> tuple[np.ndarray, np.ndarray
             labels = content["labels"] if "labels" in names else None
             content = content["embeddings"] if "embeddings" in names else None
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is no whole .npy or .npz of numbers: {error}") from error
+        raise UserError(f"{path} is no whole .npy or .npz of numbers: {error}") from error
     if content is None:
-        raise ValueError(f"{path} has {names}: `embeddings` is wanted")
+        raise UserError(f"{path} has {names}: `embeddings` is wanted")
     if content.ndim != 2 or content.shape[1] != size or content.dtype.kind != "f":
-        raise ValueError(
+        raise UserError(
             f"{path}: {content.dtype} {list(content.shape)}; floats [N, {size}] are wanted, the "
             "embeddings of this network"
         )
     if not len(content):
-        raise ValueError(f"{path} holds no embedding")
+        raise UserError(f"{path} holds no embedding")
     rows = content.astype(np.float32)
     wrong = np.flatnonzero(~np.isfinite(rows).all(1))
     if len(wrong):
-        raise ValueError(f"{path}: row {wrong[0]} is not finite ({len(wrong)} such rows)")
+        raise UserError(f"{path}: row {wrong[0]} is not finite ({len(wrong)} such rows)")
     zero = np.flatnonzero(~rows.any(1))
     if len(zero):
-        raise ValueError(f"{path}: row {zero[0]} is all zeros, no direction ({len(zero)} rows)")
+        raise UserError(f"{path}: row {zero[0]} is all zeros, no direction ({len(zero)} rows)")
     if labels is None:
         return rows, np.arange(len(rows))
     if labels.shape != (len(rows),) or labels.dtype.kind not in "iu":
-        raise ValueError(
+        raise UserError(
             f"{path}: labels {labels.dtype} {list(labels.shape)}, not int [{len(rows)}]"
         )
     return rows, labels.astype(np.int64)

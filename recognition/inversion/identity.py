@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from data_tools.common.errors import UserError
 from data_tools.union import open_all
 from recognition import checkpoint, config, heads
 from recognition.checkpoint.reading import load_head
@@ -97,11 +98,11 @@ def head_facts(path: str, number: int) -> dict[str, Any]:
     manifest = checkpoint.read_manifest(checkpoint.find(path))
     known = manifest["heads"]
     if not known or not checkpoint.row_files(manifest):
-        raise ValueError(
+        raise UserError(
             f"{path} has no head: classes cannot be inverted, embeddings can (--embeddings, --data)"
         )
     if not 0 <= number < len(known):
-        raise ValueError(f"--head {number}: {path} has the heads 0 to {len(known) - 1}")
+        raise UserError(f"--head {number}: {path} has the heads 0 to {len(known) - 1}")
     return known[number]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.common.errors import UserError
+
 
 def unit(x: np.ndarray) -> np.ndarray:  # [n, D] -> float64 [n, D]
     """Rows of length 1; a row of zeros stays."""
@@ -67,11 +69,11 @@ def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:  # [n, D], [m
     """
     one, other = (np.asarray(x, dtype=np.float64) for x in (one, other))
     if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1]:
-        raise ValueError(f"features {list(one.shape)} and {list(other.shape)}: one width is wanted")
+        raise UserError(f"features {list(one.shape)} and {list(other.shape)}: one width is wanted")
     if min(len(one), len(other)) < 2:
-        raise ValueError(f"{len(one)} and {len(other)} images: a covariance needs two of each")
+        raise UserError(f"{len(one)} and {len(other)} images: a covariance needs two of each")
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
-        raise ValueError("a feature is not finite")
+        raise UserError("a feature is not finite")
     a, b = _root(one), _root(other)
     gap = one.mean(0) - other.mean(0)
     root = np.linalg.svd(a @ b.T, compute_uv=False).sum()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.common.errors import UserError
 from eval.embed import TorchEmbedder, open_embedder
 from recognition import checkpoint
 from recognition.inversion import settings as knobs
@@ -84,13 +85,13 @@ def check_networks(args: argparse.Namespace) -> None:
                 embedder = open_embedder(path)
                 finite(embedder(np.zeros((1, 112, 112, 3), np.uint8)), "of {}", [path])
             except (ValueError, OSError) as error:
-                raise ValueError(f"{flag} {path}: {error}") from error
+                raise UserError(f"{flag} {path}: {error}") from error
 
 
 def every_of(args: argparse.Namespace) -> work.Every:
     for name in ("save_every", "picture_every"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: 1 or more")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: 1 or more")
     return work.Every(args.save_every, args.picture_every)
 
 
@@ -98,9 +99,9 @@ def network_of(run: str) -> TorchEmbedder:
     """The network to invert, frozen. Raises: ValueError where it has no gradients."""
     embedder = open_embedder(run)
     if not isinstance(embedder, TorchEmbedder):
-        raise ValueError(f"{run}: an ONNX file gives no gradients; a run or a backbone file does")
+        raise UserError(f"{run}: an ONNX file gives no gradients; a run or a backbone file does")
     if embedder.contract.color_order != "RGB" or embedder.contract[3:] != (127.5, 127.5):
-        raise ValueError(f"{run}: only networks of RGB, (pixel - 127.5) / 127.5 can be inverted")
+        raise UserError(f"{run}: only networks of RGB, (pixel - 127.5) / 127.5 can be inverted")
     embedder.module.requires_grad_(False)
     return embedder
 
@@ -113,7 +114,7 @@ def closed_set(args: argparse.Namespace, settings: Settings) -> Plan:
     """
     embedder = network_of(args.run)
     if not Path(args.run).is_dir():
-        raise ValueError(f"{args.run} has no head: invert embeddings (--embeddings, --images)")
+        raise UserError(f"{args.run} has no head: invert embeddings (--embeddings, --images)")
     head = head_facts(args.run, args.head)
     ids = choose(args.ids, args.count, np.arange(head["num_classes"]), settings.seed, "class")
     return Plan(
@@ -147,7 +148,7 @@ def open_set(
         targets, labels = load_embeddings(args.embeddings, size)
         numbers = np.arange(len(targets))
         if faces is not None and len(faces) != len(targets):
-            raise ValueError(
+            raise UserError(
                 f"{args.embeddings} holds {len(targets)} embeddings, {images} {len(faces)} images: "
                 "row i is to be that of image i"
             )
@@ -158,9 +159,9 @@ def open_set(
         places, labels = np.arange(len(numbers)), faces.labels[numbers]
         targets = np.zeros((0, size), np.float32)  # of those that are chosen, below
     else:
-        raise ValueError("nothing to invert: give --embeddings FILE or images")
+        raise UserError("nothing to invert: give --embeddings FILE or images")
     if not len(places):
-        raise ValueError(f"{args.embeddings or images}: nobody in it to invert")
+        raise UserError(f"{args.embeddings or images}: nobody in it to invert")
     ids = choose(args.ids, args.count, places, settings.seed, "row")
     if not args.embeddings:
         assert faces is not None
@@ -194,7 +195,7 @@ def choose(
     """
     if text is None:
         if count < 1:
-            raise ValueError(f"--count {count}: 1 or more")
+            raise UserError(f"--count {count}: 1 or more")
         if count >= len(known):
             return known
         return known[np.sort(np.random.default_rng(seed).choice(len(known), count, replace=False))]
@@ -203,16 +204,14 @@ def choose(
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise ValueError(f"--ids {text}: {part!r} is neither a number nor a range such as 0-9")
+            raise UserError(f"--ids {text}: {part!r} is neither a number nor a range such as 0-9")
         if int(last) > int(known.max()):
-            raise ValueError(f"--ids {text}: there is no {what} {last}, they go to {known.max()}")
+            raise UserError(f"--ids {text}: there is no {what} {last}, they go to {known.max()}")
         ids.extend(range(int(first), int(last) + 1))
     if len(set(ids)) < len(ids):
-        raise ValueError(
-            f"--ids {text}: one stands there twice; a batch is of different identities"
-        )
+        raise UserError(f"--ids {text}: one stands there twice; a batch is of different identities")
     if absent := sorted(set(ids) - set(known.tolist())):
-        raise ValueError(f"--ids {text}: there is no {what} {absent[0]}")
+        raise UserError(f"--ids {text}: there is no {what} {absent[0]}")
     return np.array(ids, dtype=np.int64)
 
 
@@ -249,10 +248,10 @@ def _reference(data: str | None, run: str, number: int, num_classes: int) -> Fac
         return faces if fits else None
     faces = open_faces(data)
     if int(faces.labels.max(initial=-1)) >= num_classes:
-        raise ValueError(
+        raise UserError(
             f"--data {data} has the label {faces.labels.max()}, the head {num_classes} classes: "
             "the data that it was trained on are wanted"
         )
     if others(faces):
-        raise ValueError(f"--data {data}: its labels are not those that {run} was trained on")
+        raise UserError(f"--data {data}: its labels are not those that {run} was trained on")
     return faces

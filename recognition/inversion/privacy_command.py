@@ -13,6 +13,7 @@ import argparse
 import shutil
 from typing import Any
 
+from data_tools.common.errors import UserError
 from recognition.inversion import plan as plans
 from recognition.inversion import settings as knobs
 from recognition.inversion.synthesise_command import make, prior_told
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
     settings, every = knobs.of_arguments(args), plans.every_of(args)
     if wrong := [far for far in args.far if not 0 < far < 1]:
-        raise ValueError(f"--far {wrong[0]}: between 0 and 1")
+        raise UserError(f"--far {wrong[0]}: between 0 and 1")
     plan = plans.open_set(args, settings, args.data)
     work.check_settings(args.out, plan.facts)
     plans.check_networks(args)

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_tools.common.errors import UserError
+
 PAPER = "the paper's"
 UNSAID = "not in the paper: the plainest"
 
@@ -61,19 +63,19 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{_flag(name)} {getattr(self, name)}: 1 or more")
+                raise UserError(f"--{_flag(name)} {getattr(self, name)}: 1 or more")
         for name in ("bn_weight", "tv_weight", "l2_weight", "bn_first", "warmup", "jitter", "seed"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"--{_flag(name)} {getattr(self, name)}: 0 or more")
+                raise UserError(f"--{_flag(name)} {getattr(self, name)}: 0 or more")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: from 0 to below 1")
+                raise UserError(f"--{name} {getattr(self, name)}: from 0 to below 1")
         if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"--lr {self.lr}: give a positive number")
+            raise UserError(f"--lr {self.lr}: give a positive number")
         for knob in dataclasses.fields(self):
             choices = knob.metadata["choices"]
             if choices and getattr(self, knob.name) not in choices:
-                raise ValueError(f"{knob.name}={getattr(self, knob.name)!r}: one of {choices}")
+                raise UserError(f"{knob.name}={getattr(self, knob.name)!r}: one of {choices}")
 
     def lr_at(self, step: int) -> float:
         """Of the step that follows `step` steps."""

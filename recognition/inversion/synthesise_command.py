@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.common.errors import UserError
 from recognition.inversion import plan as plans
 from recognition.inversion import settings as knobs
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     settings, every = knobs.of_arguments(args), plans.every_of(args)
     if args.embeddings is not None or args.images is not None:
         if args.data is not None:
-            raise ValueError("--data goes with classes; real images of embeddings: --images")
+            raise UserError("--data goes with classes; real images of embeddings: --images")
         plan = plans.open_set(args, settings, args.images)
     else:
         plan = plans.closed_set(args, settings)

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from data_tools.common.errors import UserError
 from recognition import collectives
 from recognition.inversion import pictures
 from recognition.inversion.descent import Batch, Terms, descend
@@ -72,9 +73,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it and start again") from error
+        raise UserError(f"{path} is damaged ({error}): remove it and start again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (no object): remove it and start again")
+        raise UserError(f"{path} is damaged (no object): remove it and start again")
     return content
 
 
@@ -87,7 +88,7 @@ def check_settings(out: Path, facts: Mapping[str, Any]) -> None:
             sorted(p.name for p in out.iterdir() if p.name not in _OURS) if out.is_dir() else []
         )
         if others:
-            raise ValueError(
+            raise UserError(
                 f"{out} is no directory of an inversion, it holds {', '.join(others[:4])}: choose "
                 "another --out, an empty or a new one"
             )
@@ -101,7 +102,7 @@ def check_settings(out: Path, facts: Mapping[str, Any]) -> None:
         if known.get(key) != asked.get(key)
     ]
     if differ:
-        raise ValueError(
+        raise UserError(
             f"{out} holds another inversion ({'; '.join(differ)[:600]}): choose another --out, "
             "or ask for the same to go on with it (RUN/checkpoints/step-N names a network for good)"
         )
@@ -245,7 +246,7 @@ def _what_was_done(out: Path, number: int) -> dict[str, Any]:
     """Raises: ValueError naming a damaged file."""
     content = read_json(_done(out, number))
     if not {"world", "terms"} <= content.keys():
-        raise ValueError(f"{_done(out, number)} is damaged (no terms): remove it and start again")
+        raise UserError(f"{_done(out, number)} is damaged (no terms): remove it and start again")
     return content
 
 

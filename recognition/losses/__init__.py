@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from data_tools.common.errors import UserError, UserKeyError
 from recognition.losses.adaptive import AdaCos, AdaFace, ElasticFace, MagFace
 from recognition.losses.arguments import checked_arguments
 from recognition.losses.classwise import AdaMSoftmax, DynamicArcFace, JAMsFace
@@ -57,9 +58,9 @@ def make_margin(name: str, arguments: Mapping[str, Any] = MappingProxyType({})) 
     if name not in MARGINS:
         near = difflib.get_close_matches(str(name).lower(), MARGINS, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(MARGINS)}"
-        raise KeyError(f"margin={name!r}: {hint}")
+        raise UserKeyError(f"margin={name!r}: {hint}")
     checked = checked_arguments(name, MARGINS[name], arguments)
     try:
         return MARGINS[name](**checked)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"margin={name} with {checked}: {error}") from error
+        raise UserError(f"margin={name} with {checked}: {error}") from error

@@ -12,6 +12,7 @@ from typing import Literal, Unpack
 import torch
 from torch import Tensor
 
+from data_tools.common.errors import UserError
 from recognition.losses.margin import (
     AngularMargin,
     Gradient,
@@ -64,7 +65,7 @@ class AdaFace(Margin):
         check_angle("margin", margin)
         check_range("t_alpha", t_alpha, 0.0, 1.0, "share of the batch in the running statistics")
         if not (math.isfinite(h) and h >= 0):
-            raise ValueError(f"h={h}: how far a standard deviation of the norm reaches, 0.333")
+            raise UserError(f"h={h}: how far a standard deviation of the norm reaches, 0.333")
         self.margin, self.h, self.t_alpha, self.gradient = margin, h, t_alpha, gradient
         self.mean: Tensor
         self.std: Tensor
@@ -120,11 +121,11 @@ class MagFace(AngularMargin):
         check_angle("l_m", l_m)
         check_angle("u_m", u_m)
         if l_m > u_m:
-            raise ValueError(f"l_m={l_m}, u_m={u_m}: the margin rises with the norm, l_m <= u_m")
+            raise UserError(f"l_m={l_m}, u_m={u_m}: the margin rises with the norm, l_m <= u_m")
         if not 0 < l_a < u_a < math.inf:
-            raise ValueError(f"l_a={l_a}, u_a={u_a}: two norms, 0 < l_a < u_a (10 and 110)")
+            raise UserError(f"l_a={l_a}, u_a={u_a}: two norms, 0 < l_a < u_a (10 and 110)")
         if not 0 <= lambda_g < math.inf:
-            raise ValueError(f"lambda_g={lambda_g}: a weight of at least 0, 35 is usual")
+            raise UserError(f"lambda_g={lambda_g}: a weight of at least 0, 35 is usual")
         self.l_a, self.u_a, self.l_m, self.u_m = l_a, u_a, l_m, u_m
         self.lambda_g = lambda_g
 

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from data_tools.common.errors import UserKeyError, UserTypeError
 from recognition.losses.margin import Margin, Options
 
 
@@ -42,12 +43,12 @@ def checked_arguments(
         TypeError: a value of the wrong type, or no mapping at all.
     """
     if not isinstance(arguments, Mapping):
-        raise TypeError(f"margin_args={arguments!r}: expected arguments by name")
+        raise UserTypeError(f"margin_args={arguments!r}: expected arguments by name")
     taken, checked = arguments_of(margin), {}
     for argument, value in arguments.items():
         if argument not in taken:
             near = difflib.get_close_matches(str(argument), taken, 1)
-            raise KeyError(
+            raise UserKeyError(
                 f"margin_args.{argument}: {name} takes {', '.join(taken)}"
                 + (f"; did you mean {near[0]}?" if near else "")
             )
@@ -56,7 +57,7 @@ def checked_arguments(
             value = "none"  # as the command line reads that word
         if not any(_is(value, kind) for kind in kinds):
             expected = " or ".join(_word(kind) for kind in kinds)
-            raise TypeError(f"margin_args.{argument}={value!r}: expected {expected}")
+            raise UserTypeError(f"margin_args.{argument}={value!r}: expected {expected}")
         checked[argument] = (
             float(value)
             if isinstance(value, numbers.Real) and not isinstance(value, bool | int)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_tools.common.errors import UserError
 from recognition.losses.margin import (
     AngularMargin,
     Gradient,
@@ -78,7 +79,7 @@ class JAMsFace(AngularMargin):
         ):
             if not 0 < first < bound:
                 of = name.replace("init", "bound")
-                raise ValueError(f"{name}={first}: between 0 and {of}={bound}, neither included")
+                raise UserError(f"{name}={first}: between 0 and {of}={bound}, neither included")
         for name, weight in (("reg_angular", reg_angular), ("reg_cosine", reg_cosine)):
             check_range(name, weight, 0.0, 1e4, "weight of the regulariser")
         check_range("lr_factor", lr_factor, 0.0, 1e4, "factor of the learning rate")
@@ -217,7 +218,7 @@ class DynamicArcFace(AngularMargin):
         check_angle("low", low)
         check_angle("high", high)
         if low > high:
-            raise ValueError(
+            raise UserError(
                 f"low={low}, high={high}: the margins of the largest and smallest class"
             )
         self.low, self.high = low, high
@@ -225,7 +226,7 @@ class DynamicArcFace(AngularMargin):
 
     def bind(self, layer: Layer) -> None:
         if layer.class_counts is None:
-            raise ValueError(
+            raise UserError(
                 "dynamicarcface needs the number of images of each class: "
                 "PartialFC(..., class_counts=counts)"
             )

@@ -11,6 +11,7 @@ from typing import Literal, Unpack
 import torch
 from torch import Tensor
 
+from data_tools.common.errors import UserError
 from recognition.losses.margin import (
     AngularMargin,
     Gradient,
@@ -69,12 +70,12 @@ class CombinedMargin(AngularMargin):
     ) -> None:
         super().__init__(scale, gradient, overflow, **options)
         if not (math.isfinite(m1) and m1 > 0):
-            raise ValueError(f"m1={m1}: a positive factor of the angle, 1 is none")
+            raise UserError(f"m1={m1}: a positive factor of the angle, 1 is none")
         check_angle("m2", m2)
         if not math.isfinite(m3):
-            raise ValueError(f"m3={m3}: a finite number (0.35 or 0.4 is CosFace's)")
+            raise UserError(f"m3={m3}: a finite number (0.35 or 0.4 is CosFace's)")
         if overflow == "fallback" and m1 != 1.0:
-            raise ValueError(
+            raise UserError(
                 f"overflow='fallback' is defined for m1=1 only, not m1={m1}: use 'easy'"
             )
         self.m1, self.m2, self.m3 = m1, m2, m3
@@ -156,12 +157,12 @@ class SphereFace(AngularMargin):
         super().__init__(scale, gradient, overflow, **options)
         one_of("form", form, ("cosine", "piecewise"))
         if overflow == "fallback":
-            raise ValueError("overflow='fallback' is defined for m1=1 only: use 'easy'")
+            raise UserError("overflow='fallback' is defined for m1=1 only: use 'easy'")
         for name, factor in (("m1", m1), ("m", m)):
             if not (math.isfinite(factor) and factor > 0):
-                raise ValueError(f"{name}={factor}: a positive factor of the angle, 1 is none")
+                raise UserError(f"{name}={factor}: a positive factor of the angle, 1 is none")
         if form == "piecewise" and overflow != "none":
-            raise ValueError(f"overflow={overflow!r}: the piecewise form needs no such rule")
+            raise UserError(f"overflow={overflow!r}: the piecewise form needs no such rule")
         self.form, self.factor = form, m1 if form == "cosine" else m
 
     def target(self, rows: Rows) -> Tensor:
@@ -202,7 +203,7 @@ class SphereFaceR(Margin):
         one_of("version", version, ("v1", "v2"))
         check_gradient(gradient)
         if not (math.isfinite(m) and m >= 1):
-            raise ValueError(f"m={m}: a factor of the angle of at least 1, which is none")
+            raise UserError(f"m={m}: a factor of the angle of at least 1, which is none")
         self.m, self.version, self.gradient = m, version, gradient
 
     def target(self, rows: Rows) -> Tensor:

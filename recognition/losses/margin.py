@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_tools.common.errors import UserError
+
 Gradient = Literal["exact", "straight_through"]
 Overflow = Literal["none", "fallback", "easy"]
 
@@ -105,9 +107,9 @@ class Margin(nn.Module):
     def __init__(self, scale: float, interclass_filtering_threshold: float = 0.0) -> None:
         super().__init__()
         if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale={scale}: give a positive number, 64 is usual")
+            raise UserError(f"scale={scale}: give a positive number, 64 is usual")
         if not 0.0 <= interclass_filtering_threshold <= 1.0:
-            raise ValueError(
+            raise UserError(
                 f"interclass_filtering_threshold={interclass_filtering_threshold}: a cosine "
                 "in (0, 1], 0.4 is usual, or 0 for off"
             )
@@ -262,7 +264,7 @@ def with_gradient(formula: Callable[[Tensor], Tensor], cos: Tensor, gradient: Gr
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r}: one of {', '.join(allowed)}")
+        raise UserError(f"{name}={value!r}: one of {', '.join(allowed)}")
 
 
 def check_gradient(gradient: str) -> None:
@@ -271,9 +273,9 @@ def check_gradient(gradient: str) -> None:
 
 def check_angle(name: str, angle: float) -> None:
     if not 0.0 <= angle < math.pi:
-        raise ValueError(f"{name}={angle}: an angle in radians, 0 <= {name} < pi (0.5 is usual)")
+        raise UserError(f"{name}={angle}: an angle in radians, 0 <= {name} < pi (0.5 is usual)")
 
 
 def check_range(name: str, value: float, low: float, high: float, what: str) -> None:
     if not low <= value <= high:
-        raise ValueError(f"{name}={value}: {what}, {low} to {high}")
+        raise UserError(f"{name}={value}: {what}, {low} to {high}")

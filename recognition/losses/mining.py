@@ -11,6 +11,7 @@ from typing import Literal, Unpack
 import torch
 from torch import Tensor
 
+from data_tools.common.errors import UserError
 from recognition.losses.margin import (
     AngularMargin,
     Gradient,
@@ -102,7 +103,7 @@ class MVSoftmax(AngularMargin):
         super().__init__(scale, gradient, overflow, **options)
         one_of("kind", kind, ("arc", "am"))
         if kind == "am" and overflow == "fallback":
-            raise ValueError("overflow='fallback' belongs to kind='arc': use 'easy' or 'none'")
+            raise UserError("overflow='fallback' belongs to kind='arc': use 'easy' or 'none'")
         margin = {"arc": 0.5, "am": 0.35}[kind] if margin is None else margin
         check_angle("margin", margin)
         check_range("t", t, 0.0, 10.0, "extra weight of a mis-classified vector")
@@ -161,7 +162,7 @@ class InterFace(AngularMargin):
 
     def bind(self, layer: Layer) -> None:
         if self.needs_centres and layer.num_subcenters > 1:
-            raise ValueError(
+            raise UserError(
                 f"interface compares one centre a class, not num_subcenters="
                 f"{layer.num_subcenters}: use num_subcenters=1, variant='cc', or another margin"
             )
@@ -206,7 +207,7 @@ class Circle(Margin):
         self, gamma: float = 256.0, margin: float = 0.25, **options: Unpack[Options]
     ) -> None:
         if not (math.isfinite(gamma) and gamma > 0):
-            raise ValueError(f"gamma={gamma}: give a positive number, 256 is the paper's")
+            raise UserError(f"gamma={gamma}: give a positive number, 256 is the paper's")
         super().__init__(gamma, **options)
         check_range("margin", margin, 0.0, 1.0, "relaxation of the circle")
         self.margin = margin

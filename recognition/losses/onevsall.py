@@ -12,6 +12,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
+from data_tools.common.errors import UserError
 from recognition.losses.margin import (
     Gradient,
     Layer,
@@ -50,7 +51,7 @@ class UniFace(Margin):
         super().__init__(scale, **options)
         check_range("margin", margin, -1.0, 2.0, "cosine margin")
         if not 0 < negative_weight < math.inf:
-            raise ValueError(f"negative_weight={negative_weight}: a positive number, 1 is usual")
+            raise UserError(f"negative_weight={negative_weight}: a positive number, 1 is usual")
         self.margin, self.negative_weight, self.bounded = margin, negative_weight, bounded
         self.bias = nn.Parameter(torch.tensor(0.0))
 
@@ -103,9 +104,9 @@ class SphereFace2(Margin):
         check_range("margin", margin, 0.0, 2.0, "margin of g")
         check_range("t", t, 1.0, 100.0, "exponent of g")
         if not 0 < lam < 1:
-            raise ValueError(f"lam={lam}: the weight of the target, between 0 and 1 (0.7)")
+            raise UserError(f"lam={lam}: the weight of the target, between 0 and 1 (0.7)")
         if not 0 < loss_weight < math.inf:
-            raise ValueError(f"loss_weight={loss_weight}: a positive number, 50 is usual")
+            raise UserError(f"loss_weight={loss_weight}: a positive number, 50 is usual")
         self.margin, self.t, self.lam, self.gradient = margin, t, lam, gradient
         self.positive_weight = loss_weight * lam / scale
         self.negative_weight = loss_weight * (1 - lam) / scale

@@ -3,19 +3,20 @@
 import pytest
 
 from data_tools import commands
+from data_tools.common.errors import UserError, UserKeyError, one_line
 
 
 @pytest.mark.parametrize(
     ("error", "text"),
     [
         (KeyError("no 'a' here"), "no 'a' here"),
-        (ValueError("two\n  lines"), "two lines"),
+        (UserError("two\n  lines"), "two lines"),
         (FileNotFoundError(2, "No such file", "x"), "[Errno 2] No such file: 'x'"),
         (KeyError(), ""),
     ],
 )
 def test_one_line(error, text):
-    assert commands.one_line(error) == text
+    assert one_line(error) == text
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ def test_one_line(error, text):
     [
         ({"n": 1}, 0, '{"n": 1}\n', ""),
         ({"ok": False}, 1, '{"ok": false}\n', ""),
-        (KeyError("no such key"), 1, "", "error: no such key\n"),
+        (UserKeyError("no such key"), 1, "", "error: no such key\n"),
         (KeyboardInterrupt(), 130, "", "error: interrupted; nothing half-made is left\n"),
     ],
 )

@@ -1,0 +1,141 @@
+"""Files: absent or unreadable, hashes, and writing so that a name never holds half a file."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)  # any other errno says that nobody knows
+PARTIAL = ".partial"  # the suffix of everything that is being written
+
+
+def status(path: str | os.PathLike[str]) -> os.stat_result | None:
+    """The status of `path` (links followed), None only if it is absent.
+
+    Unlike os.path.exists, an I/O error (EIO, ESTALE, EACCES ...) is never read as "absent".
+
+    Raises:
+        OSError: the file system cannot tell; it names the path.
+    """
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is something at `path`. Raises: OSError, as status()."""
+    return status(path) is not None
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a regular file. Raises: OSError, as status()."""
+    found = status(path)
+    return found is not None and stat.S_ISREG(found.st_mode)
+
+
+def is_dir(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a directory. Raises: OSError, as status()."""
+    found = status(path)
+    return found is not None and stat.S_ISDIR(found.st_mode)
+
+
+def names(directory: str | os.PathLike[str]) -> list[str]:
+    """The sorted names in a directory, [] if it is absent. Raises: OSError, as status()."""
+    try:
+        return sorted(os.listdir(directory))
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return []
+        raise
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Flush the names in a directory to disk: a rename survives a power cut only after this."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(
+    path: str | os.PathLike[str], mode: str = "wb", permissions: int = 0o666, **options: Any
+) -> Iterator[IO[Any]]:
+    """Open a new file that takes the name `path` when the body ends without an error.
+
+    It is written beside its destination as `.NAME.HOST-PID.partial`, flushed to disk, then renamed.
+    If the body fails, the new file is removed and what stood at `path` stays; what a killed process
+    of this machine has left is removed by the next writer of the same name.
+
+    permissions: of the new file, before the umask; 0o600 keeps it private.
+    options: as of open(), such as encoding.
+
+    Raises:
+        OSError: it cannot be written; the message names `path`.
+    """
+    path = Path(path)
+    stem = f".{path.name}.{socket.gethostname()}-"
+    partial = path.with_name(f"{stem}{os.getpid()}{PARTIAL}")
+    _remove_left_over(path.parent, stem)
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags, permissions)
+
+    try:
+        with open(partial, mode, opener=opener, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(partial)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def _remove_left_over(directory: Path, stem: str) -> None:
+    """Remove the partial files of processes that have ended."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            pid = name.removeprefix(stem).removesuffix(PARTIAL)
+            if name.startswith(stem) and pid.isdigit() and not _runs(int(pid)):
+                os.unlink(directory / name)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes, permissions: int = 0o666) -> None:
+    """Write a whole file so that `path` holds the old or the new content, never a part."""
+    with replacing(path, permissions=permissions) as file:
+        file.write(content)
+
+
+def write_text(path: str | os.PathLike[str], content: str, permissions: int = 0o666) -> None:
+    """As write_bytes, in UTF-8 with the line ends as they are."""
+    write_bytes(path, content.encode(), permissions)
