@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA ?=
 OUT ?= $(if $(DATA),demo-$(notdir $(DATA:%/=%)),demo)
 
-.PHONY: help setup demo test test-long test-peers lint clean
+.PHONY: help setup demo test test-long test-peers lint docs clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -25,7 +25,7 @@ setup: .venv/.test  ## make .venv with everything that the product and its tests
 demo: .venv/.product  ## faces -> shards -> training -> ONNX -> evaluation -> report  (OUT=DIR, DATA=DIR)
 	$(BIN)/python -m launch.demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)")
 
-test: .venv/.test  ## the tests (within ten minutes on two cores)
+test: .venv/.test  ## the tests (within eight minutes on two cores)
 	$(BIN)/python -m pytest -n 2 -m "not long and not peers"
 
 test-long: .venv/.test  ## what takes minutes each
@@ -48,5 +48,14 @@ test-peers: .venv/.test .venv-peers/.installed .venv-strangers/.installed  ## re
 lint: .venv/.test  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+.venv-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install mkdocs==1.6.1 mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8"
+	@touch $@
+
+docs: .venv/.test .venv-docs/.installed  ## build the documentation's site in build/site, strictly
+	$(BIN)/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
 clean:  ## remove the environments and caches, not the runs
-	rm -rf .venv .venv-peers .venv-strangers build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-strangers .venv-docs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

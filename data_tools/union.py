@@ -2,7 +2,7 @@
 
 The images of set k come after those of set k - 1, and so do its classes: label l of set k is class
 l + (classes of the sets before). Nothing is copied or compared: a person in two sets has two
-classes, which then repel one another (README: when to use which).
+classes, which then repel one another (docs/data.md says when to use which).
 """
 
 import bisect

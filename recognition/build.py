@@ -17,6 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from data_tools import dali
 from data_tools.common.errors import UserError
+from data_tools.common.schema import options_of
 from data_tools.loader import check_labels, make_order
 from data_tools.order import Blocks, Order
 from data_tools.shards import Shards
@@ -42,15 +43,11 @@ from recognition.spikes import SpikeGuard, Window, make_guard, skipped
 
 _NETWORK_KEY = 3  # the purpose of this draw, as in sampling.py
 
-# What may change at a resume without a word: none of it moves a number of the run.
-_FREE = {
-    "output", "resume", "rec", "init_from", "init_color_order", "init_head",
-    "init_label_map", "val_targets", "num_workers", "log_every",
-    "verify_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best",
-    "save_async", "elastic", "collective_timeout", "preflight_seconds", "debug", "debug_every",
-    "first_batch", "first_rows", "commit", "world", "batch_size", "global_batch_size",
-    "num_classes", "num_image", "profile", "head_storage",
-}  # fmt: skip
+# What may change at a resume without a word, because none of it moves a number of the run: keys of
+# the schema, and facts about the machines.
+_FREE = {"first_batch", "first_rows", "commit", "world"} | {
+    name for name, option in options_of(Config).items() if option.may_change
+}
 
 
 @dataclass

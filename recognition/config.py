@@ -1,4 +1,4 @@
-"""The schema of a run: every key, its default and its unit; and load(), which holds recipes to it.
+"""The schema of a run: every key, its default, unit and help; and load(), which checks recipes.
 
 A recipe is a Python file that defines `config`, an EasyDict with the deltas from these defaults.
 `key=value` on the command line passes the same checks.
@@ -8,134 +8,244 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import json
 import math
 import os
 import runpy
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
+from functools import partial
 from typing import Any, Literal
 
+from data_tools.common import schema
 from data_tools.common.errors import UserError, UserKeyError, UserTypeError
+from data_tools.common.schema import Option, option
 
+BATCH_SIZE = 128  # images per process and micro-step where neither batch size is given
+NUM_EPOCHS = 20.0  # where neither num_epochs nor max_steps is given
 
-def _between(default: Any, low: float, high: float = math.inf) -> Any:
-    """A field with an inclusive range."""
-    return field(default=default, metadata={"range": (low, high)})
+_data = partial(option, group="Data")
+_network = partial(option, group="Network and weights")
+_loss = partial(option, group="Loss")
+_optimisation = partial(option, group="Optimisation")
+_schedule = partial(option, group="Schedule")
+_head = partial(option, group="Head and speed")
+_faults = partial(option, group="Faults and machines")
+_checkpoints = partial(option, group="Checkpoints")
+_logging = partial(option, group="Logging and verification")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run. Lengths are in epochs, steps are optimiser steps."""
+    """Everything that decides a run. Lengths are in epochs; steps are optimiser steps."""
 
-    # Data
-    # Directory of shards, or a classic InsightFace directory; or several, read as one with the
-    # classes of each beside those of the others.
-    rec: str | list[str]
-    rec_shares: list[int] = field(default_factory=list)  # of a batch, for each rec; []: by size
-    # A head for each rec with settings of its own (HEAD_KEYS, {} for the run's); []: one over all.
-    rec_heads: list[dict] = field(default_factory=list)
-    val_targets: list[str] = field(default_factory=list)  # <name>.bin files in rec
-    num_classes: int | None = None  # checked against rec; read from it when absent
-    num_image: int | None = None  # likewise
-    num_workers: int = _between(2, 1)  # decoding threads per process
-    loader: Literal["cpu", "dali"] = (
-        "cpu"  # dali decodes on the GPU; on the CPU where there is none
+    rec: str | list[str] = _data(
+        MISSING,
+        "Directory of shards or a classic InsightFace directory. A list is read as one set, with "
+        "the classes of each directory after those of the one before.",
+        may_change=True,
     )
-    # AdaFace's augmentations, how often each; its models had 0.2. Mirroring is always on.
-    crop_augmentation_prob: float = _between(0.0, 0.0, 1.0)
-    low_res_augmentation_prob: float = _between(0.0, 0.0, 1.0)
-    photometric_augmentation_prob: float = _between(0.0, 0.0, 1.0)
-    shuffle_block: int = _between(0, 0)  # neighbouring images shuffled as one; 0: each alone
-    shuffle_window: int = _between(64, 1)  # blocks that are mixed
-
-    # Network and loss
-    network: str = "r50"
-    network_args: dict = field(default_factory=dict)  # dropout (r*), drop_path, mask_ratio... (vit)
-    embedding_size: int = _between(512, 1)
-    margin: str = "arcface"
-    margin_args: dict = field(default_factory=dict)  # as recognition.losses.MARGINS[margin] takes
-    interclass_filtering_threshold: float = _between(0.0, 0.0, 1.0)  # cosine; 0: off
-    sample_rate: float = _between(1.0, 0.0, 1.0)  # share of the classes drawn as negatives
-    num_subcenters: int = _between(1, 1)
-    init_from: str | None = None  # backbone to start from: a run, or published weights
-    # Of init_from's training images; auto: BGR for AdaFace's own checkpoints, else RGB.
-    init_color_order: Literal["auto", "RGB", "BGR"] = "auto"
-    init_head: str | None = None  # centres: features, .onnx, a run, or partial-FC shards' directory
-    init_label_map: str | None = None  # a line for each class: its id in init_head, -1 for none
-    # A bigger network to learn from beside the margin loss: a run, .onnx, or .npy [images, D].
-    teacher: str | None = None
-    teacher_weight: float = _between(1.0, 0.0)
-    teacher_loss: Literal["cosine", "feature"] = "cosine"
-    freeze: list[str] = field(default_factory=list)  # patterns of backbone parameters: layer1.*
-
-    # Optimisation
-    batch_size: int | None = _between(None, 1)  # images per process and micro-step
-    global_batch_size: int | None = _between(None, 1)  # images per step over all processes
-    accumulation: int = _between(1, 1)  # micro-steps per step
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = _between(0.1, 0.0)
-    momentum: float = _between(0.9, 0.0, 1.0)
-    weight_decay: float = _between(5e-4, 0.0)
-    schedule: Literal["polynomial", "step", "cosine"] = "polynomial"
-    lr_power: float = _between(1.0, 0.0)  # of the polynomial; InsightFace's tables used 2
-    lr_milestones: list[float] = field(default_factory=list)  # epochs of the step schedule
-    lr_gamma: float = _between(0.1, 0.0, 1.0)  # factor at each milestone
-    warmup_epochs: float = _between(0.0, 0.0)
-    num_epochs: float | None = _between(None, 0.0, 1e6)  # 20 when max_steps is absent too
-    max_steps: int | None = _between(None, 1)
-    clip_norm: float | None = _between(5.0, 0.0)  # of the backbone's gradient; None: off
-
-    # Numerics
-    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = (
-        "auto"  # auto: bf16 on GPUs that have it
+    rec_shares: list[int] = _data(
+        [], "Share of every batch for each rec, such as [3, 1]; empty: an epoch shows all once."
     )
-    sync_bn: bool = False
-    # A spike: so many times the running mean of the last steps; None: not looked at.
-    loss_spike_factor: float | None = _between(None, 1.0)
-    norm_spike_factor: float | None = _between(None, 1.0)  # of the backbone's gradient norm
-    # rollback: back to the newest checkpoint, without the samples from there to the spike; then a
-    # non-finite value is one too.
-    on_spike: Literal["warn", "stop", "rollback"] = "warn"
-    max_rollbacks: int = _between(3, 1)  # of a run; then it stops
-    # The head's products of bf16 numbers, summed in fp32: for GPUs. Logits are fp32 in both.
-    head_precision: Literal["full", "bf16"] = "full"
-    head_stored_mib: int = _between(16, 0)  # per process, of results kept for its backward
-    # The form of its reduction. auto: on a GPU the quickest of a few steps at the start, the same
-    # when the run goes on; on a CPU native, built by the C compiler, where there are many classes.
-    # What cannot be done falls back to plain and is said.
-    head_kernel: Literal["auto", "plain", "native", "compiled", "triton"] = "auto"
-    # host: class centres and their optimiser state in the host's memory, on the device only what a
-    # step samples of them; for more classes than the device holds.
-    head_storage: Literal["device", "host"] = "device"
-    # The backward updates the class rows piece by piece, so that no gradient of them exists. Not
-    # with accumulation, fp16 or rollback; a non-finite step stops the run after it has moved rows.
-    update_in_backward: bool = False
-    compile: bool = False  # the backbone, by torch.compile: minutes at the start
-    gradient_compression: Literal["none", "bf16"] = "none"  # of what the ranks exchange of it
-    profile: bool = False  # write a trace of a few steps, trace-<rank>.json
-    seed: int = _between(0, 0)
-
-    # The run
-    output: str = "runs/default"
-    resume: str | None = "auto"  # newest checkpoint of output; none: start anew; or a directory
-    log_every: int = _between(10, 1)  # steps
-    verify_every: int = _between(2000, 1)  # steps; also before the first and after the last
-    checkpoint_every: int = _between(2000, 1)  # steps; also after the last
-    elastic: Literal["auto", "batch_size", "accumulation", "lr"] = (
-        "auto"  # what follows when a run goes on at another number of processes, see resize.py
+    rec_heads: list[dict] = _data(
+        [], "A head for each rec, with the keys that differ from the run's; empty: one over all."
     )
-    collective_timeout: float = _between(600.0, 1.0)  # s that ranks wait for one; then all end
-    preflight_seconds: float = _between(10.0, 0.0)  # s, about, for the checks at the start; 0: off
-    debug: bool = False  # compare the ranks' copies; note which images each step has, in samples/
-    debug_every: int = _between(100, 1)  # steps between two comparisons
-    save_async: bool = True  # write beside the training; costs a copy of the state in host memory
-    keep_checkpoints: int = _between(3, 1)  # newest ones kept
-    keep_every: int | None = _between(None, 1)  # steps; those of its multiples are kept too
-    keep_best: str | None = None  # and the one that is best on this val_target
+    val_targets: list[str] = _data(
+        [], "Names of .bin files in rec to verify on, without the ending.", may_change=True
+    )
+    num_classes: int | None = _data(
+        None, "Checked against rec, and read from it when absent.", may_change=True
+    )
+    num_image: int | None = _data(
+        None, "Checked against rec, and read from it when absent.", may_change=True
+    )
+    loader: Literal["cpu", "dali"] = _data(
+        "cpu", "What decodes images; dali uses the GPU where there is one. Both give equal pixels."
+    )
+    num_workers: int = _data(2, "Decoding threads per process.", low=1, may_change=True)
+    resize: bool = _data(
+        False,
+        "Accept aligned images of another size than the network's, and resize them.",
+        may_change=True,
+    )
+    crop_augmentation_prob: float = _data(
+        0.0, "How often AdaFace's random crop is applied; its models used 0.2.", low=0, high=1
+    )
+    low_res_augmentation_prob: float = _data(
+        0.0, "How often AdaFace's down-sampling is applied; its models used 0.2.", low=0, high=1
+    )
+    photometric_augmentation_prob: float = _data(
+        0.0, "How often AdaFace's colour changes are applied; its models used 0.2.", low=0, high=1
+    )
+    shuffle_block: int = _data(
+        0,
+        "Neighbouring images that are shuffled as one block, for slow disks; 0: each alone.",
+        low=0,
+    )
+    shuffle_window: int = _data(64, "Blocks that are read ahead and mixed.", low=1)
+
+    network: str = _network("r50", "Name of the backbone, see Networks.")
+    network_args: dict = _network(
+        {}, "Further arguments of the backbone: dropout (r*), drop_path, mask_ratio (vit_*)."
+    )
+    embedding_size: int = _network(512, "Length of an embedding.", low=1)
+    init_from: str | None = _network(
+        None, "Backbone to start from: a run, or a published weight file.", may_change=True
+    )
+    init_color_order: Literal["auto", "RGB", "BGR"] = _network(
+        "auto",
+        "Channel order that init_from was trained on; auto: BGR for AdaFace's, else RGB.",
+        may_change=True,
+    )
+    init_head: str | None = _network(
+        None,
+        "Class centres to start from: features, an .onnx, a run, or a directory of partial FC "
+        "files.",
+        may_change=True,
+    )
+    init_label_map: str | None = _network(
+        None, "File with a line for each class: its id in init_head, -1 for none.", may_change=True
+    )
+    freeze: list[str] = _network(
+        [], "Patterns of backbone parameters that are not trained, such as layer1.*."
+    )
+    teacher: str | None = _network(
+        None, "Larger network to learn from: a run, an .onnx, or an .npy [images, D]."
+    )
+    teacher_weight: float = _network(1.0, "Weight of the teacher's part of the loss.", low=0)
+    teacher_loss: Literal["cosine", "feature"] = _network(
+        "cosine", "Distance to the teacher's embeddings."
+    )
+
+    margin: str = _loss("arcface", "Name of the margin loss, see Losses.")
+    margin_args: dict = _loss({}, "Arguments of the loss, margin_args.scale=30 and so on.")
+    sample_rate: float = _loss(
+        1.0, "Share of the classes that a step samples as negatives (Partial FC).", low=0, high=1
+    )
+    num_subcenters: int = _loss(1, "Centres of each class, of which the nearest counts.", low=1)
+    interclass_filtering_threshold: float = _loss(
+        0.0, "Negatives with a cosine above this are ignored; 0: off.", low=0, high=1
+    )
+
+    batch_size: int | None = _optimisation(
+        None,
+        f"Images per process and micro-step ({BATCH_SIZE} where global_batch_size is absent).",
+        low=1,
+        may_change=True,
+    )
+    global_batch_size: int | None = _optimisation(
+        None, "Images per optimiser step over all processes.", low=1, may_change=True
+    )
+    accumulation: int = _optimisation(1, "Micro-steps per optimiser step.", low=1)
+    optimizer: Literal["sgd", "adamw"] = _optimisation("sgd", "Of backbone and class rows.")
+    momentum: float = _optimisation(0.9, "Of SGD.", low=0, high=1)
+    weight_decay: float = _optimisation(5e-4, "Of backbone and sampled class rows.", low=0)
+    clip_norm: float | None = _optimisation(
+        5.0, "Limit of the backbone's gradient norm; none: off.", low=0
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = _optimisation(
+        "auto", "Of the backbone; auto: bf16 on GPUs that have it, else fp32."
+    )
+    sync_bn: bool = _optimisation(False, "Compute BatchNorm statistics over all processes.")
+    seed: int = _optimisation(0, "Of every random draw.", low=0)
+
+    lr: float = _schedule(0.1, "Learning rate after the warm-up.", low=0)
+    schedule: Literal["polynomial", "step", "cosine"] = _schedule(
+        "polynomial", "How the learning rate falls."
+    )
+    lr_power: float = _schedule(
+        1.0, "Exponent of the polynomial; InsightFace's tables used 2.", low=0
+    )
+    lr_milestones: list[float] = _schedule([], "Milestones of the step schedule.", unit="epochs")
+    lr_gamma: float = _schedule(0.1, "Factor at each milestone.", low=0, high=1)
+    warmup_epochs: float = _schedule(0.0, "Linear warm-up.", low=0, unit="epochs")
+    num_epochs: float | None = _schedule(
+        None,
+        f"Length of the run ({NUM_EPOCHS:g} where max_steps is absent).",
+        low=0,
+        high=1e6,
+        unit="epochs",
+    )
+    max_steps: int | None = _schedule(None, "Length of the run.", low=1, unit="steps")
+
+    head_kernel: Literal["auto", "plain", "native", "compiled", "triton"] = _head(
+        "auto", "Form of the head's reduction. A form that is not available falls back to plain."
+    )
+    head_precision: Literal["full", "bf16"] = _head(
+        "full", "Products of the head; bf16 keeps sums and logits in fp32, for GPUs."
+    )
+    head_storage: Literal["device", "host"] = _head(
+        "device", "Where class centres and their optimiser state live.", may_change=True
+    )
+    head_stored_mib: int = _head(
+        16, "Results that the forward may keep for the backward.", low=0, unit="MiB per process"
+    )
+    update_in_backward: bool = _head(
+        False, "Update class rows inside the backward. Not with accumulation, fp16 or rollback."
+    )
+    compile: bool = _head(False, "Compile the backbone by torch.compile.")
+    gradient_compression: Literal["none", "bf16"] = _head(
+        "none", "Of the backbone's gradients between ranks."
+    )
+    profile: bool = _head(False, "Write trace-<rank>.json of a few steps.", may_change=True)
+
+    loss_spike_factor: float | None = _faults(
+        None, "A loss this many times its running mean is a spike; none: off.", low=1
+    )
+    norm_spike_factor: float | None = _faults(
+        None, "A gradient norm this many times its running mean is a spike; none: off.", low=1
+    )
+    on_spike: Literal["warn", "stop", "rollback"] = _faults(
+        "warn", "rollback: return to the newest checkpoint and skip the samples up to the spike."
+    )
+    max_rollbacks: int = _faults(3, "Rollbacks of a run before it stops.", low=1)
+    elastic: Literal["auto", "batch_size", "accumulation", "lr"] = _faults(
+        "auto", "What adapts when a run resumes at another world size.", may_change=True
+    )
+    collective_timeout: float = _faults(
+        600.0, "How long ranks wait for one; then all end.", low=1, unit="seconds", may_change=True
+    )
+    preflight_seconds: float = _faults(
+        10.0, "Time for the checks at the start; 0: off.", low=0, unit="seconds", may_change=True
+    )
+    debug: bool = _faults(
+        False, "Compare the ranks' copies, and record the images of each step.", may_change=True
+    )
+    debug_every: int = _faults(
+        100, "Distance of two comparisons.", low=1, unit="steps", may_change=True
+    )
+
+    output: str = _checkpoints(
+        "runs/default", "Run directory; default: runs/<name of the recipe>.", may_change=True
+    )
+    resume: str | None = _checkpoints(
+        "auto",
+        "auto: the newest checkpoint of output; none: a new run; or a checkpoint directory.",
+        may_change=True,
+    )
+    checkpoint_every: int = _checkpoints(
+        2000, "Also after the last step.", low=1, unit="steps", may_change=True
+    )
+    save_async: bool = _checkpoints(
+        True,
+        "Write beside the training; costs a copy of the state in host memory.",
+        may_change=True,
+    )
+    keep_checkpoints: int = _checkpoints(3, "Newest checkpoints to keep.", low=1, may_change=True)
+    keep_every: int | None = _checkpoints(
+        None, "Also keep every multiple of this.", low=1, unit="steps", may_change=True
+    )
+    keep_best: str | None = _checkpoints(
+        None, "Also keep the best one on this val_target.", may_change=True
+    )
+
+    log_every: int = _logging(
+        10, "Distance of two log lines.", low=1, unit="steps", may_change=True
+    )
+    verify_every: int = _logging(
+        2000, "Also before the first and after the last step.", low=1, unit="steps", may_change=True
+    )
 
     @property
     def recs(self) -> list[str]:
@@ -145,12 +255,12 @@ class Config:
         """Images of one optimiser step."""
         if self.global_batch_size is not None:
             return self.global_batch_size
-        return (self.batch_size or 128) * world * self.accumulation
+        return (self.batch_size or BATCH_SIZE) * world * self.accumulation
 
     def total_steps(self, num_images: int, world: int) -> int:
         if self.max_steps is not None:
             return self.max_steps
-        epochs = 20 if self.num_epochs is None else self.num_epochs
+        epochs = NUM_EPOCHS if self.num_epochs is None else self.num_epochs
         return max(math.ceil(epochs * num_images / self.global_batch(world)), 1)
 
 
@@ -225,13 +335,7 @@ def load(path: str, overrides: Sequence[str] = (), safe: bool = False) -> Config
 
 def make(values: Mapping[str, Any]) -> Config:
     """A Config of `values`, every one checked for name, type and range."""
-    hints = typing.get_type_hints(Config)
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    checked = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise UserKeyError(_unknown(str(key), fields))
-        checked[key] = _checked(key, value, hints[key], fields[key].metadata.get("range"))
+    checked = schema.checked(Config, values)
     if checked.get("clip_norm") == 0:
         raise UserError("clip_norm=0 would stop the backbone: a positive number, or none for off")
     if checked.get("update_in_backward"):
@@ -268,8 +372,11 @@ def of_head(cfg: Config, k: int) -> Config:
     own = _translate(dict(cfg.rec_heads[k]), place)
     for key in own:
         if key not in HEAD_KEYS:
-            raise UserKeyError(f"{place}: {_unknown(key, dict.fromkeys(HEAD_KEYS))}")
-    _checked(f"{place}: loss_weight", own.pop("loss_weight", 1.0), float, (0.0, math.inf))
+            raise UserKeyError(
+                f"{place}: unknown key {key!r}: {schema.nearest(str(key), HEAD_KEYS)}"
+            )
+    loss_weight = own.pop("loss_weight", 1.0)
+    schema.checked_value(f"{place}: loss_weight", loss_weight, float, Option("", low=0))
     if own.get("margin", cfg.margin) != cfg.margin:
         own.setdefault("margin_args", {})  # the run's belong to its own margin
     try:
@@ -310,44 +417,3 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             typed[key] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     return typed
-
-
-def _checked(key: str, value: Any, hint: Any, bounds: tuple[float, float] | None) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    kind = options[0]
-    if isinstance(value, list | tuple) and list in [typing.get_origin(o) for o in options]:
-        kind = next(option for option in options if typing.get_origin(option) is list)
-    if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise UserError(f"{key}={value!r}: one of {', '.join(typing.get_args(kind))}")
-        return value
-    if typing.get_origin(kind) is list:
-        items = [part for part in value.split(",") if part] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple):
-            raise UserTypeError(f"{key}={value!r}: expected a list")
-        inner = typing.get_args(kind)[0]
-        return [_checked(f"{key}[{i}]", item, inner, None) for i, item in enumerate(items)]
-    if kind is dict:
-        if not isinstance(value, Mapping):
-            raise UserTypeError(f"{key}={value!r}: expected a dict")
-        return dict(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)  # a directory called 2024, typed on the command line
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserTypeError(f"{key}={value!r} is {type(value).__name__}: expected {kind.__name__}")
-    if bounds and not bounds[0] <= value <= bounds[1]:
-        limit = f"at least {bounds[0]}" if bounds[1] == math.inf else f"{bounds[0]} to {bounds[1]}"
-        raise UserError(f"{key}={value}: expected {limit}")
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{key}={value}: expected a finite number")
-    return value
-
-
-def _unknown(key: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(key, known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
-    return f"unknown key {key!r}: {hint}"

@@ -1,7 +1,7 @@
 """The table of the margin losses: what each computes, its arguments and defaults, what it keeps.
 
     python -m recognition.losses               for a terminal
-    python -m recognition.losses --markdown    as in README.md
+    python -m recognition.losses --markdown    as in docs/losses.md
     python -m recognition.losses --json        one line
 
 Everything in it is read from the classes: the formula and its source from the first paragraph of
@@ -37,7 +37,7 @@ def entries() -> list[Entry]:
 
 
 def markdown() -> str:
-    """The table as README.md has it."""
+    """The table as docs/losses.md has it."""
     lines = ["| `margin=` | computes | arguments and defaults | keeps | gradient |"]
     lines.append("|" + "---|" * 5)
     for entry in entries():
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="the table of README.md")
+    form.add_argument("--markdown", action="store_true", help="the table of docs/losses.md")
     form.add_argument("--json", action="store_true", help="one JSON line")
     args = parser.parse_args(arguments)
     if args.json:

@@ -64,7 +64,7 @@ def test_overrides(recipe, typed, key, value):
         ("sample_rat=0.1", KeyError, "did you mean 'sample_rate'"),
         ("lr=fast", TypeError, "lr='fast' is str: expected float"),
         ("lr=nan", TypeError, "lr='nan'"),
-        ("sample_rate=1.5", ValueError, "0.0 to 1.0"),
+        ("sample_rate=1.5", ValueError, "0 to 1"),
         ("batch_size=0", ValueError, "at least 1"),
         ("batch_size=2.5", TypeError, "expected int"),
         ("batch_size=true", TypeError, "expected int"),

@@ -16,10 +16,10 @@ from tests.real import ROOT
 RECIPES = sorted((ROOT / "launch" / "configs").glob("*.py"))
 
 
-def test_readme_has_the_table_as_it_is_printed():
+def test_the_page_of_losses_has_the_table_as_it_is_printed():
     printed = command("-m", "recognition.losses", "--markdown").stdout.strip()
     assert printed == markdown()
-    assert printed in (ROOT / "README.md").read_text()
+    assert printed in (ROOT / "docs" / "losses.md").read_text()
 
 
 def test_every_loss_names_its_source_arguments_and_state():
