@@ -1,7 +1,7 @@
 """The schema of a run: every key, its default, unit and help; and load(), which checks recipes.
 
-A recipe is a Python file that defines `config`, an EasyDict with the deltas from these defaults.
-`key=value` on the command line passes the same checks.
+A recipe is a Python file that defines `config`, a SimpleNamespace, EasyDict or dict with what
+differs from these defaults. `key=value` on the command line passes the same checks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from data_tools.common import schema
@@ -312,9 +313,12 @@ def load(path: str, overrides: Sequence[str] = (), safe: bool = False) -> Config
             recipe = runpy.run_path(path).get("config")
     except Exception as error:  # whatever the recipe's own code raises
         raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from error
+    if isinstance(recipe, SimpleNamespace):
+        recipe = vars(recipe)
     if not isinstance(recipe, Mapping):
         raise UserTypeError(
-            f"{path} defines no `config`: it must hold an EasyDict with the keys it sets"
+            f"{path} defines no `config`: a SimpleNamespace, an EasyDict or a dict with the keys "
+            "it sets"
         )
     values = _translate(dict(recipe), path)
     if "output" not in values:

@@ -5,12 +5,9 @@ file for MS1M and iresnet100 has r 64, m 0.5, lambda 0.8 and 240 000 steps of 51
 000, 140 000 and 200 000. The schedule is the ArcFace paper's for this set.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import stepped
 
-config = edict()
-config.rec = "data/casia"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r50"
+config = stepped("data/casia", "r50", [20, 28], 32)
 config.margin = "sphereface2"
 config.margin_args = {
     "scale": 40.0,
@@ -20,8 +17,3 @@ config.margin_args = {
     "loss_weight": 50.0,
     "gradient": "straight_through",
 }
-config.global_batch_size = 512
-config.lr = 0.1  # for that batch
-config.schedule = "step"
-config.lr_milestones = [20, 28]  # epochs, each times 0.1
-config.num_epochs = 32

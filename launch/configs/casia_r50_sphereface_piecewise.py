@@ -3,16 +3,8 @@
 m, s and the detached gradient are OpenSphere's; the schedule is the ArcFace paper's for this set.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import stepped
 
-config = edict()
-config.rec = "data/casia"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r50"
+config = stepped("data/casia", "r50", [20, 28], 32)
 config.margin = "sphereface"
 config.margin_args = {"scale": 30.0, "form": "piecewise", "m": 1.7, "gradient": "straight_through"}
-config.global_batch_size = 512
-config.lr = 0.1  # for that batch
-config.schedule = "step"
-config.lr_milestones = [20, 28]  # epochs, each times 0.1
-config.num_epochs = 32

@@ -5,18 +5,10 @@ of network and classes together at 10; here the network's alone. Published with 
 MFR-ALL 48.42.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import stepped
 
-config = edict()
-config.rec = "data/casia"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r50"
+config = stepped("data/casia", "r50", [16, 24], 28)
 config.margin = "uniface"
 config.margin_args = {"scale": 64.0, "margin": 0.4, "bounded": True}
-config.global_batch_size = 512
-config.lr = 0.1  # for that batch
-config.schedule = "step"
-config.lr_milestones = [16, 24]  # epochs, each times 0.1
-config.num_epochs = 28
 config.clip_norm = 10.0
 config.precision = "fp16"

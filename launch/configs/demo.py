@@ -3,9 +3,9 @@
 No published recipe: the network and the loss are sized for some hundred identities and two cores.
 """
 
-from easydict import EasyDict as edict
+from types import SimpleNamespace
 
-config = edict()
+config = SimpleNamespace()
 config.network = "mbf_tiny"
 config.margin = "cosface"
 config.margin_args = {"scale": 32.0, "margin": 0.2}  # mild: few classes, few steps

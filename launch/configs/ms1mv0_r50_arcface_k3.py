@@ -6,17 +6,8 @@ Published TAR at FAR 1e-4, IJB-B / IJB-C: 91.70 / 93.72 (K = 1: 87.87 / 90.27), 
 after the second round.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import stepped
 
-config = edict()
-config.rec = "data/ms1mv0"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r50"
-config.margin = "arcface"
+config = stepped("data/ms1mv0", "r50", [8, 14], 18)
 config.margin_args = {"scale": 64.0, "margin": 0.5}
 config.num_subcenters = 3
-config.global_batch_size = 512
-config.lr = 0.1  # for that batch
-config.schedule = "step"
-config.lr_milestones = [8, 14]  # epochs, each times 0.1
-config.num_epochs = 18

@@ -7,18 +7,10 @@ of one GPU's batch, ours are the whole batch's; their flips are ours, their crop
 photometric augmentations are not in this recipe.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import stepped
 
-config = edict()
-config.rec = "data/ms1mv2"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r100"
+config = stepped("data/ms1mv2", "r100", [12, 20, 24], 26)
 config.margin = "adaface"
 config.margin_args = {"scale": 64.0, "margin": 0.4, "h": 0.333, "t_alpha": 0.01}
-config.global_batch_size = 512
-config.lr = 0.1  # for that batch
-config.schedule = "step"
-config.lr_milestones = [12, 20, 24]  # epochs, each times 0.1
-config.num_epochs = 26
 config.clip_norm = None
 config.precision = "fp16"

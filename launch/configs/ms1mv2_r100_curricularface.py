@@ -5,17 +5,9 @@ BatchNorm no weight decay, which is not done here. Their released model: LFW 99.
 CPLFW 93.13, CALFW 96.05, AgeDB-30 98.37; TAR at FAR 1e-4 IJB-B 94.86, IJB-C 96.15.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import stepped
 
-config = edict()
-config.rec = "data/ms1mv2"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r100"
+config = stepped("data/ms1mv2", "r100", [10, 18, 22], 24)
 config.margin = "curricularface"
 config.margin_args = {"scale": 64.0, "margin": 0.5}
-config.global_batch_size = 512
-config.lr = 0.1  # for that batch
-config.schedule = "step"
-config.lr_milestones = [10, 18, 22]  # epochs, each times 0.1
-config.num_epochs = 24
 config.clip_norm = None

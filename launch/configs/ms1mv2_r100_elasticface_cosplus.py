@@ -6,16 +6,8 @@ Their pairing of sorted margins and sorted cosines is not monotone, ours is: the
 the smallest margin.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import stepped
 
-config = edict()
-config.rec = "data/ms1mv2"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r100"
+config = stepped("data/ms1mv2", "r100", [7, 13, 19, 24], 26)
 config.margin = "elasticface"
 config.margin_args = {"scale": 64.0, "margin": 0.35, "std": 0.02, "kind": "cos", "plus": True}
-config.global_batch_size = 512
-config.lr = 0.1  # for that batch
-config.schedule = "step"
-config.lr_milestones = [7, 13, 19, 24]  # epochs done, each times 0.1
-config.num_epochs = 26

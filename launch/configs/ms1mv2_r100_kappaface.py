@@ -7,12 +7,9 @@ with features="epoch" the nearest of their variants is the memory buffer: 98.69,
 not.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import stepped
 
-config = edict()
-config.rec = "data/ms1mv2"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r100"
+config = stepped("data/ms1mv2", "r100", [10, 18, 22], 24)
 config.margin = "kappaface"
 config.margin_args = {
     "scale": 64.0,
@@ -21,9 +18,4 @@ config.margin_args = {
     "gamma": 0.7,
     "features": "momentum",
 }
-config.global_batch_size = 512
-config.lr = 0.1  # for that batch
-config.schedule = "step"
-config.lr_milestones = [10, 18, 22]  # epochs, each times 0.1
-config.num_epochs = 24
 config.precision = "fp16"

@@ -5,12 +5,9 @@ batch 512, fp32, no clipping. Their code wants lambda_g of at least s k u^2 l^2 
 here, with k the slope of the margin. The paper's figures were not at hand.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import stepped
 
-config = edict()
-config.rec = "data/ms1mv2"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r100"
+config = stepped("data/ms1mv2", "r100", [10, 18, 22], 25)
 config.margin = "magface"
 config.margin_args = {
     "scale": 64.0,
@@ -20,9 +17,4 @@ config.margin_args = {
     "u_m": 0.8,
     "lambda_g": 35.0,
 }
-config.global_batch_size = 512
-config.lr = 0.1  # for that batch
-config.schedule = "step"
-config.lr_milestones = [10, 18, 22]  # epochs, each times 0.1
-config.num_epochs = 25
 config.clip_norm = None

@@ -6,14 +6,7 @@ CALFW 92.63, AgeDB-30 95.38. For this set no figures are known to us: network an
 of ms1mv2_r50_arcface.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import arcface_torch
 
-config = edict()
-config.rec = "data/ms1mv2"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r50"
+config = arcface_torch("data/ms1mv2", "r50")
 config.margin = "adacos"
-config.global_batch_size = 1024  # 128 on each of 8 GPUs
-config.lr = 0.1  # for that batch
-config.lr_power = 2.0  # of the published logs of arcface_torch
-config.num_epochs = 20

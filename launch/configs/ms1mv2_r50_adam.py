@@ -6,15 +6,8 @@ CPLFW 83.85, CALFW 93.50, AgeDB-30 96.02. For this set no figures are known to u
 schedule are those of ms1mv2_r50_arcface.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import arcface_torch
 
-config = edict()
-config.rec = "data/ms1mv2"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r50"
+config = arcface_torch("data/ms1mv2", "r50")
 config.margin = "adam"
 config.margin_args = {"scale": 30.0, "reg": 70.0}
-config.global_batch_size = 1024  # 128 on each of 8 GPUs
-config.lr = 0.1  # for that batch
-config.lr_power = 2.0  # of the published logs of arcface_torch
-config.num_epochs = 20

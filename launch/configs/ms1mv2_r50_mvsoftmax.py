@@ -6,15 +6,8 @@ identities, 3.28 M images; batch 512, 18 epochs, a tenth at 10, 13 and 16; kind=
 and schedule are those of ms1mv2_r50_arcface.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import arcface_torch
 
-config = edict()
-config.rec = "data/ms1mv2"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r50"
+config = arcface_torch("data/ms1mv2", "r50")
 config.margin = "mvsoftmax"
 config.margin_args = {"scale": 32.0, "margin": 0.5, "t": 0.2, "kind": "arc"}
-config.global_batch_size = 1024  # 128 on each of 8 GPUs
-config.lr = 0.1  # for that batch
-config.lr_power = 2.0  # of the published logs of arcface_torch
-config.num_epochs = 20

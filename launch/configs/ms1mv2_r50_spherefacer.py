@@ -6,15 +6,8 @@ s = 60, m = 1.4, batch 512, 70 000 steps, a tenth at 40 000 and 60 000, and weig
 ms1mv2_r50_arcface.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import arcface_torch
 
-config = edict()
-config.rec = "data/ms1mv2"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r50"
+config = arcface_torch("data/ms1mv2", "r50")
 config.margin = "spherefacer"
 config.margin_args = {"scale": 30.0, "m": 1.5, "version": "v1", "gradient": "straight_through"}
-config.global_batch_size = 1024  # 128 on each of 8 GPUs
-config.lr = 0.1  # for that batch
-config.lr_power = 2.0  # of the published logs of arcface_torch
-config.num_epochs = 20

@@ -5,16 +5,9 @@ The loss of a landmark-recognition solution (third place, 2020), which used s = 
 a class. For faces no recipe with figures is known to us: the schedule is ms1mv2_r50_arcface's.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import arcface_torch
 
-config = edict()
-config.rec = "data/ms1mv3"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r50"
+config = arcface_torch("data/ms1mv3", "r50")
 config.margin = "dynamicarcface"
 config.margin_args = {"scale": 80.0, "low": 0.05, "high": 0.5}
 config.num_subcenters = 3
-config.global_batch_size = 1024  # 128 on each of 8 GPUs
-config.lr = 0.1  # for that batch
-config.lr_power = 2.0  # of the published logs of arcface_torch
-config.num_epochs = 20

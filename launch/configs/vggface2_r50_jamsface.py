@@ -6,16 +6,8 @@ VGGFace2, the weights of the regulariser are ours. The loss itself is our readin
 verified.
 """
 
-from easydict import EasyDict as edict
+from launch.recipe_bases import stepped
 
-config = edict()
-config.rec = "data/vggface2"
-config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
-config.network = "r50"
+config = stepped("data/vggface2", "r50", [6, 9], 12)
 config.margin = "jamsface"
 config.margin_args = {"scale": 64.0, "reg_angular": 8.0, "reg_cosine": 8.0}
-config.global_batch_size = 512
-config.lr = 0.1  # for that batch
-config.schedule = "step"
-config.lr_milestones = [6, 9]  # epochs, each times 0.1
-config.num_epochs = 12

@@ -1,0 +1,56 @@
+"""What several recipes share. A recipe takes one of these and sets what differs.
+
+Schedules hold for the global batch that stands beside them.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+VAL_TARGETS = ["lfw", "cfp_fp", "agedb_30"]
+
+
+def arcface_torch(rec: str, network: str) -> SimpleNamespace:
+    """The published jobs of arcface_torch: 20 epochs, polynomial, 128 images on each of 8 GPUs."""
+    return SimpleNamespace(
+        rec=rec,
+        val_targets=VAL_TARGETS,
+        network=network,
+        global_batch_size=1024,
+        lr=0.1,
+        lr_power=2.0,  # of the published logs; the code's default became 1 in 2023
+        num_epochs=20,
+    )
+
+
+def stepped(rec: str, network: str, milestones: list[int], num_epochs: int) -> SimpleNamespace:
+    """Batch 512, learning rate 0.1 times 0.1 at each milestone (epochs): most papers' schedule."""
+    return SimpleNamespace(
+        rec=rec,
+        val_targets=VAL_TARGETS,
+        network=network,
+        global_batch_size=512,
+        lr=0.1,
+        schedule="step",
+        lr_milestones=milestones,
+        num_epochs=num_epochs,
+    )
+
+
+def webface_vit(network: str) -> SimpleNamespace:
+    """arcface_torch's ViT jobs on WebFace42M: CosFace, AdamW, 384 images on each of 64 GPUs."""
+    return SimpleNamespace(
+        rec="data/webface42m",
+        val_targets=VAL_TARGETS,
+        network=network,
+        network_args={"drop_path": 0.05},
+        margin="cosface",
+        margin_args={"scale": 64.0, "margin": 0.4},
+        sample_rate=0.3,
+        global_batch_size=24576,
+        optimizer="adamw",
+        lr=1e-3,
+        weight_decay=0.1,
+        num_epochs=40,
+        warmup_epochs=4,
+    )
