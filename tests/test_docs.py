@@ -59,6 +59,4 @@ def test_every_recipe_key_on_a_page_exists():
 
 
 # On the pages in the same form, but not keys of a run: arguments of losses, of torchrun, of SLURM.
-NOT_KEYS = set(
-    "features gradient is_host keep_alive_interval key last_call_timeout overflow".split()
-)
+NOT_KEYS = {"features", "gradient", "is_host", "key", "last_call_timeout", "overflow"}

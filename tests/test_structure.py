@@ -192,7 +192,10 @@ def test_nobody_imports_launch_and_nobody_imports_tests(path):
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_collectives_are_called_in_one_file(path):
-    if path == ROOT / "recognition" / "collectives.py":
+    if path in (
+        ROOT / "recognition" / "collectives.py",
+        ROOT / "launch" / "bench" / "standard_head.py",  # what ours is measured against
+    ):
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("torch.distributed"):

@@ -65,7 +65,20 @@ for run in bf16/cpu bf16/dali fp32/cpu; do
         launch/train.py launch/configs/ms1mv2_r50_arcface.py rec="$out/shards" val_targets= \
         "${training[@]}" precision="$precision" loader="$name" output="$out/r50_${precision}_$name"
 done
-stage r50 10 r50.json "$python" launch/bench/rates.py "$out"/r50_*/
+stage r50 10 r50.json "$python" - "$out"/r50_*/ <<'EOF'
+import json, pathlib, statistics, sys  # medians of the log steps but the first, which compiles
+
+rates = {}
+for run in map(pathlib.Path, sys.argv[1:]):
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    logged = [record for record in records if "images_per_second" in record]
+    rates[run.name] = {
+        key: statistics.median(record[key] for record in logged[1:] or logged)
+        for key in ("images_per_second", "data_wait")
+        if key in logged[0]
+    }
+print(json.dumps(rates))
+EOF
 stage loader 25 loader.json "$python" launch/bench/loader.py "$out/shards" "${loader[@]}"
 stage losses 30 losses.json "${torchrun[@]}" launch/bench/losses.py "${losses[@]}"
 stage tests 60 tests.txt "$python" -m pytest -m gpu -rs tests

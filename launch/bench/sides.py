@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from launch.bench.standard_head import DenseHead
 from recognition.head import Limits, PartialFC
 from recognition.kernels.choice import choose
 from recognition.losses import MARGINS
 from recognition.optim import RowSGD
 
-_RIVAL = Path(__file__).resolve().parents[2] / "tests" / "recognition" / "rival.py"
 _SEED, _LR, _NORM = 1, 0.01, 20.0  # norm of an embedding, about what a trained network gives
 
 # dtype of the embeddings and of the products; the class rows are fp32 in all.
@@ -80,7 +76,7 @@ class Ours:
 class Rival:
     def __init__(self, case: Case, device: torch.device) -> None:
         torch.manual_seed(_SEED)
-        head = _rival().DenseHead(
+        head = DenseHead(
             case.embedding_size, case.classes, case.sample_rate, dtype=DTYPES[case.dtype]
         )
         self.head = head.to(device)
@@ -94,17 +90,6 @@ class Rival:
     def held(self) -> list[Tensor]:
         momentum = self.optimizer.state[self.head.weight]["momentum_buffer"]
         return [self.head.weight.detach(), momentum]
-
-
-@functools.cache
-def _rival() -> ModuleType:
-    if not _RIVAL.exists():
-        raise FileNotFoundError(f"{_RIVAL}: the rival stands in the tests of the repository")
-    spec = importlib.util.spec_from_file_location("rival", _RIVAL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Floor:

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launch.bench.standard_head import DenseHead
 from recognition.head import PartialFC
 from recognition.losses import MARGINS
 from recognition.optim import RowSGD
 from tests import ranks
-from tests.recognition.rival import DenseHead
 
 C, D, B, STEPS = 103, 16, 12, 3
 SCALE = 16.0  # at 64 its loss saturates, as the original's does

@@ -12,6 +12,8 @@ Letters: W ranks, b rows per rank, B all rows, D embedding, C_r classes of this 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,9 +22,17 @@ from torch.nn import functional as F
 
 
 class DenseHead(nn.Module):
+    """The loss of this rank's rows of embeddings and labels, as arcface_torch computes it."""
+
     def __init__(
-        self, embedding_size, num_classes, sample_rate=1.0, scale=64.0, margin=0.4, dtype=None
-    ):
+        self,
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        scale: float = 64.0,
+        margin: float = 0.4,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         rank, world = dist.get_rank(), dist.get_world_size()
         size, remainder = divmod(num_classes, world)
@@ -66,14 +76,14 @@ class DenseHead(nn.Module):
 
 class _Gather(Function):
     @staticmethod
-    def forward(ctx, local_x: Tensor, world: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, local_x: Tensor, world: int) -> tuple[Tensor, ...]:
         every = [torch.zeros_like(local_x) for _ in range(world)]
         dist.all_gather(every, local_x)
         return tuple(every)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
-        grads = [grad.contiguous() for grad in grads]
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        grads = [grad.contiguous() for grad in outer]
         for rank, grad in enumerate(grads):
             dist.reduce(grad, rank)
         return grads[dist.get_rank()] * len(grads), None
@@ -83,7 +93,7 @@ class _CrossEntropy(Function):
     """Mean of -log softmax over the classes of all ranks."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:  # [B, S], [B, 1] or -1
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:  # [B, S], [B, 1] or -1
         peak = logits.max(1, keepdim=True)[0]
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         probabilities = logits.sub_(peak).exp_()
@@ -98,7 +108,7 @@ class _CrossEntropy(Function):
         return own.clamp_min_(1e-30).log_().mean() * -1
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         row, probabilities, labels = ctx.saved_tensors
         one_hot = probabilities.new_zeros(len(row), probabilities.shape[1])
         one_hot.scatter_(1, labels[row], 1)
