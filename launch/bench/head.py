@@ -5,8 +5,9 @@
     python launch/bench/head.py --classes 100000 --batch 256 --sample-rate 0.1 --processes 2
 
 A step is forward, backward and the update of the class rows (SGD with momentum), CosFace, rows of a
-batch spread over all processes; it lasts as long as on the slowest of them. The rival is the form of
-arcface_torch, written plainly in standard_head.py. The floor is the GEMMs that the arithmetic needs (forward, recompute if any, two gradients) at the shapes of our pieces. All stand
+batch spread over all processes; it lasts as long as on the slowest of them. The rival is the
+standard form of arcface_torch, written plainly in standard_head.py. The floor is the GEMMs that the
+arithmetic needs (forward, recompute if any, two gradients) at the shapes of our pieces. All stand
 in one process group and take turns; what goes first changes from pair to pair; medians are given.
 Ours has the form of recognition/kernels that --kernel names; in the suite for a CPU, that of a run
 (auto). --forms adds others to those that take turns.
