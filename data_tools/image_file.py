@@ -14,6 +14,8 @@ cameras and web servers append them, and every decoder stops before them.
 
 import re
 import struct
+from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from data_tools.common import content
@@ -58,6 +60,29 @@ def ending(name: str) -> str:
 def is_image_name(name: str) -> bool:
     """Whether the ending of a base name says that it is an image; hidden files are none."""
     return not is_hidden(name) and name.lower().endswith(SUFFIXES)
+
+
+class Chooser:
+    """Tells the images among files, and counts the others."""
+
+    def __init__(self) -> None:
+        self.hidden = 0
+        self.left_out: Counter[str] = Counter()  # by ending; "none" without one
+
+    @property
+    def ignored(self) -> int:
+        return self.hidden + self.left_out.total()
+
+    def takes(self, name: str, head: Callable[[], bytes]) -> bool:
+        """Whether the file of this base name is an image: by its ending, or by its first bytes
+        (of `head`, which is called only then) where it has none."""
+        if is_hidden(name):
+            self.hidden += 1
+            return False
+        if is_image_name(name) or (not ending(name) and kind_of(head())):
+            return True
+        self.left_out[ending(name) or "none"] += 1
+        return False
 
 
 def kind_of(encoded: bytes) -> str | None:

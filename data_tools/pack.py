@@ -142,6 +142,7 @@ def _summary(out: Path, index: dict[str, Any], status: str, seconds: float) -> d
         "pairs_asked": held_out.get("pairs_asked", 0),
         "pairs_made": held_out.get("pairs", 0),
         "verification": [entry["file"] for entry in index["verification"]],
-        **{key: index[key] for key in (SPLIT, "landmarks_unused") if key in index},
+        **{key: index[key] for key in (SPLIT, "landmarks_unused", "notes") if key in index},
+        "left_out": index.get("left_out", {}),
         "seconds": round(seconds, 3),
     }
