@@ -77,10 +77,14 @@ def of_file(path: str | os.PathLike[str]) -> str | None:
     return described(head)
 
 
-def hint(path: str | os.PathLike[str]) -> str:
-    """ "; it is ..." to join to a message, "" if nobody can tell. Raises: OSError as of_file()."""
+def hint(path: str | os.PathLike[str], expected: str = "") -> str:
+    """What to join to a message: `; it is ...`, or nothing where nobody can tell or it is what was
+    expected.
+
+    Raises: OSError: as of_file().
+    """
     what = of_file(path)
-    return f"; it is {what}" if what else ""
+    return f"; it is {what}" if what and not (expected and expected in what) else ""
 
 
 def _zipped(path: Path) -> list[str]:
