@@ -7,6 +7,7 @@ the same folder in two of them is one identity. Of a file that stands twice the 
 unpacking. Order: identities by their names, images as they stand.
 """
 
+import functools
 import hashlib
 import os
 import tarfile
@@ -19,8 +20,8 @@ import numpy as np
 
 from data_tools import zip_index
 from data_tools.common.errors import UserError
-from data_tools.decode import is_image
-from data_tools.listing import Names, number_by_name, repeated
+from data_tools.image_file import HEAD, Chooser
+from data_tools.listing import Names, back_slashes, number_by_name, repeated
 
 ARCHIVES = (".zip", ".tar")
 _PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
@@ -52,6 +53,7 @@ class _Entry(NamedTuple):
     crc: int
     fault: str | None
     stamp: bytes
+    slashes: bool = False  # it was written with back slashes
 
 
 class ArchiveImages:
@@ -116,12 +118,15 @@ class ArchiveSource(ArchiveImages):
     def __init__(self, path: Path, archives: list[Path]) -> None:
         self.path = path
         self.skipped: list[tuple[str, str]] = []
-        self.ignored = 0
         self.bins: list[Path] = []
+        self._chooser = Chooser()
+        self._slashes = 0  # names with back slashes
         self._digest = hashlib.sha256()
         self._numbers: dict[bytes, int] = {}  # folder -> number, in order of appearance
         self._found = {key: array(kind) for key, kind in _COLUMNS.items()}
         super().__init__(archives, Names.of(self._list(archives)), {})
+        self.ignored, self.left_out = self._chooser.ignored, dict(self._chooser.left_out)
+        self.notes = [back_slashes(self._slashes, path)] if self._slashes else []
         self._columns = {
             key: np.frombuffer(column, column.typecode) for key, column in self._found.items()
         }
@@ -141,9 +146,13 @@ class ArchiveSource(ArchiveImages):
             self._digest.update(os.fsencode(path.name) + b"\n")
             for entry in _tar(path) if path.name.lower().endswith(".tar") else _zip(path):
                 folder, _, base = entry.name.rpartition(b"/")
-                if entry.name.startswith(b"__MACOSX/") or not is_image(os.fsdecode(base)):
-                    self.ignored += 1
+                if entry.name.startswith((b"__MACOSX/", b".")) or b"/." in entry.name:
+                    self._chooser.hidden += 1
                     continue
+                head = functools.partial(_head, path, entry)
+                if not self._chooser.takes(os.fsdecode(base), head):
+                    continue
+                self._slashes += entry.slashes
                 where = f"{path.name}: {os.fsdecode(entry.name)}"
                 if entry.fault or not folder:
                     self.skipped.append((where, entry.fault or "lies outside any identity folder"))
@@ -197,10 +206,21 @@ def _stripped(folders: list[bytes]) -> list[bytes]:
 def _zip(path: Path) -> Iterator[_Entry]:
     for found in zip_index.members(path):
         fault = "encrypted" if found.encrypted else None
+        # A zip's names have slashes; some programs of Windows write their own instead.
+        name = found.name.replace(b"\\", b"/").removeprefix(b"./")
+        if name.endswith(b"/"):
+            continue
         yield _Entry(
-            found.name, found.header, found.packed, found.size, found.method, found.crc, fault,
-            b"%d %d" % (found.size, found.crc),
+            name, found.header, found.packed, found.size, found.method, found.crc, fault,
+            b"%d %d" % (found.size, found.crc), b"\\" in found.name,
         )  # fmt: skip
+
+
+def _head(path: Path, entry: _Entry) -> bytes:
+    with open(path, "rb") as file:
+        if entry.method == _TAR:
+            return os.pread(file.fileno(), min(HEAD, entry.size), entry.at)
+        return zip_index.read_head(file.fileno(), entry.at, entry.packed, entry.method, HEAD)
 
 
 def _tar(path: Path) -> Iterator[_Entry]:

@@ -3,8 +3,9 @@
 A folder of identities is `SOURCE/<identity>/<image>`, one level deep. Its rules:
 
 - identities and images count in lexicographic order of their names;
-- images are files named .jpg .jpeg .png .bmp .webp, in any case; links to files and folders are
-  followed; other files, and all that is hidden (.name), are counted and left out;
+- images are files named .jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .ppm .pgm, in any case,
+  and files without an ending whose first bytes are an image's; links to files and folders are
+  followed; other files are counted by their endings and left out, as all that is hidden (.name);
 - an image beside the identity folders, or a folder inside one, has no identity that we could be
   sure of: it is listed as skipped, never guessed. With `nested` a folder inside one is searched as
   well: every folder that holds images is an identity, named by its path.
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.common.errors import UserError
-from data_tools.decode import is_image
+from data_tools.image_file import HEAD, Chooser, is_hidden
 from data_tools.listing import Names
 
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -68,12 +69,14 @@ class FolderSource(Paths):
         self.path = path
         self.identities: list[str] = []
         self.skipped: list[tuple[str, str]] = []
-        self.ignored = 0
+        self.notes: list[str] = []
         self.bins: list[Path] = []
         self._nested = nested
+        self._chooser = Chooser()
         self._digest = hashlib.sha256()
         self._counts = array("q")  # images of each identity
         super().__init__(path, Names.of(self._identities(path, "")))
+        self.ignored, self.left_out = self._chooser.ignored, dict(self._chooser.left_out)
         if not len(self):
             raise UserError(
                 f"{path}: no images: expected {path}/<identity>/<image>.jpg; found "
@@ -87,22 +90,18 @@ class FolderSource(Paths):
         """The images of the folders in `path`, `above` their names: '' or 'parent/'."""
         for entry in _sorted_entries(path):
             name = above + entry.name
-            if entry.name.startswith("."):
-                self.ignored += 1
-            elif entry.is_dir():
+            if not is_hidden(entry.name) and entry.is_dir():
                 yield from self._images_of(entry, name)
-            elif is_image(entry.name):
+            elif self._takes(entry):
                 self.skipped.append(
                     (name, _BESIDE if above else "lies outside any identity folder")
                 )
-            else:
-                self.ignored += 1
 
     def _images_of(self, identity: os.DirEntry, path: str) -> Iterator[bytes]:
         if "\n" in identity.name or "\r" in identity.name:
             raise UserError(f"{identity.path!r}: a line break in the name of an identity")
         entries = _sorted_entries(identity.path)
-        folders = [e for e in entries if not e.name.startswith(".") and e.is_dir()]
+        folders = [e for e in entries if not is_hidden(e.name) and e.is_dir()]
         if self._nested and folders:
             yield from self._identities(identity.path, path + "/")
             return
@@ -110,17 +109,16 @@ class FolderSource(Paths):
         self._counts.append(0)
         for entry in entries:
             name = f"{path}/{entry.name}"
-            if entry.name.startswith("."):
-                self.ignored += 1
-            elif entry.is_dir():
+            if not is_hidden(entry.name) and entry.is_dir():
                 self.skipped.append((name, "a folder inside an identity folder"))
-            elif is_image(entry.name):
+            elif self._takes(entry):
                 encoded = os.fsencode(name)
                 self._counts[-1] += 1
                 self._digest.update(encoded + b"\0" + stamp(entry) + b"\n")
                 yield encoded
-            else:
-                self.ignored += 1
+
+    def _takes(self, entry: os.DirEntry) -> bool:
+        return self._chooser.takes(entry.name, lambda: _head(entry.path))
 
 
 _BESIDE = "lies beside identity folders"
@@ -129,6 +127,14 @@ _BESIDE = "lies beside identity folders"
 def _sorted_entries(path: Any) -> list[os.DirEntry]:
     with os.scandir(path) as entries:
         return sorted(entries, key=lambda entry: entry.name)
+
+
+def _head(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(HEAD)
+    except _UNREADABLE:  # a broken link, no permission
+        return b""
 
 
 def stamp(entry: os.DirEntry) -> bytes:

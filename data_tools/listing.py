@@ -64,6 +64,11 @@ def repeated(names: Names) -> list[tuple[int, int]]:
     return sorted(zip(order[at].tolist(), order[at + 1].tolist(), strict=True))
 
 
+def back_slashes(number: int, path: object) -> str:
+    """What to say of paths that were written with back slashes."""
+    return f"{path}: the back slashes in {number} of its paths are read as slashes"
+
+
 def number_by_name(names: list[bytes], labels: np.ndarray) -> tuple[list[bytes], np.ndarray]:
     """The names sorted, and `labels` (positions in `names`) as positions in the sorted ones."""
     order = sorted(range(len(names)), key=names.__getitem__)

@@ -141,6 +141,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"{count(done['empty_identities'], 'identity', 'identities')} without any image",
             file=sys.stderr,
         )
+    for note in done.get("notes", ()):
+        print(f"warning: {note}", file=sys.stderr)
+    if done["left_out"]:
+        left_out = ", ".join(f"{number} {ending}" for ending, number in done["left_out"].items())
+        print(
+            f"warning: {count(sum(done['left_out'].values()), 'file')} left out, for the ending "
+            f"is no image's: {left_out}",
+            file=sys.stderr,
+        )
     if done["resized"] and done["resized"]["count"]:
         text = resized_text(done["resized"]["count"], done["resized"]["of"], args.size)
         print(f"warning: {text}", file=sys.stderr)

@@ -71,6 +71,10 @@ class Packing:
         about["too_few_images"] = {"identities": len(parts.few)}
         about["beyond_max_images"] = parts.over
         about["ignored_files"] = source.ignored
+        if source.left_out:
+            about["left_out"] = source.left_out
+        if source.notes:
+            about["notes"] = source.notes
         return about
 
     def _images(self, indices: np.ndarray) -> Images:

@@ -11,6 +11,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Protocol
 
@@ -46,7 +47,9 @@ class Source(Images, Protocol):
     identities: list[str]  # names, in the order of their numbers
     labels: np.ndarray  # int64 [N] number of the identity of each image
     skipped: list[tuple[str, str]]  # (where, why) of what has no identity
-    ignored: int  # files that are no images
+    ignored: int  # files that are no images, hidden ones among them
+    left_out: dict[str, int]  # those that are left out for their ending, by it
+    notes: list[str]  # what was read otherwise than it is written, for the user
     sha256: str  # of the listing: names, sizes and times of change
     bins: list[Path]  # verification sets that lie beside the images
 
@@ -125,6 +128,8 @@ class RecordSource(Records):
         self.identities = data.identities
         self.skipped: list[tuple[str, str]] = []
         self.ignored = 0
+        self.left_out: dict[str, int] = {}
+        self.notes: list[str] = []
         self.bins = data.bin_paths()
         digest = hashlib.sha256()
         with os.scandir(data.path) as entries:
@@ -189,6 +194,8 @@ class JoinedSource(Joined):
         self.path = sources[0].path.parent
         self.skipped = [fault for source in sources for fault in source.skipped]
         self.ignored = sum(source.ignored for source in sources)
+        self.left_out = dict(sum((Counter(source.left_out) for source in sources), Counter()))
+        self.notes = [note for source in sources for note in source.notes]
         self.bins = _distinct_bins(sources)
         digest = hashlib.sha256(join.encode())
         number_of: dict[str, int] = {}

@@ -24,6 +24,7 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _LONGEST_COMMENT = 0xFFFF
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # "see the Zip64 field"
 _ENCRYPTED = 1
+_BLOCK = 4096  # bytes that hold the packed head of a file
 
 
 class Member(NamedTuple):
@@ -114,6 +115,22 @@ def _wide(extra: bytes, *values: int) -> list[int]:
                 break
         at += 4 + length
     raise _Damaged("a Zip64 field is missing")
+
+
+def read_head(descriptor: int, header: int, packed: int, method: int, size: int) -> bytes:
+    """The first `size` bytes of a file, b"" where they cannot be read."""
+    local = os.pread(descriptor, _LOCAL.size, header)
+    if len(local) < _LOCAL.size:
+        return b""
+    name_len, extra_len = _LOCAL.unpack(local)[-2:]
+    start = header + _LOCAL.size + name_len + extra_len
+    data = os.pread(descriptor, min(packed, _BLOCK), start)
+    if method == DEFLATED:
+        try:
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
+        except zlib.error:
+            return b""
+    return data[:size] if method == STORED else b""
 
 
 def read_member(

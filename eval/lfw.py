@@ -28,7 +28,8 @@ class PairSet(NamedTuple):
 def load_bin(path: str | Path) -> PairSet:
     """The pairs of an InsightFace `.bin`: a pickle of (2P encoded images, P booleans).
 
-    Images are bytes, Python-2 strings or 1-D uint8 arrays.
+    Images are bytes, Python-2 strings or uint8 arrays [n], [n, 1] or [1, n] (as older OpenCV's
+    imencode gave them); issame is a list or an array of bools or of integers 0 and 1.
 
     Raises:
         ValueError: truncated, damaged, a pickle that asks for anything beyond that, or counts that
@@ -39,8 +40,8 @@ def load_bin(path: str | Path) -> PairSet:
     if not isinstance(content, tuple | list) or len(content) != 2:
         raise UserError(f"{path}: a pickle of (images, issame) is expected")
     images, labels = content
-    if isinstance(labels, unpickle.Array) and labels.dtype == "b1" and len(labels.shape) == 1:
-        labels = [value != 0 for value in labels.data]
+    if isinstance(labels, unpickle.Array) and labels.is_row():
+        labels = labels.values()
     if not isinstance(images, tuple | list) or not isinstance(labels, tuple | list):
         raise UserError(f"{path}: images and issame must be lists")
     if not labels or len(images) != 2 * len(labels):
@@ -98,6 +99,6 @@ def score(flip_sum: ArrayLike, norms: ArrayLike, issame: ArrayLike) -> dict:
 def _image_bytes(image: object, where: str) -> bytes:
     if isinstance(image, bytes | bytearray):
         return bytes(image)
-    if isinstance(image, unpickle.Array) and image.dtype == "u1" and len(image.shape) == 1:
+    if isinstance(image, unpickle.Array) and image.dtype == "u1" and image.is_row():
         return image.data
-    raise UserError(f"{where} is neither bytes nor a 1-D uint8 array")
+    raise UserError(f"{where} is neither bytes nor a uint8 array of one row or column")

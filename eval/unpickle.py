@@ -13,8 +13,9 @@ import mmap
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+from data_tools.common import content
 from data_tools.common.errors import UserError
 
 _ALLOWED = (
@@ -25,39 +26,62 @@ _ALLOWED = (
 )
 
 _MAX_DIMENSIONS = 32  # NumPy's own limit when these files were written
+_MINE = "a pickle"  # as content.py calls what is expected here
 _SHOWN = 120  # characters of a file's own text in a message
 
 
+_KINDS = ("b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")  # b bool, u and i integers
+
+
 class Array:
-    """A NumPy array of one-byte elements: dtype "u1" or "b1", its shape and its raw bytes."""
+    """A NumPy array of bools or integers: its dtype, such as "u1", its shape and its raw bytes."""
 
     def __init__(self) -> None:
         self.dtype, self.shape, self.data = "u1", (0,), b""
+        self._big = False  # the byte order of the elements
+
+    def is_row(self) -> bool:
+        """Whether it is [n], [n, 1], [1, n] and the like: at most one length is not 1."""
+        return bool(self.shape) and sum(length != 1 for length in self.shape) <= 1
+
+    def values(self) -> list[int]:
+        """The elements in their order."""
+        size = int(self.dtype[1])
+        order: Literal["big", "little"] = "big" if self._big else "little"
+        signed = self.dtype[0] == "i"
+        return [
+            int.from_bytes(self.data[at : at + size], order, signed=signed)
+            for at in range(0, len(self.data), size)
+        ]
 
     def build(self, state: tuple) -> None:
         _, shape, dtype, _, data = state
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
-            raise UserError("a NumPy array whose elements are not plain bytes")
+            raise UserError("a NumPy array whose elements are not bools or integers")
         if not isinstance(shape, tuple) or len(shape) > _MAX_DIMENSIONS:
             raise UserError("a NumPy array without a shape")
         if not all(isinstance(length, int) and 0 <= length < 2**63 for length in shape):
             raise UserError("a NumPy array whose shape is not of lengths")
         size = math.prod(shape)
-        if size != len(data):
+        if size * int(dtype.name[1]) != len(data):
             raise UserError(f"a NumPy array of {size} elements with {len(data)} bytes of data")
         self.dtype, self.shape, self.data = dtype.name, shape, bytes(data)
+        self._big = dtype.big
 
 
 class _Dtype:
     def __init__(self, name: str | bytes, *_: object) -> None:
-        self.name = name.decode("ascii") if isinstance(name, bytes) else name
-        if self.name not in ("u1", "b1"):
+        name = name.decode("latin1") if isinstance(name, bytes) else name
+        self.big = isinstance(name, str) and name.startswith(">")
+        self.name = name.lstrip("<>=|") if isinstance(name, str) else name
+        if self.name not in _KINDS:
             raise UserError(
-                f"a NumPy array of type {_shown(self.name)}; only uint8 and bool are read"
+                f"a NumPy array of type {_shown(self.name)}; only bools and integers are read"
             )
 
     def build(self, state: tuple) -> None:
-        """Byte order and alignment say nothing of single bytes."""
+        """Of (version, byte order, ...) the order counts."""
+        self.big = self.big or state[1] in (">", b">")
 
 
 def _shown(value: object) -> str:
@@ -78,7 +102,9 @@ def _frombuffer(buffer: bytes, dtype: _Dtype, shape: tuple, _order: str) -> Arra
 
 
 def _scalar(dtype: _Dtype, data: bytes) -> bool | int:
-    (value,) = data
+    array = Array()
+    array.build((1, (), dtype, False, data))
+    (value,) = array.values()
     return bool(value) if dtype.name == "b1" else value
 
 
@@ -152,10 +178,15 @@ def load(path: str | Path) -> object:
             try:
                 return _Interpreter(mapped, encoding="bytes").load()
             except EOFError as error:
-                raise UserError(f"{path}: the pickle ends early; is the file whole?") from error
+                raise UserError(
+                    f"{path}: the pickle ends early; is the file whole?{content.hint(path, _MINE)}"
+                ) from error
             except KeyError as error:  # of `dispatch`
                 raise UserError(
                     f"{path}: the pickle uses the forbidden instruction {chr(error.args[0])!r}"
+                    f"{content.hint(path, _MINE)}"
                 ) from error
             except Exception as error:  # damaged bytes can fail anywhere in the interpreter
-                raise UserError(f"{path}: not a verification pickle: {error}") from error
+                raise UserError(
+                    f"{path}: not a verification pickle: {error}{content.hint(path, _MINE)}"
+                ) from error

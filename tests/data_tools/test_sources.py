@@ -256,13 +256,13 @@ def test_a_path_that_stands_twice_counts_once(faces, tmp_path):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("0\t1\ta/0.jpg\n1\t1.5\ta/1.jpg\n", r"line 2: b'1.5' is not a whole number"),
-        ("0\t-1\ta/0.jpg\n", "line 1: b'-1' is not a whole number"),
-        ("0\tnan\ta/0.jpg\n", "line 1: b'nan'"),
+        ("0\t1\ta/0.jpg\n1\t1.5\ta/1.jpg\n", r"line 2: '1.5' is not a whole number"),
+        ("0\t-1\ta/0.jpg\n", "line 1: '-1' is not a whole number"),
+        ("0\tnan\ta/0.jpg\n", "line 1: 'nan'"),
         ("0\t1\n", "not index<TAB>label<TAB>path"),
         ("0\t1\ta/0.txt\n", "not the path of an image"),
         ("1\ta/0.jpg\t3\t4\n", "with 4 numbers of a box"),
-        ("1\ta/0.jpg\tx\n", "b'x' is not a whole number"),
+        ("1\ta/0.jpg\tx\n", "'x' is not a whole number"),
         ("", "no image in it"),
     ],
 )
@@ -270,6 +270,105 @@ def test_bad_lists(tmp_path, text, fault):
     (tmp_path / "a.lst").write_text(text)
     with pytest.raises(ValueError, match=fault):
         open_source(tmp_path / "a.lst")
+
+
+def spaced(line):
+    return " \t ".join(f" {field} " for field in line.split("\t"))
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("change", [str, spaced, lambda line: line.replace("p0", "./p0")])
+def test_lists_as_people_have_them(faces, tmp_path, start, ends, change):
+    path = im2rec_list(faces, faces / "a.lst", "{}")
+    lines = [change(line) for line in path.read_text().splitlines()]
+    path.write_bytes((start + ends.join([*lines, "  ", ""])).encode())
+    source = open_source(path)
+    assert people(source) == {str(k): v for k, v in enumerate(expected(faces).values())}
+    assert not source.skipped and not source.notes
+
+
+def test_a_list_in_utf16_is_named(faces):
+    (faces / "a.lst").write_text("0\t0\tp00/0.jpg\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="a.lst is UTF-16 text: save it as UTF-8"):
+        open_source(faces / "a.lst")
+
+
+def test_two_spellings_of_a_path_are_one(faces):
+    (faces / "a.lst").write_text("0\t0\tp00/0.jpg\n1\t1\t./p00//0.jpg\n2\t1\tp01/0.jpg\n")
+    source = open_source(faces / "a.lst")
+    assert len(source) == 2 and "listed again with label 1 instead of 0" in source.skipped[0][1]
+
+
+def test_back_slashes_in_a_list_are_read_with_a_word(faces, tmp_path, capsys):
+    path = im2rec_list(faces, faces / "a.lst", "{}")
+    path.write_text(path.read_text().replace("/", "\\"))
+    source = open_source(path)
+    assert people(source) == {str(k): v for k, v in enumerate(expected(faces).values())}
+    assert source.notes == [f"{path}: the back slashes in 9 of its paths are read as slashes"]
+    assert main(["pack", str(path), str(tmp_path / "set"), "--shards", "1", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "back slashes in 9" in said.err and "back slashes in 9" in said.out
+
+
+def test_a_back_slash_that_is_a_letter_of_a_name_stays_one(tmp_path):
+    for name in ("a\\0.jpg", "a\\1.jpg"):
+        (tmp_path / name).write_bytes(encoded(1))
+    (tmp_path / "a.lst").write_text("0\t0\ta\\0.jpg\n1\t1\ta\\1.jpg\n")
+    source = open_source(tmp_path / "a.lst")
+    assert source.read(0) == encoded(1) and not source.notes
+
+
+def test_a_tab_in_a_path_is_no_label(tmp_path):
+    (tmp_path / "a.lst").write_text("0\t1\ta/0.jpg\n1\t3\tAnn\tB/1.jpg\n")
+    with pytest.raises(ValueError, match=r"a.lst: line 2: 'Ann' stands among the labels"):
+        open_source(tmp_path / "a.lst")
+
+
+def test_a_hidden_file_in_a_list_is_skipped(faces):
+    (faces / "a.lst").write_text("0\t0\tp00/0.jpg\n1\t1\tp01/0.jpg\n2\t1\tp01/._0.jpg\n")
+    source = open_source(faces / "a.lst")
+    assert len(source) == 2 and source.skipped == [("p01/._0.jpg", "a hidden file")]
+
+
+def test_back_slashes_in_a_zip_are_read_with_a_word(faces, tmp_path):
+    """.NET before 4.6.1 wrote them."""
+    files = {name.replace("/", "\\"): content for name, content in files_of(faces).items()}
+    path = make_zip(tmp_path / "a.zip", files | {"p00\\": b""})
+    source = open_source(path)
+    assert people(source) == expected(faces)
+    assert source.notes == [f"{path}: the back slashes in 9 of its paths are read as slashes"]
+
+
+ODD = {"a.jfif": "jpg", "b.JPE": "jpg", "c.tif": "tif", "d.ppm": "ppm", "n0001_0001": "jpg"}
+NO_IMAGES = {"notes.txt": b"x", "more.txt": b"x", "moving.gif": b"GIF89a", "LICENSE": b"text",
+             "._a.jfif": b"x", ".DS_Store": b"x"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "stored", "tar"])
+def test_images_of_other_endings_and_of_none(tmp_path, kind, capsys):
+    files = {f"p{k}/{name}": encoded(k, suffix=f".{suffix}") for k in range(2)
+             for name, suffix in ODD.items()}  # fmt: skip
+    wanted = {f"p{k}": {files[f"p{k}/{name}"] for name in ODD} for k in range(2)}
+    files |= {f"p0/{name}": content for name, content in NO_IMAGES.items()}
+    if kind == "folder":
+        path = tmp_path / "faces"
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+    elif kind == "tar":
+        path = make_tar(tmp_path / "a.tar", files)
+    else:
+        method = zipfile.ZIP_STORED if kind == "stored" else zipfile.ZIP_DEFLATED
+        path = make_zip(tmp_path / "a.zip", files, method)
+    source = open_source(path)
+    assert people(source) == wanted
+    assert source.ignored == 6
+    assert source.left_out == {".txt": 2, ".gif": 1, "none": 1}
+    assert main(["pack", str(path), str(tmp_path / "set"), "--shards", "1", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "4 files left out" in said.err and "2 .txt" in said.err
+    assert '"left_out": {' in said.out
 
 
 def test_repeated_names():

@@ -53,8 +53,33 @@ def test_load_bin(tmp_path, faces, protocol, kind):
 
 def test_load_bin_takes_labels_of_numpy(tmp_path, faces):
     labels = [True, False] * 11
-    for given in (np.array(labels), [np.bool_(x) for x in labels], [int(x) for x in labels]):
+    scalars = [[kind(x) for x in labels] for kind in (np.bool_, int, np.int64, np.int8)]
+    arrays = [np.array(labels, kind) for kind in (bool, np.int64, np.uint8, ">i8", np.int32)]
+    for given in (*scalars, *arrays, arrays[1][:, None]):
         assert lfw.load_bin(write(tmp_path, (faces, given))).issame.tolist() == labels
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("shape", [(-1, 1), (1, -1), (1, -1, 1)])
+def test_load_bin_takes_columns_and_rows_of_older_imencode(tmp_path, faces, protocol, shape):
+    images = [np.frombuffer(x, np.uint8).reshape(shape) for x in faces]
+    assert lfw.load_bin(write(tmp_path, (images, [True] * 22), protocol)).encoded == faces
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"<!DOCTYPE html><html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
+        (b"\x1f\x8b\x08\0\0\0", "compressed by gzip"),
+        (b"PK\3\4\x14\0\0\0", "a zip archive: unpack it"),
+        (b"\x0a\x23\xd7\xce\0\0\0\0", "a RecordIO file"),
+    ],
+)  # fmt: skip
+def test_another_file_under_this_name_is_named(tmp_path, content, what):
+    (tmp_path / "lfw.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=f"lfw.bin: .*; it is {what}"):
+        lfw.load_bin(tmp_path / "lfw.bin")
 
 
 @pytest.mark.parametrize(
@@ -69,6 +94,8 @@ def test_load_bin_takes_labels_of_numpy(tmp_path, faces):
         (([b"x", np.zeros((2, 2), np.uint8)], [True]), "image 1 is neither bytes"),
         (([b"x", b"y"], [2]), "issame\\[0\\] \\(int\\) is neither"),
         (([b"x", b"y"], [None]), "issame\\[0\\] \\(NoneType\\) is neither"),
+        (([b"x", b"y"], np.array([2])), "issame\\[0\\] \\(int\\) is neither"),
+        (([b"x", np.zeros((1, 2), np.int64)], [True]), "image 1 is neither bytes"),
     ],
 )
 def test_load_bin_refuses(tmp_path, content, message):

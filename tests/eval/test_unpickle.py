@@ -129,7 +129,7 @@ ARRAY = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)R(K\x01%scnumpy\ndtype\
 @pytest.mark.parametrize(
     "content, message",
     [
-        (ARRAY % (b"K\x03\x85", nested(18), b"U\x03abc"), r"type \(a list\); only uint8"),
+        (ARRAY % (b"K\x03\x85", nested(18), b"U\x03abc"), r"type \(a list\); only bools"),
         (ARRAY % (nested(18), b"U\x02u1", b"U\x03abc"), "array without a shape"),
         (ARRAY % (nested(18) + b"\x85", b"U\x02u1", b"U\x03abc"), "shape is not of lengths"),
         (ARRAY % (b"(" + b"K\x01" * 33 + b"t", b"U\x02u1", b"U\x01a"), "array without a shape"),
