@@ -69,6 +69,7 @@ class TrainState:
     guard: FiniteGuard
     facts: dict[str, Any]  # what config.json says beside the configuration
     saved_by: int | None = None  # ranks that wrote the checkpoint it continues from
+    loaded_step: int | None = None  # of that checkpoint
     resized: str = ""  # what follows another number of processes
     said: list[str] = field(default_factory=list)  # lines for the start of the log
     owes_verification: bool = False  # of the step that it continues after
@@ -185,13 +186,14 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     if resumed_from is not None:
         manifest = checkpoint.load(resumed_from, parts)
         state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
-        state.saved_by = manifest["world"]
+        state.saved_by, state.loaded_step = manifest["world"], manifest["step"]
         state.skipped = skipped(cfg.output, manifest)
         if state.spikes is not None and manifest.get("spikes"):
             state.spikes.load(manifest["spikes"])
         state.changes = _changes(manifest["config"], cfg, state.facts, resumed_from)
-        due = state.step % cfg.verify_every == 0 and bool(val_sets)
-        state.owes_verification = due and not manifest.get("metrics", True)
+        due = state.step % cfg.verify_every == 0 and not manifest.get("metrics", True)
+        pending = manifest.get(checkpoint.PENDING, False)
+        state.owes_verification = bool(val_sets) and (due or pending)
         state.schedule = plan.schedule(schedule, state.step, state.samples_seen)
         state.resized = plan.said
         if manifest["global_batch"] != cfg.global_batch(runtime.world):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,8 +33,11 @@ def verify(path: str, group: ProcessGroup) -> None:
     def own_share() -> list[str]:
         try:
             manifest = read_manifest(path)
-        except Damaged as error:
+        except (Damaged, FileNotFoundError) as error:
             return [str(error)]
+        step = re.fullmatch(r"step-(\d+)\..*", os.path.basename(path))
+        if step and int(step[1]) != manifest["step"]:
+            return [f"{path} is a checkpoint of step {manifest['step']}"]
         names = _share(manifest["files"], group.size())[group.rank()]
         return [wrong for name in names if (wrong := problem(path, name, manifest))]
 
