@@ -63,9 +63,7 @@ def save_here(state: TrainState) -> str:
     return saver.save_now(state.parts, facts(state, {}))
 
 
-def note_verified(
-    saver: checkpoint.Saver, state: TrainState, results: Mapping[str, Any]
-) -> None:
+def note_verified(saver: checkpoint.Saver, state: TrainState, results: Mapping[str, Any]) -> None:
     """Add the results of a verification to the checkpoint that the run has continued from, if that
     is the step that was verified."""
     if state.step == state.loaded_step:

@@ -109,9 +109,7 @@ def _held(busy: str, record: dict[str, Any]) -> Held:
 
 
 @contextlib.contextmanager
-def _held_by_heartbeat(
-    path: str, own: dict[str, Any], busy: str, why: OSError
-) -> Iterator[None]:
+def _held_by_heartbeat(path: str, own: dict[str, Any], busy: str, why: OSError) -> Iterator[None]:
     """Hold NAME.holder, with a heartbeat in it.
 
     Raises:

@@ -205,7 +205,7 @@ def amend(path: str, changes: Mapping[str, Any]) -> None:
     Raises:
         OSError, Damaged: it cannot be read or written.
     """
-    manifest = {k: v for k, v in (_read_checked(path) | changes).items() if v is not None}
+    manifest = {k: v for k, v in (_read_checked(path) | dict(changes)).items() if v is not None}
     write_manifest(path, manifest)
 
 

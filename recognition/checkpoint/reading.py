@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -22,8 +22,12 @@ from recognition.collectives import together
 from recognition.head import PartialFC
 
 
-def verify(path: str, group: ProcessGroup) -> None:
+def verify(
+    path: str, group: ProcessGroup, wanted: Callable[[str], bool] = lambda name: True
+) -> None:
     """Hold every file of a checkpoint against its hash, each rank a share of the bytes.
+
+    wanted: whether a file of that name is to be looked at.
 
     Raises:
         Damaged: on every rank alike, naming the files.
@@ -38,7 +42,8 @@ def verify(path: str, group: ProcessGroup) -> None:
         step = re.fullmatch(r"step-(\d+)\..*", os.path.basename(path))
         if step and int(step[1]) != manifest["step"]:
             return [f"{path} is a checkpoint of step {manifest['step']}"]
-        names = _share(manifest["files"], group.size())[group.rank()]
+        chosen = {name: entry for name, entry in manifest["files"].items() if wanted(name)}
+        names = _share(chosen, group.size())[group.rank()]
         return [wrong for name in names if (wrong := problem(path, name, manifest))]
 
     found = together(group, "verify the checkpoint", own_share)
