@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from recognition import checkpoint, class_rows, 
+from recognition import checkpoint, class_rows
 from recognition.backbones import BACKBONES
 from recognition.checkpoint import directory, export_command, inspect_command
 from recognition.head import PartialFC
