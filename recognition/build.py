@@ -26,7 +26,7 @@ from recognition import checkpoint, collectives, distill, heads, initialise, res
 from recognition.backbones import make_backbone
 from recognition.config import Config
 from recognition.embedding import embed
-from recognition.finite import FiniteGuard
+from recognition.finite import FiniteGuard, SkippingStep
 from recognition.freezing import freeze, train_mode
 from recognition.head import PartialFC
 from recognition.kernels.choice import choose_all
@@ -81,8 +81,10 @@ class TrainState:
     teacher: distill.Teacher | None = None
     head_losses: torch.Tensor | None = None  # [heads] of the last step, without their weights
     phases: Phases = field(init=False)  # of the steps' time
+    step_backbone: SkippingStep = field(init=False)  # by parts.optimizer
 
     def __post_init__(self) -> None:
+        self.step_backbone = SkippingStep(self.parts.optimizer, self.runtime.device)
         self.phases = Phases(self.runtime.device)
         first = next(p for p in self.parts.backbone.parameters() if p.requires_grad)
         # The last gradient that the backward finds: what follows is the end of its exchange.
@@ -220,6 +222,10 @@ def _start_centres(state: TrainState) -> None:
     filled = collectives.together(runtime.group, "start the class centres", fill)
     train_mode(state.backbone)
     state.facts["centres_started"] = sum(filled)
+    state.said.append(
+        f"init_head={cfg.init_head}: the rows of {sum(filled)} of {state.data.num_classes} classes "
+        "are taken from there, the others are drawn anew"
+    )
 
 
 def _make_backbone(cfg: Config) -> nn.Module:

@@ -11,9 +11,11 @@ import traceback
 
 def record(error: BaseException, directory: str, rank: int) -> None:
     """Print the error's whole traceback on stderr, with its causes, and append it to
-    error-rank-<rank>.txt in `directory`, if that exists. Never fails."""
+    error-rank-<rank>.txt in `directory`, if there is one. Never fails."""
     text = "".join(traceback.format_exception(error))
     print(text, file=sys.stderr, end="", flush=True)
+    if not directory:
+        return
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     with (
         contextlib.suppress(OSError),
