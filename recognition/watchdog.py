@@ -31,8 +31,9 @@ _PATIENT_TIMES = 10  # the time-out, for what may take long
 _STOP_SECONDS = 10.0  # how long after a signal the loop may stand still
 _JOIN_SECONDS = 5.0  # more than the store takes to give up
 _INTERRUPTED = 130  # the exit code of a process that SIGINT ends
-# Ctrl-C reaches a rank from the terminal, and once more from torchrun.
-_INTERRUPTS_PER_PRESS = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
+# torchrun passes the first Ctrl-C on as SIGINT (to ranks in its own session a second time), and
+# sends SIGTERM at the second one.
+_SECOND_PRESS = signal.SIGTERM if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIGINT
 
 
 class Watchdog:
@@ -262,14 +263,16 @@ def hearing(watchdog: Watchdog, signals: tuple[signal.Signals, ...]) -> Iterator
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def listen() -> None:
-        interrupts = 0
+        interrupted = False
         while heard := os.read(reader, 1):
             if heard[0] in signals:
                 watchdog.signalled()
-            interrupts += heard[0] == signal.SIGINT
-            if interrupts > _INTERRUPTS_PER_PRESS:
-                _say("interrupted twice: it ends at once, and what was not saved is lost")
+            if interrupted and heard[0] == _SECOND_PRESS:
+                _say("interrupted twice: this process ends at once; what is not saved yet is lost")
                 os._exit(_INTERRUPTED)
+            if heard[0] == signal.SIGINT:
+                interrupted = True
+                _say("interrupted: the run saves its next step and ends; once more ends it at once")
 
     listener = threading.Thread(target=listen, name="signals", daemon=True)
     listener.start()
