@@ -15,9 +15,11 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from types import FrameType
 
+import torch
 from torch.distributed import DistError, Store
 
 from recognition.collectives import LostContact
@@ -30,6 +32,8 @@ _CAUSE_SECONDS = SILENT + _EVERY  # how long a rank that lost contact waits for 
 _PATIENT_TIMES = 10  # the time-out, for what may take long
 _STOP_SECONDS = 10.0  # how long after a signal the loop may stand still
 _JOIN_SECONDS = 5.0  # more than the store takes to give up
+# Where DistributedDataParallel's exchange of the gradients fails.
+_OF_DDP = (torch.autograd.graph.__file__, torch.nn.parallel.distributed.__file__)
 _INTERRUPTED = 130  # the exit code of a process that SIGINT ends
 # torchrun passes the first Ctrl-C on as SIGINT (to ranks in its own session a second time), and
 # sends SIGTERM at the second one.
@@ -117,12 +121,14 @@ class Watchdog:
     def _first_cause(self) -> str | None:
         """As first_cause(); None if the other ranks are there and have said nothing."""
         deadline = time.monotonic() + _CAUSE_SECONDS
+        self._send(0.0)  # so that only a store that is gone holds no heartbeat
         places = self._heartbeats.read()
         # A killed rank says nothing, and its launcher, which sees it first, is to report it first.
         while time.monotonic() < deadline and places:
             if (told := self._told()) is not None:
                 return f"The first cause: {told}"
             time.sleep(0.1)
+            self._send(0.0)  # the thread that did so has ended, this rank has not
             places = self._heartbeats.read()
         if not places:
             return "The rank that holds the store, rank 0 or its torchrun, has ended"
@@ -227,10 +233,14 @@ def lost_contact(error: BaseException) -> bool:
 
 
 def _may_be_gloos(error: BaseException) -> bool:
-    """The one collective that collectives.py does not call itself, DistributedDataParallel's
-    average of the gradients, fails with a bare RuntimeError where gloo does. So may anything else,
-    so whether the other ranks are gone decides."""
-    return type(error) is RuntimeError
+    """Whether it is a bare RuntimeError out of torch's backward or DistributedDataParallel.
+
+    The one collective that collectives.py does not call itself, DistributedDataParallel's average
+    of the gradients, fails so where gloo does. Errors of a backward do too, so whether the other
+    ranks are gone decides.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return type(error) is RuntimeError and bool(frames) and frames[-1].filename in _OF_DDP
 
 
 def _frame_of(thread: int) -> FrameType | None:
