@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import pytest
 
+from tests.conftest import run
 from tests.launch.processes import Run, records
 
 _SECONDS = 16  # of one fsync; the ranks' own time-out is 10
@@ -30,6 +33,16 @@ def preloaded(tmp_path_factory) -> str:
     return str(library)
 
 
+def test_a_linux_that_ties_no_process_to_its_launcher_is_said(preloaded):
+    code = "from recognition import runtime\nwith runtime.start() as here: print(here.world)"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--no-python", sys.executable]
+    done = run(
+        *torchrun, "-c", code, env={**os.environ, "LD_PRELOAD": preloaded, "NO_PDEATHSIG": "1"}
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "1", done.stderr
+    assert "does not tie this process to its launcher (Operation not permitted)" in done.stderr
+
+
 @pytest.mark.parametrize("part", ["rows-", "manifest"], ids=["rank 1's rows", "rank 0's manifest"])
 def test_a_slow_fsync_ends_no_run(preloaded, shards_dir, tmp_path, part):
     """Longer than collective_timeout, in a save: by the thread of one rank, or between the ranks'
@@ -45,9 +58,9 @@ def test_a_slow_fsync_ends_no_run(preloaded, shards_dir, tmp_path, part):
         "SLOW_RANK": "1" if part == "rows-" else "0",
     }
     torchrun = ["--standalone", "--nproc-per-node", 2]
-    with Run(tmp_path / "log", output, torchrun, keys, env=slow) as run:
-        assert run.agent.wait(200) == 0, run.text()
-        text = run.text()
+    with Run(tmp_path / "log", output, torchrun, keys, env=slow) as training:
+        assert training.agent.wait(200) == 0, training.text()
+        text = training.text()
     assert "slow fsync begins" in text and "slow fsync ends" in text
     assert "Killed or frozen" not in text and "error (rank" not in text
     assert [record["step"] for record in records(output)] == [1, 2, 3, 4]
