@@ -231,13 +231,14 @@ def _run_recipe(path: str) -> object:
     try:
         return runpy.run_path(path).get("config")
     except SyntaxError as error:
-        where = f"{error.filename or path}, line {error.lineno}"
-        raise UserError(f"{where}: {type(error).__name__}: {error.msg}") from error
+        where = "" if error.filename in (None, path) else f"{error.filename}, "
+        what = f"{where}line {error.lineno}: {type(error).__name__}: {error.msg}"
+        raise UserError(f"{path} does not run: {what}") from error
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame for frame in frames if frame.filename == path]
-        where = f"{path}, line {lines[-1].lineno} (`{lines[-1].line}`)" if lines else path
-        raise UserError(f"{where}: {type(error).__name__}: {error}") from error
+        where = f"line {lines[-1].lineno} (`{lines[-1].line}`): " if lines else ""
+        raise UserError(f"{path} does not run: {where}{type(error).__name__}: {error}") from error
 
 
 def make(values: Mapping[str, Any]) -> Config:

@@ -224,9 +224,12 @@ def test_several_data_sets_are_a_list_typed_or_written():
 @pytest.mark.parametrize(
     "body, words",
     [
-        ("config.rec = 'd'\nconfig.lr = 1 / 0", "my_recipe.py, line 4 (`config.lr = 1 / 0`): Zero"),
+        (
+            "config.rec = 'd'\nconfig.lr = 1 / 0",
+            "my_recipe.py does not run: line 4 (`config.lr = 1 / 0`): Zero",
+        ),
         ("import nothing_of_this_name", "line 3 (`import nothing_of_this_name`): ModuleNotFound"),
-        ("config.lr = (", "my_recipe.py, line 3: SyntaxError: "),
+        ("config.lr = (", "my_recipe.py does not run: line 3: SyntaxError: "),
     ],
     ids=["exception", "import", "syntax"],
 )
