@@ -19,7 +19,8 @@ import time
 
 from data_tools.common.errors import USER_ERRORS, one_line
 from launch import links, machine
-from recognition import collectives, config, runtime
+from recognition import collectives, config, failures, runtime
+from recognition.collectives import LostContact
 
 
 def check(cfg: config.Config, place: runtime.Runtime, seconds: float) -> links.Findings:
@@ -83,6 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
             report(found, place, everything=True)
             if args.json and place.rank == 0:
                 print(json.dumps(found.numbers | {"warnings": found.warnings}))
+    except LostContact as error:
+        failures.record(error, "", int(os.environ.get("RANK", "0")))
+        return 1
     except USER_ERRORS as error:
         print(f"error (rank {os.environ.get('RANK', '0')}): {one_line(error)}", file=sys.stderr)
         return 1

@@ -18,11 +18,12 @@ import dataclasses
 import faulthandler
 import json
 import os
+import signal
 import sys
 
 from data_tools.common.errors import USER_ERRORS, one_line
 from launch import preflight
-from recognition import build, config, runtime, stop, trainer, watchdog
+from recognition import build, config, failures, runtime, stop, trainer, watchdog
 from recognition.backbones import BACKBONES
 from recognition.losses import MARGINS
 
@@ -48,12 +49,23 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     stop.end_now_on_request()
     faulthandler.enable()  # a shard cut short under a run ends it by SIGBUS
+    try:
+        return _run(args)
+    except KeyboardInterrupt:  # while training, the run itself hears it
+        print("interrupted: nothing was trained that is not saved", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Build and train; the exit code."""
+    output = ""
     # A failed rank leaves by an exception: to end the process group in order, it would have to
     # wait for ranks that wait for it.
     with contextlib.ExitStack() as stack:
         try:
             cfg = config.load(args.recipe, args.overrides, args.safe)
             cfg = _without_missing_targets(cfg, args.overrides)
+            output = cfg.output
             place = stack.enter_context(runtime.start(cfg.collective_timeout))
             if cfg.preflight_seconds:
                 found = preflight.check(cfg, place, cfg.preflight_seconds)
@@ -61,22 +73,35 @@ def main(arguments: list[str] | None = None) -> int:
             state = build.build(cfg, place)
         except USER_ERRORS as error:  # a mistake in what was asked
             raise SystemExit(_said(error)) from None
-        except RuntimeError as error:
-            if watchdog.lost_contact(error):
-                raise SystemExit(_said(error)) from None
-            raise
+        except Exception as error:
+            lost = watchdog.lost_contact(error) and os.environ.get("WORLD_SIZE", "1") != "1"
+            raise SystemExit(_recorded(error, output, line=lost)) from None
         try:
             results = trainer.train(state)
         except stop.Stopped as stopped:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun may pass it on only now
             if state.runtime.rank == 0:
                 print(stopped, flush=True)
             return stop.leave(stopped)
-        except (FloatingPointError, OSError) as error:  # others show where in the code they arose
+        except ConnectionError as error:
+            raise SystemExit(_recorded(error, output, line=True)) from None
+        except (FloatingPointError, *USER_ERRORS) as error:
             raise SystemExit(_said(error)) from None
+        except Exception as error:  # a bug: where in the code it arose
+            raise SystemExit(_recorded(error, output)) from None
     if args.json and state.runtime.rank == 0:
         facts = {"output": state.cfg.output, "step": state.step, "verification": results}
         print(json.dumps(facts))
     return 0
+
+
+def _recorded(error: Exception, output: str, line: bool = False) -> int:
+    """The exit code, after the traceback on stderr and in the run directory.
+
+    line: the error's line last.
+    """
+    failures.record(error, output, int(os.environ.get("RANK", "0")))
+    return _said(error) if line else 1
 
 
 def _said(error: Exception) -> int:

@@ -35,7 +35,7 @@ from recognition import (
 from recognition.backbones import make_backbone
 from recognition.config import Config
 from recognition.embedding import embed
-from recognition.finite import FiniteGuard
+from recognition.finite import FiniteGuard, SkippingStep
 from recognition.freezing import freeze, train_mode
 from recognition.head import PartialFC
 from recognition.kernels.choice import choose_all
@@ -81,8 +81,10 @@ class TrainState:
     teacher: distill.Teacher | None = None
     head_losses: torch.Tensor | None = None  # [heads] of the last step, without their weights
     phases: Phases = field(init=False)  # of the steps' time
+    step_backbone: SkippingStep = field(init=False)  # by parts.optimizer
 
     def __post_init__(self) -> None:
+        self.step_backbone = SkippingStep(self.parts.optimizer, self.runtime.device)
         self.phases = Phases(self.runtime.device)
         first = next(p for p in self.parts.backbone.parameters() if p.requires_grad)
         # The last gradient that the backward finds: what follows is the end of its exchange.

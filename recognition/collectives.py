@@ -11,17 +11,20 @@ Letters: W ranks, b rows of this rank, B rows of all ranks, D embedding.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
+from torch.distributed import DistError, ProcessGroup
 
 from data_tools.common.errors import UserError
 from recognition.phases import communication
@@ -31,6 +34,37 @@ _all_gather: Callable = getattr(dist, "all_gather_single", None) or dist.all_gat
 _reduce_scatter: Callable = (
     getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 )
+
+
+_POLL_SECONDS = (0.01, 0.2)  # between two looks into the store: first, and most
+_PATIENT_TIMES = 10  # the group's time-out: the watchdog's limit for what may take long
+
+
+class LostContact(RuntimeError):
+    """A collective failed because another rank cannot be reached any more. Its __cause__ is the
+    library's error."""
+
+
+@contextlib.contextmanager
+def _naming_loss(group: ProcessGroup) -> Iterator[None]:
+    """Errors of the library inside the body leave as LostContact.
+
+    gloo raises a bare RuntimeError (torch 2.13), nccl and the store a DistError. At world size 1
+    there is nobody to lose, so an error stays what it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if group.size() == 1 or not (type(error) is RuntimeError or isinstance(error, DistError)):
+            raise
+        raise LostContact(str(error)) from error
+
+
+@contextlib.contextmanager
+def _exchange(group: ProcessGroup) -> Iterator[None]:
+    """Around a collective: the phases count it as communication, its errors are LostContact."""
+    with communication(), _naming_loss(group):
+        yield
 
 
 def world_group() -> ProcessGroup:
@@ -141,7 +175,7 @@ class _GatherRows(Function):
                 source[: len(rows)] = rows
             padded = padded.flatten(0, 1)
         local = padded.new_empty(most, *grad.shape[1:])
-        with communication():
+        with _exchange(ctx.group):
             _reduce_scatter(local, padded, group=ctx.group)
         return (local[: counts[rank]] * world).to(ctx.dtype), None, None, None
 
@@ -161,7 +195,7 @@ class _MergeLogSumExp(Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, group: ProcessGroup) -> Tensor:
         every = local.new_empty(group.size(), *local.shape)
-        with communication():
+        with _exchange(group):
             _all_gather(every.flatten(), local.contiguous(), group=group)
         total = torch.logsumexp(every, 0)
         # -inf - -inf: no rank has a class for this row, nothing to share out.
@@ -191,7 +225,7 @@ def _gather(local: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor
     if len(local) < most:
         padded = torch.cat([padded, padded.new_zeros(most - len(local), *local.shape[1:])])
     every = padded.new_empty(group.size() * most, *local.shape[1:])
-    with communication():
+    with _exchange(group):
         _all_gather(every, padded, group=group)
     if min(counts) == most:
         return every
@@ -252,7 +286,7 @@ class _SyncBatchNorm(Function):
         count = local_mean.new_full((1,), x.numel() // x.shape[1])
         local = torch.cat([local_mean, local_var, count])
         every = local.new_empty(group.size() * len(local))
-        with communication():
+        with _exchange(group):
             _all_gather(every, local, group=group)
         means, variances, counts = every.view(group.size(), -1).split([x.shape[1]] * 2 + [1], dim=1)
         total = counts.sum()
@@ -292,7 +326,7 @@ def average_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
     """Replace each tensor by its mean over the ranks. One all-reduce of all their elements."""
     if tensors:
         flat = torch.cat([t.flatten() for t in tensors])
-        with communication():
+        with _exchange(group):
             dist.all_reduce(flat, group=group)
         flat /= group.size()
         for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
@@ -302,7 +336,7 @@ def average_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
 def largest_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
     """The maximum over the ranks, the same on all: how ranks agree on what one may decide alone."""
     largest = values.detach().clone()
-    with communication():
+    with _exchange(group):
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     return largest
 
@@ -311,10 +345,12 @@ def start_largest(value: int, group: ProcessGroup) -> Callable[[], int]:
     """The maximum over the ranks, asked for now and fetched by calling what comes back: nobody
     waits in between. One all-reduce of 8 bytes in the host's memory, behind the caller's back."""
     largest = torch.tensor(value)
-    work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=group, async_op=True)
+    with _naming_loss(group):
+        work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=group, async_op=True)
 
     def fetch() -> int:
-        work.wait()
+        with _naming_loss(group):
+            work.wait()
         return int(largest)
 
     return fetch
@@ -323,16 +359,88 @@ def start_largest(value: int, group: ProcessGroup) -> Callable[[], int]:
 def sum_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over the ranks, the same on all, without gradient. One all-reduce."""
     total = values.detach().clone(memory_format=torch.contiguous_format)
-    with communication():
+    with _exchange(group):
         dist.all_reduce(total, group=group)
     return total
 
 
 def gather_objects(value: object, group: ProcessGroup) -> list:
     """Every rank's value, small and picklable, in rank order. Ranks trust each other."""
+    if group.size() == 1:
+        return [value]
     values: list = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
+    with _naming_loss(group):
+        dist.all_gather_object(values, value, group=group)
     return values
+
+
+class _Agreement:
+    """One exchange of values through the store in which the ranks met; no collective is in flight,
+    so the ranks may arrive minutes apart."""
+
+    _numbers: ClassVar[dict[str, int]] = {}  # by group: how many there have been
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group, name = group, group.group_name
+        self._number = self._numbers.get(name, 0)
+        self._numbers[name] = self._number + 1
+        # Of its own: a look must not wait behind a request that the library has under way.
+        self._store = dist.distributed_c10d._get_process_group_store(group).clone()  # type: ignore[attr-defined]
+        backend = group._get_backend(torch.device("cpu"))
+        timeout: timedelta = backend.options._timeout  # type: ignore[attr-defined]
+        self._seconds = _PATIENT_TIMES * timeout.total_seconds()
+
+    def leave(self, value: object, failure: str | None = None) -> None:
+        """This rank's value; or why it will not come back to the group."""
+        self._store.set(self._key(self._number, self._group.rank()), pickle.dumps((value, failure)))
+
+    def collect(self) -> list:
+        """The values of all ranks, in rank order."""
+        values = []
+        for rank in range(self._group.size()):
+            value, failure = pickle.loads(self._wait_for(rank))
+            if failure is not None:
+                raise LostContact(f"rank {rank} has failed: {failure}")
+            values.append(value)
+        if self._number > 0:  # all ranks have come here, so all have read the one before
+            self._store.delete_key(self._key(self._number - 1, self._group.rank()))
+        return values
+
+    def _wait_for(self, rank: int) -> bytes:
+        deadline, (pause, longest) = time.monotonic() + self._seconds, _POLL_SECONDS
+        key = self._key(self._number, rank)
+        while not self._store.check([key]):
+            if time.monotonic() > deadline:
+                raise LostContact(f"rank {rank} has not come within {self._seconds:.0f} s")
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+        return self._store.get(key)
+
+    def _key(self, number: int, rank: int) -> str:
+        return f"agreement-{number}/{rank}"
+
+
+def gather_through_store(action: Callable[[], object], group: ProcessGroup) -> list:
+    """What `action` returns on every rank, in rank order. For what waits for a disk: gather_objects
+    would end the run after the group's own time-out, this waits ten times as long.
+
+    Raises:
+        LostContact: the action has failed on another rank, which has left; or the store is gone;
+            or a rank has not come in time.
+    """
+    if group.size() == 1:
+        return [action()]
+    with _naming_loss(group):
+        agreement = _Agreement(group)
+    try:
+        value = action()
+    except Exception as error:
+        with contextlib.suppress(RuntimeError):  # the action's error is the one to tell
+            agreement.leave(None, f"{type(error).__name__}: {error}")
+        raise
+    with _naming_loss(group):
+        agreement.leave(value)
+        return agreement.collect()
 
 
 def gather_parts(local: Tensor, rows_per_rank: Sequence[int], group: ProcessGroup) -> Tensor:
@@ -341,17 +449,20 @@ def gather_parts(local: Tensor, rows_per_rank: Sequence[int], group: ProcessGrou
 
 
 def together(group: ProcessGroup, what: str, action: Callable[[], Any]) -> list:
-    """Every rank's result of `action`, in rank order.
+    """Every rank's result of `action`, in rank order. The ranks wait for one another through the
+    store: an action mostly waits for a disk, which may be slow for one rank alone.
 
     Raises:
         OSError: on every rank alike, if it raised one on any; the message names the ranks.
     """
-    result, failure = None, None
-    try:
-        result = action()
-    except OSError as error:
-        failure = f"rank {group.rank()}: {error}"
-    outcomes = gather_objects((result, failure), group)
+
+    def attempt() -> tuple[Any, str | None]:
+        try:
+            return action(), None
+        except OSError as error:
+            return None, f"rank {group.rank()}: {error}"
+
+    outcomes = gather_through_store(attempt, group)
     failures = [failure for _, failure in outcomes if failure]
     if failures:
         raise OSError(f"cannot {what}: " + "; ".join(failures))
@@ -364,7 +475,7 @@ def check_same(group: ProcessGroup, **facts: Any) -> None:
     Raises:
         ValueError: on every rank alike, with the first fact that differs.
     """
-    everywhere = gather_objects(facts, group)
+    everywhere = gather_through_store(lambda: facts, group)
     for name in facts:
         values = [there[name] for there in everywhere]
         other = next((r for r, value in enumerate(values) if value != values[0]), None)

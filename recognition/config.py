@@ -12,13 +12,14 @@ import json
 import math
 import os
 import runpy
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from data_tools.common import schema
+from data_tools.common import files, schema, text
 from data_tools.common.errors import UserError, UserKeyError, UserTypeError
 from data_tools.common.schema import Option, option
 
@@ -298,21 +299,14 @@ def load(path: str, overrides: Sequence[str] = (), safe: bool = False) -> Config
         KeyError: an unknown key; the message names the nearest.
         TypeError, ValueError: a value of the wrong type or out of its range.
     """
-    if not os.path.isfile(path):
+    if not files.is_file(path):
         raise FileNotFoundError(f"no recipe at {path}")
     json_recipe = path.endswith(".json")
     if safe and not json_recipe:
         raise PermissionError(
             f"{path} is a program, which --safe does not run: give its keys in a .json"
         )
-    try:
-        if json_recipe:
-            with open(path, encoding="utf-8") as file:
-                recipe = json.load(file)
-        else:
-            recipe = runpy.run_path(path).get("config")
-    except Exception as error:  # whatever the recipe's own code raises
-        raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from error
+    recipe = _read_json(path) if json_recipe else _run_recipe(path)
     if isinstance(recipe, SimpleNamespace):
         recipe = vars(recipe)
     if not isinstance(recipe, Mapping):
@@ -335,6 +329,29 @@ def load(path: str, overrides: Sequence[str] = (), safe: bool = False) -> Config
             typed[args] = {**values.get(args, {}), **typed.get(args, {})}
             typed[args][key.removeprefix(f"{args}.")] = typed.pop(key)
     return make(values | typed)
+
+
+def _read_json(path: str) -> object:
+    try:
+        return json.loads(text.read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def _run_recipe(path: str) -> object:
+    """What the recipe calls `config`. Its own code may raise anything: a user's error, in a file of
+    the user's, so it is told with the line instead of a traceback through this package."""
+    try:
+        return runpy.run_path(path).get("config")
+    except SyntaxError as error:
+        where = "" if error.filename in (None, path) else f"{error.filename}, "
+        what = f"{where}line {error.lineno}: {type(error).__name__}: {error.msg}"
+        raise UserError(f"{path} does not run: {what}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame for frame in frames if frame.filename == path]
+        where = f"line {lines[-1].lineno} (`{lines[-1].line}`): " if lines else ""
+        raise UserError(f"{path} does not run: {where}{type(error).__name__}: {error}") from error
 
 
 def make(values: Mapping[str, Any]) -> Config:
@@ -413,11 +430,11 @@ def _translate(values: dict[str, Any], place: str) -> dict[str, Any]:
 def _parse(overrides: Sequence[str]) -> dict[str, Any]:
     typed: dict[str, Any] = {}
     for override in overrides:
-        key, equals, text = override.partition("=")
+        key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"{override!r} is not key=value")
         try:
-            typed[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            typed[key] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+            typed[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            typed[key] = {"true": True, "false": False, "none": None}.get(value.lower(), value)
     return typed

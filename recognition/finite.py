@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
 
 from recognition.collectives import gather_objects, largest_over_ranks
 
@@ -65,6 +67,45 @@ class FiniteGuard:
             + "; ".join(places)
             + ". Lower lr, lengthen warmup_epochs, or look at the data of that step"
         )
+
+
+class SkippingStep:
+    """The step of a torch optimiser, left out by the flag that the ranks agreed on.
+
+    torch's fused optimisers read the flag on the device, without a host synchronisation. Whether
+    this one does is tried once, on a parameter of its own; for any other the host reads the flag.
+    """
+
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+        self._optimizer = optimizer
+        self.on_device = _honours_found_inf(optimizer, device)
+
+    def __call__(self, found_inf: Tensor) -> None:  # [] not 0: leave the step out
+        if self.on_device:
+            _set_found_inf(self._optimizer, found_inf)
+        elif found_inf.item():
+            return
+        self._optimizer.step()
+
+
+def _honours_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
+    """Whether an optimiser of this type and options leaves a step out if it is told to."""
+    first = next(p for group in optimizer.param_groups for p in group["params"])
+    parameter = nn.Parameter(torch.ones(2, device=device, dtype=first.dtype))
+    taken = inspect.signature(type(optimizer)).parameters
+    options = {name: value for name, value in optimizer.defaults.items() if name in taken}
+    try:
+        probe = type(optimizer)([parameter], **options | {"lr": 1.0})
+        parameter.grad = torch.ones_like(parameter)
+        _set_found_inf(probe, torch.ones((), device=device))
+        probe.step()
+    except Exception:  # each has its own way of refusing the flag
+        return False
+    return bool((parameter == 1).all())
+
+
+def _set_found_inf(optimizer: Optimizer, found_inf: Tensor) -> None:
+    setattr(optimizer, "found_inf", found_inf)  # noqa: B010  (torch's name, in no stub)
 
 
 def _non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
 from typing import Any
 
 from torch import Tensor
 
-from recognition import config, heads, progress
+from recognition import config, heads, progress, sanity
 from recognition.build import TrainState
+from recognition.checkpoint.directory import directory_of
 from recognition.logger import Logger, as_numbers, histograms
 
 _LEAST_SCALE = 2.0**-14  # of fp16; below it nothing is left of the gradient
@@ -24,7 +28,7 @@ def announce(state: TrainState, logger: Logger) -> None:
     )
     if state.precision == "fp16" and runtime.device.type == "cpu":
         logger.say("warning: fp16 takes a CPU many times fp32's time: use precision=bf16 or fp32")
-    for line in state.said:
+    for line in [*state.said, *(sanity.lines(state) if runtime.rank == 0 else [])]:
         logger.say(line)
     for damage in state.set_aside:
         record = {"step": state.step, "damaged_checkpoint": damage}
@@ -37,6 +41,22 @@ def announce(state: TrainState, logger: Logger) -> None:
         if state.resized:
             logger.say(state.resized)
         logger.say(f"continues after step {state.step}: {_continuation(state)}")
+
+
+def what_comes_next(state: TrainState, logger: Logger) -> None:
+    """Where the trained model is, and the two commands that most people type next."""
+    output = state.cfg.output
+    found = []
+    for name in state.cfg.val_targets:
+        with contextlib.suppress(OSError):  # it was there at the start
+            found.append(state.data.bin_path(name.removesuffix(".bin")))
+    bins = " ".join(shlex.quote(str(path)) for path in found) or "lfw.bin"
+    logger.say(
+        f"the model is in {directory_of(output, state.step)}; next:\n"
+        f"  python -m eval lfw {shlex.quote(output)} {bins}\n"
+        f"  python launch/export.py {shlex.quote(output)} "
+        f"{shlex.quote(os.path.join(output, 'model.onnx'))}"
+    )
 
 
 def _continuation(state: TrainState) -> str:

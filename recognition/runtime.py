@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ import torch.distributed.nn  # noqa: F401
 from torch.distributed import ProcessGroup
 
 from data_tools.common.errors import UserError
+
+_LAUNCHER_WORDS = 8  # of its command line: the interpreter's options stand before the module
 
 
 class Runtime(NamedTuple):
@@ -95,11 +98,47 @@ def shares_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+def torchrun() -> int | None:
+    """The process id of the torchrun that this process descends from; None if there is none.
+
+    It need not be the parent: `torchrun --no-python numactl ... python launch/train.py`.
+    """
+    pid = os.getpid()
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        while pid > 1:
+            status = Path(f"/proc/{pid}/status").read_text()
+            pid = int(next(x for x in status.splitlines() if x.startswith("PPid:")).split()[1])
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            if any(_is_torchrun(word) for word in words[:_LAUNCHER_WORDS]):
+                return pid
+    return None
+
+
+def _is_torchrun(word: str) -> bool:
+    modules = ("torch.distributed.run", "torch.distributed.launch")
+    return (
+        os.path.basename(word) == "torchrun"
+        or word in modules
+        or (word.endswith(tuple(f"{module.replace('.', '/')}.py" for module in modules)))
+    )
+
+
 def _end_with_parent() -> None:
     """Ask Linux to kill this process when its launcher dies: nobody else would end it."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig, parent = 1, os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0) != 0:
+        print(
+            f"warning: Linux does not tie this process to its launcher "
+            f"({os.strerror(ctypes.get_errno())}): if torchrun is killed, end process "
+            f"{os.getpid()} yourself",
+            file=sys.stderr,
+            flush=True,
+        )
+    elif os.getppid() != parent:  # it died before Linux knew
+        raise SystemExit("the launcher of this process has ended")
 
 
 def _device(local_rank: int) -> torch.device:

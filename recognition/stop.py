@@ -2,8 +2,9 @@
 
 SIGUSR1 asks the run to end: schedulers send it before a time limit or a pre-emption. SIGTERM says
 that whoever started this process is about to end it; torchrun sends it before it starts its
-processes anew, too. Both lead to the same last step and a checkpoint of it. What differs is what
-torchrun is told: after SIGUSR1 it must not start the processes once more.
+processes anew, too. SIGINT is a person's Ctrl-C. All lead to the same last step and a checkpoint of
+it. What differs is what torchrun is told: after SIGUSR1 it must not start the processes once more.
+A second Ctrl-C ends a process at once (watchdog.hearing).
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from torch.distributed import ProcessGroup
 
 from data_tools.common import files
 from recognition.collectives import start_largest
+from recognition.runtime import torchrun
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again
 _NOTE = "stopped.json"  # in the run directory, from a stop to the next start
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # the later one wins where ranks heard different ones
+# The later one wins where ranks heard different ones.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _AGENT_SECONDS = 30.0  # torchrun's own --shutdown-timeout
 
 
@@ -92,13 +95,18 @@ def leave(stopped: Stopped) -> int:
 
     torchrun takes any exit code but 0 for a failure and starts the processes anew while it has
     restarts left. So after SIGUSR1 the first process of each machine ends its torchrun by SIGTERM,
-    which torchrun sends back to all of its processes.
+    which torchrun sends back to all of its processes. A parent that is no torchrun (numactl, a
+    script) is left alone.
     """
     if stopped.heard == signal.SIGUSR1 and "TORCHELASTIC_RUN_ID" in os.environ:
         for number in SIGNALS:
             signal.signal(number, _exit)
+        agent = torchrun()
+        if agent is None:
+            print("warning: no torchrun among the parents of this process", file=sys.stderr)
+            return EXIT_CODE
         if os.environ.get("LOCAL_RANK") == "0":
-            os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(agent, signal.SIGTERM)
         time.sleep(_AGENT_SECONDS)
     return EXIT_CODE
 

@@ -92,6 +92,8 @@ def _to_the_end(state: TrainState, overseer: Overseer, rolled_back: str | None) 
         while state.step < state.schedule.total_steps:
             with make_loader(state) as loader:
                 results = _run(state, logger, loader, saver, overseer, stepped, results)
+        saver.finish()
+        report.what_comes_next(state, logger)
         return results
 
 
@@ -240,9 +242,7 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
         nn.utils.clip_grads_with_norm_([p for _, p in named], cfg.clip_norm, grad_norm)
     for group in parts.optimizer.param_groups:
         group["lr"] = lr
-    # The fused step reads the attribute and changes nothing where it is 1.
-    setattr(parts.optimizer, "found_inf", found)  # noqa: B010
-    parts.optimizer.step()
+    state.step_backbone(found)
     for part in parts.heads:
         skip = None if cfg.update_in_backward else found
         part.row_optimizer.step(lr, scale, skip)

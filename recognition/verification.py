@@ -41,10 +41,13 @@ def verify(
             name: {key: score[key] for key in ("accuracy_mean", "accuracy_std", "xnorm")}
             for name, score in results.items()
         }
+        num_pairs = {pairs.name: len(pairs.issame) for pairs in state.val_sets}
         line = "  ".join(
-            f"{name} {100 * score['accuracy_mean']:.2f} +- {100 * score['accuracy_std']:.2f} %"
+            f"{name} {100 * score['accuracy_mean']:.2f} +- {100 * score['accuracy_std']:.2f} % of "
+            f"{num_pairs[name]} pairs"
             for name, score in short.items()
         )
+        line += " (+-: the standard deviation over ten folds)"
         record = {"step": state.step, "verification": short}
         logger.record(record, f"step {state.step}  verification  {line}")
     return results

@@ -32,7 +32,7 @@ from recognition.checkpoint.writing import (
     reports,
     write_files,
 )
-from recognition.collectives import gather_objects, together
+from recognition.collectives import gather_through_store, together
 
 _COPYING = 2  # threads
 _PIECE = 16 << 20  # elements that one of them copies at a time
@@ -211,8 +211,7 @@ class _Save:
 
     def finish(self) -> str | None:
         """Wait for all ranks; why it failed, alike on every rank."""
-        self._written.wait()
-        outcomes = gather_objects((self._entries, self._failure), self.group)
+        outcomes = gather_through_store(self._outcome, self.group)
         failures = [failure for _, failure in outcomes if failure]
         if failures:
             self._abandon()
@@ -230,6 +229,11 @@ class _Save:
         except OSError as error:
             return str(error)
         return None
+
+    def _outcome(self) -> tuple[Entries, str | None]:
+        """Wait for this rank's files: their entries, and why they could not be written."""
+        self._written.wait()
+        return self._entries, self._failure
 
     def leave(self, seconds: float) -> None:
         """Wait for it without the other ranks, so long; then give it up."""

@@ -41,8 +41,8 @@ class Choice(NamedTuple):
 
 
 def choose(wanted: str, head: PartialFC, num_rows: int, known: str = "") -> Choice:
-    """Give the head its form, the same on all ranks; all of them call it. Two collectives, of
-    [forms] numbers, where something is to be tried.
+    """Give the head its form, the same on all ranks; all of them call it. One gather of what each
+    rank can do, and one all-reduce of [forms] numbers where something is to be tried.
 
     wanted: "auto": on a GPU the quickest of all by measurement, on a CPU "native" where there are
     many classes; or "plain", "native", "compiled" or "triton". num_rows: B. known: the form that
@@ -53,16 +53,8 @@ def choose(wanted: str, head: PartialFC, num_rows: int, known: str = "") -> Choi
         return Choice("plain", "")
     if wanted == "native" or (wanted == "auto" and head.device.type == "cpu"):
         return _native(wanted, head, known)
-    reason = unsupported(head)
-    forms: list[str] = []
-    if reason is None:
-        without_triton = no_triton(head)
-        if wanted != "compiled" and without_triton is None:
-            forms += triton_forms(head)
-        if wanted in ("auto", "compiled"):
-            forms.append("compiled")
-        reason = None if forms else without_triton
-    if reason is not None:
+    forms, reason = _agreed_forms(wanted, head)
+    if not forms:
         return Choice("plain", f"head_kernel={wanted}: the plain form is taken, {reason}")
     if known in forms:
         forms = [known]
@@ -78,6 +70,34 @@ def choose(wanted: str, head: PartialFC, num_rows: int, known: str = "") -> Choi
         for form, spent, (_, why) in zip(forms, seconds.tolist(), tried, strict=True)
     )
     return Choice(taken, f"head_kernel={wanted}: {taken} is taken; of a step: {figures}")
+
+
+def _agreed_forms(wanted: str, head: PartialFC) -> tuple[list[str], str]:
+    """The fused forms that every rank can try, the same list on all; why there is none.
+
+    Machines may differ (one without Triton, an older GPU), and the trial ends in an all-reduce of
+    one number a form. One gather.
+    """
+    everywhere = collectives.gather_objects(_own_forms(wanted, head), head.group)
+    forms = [form for form in everywhere[0][0] if all(form in there for there, _ in everywhere)]
+    for rank, (there, reason) in enumerate(everywhere):
+        if not there:
+            return [], reason if rank == head.group.rank() else f"{reason} (rank {rank})"
+    return forms, "" if forms else "no form is there on every rank"
+
+
+def _own_forms(wanted: str, head: PartialFC) -> tuple[list[str], str]:
+    """The fused forms that this rank can try; why there is none."""
+    reason = unsupported(head)
+    if reason is not None:
+        return [], reason
+    forms: list[str] = []
+    without_triton = no_triton(head)
+    if wanted != "compiled" and without_triton is None:
+        forms += triton_forms(head)
+    if wanted in ("auto", "compiled"):
+        forms.append("compiled")
+    return forms, "" if forms else str(without_triton)
 
 
 def _native(wanted: str, head: PartialFC, known: str) -> Choice:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_tools.common.errors import UserError
 from recognition import config
 from recognition.backbones import make_backbone
 from recognition.losses import MARGINS, make_margin
@@ -218,3 +219,29 @@ def test_several_data_sets_are_a_list_typed_or_written():
             config.make({"rec": empty})
     with pytest.raises(TypeError, match="expected str"):
         config.make({"rec": [["a"]]})
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        (
+            "config.rec = 'd'\nconfig.lr = 1 / 0",
+            "my_recipe.py does not run: line 4 (`config.lr = 1 / 0`): Zero",
+        ),
+        ("import nothing_of_this_name", "line 3 (`import nothing_of_this_name`): ModuleNotFound"),
+        ("config.lr = (", "my_recipe.py does not run: line 3: SyntaxError: "),
+    ],
+    ids=["exception", "import", "syntax"],
+)
+def test_an_error_of_a_recipe_names_file_and_line(recipe, body, words):
+    with pytest.raises(UserError) as raised:
+        config.load(recipe(body))
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1", b"\xff\xfe{", b"\x80"], ids=repr)
+def test_a_json_recipe_that_is_none_is_a_users_error(tmp_path, content):
+    path = tmp_path / "recipe.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        config.load(str(path))

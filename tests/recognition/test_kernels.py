@@ -162,6 +162,21 @@ def test_what_cannot_be_done_is_said(wanted, options, form, words):
         assert said.form == form and words in said.said and bool(said.said) is bool(words)
 
 
+@interpreted
+def test_ranks_that_can_do_different_things_agree_first():
+    """Rank 1 has no Triton: no rank tries it or waits for an all-reduce of its figures."""
+    here, there = ranks.run(2, chosen_without_triton_on_rank_1)
+    assert here.form == there.form == "plain"
+    assert "not on this machine" in there.said and "not on this machine (rank 1)" in here.said
+
+
+def chosen_without_triton_on_rank_1():
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.distributed.get_rank() == 1:
+            patch.setattr(choice, "no_triton", lambda head: "not on this machine")
+        return chosen("triton")
+
+
 def test_without_an_interpreter_or_a_gpu_it_is_plain():
     code = (
         "import torch.distributed as dist, tempfile\n"

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from recognition import config
+from recognition import build, config
+from recognition.finite import SkippingStep
 from recognition.profiling import traced
 from tests import ranks
 from tests.recognition import runs
@@ -26,6 +27,32 @@ def differences(one, other):
             largest = value.abs().max().clamp_min(1e-30)
             found[name] = float((one[name] - value).abs().max() / largest)
     return found
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_is_skipped_by_an_optimizer_of_any_kind(kind, fused):
+    """Fused ones read found_inf themselves; others would take the step in spite of it."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = kind([parameter], lr=0.5, fused=fused)
+    step = SkippingStep(optimizer, torch.device("cpu"))
+    if not fused:
+        assert not step.on_device
+    parameter.grad = torch.ones(3)
+    step(torch.ones(()))
+    assert (parameter == 1).all()
+    step(torch.zeros(()))
+    assert (parameter < 1).all()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_runs_own_optimizers_need_no_word_of_the_host(shards_dir, tmp_path, optimizer):
+    keys = {"rec": str(shards_dir), "output": str(tmp_path / "r"), "optimizer": optimizer}
+    assert ranks.run(1, on_device, keys) == [True]
+
+
+def on_device(keys):
+    return build.build(config.make(runs.BASE | keys), runs.here()).step_backbone.on_device
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

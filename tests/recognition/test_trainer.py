@@ -147,7 +147,7 @@ def test_a_resume_in_another_order_is_refused(shards_dir, tmp_path, key):
     keys = {"rec": str(shards_dir), "output": str(tmp_path / "run"), "shuffle_block": 8}
     ranks.run(1, runs.run, keys, 1)
     kind, message = ranks.run(1, refused, keys | {key: 16})[0]
-    assert kind == "ValueError" and f"another {key}" in message
+    assert "ValueError" in kind and f"another {key}" in message
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_two_sets_train_the_same_model_at_any_world_size_and_resume(two_sets, tm
 def test_shares_must_fit_the_sets(two_sets, tmp_path):
     keys = {"rec": two_sets, "rec_shares": [1], "output": str(tmp_path / "run")}
     kind, message = ranks.run(1, refused, keys)[0]
-    assert kind == "ValueError" and "for 2 data sets" in message
+    assert "ValueError" in kind and "for 2 data sets" in message
 
 
 def test_the_metrics_have_what_scripts_rely_on(shards_dir, tmp_path):
@@ -387,7 +387,7 @@ def batch_of(keys):
 def test_mistakes_are_named_before_training(shards_dir, tmp_path, keys, error, words):
     keys = {"rec": str(shards_dir), "output": str(tmp_path / "run")} | keys
     (kind, message), *_ = ranks.run(1, refused, keys)
-    assert kind == error.__name__ and words in message
+    assert error.__name__ in kind and words in message
 
 
 @pytest.mark.parametrize("same", [[True] * 9, [True] * 12, [False] * 12], ids=len)
@@ -398,12 +398,13 @@ def test_a_val_set_without_ten_folds_of_both_kinds_is_refused(shards_dir, tmp_pa
     (copy / "few.bin").write_bytes(pickle.dumps(([image] * (2 * len(same)), same)))
     keys = {"rec": str(copy), "val_targets": ["few"], "output": str(tmp_path / "run")}
     kind, message = ranks.run(1, refused, keys)[0]
-    assert kind == "ValueError" and "few.bin has" in message
+    assert "ValueError" in kind and "few.bin has" in message
 
 
 def refused(keys):
+    """The names of the error's classes, and what it says."""
     try:
         build.build(config.make(runs.BASE | keys), runs.here())
     except Exception as error:
-        return type(error).__name__, str(error)
-    return None, ""
+        return [kind.__name__ for kind in type(error).__mro__], str(error)
+    return [], ""

@@ -11,11 +11,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recognition import build, config, places, replicas, runtime, trainer, watchdog
+from recognition import (
+    build,
+    collectives,
+    config,
+    places,
+    replicas,
+    runtime,
+    trainer,
+    watchdog,
+)
+from recognition.heartbeats import Heartbeats
 from recognition.places import Place
 from tests import ranks
 from tests.conftest import run
-from tests.launch.processes import Run, wait
+from tests.launch.processes import ROOT, Run, wait
 from tests.recognition import runs
 
 TINY = ["global_batch_size=12", "max_steps=100000", "collective_timeout=12"]
@@ -79,11 +89,102 @@ def told(directory):
     return dog.first_cause()
 
 
-def test_lost_contact_is_known_from_errors_of_ones_own():
-    assert watchdog.lost_contact(RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error"))
+def test_lost_contact_is_known_by_the_errors_type_alone():
+    assert watchdog.lost_contact(collectives.LostContact("Read error"))
     assert watchdog.lost_contact(dist.DistBackendError("NCCL communicator was aborted"))
-    assert not watchdog.lost_contact(RuntimeError("shape mismatch"))
-    assert not watchdog.lost_contact(ValueError("Connection closed"))
+    assert not watchdog.lost_contact(RuntimeError("/data/igloo/nccl: connection closed"))
+    assert not watchdog.lost_contact(ConnectionResetError("of a data server"))
+
+
+def test_an_error_at_world_size_1_is_never_lost_contact(tmp_path):
+    store = dist.HashStore()
+    for error in (RuntimeError("[gloo] Read error"), dist.DistBackendError("NCCL")):
+        with (
+            pytest.raises(type(error)) as raised,
+            watchdog.Watchdog(store, 0, 1, 60.0, str(tmp_path)),
+        ):
+            raise error
+        assert raised.value is error
+
+
+def test_a_collective_without_its_peer_is_lost_contact(tmp_path):
+    """By one of each kind: a collective of ours, the average of DistributedDataParallel."""
+    code = _LOSES.format(root=str(ROOT))
+    for kind in ("object", "reduce", "gradients"):
+        done = run("-c", code, str(tmp_path / kind), kind, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "ConnectionError: lost contact" in done.stdout
+        assert "Killed or frozen" in done.stdout
+        assert "rank 1 on" in done.stderr and "was killed or is frozen ====" in done.stderr
+
+
+_LOSES = """
+import os, sys, torch, torch.distributed as dist, torch.multiprocessing as mp
+from datetime import timedelta
+sys.path.insert(0, {root!r})
+from recognition import collectives, watchdog
+directory, kind = sys.argv[1:]
+os.makedirs(directory)
+rank = 1 if os.fork() == 0 else 0
+store = dist.FileStore(directory + "/store", 2)
+dist.init_process_group(
+    "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
+)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+step = {{
+    "object": lambda: collectives.gather_objects(rank, dist.group.WORLD),
+    "reduce": lambda: collectives.sum_over_ranks(torch.ones(2), dist.group.WORLD),
+    "gradients": lambda: model(torch.ones(2, 2)).sum().backward(),
+}}[kind]
+try:
+    with watchdog.Watchdog(store.clone(), rank, 2, 60.0, directory):
+        step()
+        if rank == 1:
+            os._exit(1)
+        step()
+except Exception as error:
+    print(f"{{type(error).__name__}}: {{error}}", flush=True)
+    assert "Connection" in str(error.__cause__), error.__cause__
+os._exit(0)
+"""
+
+
+def test_an_error_of_a_backward_is_its_own_while_the_others_are_there(tmp_path):
+    """A bare RuntimeError out of torch's engine, which is what gloo's becomes there, too."""
+    assert ranks.run(2, own_error, str(tmp_path)) == ["RuntimeError", "no error"]
+
+
+def own_error(directory):
+    try:
+        with watchdog.Watchdog(runtime.store(), dist.get_rank(), 2, 60.0, directory):
+            collectives.gather_objects(None, dist.group.WORLD)
+            if dist.get_rank() == 0:
+                x = torch.ones(2, requires_grad=True).exp()
+                loss = x.square().sum()
+                with torch.no_grad():
+                    x.add_(1)  # the backward needs what it was
+                loss.backward()
+            else:
+                collectives.gather_through_store(lambda: time.sleep(8), dist.group.WORLD)
+    except RuntimeError as error:
+        assert "inplace operation" in str(error)
+        collectives.gather_through_store(lambda: None, dist.group.WORLD)
+        return type(error).__name__
+    return "no error"
+
+
+def test_the_age_of_a_heartbeat_is_by_the_readers_clock(monkeypatch):
+    """The sender's wall clock is an hour off; what counts is when its number changed here."""
+    store = dist.HashStore()
+    sender, reader = (Heartbeats(store, rank, 2) for rank in (1, 0))
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    sender.send(3, "computes", 0.0)
+    assert reader.read()[0].age == 0.0
+    time.sleep(0.2)
+    assert reader.read()[0].age >= 0.2  # no new one
+    sender.send(3, "computes", 0.2)
+    assert reader.read([1])[0].age == 0.0
+    assert reader.read([0]) == []  # it has sent none
 
 
 WAITS = "waits for the other ranks (recognition/collectives.py:1, f: x)"
