@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 
 from data_tools.common.errors import UserError
+from data_tools.image_size import check_size
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -22,22 +23,18 @@ _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF markers of a JPEG: its size and channels
 
 
-def decode(encoded: bytes, size: int = 112, where: str = "") -> np.ndarray:
+def decode(encoded: bytes, size: int = 112, where: str = "", resize: bool = False) -> np.ndarray:
     """RGB pixels, uint8 [size, size, 3].
 
-    Grey becomes three equal channels, transparency is dropped, a square image of another size is
-    resized (bicubic).
-    Raises: ValueError naming `where` for an empty, truncated or unreadable image, or one that is
-    not square: faces are aligned before they come here; stretching or cropping would misalign them.
+    Grey becomes three equal channels, transparency is dropped. resize: a square image of another
+    size is resized (bicubic); see image_size.py.
+
+    Raises: ValueError naming `where` for an empty, truncated or unreadable image, or one of another
+    size: faces are aligned before they come here.
     """
     image = decode_any_size(encoded, where)
     height, width = image.shape[:2]
-    if height != width:
-        raise UserError(
-            f"{where or 'image'}: {width}x{height} pixels is not square; align the faces to "
-            f"{size}x{size} first"
-        )
-    return resized(image, size)
+    return resized(image, size) if check_size(width, height, size, where, resize) else image
 
 
 def decode_any_size(encoded: bytes, where: str = "", follow_exif: bool = False) -> np.ndarray:
@@ -90,6 +87,18 @@ def size_of(encoded: bytes, where: str = "") -> tuple[int, int] | None:
             raise UserError(f"{where or 'image'}: a PNG that is cut short or damaged")
         return int.from_bytes(encoded[16:20], "big"), int.from_bytes(encoded[20:24], "big")
     return None
+
+
+def pixels_of(encoded: bytes, where: str = "") -> tuple[int, int]:
+    """Width and height of any image, decoded only if its header does not state them.
+
+    Raises: ValueError naming `where` for what is cut short or no image.
+    """
+    found = size_of(encoded, where)
+    if found is None:
+        height, width = decode_any_size(encoded, where).shape[:2]
+        return width, height
+    return found
 
 
 def channels_of(jpeg: bytes) -> int:

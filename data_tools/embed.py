@@ -26,7 +26,12 @@ _CHUNK = 256  # images decoded at a time
 
 
 def embed(
-    data: shards.Shards, embedder: "Embedder", out: Path, block: int, part: tuple[int, int]
+    data: shards.Shards,
+    embedder: "Embedder",
+    out: Path,
+    block: int,
+    part: tuple[int, int],
+    resize: bool = False,
 ) -> int:
     """Make the missing blocks of this part; how many were made.
 
@@ -61,7 +66,7 @@ def embed(
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for first in range(start, stop, _CHUNK):
                 ids = range(first, min(first + _CHUNK, stop))
-                rows.append(embedder(np.stack(list(pool.map(lambda i: _pixels(data, i), ids)))))
+                rows.append(embedder(np.stack(list(pool.map(lambda i: _pixels(data, i, resize), ids)))))
                 advance(len(ids))
         features.write_block(out, start, stop, np.concatenate(rows))
 
@@ -69,8 +74,8 @@ def embed(
     return len(todo)
 
 
-def _pixels(data: shards.Shards, i: int) -> np.ndarray:
-    return decode(data[i][1], 112, f"{data.where(i)}, image {i}")
+def _pixels(data: shards.Shards, i: int, resize: bool) -> np.ndarray:
+    return decode(data[i][1], 112, f"{data.where(i)}, image {i}", resize)
 
 
 def _part(text: str | None) -> tuple[int, int]:
@@ -89,6 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="directory of the features")
     parser.add_argument("--block", type=int, default=65536, help="images a file (65536)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at once (64)")
+    parser.add_argument(
+        "--resize", action="store_true", help="the faces are aligned at another size: resize them"
+    )
     parser.add_argument("--part", metavar="I/N", help="make every N-th block from I on (all)")
 
 
@@ -99,7 +107,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--block and --batch-size must be 1 or more")
     data = shards.open(args.path, shards.NO_RELABEL)
     part = _part(args.part)
-    made = embed(data, open_embedder(args.network, args.batch_size), args.out, args.block, part)
+    embedder = open_embedder(args.network, args.batch_size)
+    made = embed(data, embedder, args.out, args.block, part, args.resize)
     missing = [
         start
         for start, stop in features.blocks(len(data), args.block)

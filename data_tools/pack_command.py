@@ -101,8 +101,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pass-through",
         action="store_true",
-        help="keep the bytes of every square image, whatever its size, and do not decode it: "
-        "damaged pixels show only in `verify --deep`",
+        help="keep the bytes of every image and do not decode it: damaged pixels show only in "
+        "`verify --deep`",
+    )
+    parser.add_argument(
+        "--resize",
+        action="store_true",
+        help="the faces are aligned at another size: resize square images (with --pass-through "
+        "keep them, and train with resize=true); without it an image of another size than --size "
+        "is skipped",
     )
     parser.add_argument(
         "--exif",

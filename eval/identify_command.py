@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> dict | None:
         ValueError, OSError: a table, an image or the model is not what it must be.
     """
     tables = [
-        lists.read_faces(x, args.images, args.landmarks) for x in (*args.gallery, args.probes)
+        lists.read_faces(x, args.images, args.landmarks, resize=args.resize)
+        for x in (*args.gallery, args.probes)
     ]
     names = [path.stem for path in args.gallery]
     if len(set(names)) < len(names):

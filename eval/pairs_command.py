@@ -33,7 +33,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """How the images of a table are aligned and pooled."""
     parser.add_argument(
         "--landmarks", metavar="FILE|DIR", type=Path,
-        help="align the images by them, as in `eval lfw`; default: they are aligned",
+        help="align the images by them, as in `eval lfw`; default: they are aligned, 112 x 112",
     )  # fmt: skip
     parser.add_argument(
         "--no-norm", dest="norm", action="store_false",
@@ -88,12 +88,14 @@ def _of_images(args: argparse.Namespace, table: lists.Table, issame) -> pair_lis
                                 f"{len(absent)} of {len(numbers)} are absent")  # fmt: skip
     paths = list(numbers)
     points = pair_lists.points_of(paths, args.landmarks)
-    images = Files(args.pairs.stem, base, paths, points)
+    images = Files(args.pairs.stem, base, paths, points, args.resize)
     return pair_lists.Pairs(args.pairs.stem, images, first, second, issame)
 
 
 def _of_templates(args: argparse.Namespace, table: lists.Table, issame) -> dict | None:
-    faces = lists.read_faces(args.templates, args.images, args.landmarks, ("image", "template"))
+    faces = lists.read_faces(
+        args.templates, args.images, args.landmarks, ("image", "template"), args.resize
+    )
     numbers = {name: number for number, name in enumerate(faces.names)}
     sides = []
     for side in ("first", "second"):

@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="embed the image alone; default: e(image) + e(mirror image)",
     )  # fmt: skip
     parser.add_argument(
+        "--resize", action="store_true",
+        help="images without landmarks are aligned faces of another size than the network's: "
+        "resize them, counted in the result; default: such an image is an error",
+    )  # fmt: skip
+    parser.add_argument(
         "--cache", metavar="DIR|none", default=None,
         help="embeddings are kept there, by model, images and contract; default "
         "$ARCLINE_CACHE or ~/.cache/arcline/embeddings",
@@ -102,6 +107,7 @@ class Session:
         self.console = Console(stderr=args.json)
         self.saved: list[str] = []
         self.warnings: list[str] = []
+        self.resized: dict[str, dict[str, int]] = {}  # by set: how many images of how many
 
     @property
     def is_first(self) -> bool:
@@ -123,6 +129,12 @@ class Session:
         """
         from eval.extract import Place, extract
 
+        count = images.num_resized()  # before the work: it refuses images of another size
+        if self.args.resize and not alone:
+            self.resized[images.name] = {"count": count, "of": len(images)}
+            if count:
+                self.warn(f"{images.name}: {count} of {len(images)} images were not 112x112 and "
+                          "were resized (--resize)")  # fmt: skip
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("images"), TimeRemainingColumn(),
@@ -150,6 +162,8 @@ class Session:
         from eval.results import save
 
         result.facts["warnings"] = list(self.warnings)
+        if self.resized:
+            result.facts["resized"] = dict(self.resized)
         directory = results_dir(Path(self.args.model), self.args.results)
         if directory is not None:
             self.saved.append(str(save(directory, result)))
@@ -166,6 +180,7 @@ class Session:
     def output(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """What --json prints."""
         whole = {"model": self.embedder.facts, **results, "warnings": self.warnings}
+        whole |= {"resized": self.resized} if self.resized else {}
         return whole | ({"saved": self.saved} if self.saved else {})
 
 

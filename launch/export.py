@@ -61,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="verification set (default: the run's first val_target, else any .bin of its data)",
     )  # fmt: skip
     parser.add_argument(
+        "--resize", action="store_true",
+        help="the faces of both are aligned at another size than 112 x 112: resize them",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-pairs", type=int, default=MOST_PAIRS, metavar="N",
         help=f"spread over the set (default: {MOST_PAIRS}; 0: do not verify)",
     )  # fmt: skip
@@ -126,9 +130,10 @@ def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     found = args.run if (Path(args.run) / "manifest.json").is_file() else newest(args.run)
     module, config = load_backbone(found or args.run)
     rec = args.data or (config["rec"] if isinstance(config["rec"], str) else config["rec"][0])
+    resize = args.resize or bool(config.get("resize"))
     calibration = None
     if args.precision == "int8":
-        calibration = images_of(rec, NUM_CALIBRATION, 0.0)
+        calibration = images_of(rec, NUM_CALIBRATION, 0.0, resize)
         if calibration is None:
             raise UserError(f"int8 sets its ranges on images, and {rec} is not here: --data DIR")
     bake = Bake(args.normalise, args.flip_sum, args.l2)
@@ -137,7 +142,7 @@ def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
 
     def verify(path: Path) -> dict[str, Any]:
         assert pairs is not None
-        return lost_on(pairs, module, path, bake, limits, args.max_drop, say)
+        return lost_on(pairs, module, path, bake, limits, args.max_drop, say, resize)
 
     metadata = {
         "network": config["network"],
@@ -149,7 +154,7 @@ def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         **_weights(str(found), Path(args.run)),
     }
     report = export_onnx(
-        module, args.out, metadata=metadata, example_images=images_of(rec, NUM_EXAMPLES, 0.5),
+        module, args.out, metadata=metadata, example_images=images_of(rec, NUM_EXAMPLES, 0.5, resize),
         precision=args.precision, bake=bake, calibration_images=calibration,
         verify=None if pairs is None else verify,
     )  # fmt: skip
@@ -177,7 +182,7 @@ def check(args: argparse.Namespace) -> None:
 
 def lost_on(
     pairs: lfw.PairSet, module: Any, path: Path, bake: Bake, limits: Limits,
-    max_drop: float | None, say: Callable[[str], None],
+    max_drop: float | None, say: Callable[[str], None], resize: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """eval.drop.compare of the network and its file. Raises: ExportError beyond the limits."""
     if pairs.issame.all() or not pairs.issame.any():
@@ -200,7 +205,7 @@ def lost_on(
         done += count
         say(f"verifying on {pairs.name}: {done} of {len(pairs.encoded)} images")
 
-    lost = drop.compare(torch_embeddings, OnnxEmbedder(path), pairs, progress=progress)
+    lost = drop.compare(torch_embeddings, OnnxEmbedder(path), pairs, progress=progress, resize=resize)
     for name, most in (("accuracy", limits.accuracy_drop), ("tar", limits.tar_drop)):
         allowed = most if max_drop is None else max_drop
         # A set of few pairs moves by steps: one pair of a kind is not a loss that can be told.
@@ -267,7 +272,7 @@ def _weights(checkpoint: str, run: Path) -> dict[str, str]:
     return {"weights_sha256": sha256, **entries}
 
 
-def images_of(rec: str, count: int, shift: float) -> Images | None:
+def images_of(rec: str, count: int, shift: float, resize: bool = False) -> Images | None:
     """[count, 112, 112, 3] RGB, spread over the data set at `rec`; None where there is none.
 
     shift: in steps of the spread, so that two draws share no image where there are enough.
@@ -277,7 +282,7 @@ def images_of(rec: str, count: int, shift: float) -> Images | None:
     data = shards.open(rec)
     places = (np.arange(count) + shift) * len(data) / (count + shift)
     chosen = np.unique(places.astype(int))
-    return np.stack([decode(data[int(i)][1], where=f"image {i} of {rec}") for i in chosen])
+    return np.stack([decode(data[int(i)][1], where=f"image {i} of {rec}", resize=resize) for i in chosen])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from data_tools import dali
 from data_tools.common.errors import UserError
+from data_tools.image_size import check_size
 from data_tools.loader import check_labels, make_order
 from data_tools.order import Blocks, Order
 from data_tools.shards import Shards
@@ -24,6 +25,7 @@ from data_tools.union import Union, open_all
 from eval import lfw
 from recognition import checkpoint, collectives, distill, heads, initialise, resize, resume
 from recognition.backbones import make_backbone
+from recognition.backbones.input import INPUT_SIZE
 from recognition.config import Config
 from recognition.embedding import embed
 from recognition.finite import FiniteGuard
@@ -125,12 +127,15 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         labels_crc32=labels_crc32,
     )
     _check_counts(cfg, data, runtime.world)
-    val_sets = [_load_val_set(data, name) for name in cfg.val_targets]
+    val_sets = [_load_val_set(data, name, cfg.resize) for name in cfg.val_targets]
     precision = resolve(cfg.precision, runtime.device)
     dtype = dtype_of(precision)
 
     torch.manual_seed(hash_words(cfg.seed, _NETWORK_KEY) >> 1)  # the same network on every rank
     backbone, said = _make_backbone(cfg), list[str]()
+    for pairs in val_sets if cfg.resize else []:
+        count = lfw.count_resized(pairs, cfg.resize)
+        said.append(f"{pairs.name}.bin: {count} of {len(pairs.encoded)} images are resized")
     if cfg.init_from and resumed_from is None:
         order_of = None if cfg.init_color_order == "auto" else cfg.init_color_order
         weights = initial_weights(cfg.init_from, order_of)
@@ -213,6 +218,7 @@ def _start_centres(state: TrainState) -> None:
             return initialise.start_centres(
                 state.head, str(cfg.init_head), cfg.init_label_map, state.data,
                 lambda images: embed(state.backbone, images, state.precision, runtime.device),
+                cfg.resize,
             )  # fmt: skip
         except ValueError as error:  # perhaps of this rank's images alone
             raise OSError(str(error)) from error
@@ -294,7 +300,7 @@ def _make_schedule(cfg: Config, num_images: int, world: int) -> Schedule:
     )
 
 
-def _load_val_set(data: Shards | Union, name: str) -> lfw.PairSet:
+def _load_val_set(data: Shards | Union, name: str, resize: bool) -> lfw.PairSet:
     pairs = lfw.load_bin(data.bin_path(name.removesuffix(".bin")))
     same = int(pairs.issame.sum())
     if len(pairs.issame) < 10 or same in (0, len(pairs.issame)):
@@ -302,6 +308,7 @@ def _load_val_set(data: Shards | Union, name: str) -> lfw.PairSet:
             f"{name}.bin has {same} pairs of one person and {len(pairs.issame) - same} of two: ten "
             "folds need ten pairs, and pairs of both kinds"
         )
+    lfw.count_resized(pairs, resize)  # now, and not after the first steps
     return pairs
 
 
@@ -361,5 +368,6 @@ def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
         )
     _check_keep_best(cfg)
     check_labels(data)
-    if data.image_size is not None and tuple(data.image_size) != (112, 112):
-        raise UserError(f"{cfg.rec} holds {data.image_size} images, the networks take 112x112")
+    if data.image_size is not None:
+        height, width = data.image_size
+        check_size(width, height, INPUT_SIZE, f"the images of {cfg.rec}", cfg.resize)

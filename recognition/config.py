@@ -41,6 +41,8 @@ class Config:
     val_targets: list[str] = field(default_factory=list)  # <name>.bin files in rec
     num_classes: int | None = None  # checked against rec; read from it when absent
     num_image: int | None = None  # likewise
+    # The faces are aligned at another size than 112x112: resize them, in rec and in val_targets.
+    resize: bool = False
     num_workers: int = _between(2, 1)  # decoding threads per process
     loader: Literal["cpu", "dali"] = (
         "cpu"  # dali decodes on the GPU; on the CPU where there is none

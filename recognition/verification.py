@@ -42,9 +42,11 @@ def verify(
             for name, score in results.items()
         }
         line = "  ".join(
-            f"{name} {100 * score['accuracy_mean']:.2f} +- {100 * score['accuracy_std']:.2f} %"
-            for name, score in short.items()
+            f"{name} {100 * score['accuracy_mean']:.2f} +- {100 * score['accuracy_std']:.2f} % of "
+            f"{len(pairs.issame)} pairs"
+            for (name, score), pairs in zip(short.items(), state.val_sets, strict=True)
         )
+        line += " (+-: standard deviation over the ten folds)"
         record = {"step": state.step, "verification": short}
         logger.record(record, f"step {state.step}  verification  {line}")
     return results
@@ -66,7 +68,7 @@ def _score(state: TrainState, pairs: lfw.PairSet, turn: Callable[[], None]) -> d
     local, failure = None, None
     try:
         where = f"{pairs.name}.bin, counted from image {start}:"
-        local = lfw.embed(forward, pairs.encoded[start:stop], _BATCH, where)
+        local = lfw.embed(forward, pairs.encoded[start:stop], _BATCH, where, state.cfg.resize)
     except ValueError as error:
         failure = f"rank {rank}: {error}"
     for _ in range(left):  # of those that have more images, or could read theirs
