@@ -66,7 +66,8 @@ def embed(
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for first in range(start, stop, _CHUNK):
                 ids = range(first, min(first + _CHUNK, stop))
-                rows.append(embedder(np.stack(list(pool.map(lambda i: _pixels(data, i, resize), ids)))))
+                pixels = pool.map(lambda i: _pixels(data, i, resize), ids)
+                rows.append(embedder(np.stack(list(pixels))))
                 advance(len(ids))
         features.write_block(out, start, stop, np.concatenate(rows))
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from data_tools import shards
-from data_tools.alignment import read_landmarks
 from data_tools.common.errors import UserError
+from data_tools.landmarks import LandmarkFile
 from data_tools.listing import Names
 from data_tools.lists import ListSource
 from data_tools.pack_options import HELD_OUT, SPLIT, Options, Sources
@@ -67,9 +67,8 @@ def _points(source: Source, options: Options) -> tuple[np.ndarray | None, int]:
             )
         return None, 0
     if options.landmarks:
-        points, unused = read_landmarks(
-            options.landmarks, Names.of(source.name(i) for i in range(len(source)))
-        )
+        names = Names.of(source.name(i) for i in range(len(source)))
+        points, unused = LandmarkFile(options.landmarks).points_of(names)
         if np.isnan(points).all():
             raise UserError(
                 f"--landmarks {options.landmarks}: names no image of {source.path}, whose first is "

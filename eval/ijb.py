@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.common.errors import UserError
+from data_tools.landmarks import five_points
 from eval import templates
-from eval.images import Files, five_points
+from eval.images import Files
 
 GALLERIES = {"IJBB": ("S1", "S2"), "IJBC": ("G1", "G2")}
 OFFICIAL = {  # faces, templates, pairs

@@ -9,7 +9,7 @@ Letters: N images.
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -166,73 +166,3 @@ class Subset:
     def num_resized(self) -> int:
         """Of the whole set."""
         return self.whole.num_resized()
-
-
-def five_points(fields: Sequence[str], where: str = "") -> NDArray[np.float32]:
-    """[5, 2] from 10 numbers x1 y1 .. x5 y5, or from 136 of 68 points (iBUG's order).
-
-    Of 68 points an eye is the mean of its two corners (36 and 39, 42 and 45), the nose is 30, the
-    corners of the mouth are 48 and 54, as InsightFace's IJB scripts take them.
-
-    Raises:
-        ValueError: another number of them, or one that is not finite, after `where`.
-    """
-    try:
-        values = np.array(fields, dtype=np.float32)
-    except ValueError as error:
-        raise UserError(f"{where}: landmarks {' '.join(fields)!r} are not numbers") from error
-    if values.size not in (10, 136) or not np.isfinite(values).all():
-        raise UserError(
-            f"{where}: {values.size} numbers are neither five points (10) nor 68 (136), or one of "
-            "them is not finite"
-        )
-    points = values.reshape(-1, 2)
-    if len(points) == 68:
-        left, right = (points[36] + points[39]) / 2, (points[42] + points[45]) / 2
-        points = np.stack([left, right, points[30], points[48], points[54]])
-    return points
-
-
-def read_landmarks(path: str | Path) -> Callable[[str], NDArray[np.float32] | None]:
-    """name of an image -> its points [5, 2], or None where there are none.
-
-    A file holds a line per image: its name, then x1 y1 .. x5 y5, with a score or label before them
-    (`name score x1 ..`) where there is one. Names are matched by their last two parts, then the
-    last alone. A directory holds a file per image: NAME_5loc_attri.txt (CALFW, CPLFW: five lines of
-    x y) or NAME.pts (AgeDB: 68 points).
-
-    Raises:
-        ValueError: a line of another form, with its number.
-        OSError: nothing there.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return lambda name: _points_beside(path, name)
-    table: dict[str, NDArray[np.float32]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        fields = line.replace(",", " ").split()
-        if fields:
-            first = 2 if len(fields) % 2 == 0 else 1
-            points = five_points(fields[first:], f"{path}:{number}")
-            table["/".join(Path(fields[0]).parts[-2:])] = points
-    alone = {Path(name).name: points for name, points in table.items()}
-    whole = len(alone) == len(table)  # else a last part is ambiguous
-
-    def look_up(name: str) -> NDArray[np.float32] | None:
-        found = table.get("/".join(Path(name).parts[-2:]))
-        return alone.get(Path(name).name) if found is None and whole else found
-
-    return look_up
-
-
-def _points_beside(directory: Path, name: str) -> NDArray[np.float32] | None:
-    stem = Path(name).stem
-    for candidate in (f"{stem}_5loc_attri.txt", f"{stem}.pts", f"{stem}.txt"):
-        path = directory / candidate
-        if path.is_file():
-            lines = [line.replace(",", " ").split() for line in path.read_text().splitlines()]
-            # .pts opens with "version: 1", "n_points: 68" and braces around the points.
-            values = [x for fields in lines if len(fields) == 2 and ":" not in fields[0]
-                      for x in fields]  # fmt: skip
-            return five_points(values, str(path))
-    return None

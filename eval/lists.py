@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.common.errors import UserError
-from eval.images import Files, five_points, read_landmarks
+from data_tools.landmarks import five_points, points_of, read_landmarks
+from eval.images import Files
 
 FACES = ("image", "subject", "template", "media", "score")
 LANDMARKS = ("x1", "y1", "x2", "y2", "x3", "y3", "x4", "y4", "x5", "y5")
@@ -169,9 +170,4 @@ def _points(table: Table, landmarks: str | Path | None) -> NDArray[np.float32] |
         return np.stack([five_points(x, table.where(row)) for row, x in enumerate(rows)])
     if landmarks is None:
         return None
-    look_up = read_landmarks(landmarks)
-    points = [look_up(name) for name in columns["image"]]
-    for row, five in enumerate(points):
-        if five is None:
-            raise UserError(f"{table.where(row)}: {landmarks} has no landmarks of it")
-    return np.stack([five for five in points if five is not None])
+    return points_of(read_landmarks(landmarks), columns["image"])

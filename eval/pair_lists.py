@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools import landmarks as points
 from data_tools.common.errors import UserError
-from eval.images import Encoded, Files, ImageSet, read_landmarks
+from eval.images import Encoded, Files, ImageSet
 from eval.lfw import load_bin
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
@@ -268,13 +269,7 @@ def points_of(paths: list[str], landmarks: str | Path | None) -> NDArray[np.floa
     """[N, 5, 2] of all images, None without landmarks. Raises: ValueError where one has none."""
     if landmarks is None:
         return None
-    look_up = read_landmarks(landmarks)
-    points = [look_up(path) for path in paths]
-    absent = [path for path, five in zip(paths, points, strict=True) if five is None]
-    if absent:
-        raise UserError(f"{landmarks}: no landmarks for {len(absent)} of {len(paths)} images, "
-                         f"the first {absent[0]}")  # fmt: skip
-    return np.stack([five for five in points if five is not None])
+    return points.points_of(points.read_landmarks(landmarks), paths)
 
 
 def _source(name: str) -> str:

@@ -154,7 +154,8 @@ def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         **_weights(str(found), Path(args.run)),
     }
     report = export_onnx(
-        module, args.out, metadata=metadata, example_images=images_of(rec, NUM_EXAMPLES, 0.5, resize),
+        module, args.out, metadata=metadata,
+        example_images=images_of(rec, NUM_EXAMPLES, 0.5, resize),
         precision=args.precision, bake=bake, calibration_images=calibration,
         verify=None if pairs is None else verify,
     )  # fmt: skip
@@ -205,7 +206,9 @@ def lost_on(
         done += count
         say(f"verifying on {pairs.name}: {done} of {len(pairs.encoded)} images")
 
-    lost = drop.compare(torch_embeddings, OnnxEmbedder(path), pairs, progress=progress, resize=resize)
+    lost = drop.compare(
+        torch_embeddings, OnnxEmbedder(path), pairs, progress=progress, resize=resize
+    )
     for name, most in (("accuracy", limits.accuracy_drop), ("tar", limits.tar_drop)):
         allowed = most if max_drop is None else max_drop
         # A set of few pairs moves by steps: one pair of a kind is not a loss that can be told.
@@ -282,7 +285,9 @@ def images_of(rec: str, count: int, shift: float, resize: bool = False) -> Image
     data = shards.open(rec)
     places = (np.arange(count) + shift) * len(data) / (count + shift)
     chosen = np.unique(places.astype(int))
-    return np.stack([decode(data[int(i)][1], where=f"image {i} of {rec}", resize=resize) for i in chosen])
+    return np.stack(
+        [decode(data[int(i)][1], where=f"image {i} of {rec}", resize=resize) for i in chosen]
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One opener for every text file that a user gives: lists, landmarks, pairs, indices."""
 
 import os
+from collections.abc import Iterator
 
 from data_tools.common.errors import UserError
 
@@ -44,3 +45,28 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     while lines and not lines[-1]:
         lines.pop()
     return lines
+
+
+def numbered_lines(
+    path: str | os.PathLike[str], errors: str = "strict"
+) -> Iterator[tuple[int, str]]:
+    """(number from 1, line without trailing white space) of all lines that are not blank.
+
+    Reads as it goes: a list of 40 million lines never stands in memory.
+
+    errors: "surrogateescape" keeps the bytes of a path that is no UTF-8; os.fsencode() gives them
+        back.
+
+    Raises: as read_text.
+    """
+    with open(path, "rb") as file:
+        if file.read(2) in _UTF16:
+            raise UserError(f"{os.fspath(path)} is UTF-16 text: save it as UTF-8")
+    try:
+        with open(path, encoding="utf-8-sig", errors=errors) as lines:  # CRLF and CR end one too
+            for number, line in enumerate(lines, 1):
+                if line := line.rstrip():
+                    yield number, line
+    except UnicodeDecodeError:
+        read_text(path)  # names the line
+        raise

@@ -11,10 +11,11 @@ from PIL import Image
 
 from data_tools import detectors, shards
 from data_tools.__main__ import main
-from data_tools.alignment import Aligner, read_landmarks
+from data_tools.alignment import Aligner
 from data_tools.convert import Conversion, convert
 from data_tools.decode import channels_of, decode, decode_any_size, size_of
 from data_tools.detectors import detect
+from data_tools.landmarks import LandmarkFile
 from data_tools.listing import Names
 from data_tools.pack import pack
 from data_tools.pack_options import Options
@@ -129,13 +130,13 @@ def test_landmarks_of_a_file(tmp_path):
         ("a.jpg 1 2 3\n", "line 1: .* is not: path"),
         ("a.jpg " + "1 " * 9 + "x\n", "line 1"),
         ("a.jpg " + "1 " * 9 + "nan\n", "line 1"),
-        (("a.jpg " + "1 " * 10 + "\n") * 2, "two lines for b'a.jpg'"),
+        (("a.jpg " + "1 " * 10 + "\n") * 2, "two lines for 'a.jpg'"),
     ],
 )
 def test_bad_landmarks(tmp_path, text, fault):
     (tmp_path / "points.txt").write_text(text)
     with pytest.raises(ValueError, match=fault):
-        read_landmarks(tmp_path / "points.txt", Names.of([b"a.jpg"]))
+        LandmarkFile(tmp_path / "points.txt").points_of(Names.of([b"a.jpg"]))
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_the_list_of_pairs_is_read_in_pieces(root, monkeypatch):
 
 
 def test_68_points_are_averaged_to_five():
-    from eval.images import five_points
+    from data_tools.landmarks import five_points
 
     points = np.random.default_rng(0).normal(size=(68, 2)).astype(np.float32)
     five = five_points([str(x) for x in points.ravel()])

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from data_tools.landmarks import read_landmarks
 from eval import pair_lists
 from eval.align import TEMPLATE
-from eval.images import FIVE_POINTS, read_landmarks
+from eval.images import FIVE_POINTS
 from tests.eval import official
 from tests.real import REAL, real
 
@@ -252,7 +253,7 @@ def test_images_are_aligned_by_landmarks(tmp_path, form):
 
 def test_landmarks_that_are_not(tmp_path, faces):
     (tmp_path / "marks.txt").write_text("Bo/Bo_0001.jpg 1 2 3 4 5 6 7 8 9 10\nCy/C.png 1 2 3\n")
-    with pytest.raises(ValueError, match="marks.txt:2: .* neither five points"):
+    with pytest.raises(ValueError, match="marks.txt: line 2: .* neither five points"):
         read_landmarks(tmp_path / "marks.txt")
     (tmp_path / "some.txt").write_text("Bo/Bo_0001.jpg 1 2 3 4 5 6 7 8 9 10\n")
     with pytest.raises(ValueError, match="no landmarks for 2 of 3 images, the first Ann_A"):
@@ -260,7 +261,7 @@ def test_landmarks_that_are_not(tmp_path, faces):
     with pytest.raises(ValueError, match="P.pts|neither five points"):
         (tmp_path / "marks").mkdir()
         (tmp_path / "marks" / "Bo_0001.pts").write_text(five_lines(TEMPLATE[:3]))
-        read_landmarks(tmp_path / "marks")("Bo/Bo_0001.jpg")
+        read_landmarks(tmp_path / "marks")["Bo/Bo_0001.jpg"]
 
 
 def test_the_official_list_and_its_images():
