@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_tools import features, shards
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.decode import decode
 from data_tools.parallel import Advance, run_tasks
@@ -43,7 +44,7 @@ def embed(
         "of": data.fingerprint, "images": len(data), "size": int(size), "block": block,
         "network": facts,
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_private(out)
     if (out / features.INDEX).is_file():
         there = features.read_index(out)
         if differ := [key for key in index if there.get(key) != index[key]]:

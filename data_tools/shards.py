@@ -26,6 +26,7 @@ import numpy as np
 
 from data_tools import insightface
 from data_tools import relabel as relabelling
+from data_tools.common import arrays
 from data_tools.common.errors import UserError
 from data_tools.recordio import Header, RecordFile
 
@@ -279,10 +280,7 @@ def _open_packed(path: Path) -> Shards:
 
 def load_column(path: Path, count: int) -> np.ndarray:
     """A mapped int64 [count] of a .npy file."""
-    try:
-        column = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: {error}") from error
+    column = arrays.load_npy(path, mmap=True)
     if column.dtype != np.int64 or column.shape != (count,):
         raise UserError(
             f"{path}: {column.dtype} {list(column.shape)}, but {INDEX} needs int64 [{count}]"

@@ -5,8 +5,6 @@ Letters: N images, D embedding size, C identities.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_tools import shards
+from data_tools.common import arrays
 from data_tools.common.errors import UserError
 from data_tools.decode import decode_any_size, is_image, resized
 from data_tools.image_size import check_size
@@ -159,12 +158,14 @@ def load_embeddings(path: str | Path, size: int) -> tuple[np.ndarray, np.ndarray
     """
     labels = None
     try:
-        content = np.load(path, allow_pickle=False)
+        content = arrays.load_npy(path)
         if isinstance(content, np.lib.npyio.NpzFile):
             names = sorted(content)
             labels = content["labels"] if "labels" in names else None
             content = content["embeddings"] if "embeddings" in names else None
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # of the compressed arrays: zipfile's, zlib's, tokenize's
         raise UserError(f"{path} is no whole .npy or .npz of numbers: {error}") from error
     if content is None:
         raise UserError(f"{path} has {names}: `embeddings` is wanted")
