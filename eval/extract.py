@@ -68,6 +68,10 @@ class Features:
     def __len__(self) -> int:
         return self._num
 
+    def alone(self) -> "Features":
+        """The same without the mirror images."""
+        return Features(self._blocks, self._num, False)
+
     def block(self, number: int) -> NDArray[np.float32]:
         """[n, V, D] float32: of images number * BLOCK and on."""
         block = self._blocks[number]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # torch is loaded by Session: --help and mistakes answer at o
     from eval.images import ImageSet
     from eval.results import Result
 
+NOWHERE = "none"  # of --cache and --results
 MODEL_HELP = (
     "run directory, one of its checkpoint directories, a backbone file (.pt, .pth, .safetensors), "
     "or a recognition .onnx"
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "$ARCLINE_CACHE or ~/.cache/arcline/embeddings",
     )  # fmt: skip
     parser.add_argument(
-        "--results", metavar="DIR", type=Path,
+        "--results", metavar="DIR|none", type=Path,
         help="keep the result there for `report`; default: eval/ in the run directory that the "
         "model lies in, nowhere for others",
     )  # fmt: skip
@@ -80,6 +81,8 @@ def run_dir(model: Path) -> Path | None:
 
 
 def results_dir(model: Path, given: Path | None) -> Path | None:
+    if given is not None and str(given) == NOWHERE:
+        return None
     around = run_dir(model)
     return given or (around / "eval" if around else None)
 
@@ -107,6 +110,8 @@ class Session:
         self.console = Console(stderr=args.json)
         self.saved: list[str] = []
         self.warnings: list[str] = []
+        if note := self.embedder.facts.get("note"):
+            self.warn(f"{args.model}: {note}")
         self.resized: dict[str, dict[str, int]] = {}  # by set: how many images of how many
 
     @property
@@ -151,12 +156,21 @@ class Session:
 
     def contract(self, images: "ImageSet", **more: object) -> dict[str, object]:
         """Under what the numbers hold: written into every result."""
+        from eval.results import ALONE, FLIP_SUM
+
         return {
             "input": self.embedder.contract.text(),
             "alignment": images.alignment,
-            "flip": "e(image) + e(mirror image)" if self.args.flip else "e(image) alone",
+            "flip": FLIP_SUM if self.args.flip or self._adds_mirror() else ALONE,
             **more,
         }
+
+    def _adds_mirror(self) -> bool:
+        """Whether the network itself adds the mirror image: our export with --flip-sum."""
+        from eval.results import FLIP_SUM
+
+        metadata = self.embedder.facts.get("metadata")
+        return isinstance(metadata, dict) and FLIP_SUM in str(metadata.get("embedding", ""))
 
     def save(self, result: "Result") -> None:
         from eval.results import save
@@ -185,7 +199,7 @@ class Session:
 
 
 def _cache_dir(given: str | None) -> Path | None:
-    if given == "none":
+    if given == NOWHERE:
         return None
     default = os.environ.get("ARCLINE_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "arcline", "embeddings"
