@@ -94,4 +94,3 @@ def write_block(directory: Path, start: int, stop: int, rows: np.ndarray) -> Non
 
 def write_index(directory: Path, index: dict[str, Any]) -> None:
     files.write_text(directory / INDEX, json.dumps(index, indent=1), files.PRIVATE_FILE)
-

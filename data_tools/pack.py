@@ -136,6 +136,7 @@ def _summary(out: Path, index: dict[str, Any], status: str, seconds: float) -> d
         "shards": len(index["shards"]),
         "bytes": sum(shard["bytes"] for shard in index["shards"]),
         "skipped": index["skipped"]["count"],
+        "other_size": index["skipped"].get("other_size", 0),
         "empty_identities": len(index["empty_identities"]),
         "resized": index["resized"],
         "held_out_identities": held_out.get("identities", 0),

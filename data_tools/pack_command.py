@@ -134,6 +134,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a data set")
 
 
+def other_size(images: int, size: int) -> str:
+    if not images:
+        return ""
+    return (
+        f"of which {images} are of another size than {size}x{size}: align them (--align), or "
+        "--resize them if the faces are aligned; "
+    )
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be 1 or more")
@@ -145,6 +154,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"warning: {done['skipped']} "
             f"{'image or folder' if done['skipped'] == 1 else 'images or folders'} skipped "
             f"(listed in {args.out}/skipped.txt), "
+            f"{other_size(done['other_size'], args.size)}"
             f"{count(done['empty_identities'], 'identity', 'identities')} without any image",
             file=sys.stderr,
         )

@@ -93,12 +93,17 @@ class Shards:
     @functools.cached_property
     def fingerprint(self) -> str:
         """12 hex digits that tell data sets apart; cleaning leaves them as they are."""
+        return self.sha256[:12]
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of index.json, which has the hash of every file; in place, of labels and offsets."""
         if self.index["format"] == FORMAT:
             content = (self.path / INDEX).read_bytes()
         else:
             uncleaned = self if self.cleaned is None else open(self._opened, NO_RELABEL)
             content = uncleaned.labels.tobytes() + uncleaned.offsets.tobytes()
-        return hashlib.sha256(content).hexdigest()[:12]
+        return hashlib.sha256(content).hexdigest()
 
     def _position(self, i: int) -> int:
         """i, counted from the start. Raises: IndexError."""

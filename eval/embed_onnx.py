@@ -14,7 +14,9 @@ from data_tools.common.errors import UserError, one_line
 from eval import onnx_file
 from eval.contract import InputContract
 
-SAME_IMAGE = 0.9  # cosine: int8 ranges that depend on the batch move it, another image is far off
+# Share of its length that an embedding may move with the batch: int8 ranges that follow the batch
+# move it by less, another image's is far off.
+SAME_IMAGE = 0.5
 
 
 class OnnxEmbedder:
@@ -111,8 +113,8 @@ class OnnxEmbedder:
         except _CannotRun as error:
             reason = f"it cannot run two: {one_line(error)}"
         else:
-            lengths = np.linalg.norm(both, axis=1) * np.linalg.norm(alone, axis=1)
-            if not ((both * alone).sum(axis=1) < SAME_IMAGE * lengths).any():
+            length = np.maximum(*(np.linalg.norm(x, axis=1) for x in (both, alone)))
+            if not (np.linalg.norm(both - alone, axis=1) > SAME_IMAGE * length).any():
                 return
             reason = "with two it gives other embeddings than for each alone"
         self.fixed_batch = 1

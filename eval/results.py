@@ -192,7 +192,9 @@ def load_all(directory: str | Path) -> list[Result]:
         if facts.get("format") != FORMAT:
             raise UserError(f"{path}: format {facts.get('format')!r}, not {FORMAT}; "
                              "evaluate again")  # fmt: skip
-        found.append(Result(facts, _arrays_of(path, facts)))
+        arrays = _arrays_of(path, facts)
+        del facts["arrays"]
+        found.append(Result(facts, arrays))
     if not found:
         raise FileNotFoundError(
             f"{directory}: no results; evaluate first, e.g. python -m eval lfw RUN lfw.bin"

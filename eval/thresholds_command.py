@@ -96,7 +96,7 @@ def _of_embedding(result: "Result", flip_sum: bool) -> "Result":
     from eval.results import ALONE, FLIP_SUM
 
     wanted = FLIP_SUM if flip_sum else ALONE
-    contract = result.facts["contract"]
+    contract = dict(result.facts["contract"])
     if contract["flip"] == wanted:
         return result
     alone = result.metrics.get("alone")
@@ -105,7 +105,10 @@ def _of_embedding(result: "Result", flip_sum: bool) -> "Result":
         raise UserError(f"{result.name} was evaluated with {contract['flip']}: for thresholds of "
                         f"{wanted} evaluate it {again}")  # fmt: skip
     metrics = result.metrics | {"operating_points": alone["operating_points"]}
-    changed = {"metrics": metrics, "contract": contract | {"flip": ALONE}}
+    contract |= {"flip": ALONE}
+    if "flags" in contract:  # IJB's, such as N1D1F1
+        contract["flags"] = str(contract["flags"]).replace("F1", "F0")
+    changed = {"metrics": metrics, "contract": contract}
     return result._replace(facts=result.facts | changed)
 
 

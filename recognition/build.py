@@ -20,7 +20,7 @@ from data_tools.common.errors import UserError
 from data_tools.image_size import check_size
 from data_tools.loader import check_labels, make_order
 from data_tools.order import Blocks, Order
-from data_tools.shards import Shards
+from data_tools.shards import FORMAT, Shards
 from data_tools.union import Union, open_all
 from eval import lfw
 from recognition import checkpoint, collectives, distill, heads, initialise, resize, resume
@@ -170,7 +170,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         facts={
             "commit": commit(), "world": runtime.world, "precision": precision,
             "num_classes": data.num_classes, "num_image": data.num_images,
-            "labels_crc32": labels_crc32, **plan.facts(),
+            "labels_crc32": labels_crc32, "data_sha256": _hashes(data), **plan.facts(),
             "head_forms": [choice.form for choice in choices],
         },
         said=said + [choice.said for choice in choices if choice.said],
@@ -203,6 +203,18 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
             batch = cfg.global_batch(runtime.world)
             state.changes.append(f"global batch {manifest['global_batch']} -> {batch}")
     return state
+
+
+def _hashes(data: Shards | Union) -> list[dict[str, str]]:
+    """What the run trains on, noted now: later the directory may hold another set."""
+    return [
+        {
+            "name": one.path.name,
+            "sha256": one.sha256,
+            "of": "index.json" if one.index["format"] == FORMAT else "labels and offsets",
+        }
+        for one in (data.sets if isinstance(data, Union) else [data])
+    ]
 
 
 def _start_centres(state: TrainState) -> None:
@@ -324,7 +336,8 @@ def _changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path: st
         order["rec_shares"] = "rec_shares"
     if cfg.shuffle_block:
         order["shuffle_window"] = "shuffle_window"
-    newer = dataclasses.asdict(Config(rec="")) | {"head_forms": now["head_forms"]}
+    facts_since = ("head_forms", "data_sha256")
+    newer = dataclasses.asdict(Config(rec="")) | {key: now[key] for key in facts_since}
     saved = newer | saved  # keys newer than the checkpoint
     for key, what in order.items():
         if saved.get(key) != now[key]:
