@@ -136,7 +136,6 @@ def _summary(out: Path, index: dict[str, Any], status: str, seconds: float) -> d
         "shards": len(index["shards"]),
         "bytes": sum(shard["bytes"] for shard in index["shards"]),
         "skipped": index["skipped"]["count"],
-        "other_size": index["skipped"].get("other_size", 0),
         "empty_identities": len(index["empty_identities"]),
         "resized": index["resized"],
         "held_out_identities": held_out.get("identities", 0),
@@ -144,5 +143,6 @@ def _summary(out: Path, index: dict[str, Any], status: str, seconds: float) -> d
         "pairs_made": held_out.get("pairs", 0),
         "verification": [entry["file"] for entry in index["verification"]],
         **{key: index[key] for key in (SPLIT, "landmarks_unused") if key in index},
+        **{key: index["skipped"][key] for key in ("other_size",) if key in index["skipped"]},
         "seconds": round(seconds, 3),
     }

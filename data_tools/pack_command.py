@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"warning: {done['skipped']} "
             f"{'image or folder' if done['skipped'] == 1 else 'images or folders'} skipped "
             f"(listed in {args.out}/skipped.txt), "
-            f"{other_size(done['other_size'], args.size)}"
+            f"{other_size(done.get('other_size', 0), args.size)}"
             f"{count(done['empty_identities'], 'identity', 'identities')} without any image",
             file=sys.stderr,
         )

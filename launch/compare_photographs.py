@@ -16,15 +16,16 @@ import cv2
 import numpy as np
 import onnxruntime
 
-SIDE, STRIDES = 640, (8, 16, 32)  # pixels of what a detector sees
+SIDE, STRIDES = 640, (8, 16, 32)  # pixels of what a detector sees, if it does not say
 YUNET, SCRFD = (0.6, 0.3), (0.5, 0.4)  # least score, most overlap of two faces
 
 
 def five_points(detector, image):  # BGR [h, w, 3] -> [5, 2], of the large, central face
-    scale = min(1.0, SIDE / max(image.shape[:2]))
+    high, wide = (x if isinstance(x, int) else SIDE for x in detector.get_inputs()[0].shape[2:])
+    scale = min(1.0, high / image.shape[0], wide / image.shape[1])
     small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    small = small[:SIDE, :SIDE]
-    canvas = np.zeros((SIDE, SIDE, 3), np.float32)
+    small = small[:high, :wide]
+    canvas = np.zeros((high, wide, 3), np.float32)
     canvas[: small.shape[0], : small.shape[1]] = small
     yunet = len(detector.get_outputs()) == 12
     decode = decode_yunet if yunet else decode_scrfd
@@ -39,9 +40,10 @@ def five_points(detector, image):  # BGR [h, w, 3] -> [5, 2], of the large, cent
     return points[best] / scale
 
 
-def places(stride, anchors):  # -> [n, 2] x, y of the map of a stride, row by row
-    columns, rows = np.meshgrid(np.arange(SIDE // stride), np.arange(SIDE // stride))
-    return np.stack([columns, rows], -1).reshape(-1, 2).repeat(anchors, 0)
+def places(canvas, stride, count):  # -> [count, 2] x, y of the map of a stride, row by row
+    high, wide = canvas.shape[0] // stride, canvas.shape[1] // stride
+    columns, rows = np.meshgrid(np.arange(wide), np.arange(high))
+    return np.stack([columns, rows], -1).reshape(-1, 2).repeat(count // (high * wide), 0)
 
 
 def decode_yunet(detector, canvas):  # of each stride: scores [n], boxes [n, 4], points [n, 5, 2]
@@ -50,7 +52,7 @@ def decode_yunet(detector, canvas):  # of each stride: scores [n], boxes [n, 4],
     out = dict(zip(names, detector.run(None, blob), strict=True))
     for stride in STRIDES:
         score = np.sqrt(out[f"cls_{stride}"][0, :, 0] * out[f"obj_{stride}"][0, :, 0])
-        cell, box = places(stride, 1), out[f"bbox_{stride}"][0]
+        cell, box = places(canvas, stride, len(score)), out[f"bbox_{stride}"][0]
         size = np.exp(box[:, 2:]) * stride
         points = out[f"kps_{stride}"][0].reshape(-1, 5, 2) + cell[:, None]
         middle = (box[:, :2] + cell) * stride
@@ -65,7 +67,7 @@ def decode_scrfd(detector, canvas):
         score, box, points = (
             out[level + 3 * kind].reshape(-1, width) for kind, width in enumerate((1, 4, 10))
         )
-        centre = places(stride, len(score) // (SIDE // stride) ** 2) * stride
+        centre = places(canvas, stride, len(score)) * stride
         low = centre - box[:, :2] * stride
         size = (box[:, :2] + box[:, 2:]) * stride
         yield (

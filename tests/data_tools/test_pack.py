@@ -105,7 +105,7 @@ def test_nothing_is_skipped_in_silence(tmp_path, capsys):
         "p00/zero.jpg": "zero bytes",
         "p00/cut.jpg": "truncated",
         "p00/text.png": "not a JPEG",
-        "p00/wide.jpg": "90x80 pixels is not square",
+        "p00/wide.jpg": "90x80 pixels, not 112x112",
         "p00/broken.jpg": "No such file",
         "p00/pipe.jpg": "not a regular file",
         "p02/0.jpg": "zero bytes",
@@ -230,16 +230,16 @@ def test_resized_images_are_counted(tmp_path, capsys):
     for k in range(3):  # of each person, so also of the one who is not in the shards
         (source / f"p{k:02d}" / "big.png").write_bytes(encoded(50 + k, 130, suffix=".png"))
         (source / f"p{k:02d}" / "fits.png").write_bytes(encoded(60 + k, suffix=".png"))
-    words = ["pack", str(source), str(tmp_path / "set"), "--shards", "1", "--json"]
+    words = ["pack", str(source), str(tmp_path / "set"), "--shards", "1", "--json", "--resize"]
     for _ in ("packed", "reused"):
         assert main(words) == 0
         captured = capsys.readouterr()
         assert json.loads(captured.out.splitlines()[-1])["resized"] == {"count": 3, "of": 24}
-        assert "3 of 24 images were not 112x112 and were resized: faces must be al" in captured.err
+        assert "3 of 24 images were not 112x112 and were resized (--resize)" in captured.err
     for k in range(3, 5):
         (source / f"p{k:02d}").mkdir()
         (source / f"p{k:02d}" / "0.jpg").write_bytes(encoded(90 + k, 90))
-    options = Options(shards=1, hold_out=3, pairs=20, seed=1)
+    options = Options(shards=1, hold_out=3, pairs=20, seed=1, resize=True)
     held = pack(source, tmp_path / "held", options)
     assert held["resized"] == {"count": 5, "of": 26}
 
