@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.common.errors import UserError
+from data_tools.wording import count
 from eval import lfw_command, lists, pair_lists, results, roc, session, templates
 from eval.results import Result
 
@@ -153,7 +154,7 @@ def detector(work: session.Session, tables: Sequence[lists.Faces]) -> str:
     if not zero:
         return "D0: not used"
     way_on = "leave the column out"
-    rules = [detector_rule(work, name, count, way_on) for name, count in zero.items()]
+    rules = [detector_rule(work, name, number, way_on) for name, number in zero.items()]
     return "D1: " + next((rule for rule in rules if "images" in rule), rules[0])
 
 
@@ -162,8 +163,8 @@ def detector_rule(work: session.Session, name: str, zero: int, way_on: str) -> s
     if not zero:
         return "its score is a weight"
     work.warn(
-        f"{name}: {zero} images have a detector score of 0 or less; their weight is 0, so they do "
-        f"not count in their templates ({way_on} to count all alike)"
+        f"{name}: {count(zero, 'image')} with a detector score of 0 or less: the weight is 0, "
+        f"which leaves them out of their templates ({way_on} to count all alike)"
     )
     return f"its score is a weight, 0 for the {zero} images whose score is 0 or less"
 

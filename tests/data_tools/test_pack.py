@@ -59,16 +59,16 @@ def test_other_formats_and_sizes_become_jpegs(tmp_path):
     source = folder(tmp_path / "faces", [1, 1])
     (source / "p00" / "a.PNG").write_bytes(encoded(1, suffix=".png"))
     (source / "p00" / "b.jpeg").write_bytes(encoded(2, 200))
-    pack(source, tmp_path / "set", Options(shards=1))
+    pack(source, tmp_path / "set", Options(shards=1, resize=True))
     kept = (source / "p00" / "0.jpg").read_bytes()
     for image in by_identity(shards.open(tmp_path / "set"))["p00"] - {kept}:
         assert image.startswith(b"\xff\xd8")
         difference = min(
-            np.abs(decode(image).astype(int) - decode(encoded(*made))).mean()
+            np.abs(decode(image).astype(int) - decode(encoded(*made), resize=True)).mean()
             for made in ((1, 112), (2, 200))
         )
         assert difference < 2  # grey levels: what JPEG loses at quality 95
-    pack(source, tmp_path / "small", Options(shards=1, size=64))
+    pack(source, tmp_path / "small", Options(shards=1, size=64, resize=True))
     data = shards.open(tmp_path / "small")
     assert data.image_size == (64, 64)
     assert all(decode(image, 64).shape == (64, 64, 3) and len(image) < 9000 for _, image in data)
@@ -117,7 +117,7 @@ def test_nothing_is_skipped_in_silence(tmp_path, capsys):
     assert data.identities == ["p00", "p01", "p03", "p05"]  # no class for p02 and p04
     assert np.bincount(data.labels).tolist() == [4, 2, 2, 2]
     assert data.index["empty_identities"] == ["p02", "p04"]
-    assert data.index["skipped"] == {"count": 9, "file": "skipped.txt"}
+    assert data.index["skipped"] == {"count": 9, "file": "skipped.txt", "other_size": 1}
     assert data.index["ignored_files"] == 3
 
 

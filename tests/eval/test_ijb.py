@@ -131,7 +131,10 @@ def test_a_detector_score_of_zero_or_less_does_not_count_and_is_counted(
     )
     assert minus["ijb 1:1"] == zero["ijb 1:1"]
     (warning,) = [x for x in minus["warnings"] if "score of 0 or less" in x]
-    assert warning.startswith("IJBC: 1 images have") and "--no-detector" in warning
+    assert (
+        warning.startswith("IJBC: 1 image with a detector score of 0")
+        and "--no-detector" in warning
+    )
     alone = {i: -1.0 for i, t in enumerate(templates) if t == templates[several]}
     where = scored(root, tmp_path / "alone", alone)
     assert cli.main(["ijb", str(run), str(where)]) == 1
