@@ -124,7 +124,7 @@ class Files:
         return total.hexdigest()
 
     def num_resized(self) -> int:
-        return sum(other for _, other in self._scanned)
+        return 0 if self.points is not None else sum(other for _, other in self._scanned)
 
     def _read(self, i: int) -> tuple[str, bytes]:
         path = os.path.join(self.root, self.paths[i])

@@ -134,7 +134,7 @@ class Session:
         """
         from eval.extract import Place, extract
 
-        count = images.num_resized()  # before the work: it refuses images of another size
+        count = 0 if alone else images.num_resized()  # first: it refuses images of another size
         if self.args.resize and not alone:
             self.resized[images.name] = {"count": count, "of": len(images)}
             if count:

@@ -93,7 +93,8 @@ def _run_all(out: Path, data: Path | None, steps: int | None, resize: bool) -> N
             raise NotADirectoryError(f"{data}: expected a directory of identities, each of images")
     _step("pack them into shards, some people held out", [
         *python, "data_tools", "pack", str(faces), str(shards), "--shards", "4",
-        "--hold-out", str(_num_held_out(faces)), "--pairs", str(_PAIRS), *(["--resize"] if resize else []),
+        "--hold-out", str(_num_held_out(faces)), "--pairs", str(_PAIRS),
+        *(["--resize"] if resize else []),
     ])  # fmt: skip
     processes = torch.cuda.device_count() or 2
     _step(f"train on {processes} processes", [
