@@ -72,8 +72,7 @@ class Encoded:
 
     def num_resized(self) -> int:
         return sum(
-            check_size(*pixels_of(image, self._where(i)), SIZE, self._where(i), self._resize)
-            for i, image in enumerate(self.encoded)
+            _is_resized(image, self._where(i), self._resize) for i, image in enumerate(self.encoded)
         )
 
     def _where(self, i: int) -> str:
@@ -137,13 +136,20 @@ class Files:
 
         def scan(i: int) -> tuple[bytes, bool]:
             path, content = self._read(i)
-            other = self.points is None and check_size(
-                *pixels_of(content, path), SIZE, path, self._resize
-            )
+            other = self.points is None and _is_resized(content, path, self._resize)
             return hashlib.sha256(content).digest(), other
 
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             return list(pool.map(scan, range(len(self.paths))))
+
+
+def _is_resized(encoded: bytes, where: str, resize: bool) -> bool:
+    """As check_size(). What cannot be read at all is named when it is decoded."""
+    try:
+        width, height = pixels_of(encoded, where)
+    except UserError:
+        return False
+    return check_size(width, height, SIZE, where, resize)
 
 
 class Subset:
