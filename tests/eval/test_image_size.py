@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from data_tools import __main__ as data_tools
+from data_tools import shards
+from data_tools.loader import Loader
+from data_tools.recordio import Header, Writer
 from eval import __main__ as cli
 from eval import drop, lfw
 from eval.images import Encoded, Files
@@ -154,3 +157,16 @@ def test_pack_skips_what_nobody_aligned(people, capsys):
     assert data_tools.main(both) == 0
     done = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert done["images"] == 23 and done["resized"] == {"count": 20, "of": 23}
+
+
+def test_records_in_place_are_judged_in_training(tmp_path):
+    with Writer(str(tmp_path / "train.idx"), str(tmp_path / "train.rec")) as writer:
+        for key in range(4):
+            writer.write(key, Header(0, float(key % 2), key, 0), sized(key % 2, key))
+    data = shards.open(tmp_path)
+    options = {"seed": 0, "global_batch": 4, "workers": 1}
+    with Loader(data, **options) as loader, pytest.raises(ValueError, match=FAULT) as raised:
+        next(loader)
+    assert "train.rec" in str(raised.value) and "resize=true" in str(raised.value)
+    with Loader(data, resize=True, **options) as loader:
+        assert next(loader).images.shape == (4, 3, 112, 112)
