@@ -232,7 +232,7 @@ def _facts(
 
 
 def _reference(
-    data: str | None, run: str, number: int, num_classes: int, resize: bool
+    data: str | None, run: str, number: int, num_classes: int, resize: bool = False
 ) -> Faces | None:
     """The images that the head was trained on, those of --data or of its run; None where they are
     not here any more."""
