@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> dict | None:
     found = []
     if pairs is not None:
         found.append(_verify(work, benchmark, faces, pairs, ids, pooled, unit, contract))
-        if features.flip:
+        if features.flip and not work.adds_mirror():
             _, alone = ijb.pool(features.alone().matrix(), faces, args.norm, args.detector)
             found[-1].metrics["alone"] = results.alone_metrics(
                 _curve(pairs, ids, templates.normalised(alone))

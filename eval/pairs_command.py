@@ -117,7 +117,7 @@ def _of_templates(args: argparse.Namespace, table: lists.Table, issame) -> dict 
     quality = np.linalg.norm(pooled, axis=1)[np.stack(sides)].min(axis=0)
     metrics = {"pairs": len(issame), "templates": len(unit), "images": len(faces.images),
                **results.pair_metrics(points)}  # fmt: skip
-    if features.flip:
+    if features.flip and not work.adds_mirror():
         alone = templates.normalised(pool(features.alone().matrix(), faces, args.norm))
         alone_scores = templates.pair_scores(alone, *sides)
         metrics["alone"] = results.alone_metrics(roc.curve(alone_scores, issame))

@@ -161,11 +161,11 @@ class Session:
         return {
             "input": self.embedder.contract.text(),
             "alignment": images.alignment,
-            "flip": FLIP_SUM if self.args.flip or self._adds_mirror() else ALONE,
+            "flip": FLIP_SUM if self.args.flip or self.adds_mirror() else ALONE,
             **more,
         }
 
-    def _adds_mirror(self) -> bool:
+    def adds_mirror(self) -> bool:
         """Whether the network itself adds the mirror image: our export with --flip-sum."""
         from eval.results import FLIP_SUM
 

@@ -51,7 +51,7 @@ def verify(session: Session, pairs: Pairs, features: Features, protocol: str) ->
         "threshold_unit": THRESHOLD_UNIT,  # of best_thresholds and val_thresholds
         "intervals": _intervals(cosine, pairs.issame, right),
     }
-    if features.flip:  # what a client has that feeds the image alone
+    if features.flip and not session.adds_mirror():  # a client has what the image alone gives
         alone = features.alone().matrix(np.float64)
         apart = verification.pair_distances(alone, pairs.first, pairs.second)
         metrics["alone"] = results.alone_metrics(roc.curve(1 - apart / 2, pairs.issame))
