@@ -3,8 +3,11 @@
 | input | what is packed |
 |---|---|
 | a JPEG of size x size, grey or RGB | its own bytes, if they can be decoded |
-| another square image | decoded, resized (bicubic), a JPEG of the quality asked for |
-| `pass_through` | the bytes of any square image, whose pixels are not looked at |
+| another image of size x size | decoded, a JPEG of the quality asked for |
+| an image of another size | none: it is skipped, see image_size.py |
+| `resize`, and square | decoded, resized (bicubic), a JPEG of the quality asked for |
+| `pass_through` | the bytes of the image, whose pixels are not looked at |
+| `pass_through` and `resize` | the bytes of any square image |
 | a JPEG of four channels (CMYK, YCCK) | always a JPEG of its RGB: decoders differ on it |
 | 16 bits a channel | the high byte of each, unless passed through |
 | an alpha channel | dropped, the colours as they are, unless passed through |
@@ -29,6 +32,7 @@ from data_tools.decode import (
     resized,
     size_of,
 )
+from data_tools.image_size import check_size
 from data_tools.parallel import Advance
 from data_tools.sources import Images
 
@@ -43,6 +47,7 @@ class Conversion:
     pass_through: bool = False
     exif: str = "ignore"  # or "follow"
     aligner: Aligner | None = None
+    resize: bool = False  # square images of another size are faces that are aligned
 
 
 class Pointed:
@@ -93,19 +98,14 @@ def convert(
         return _jpeg(face, how.quality), False
     cmyk = encoded.startswith(_JPEG) and channels_of(encoded) == 4
     if how.pass_through and not follow and not cmyk and (size := size_of(encoded, where)):
-        width, height = size
-        if width != height:
-            raise UserError(f"{where or 'image'}: {not_square(width, height, how.size)}")
-        return encoded, width != how.size
+        return encoded, check_size(*size, how.size, where, how.resize)
     own = how.size, how.size
     if encoded.startswith(_JPEG) and not (follow or cmyk) and size_of(encoded, where) == own:
         check_jpeg(encoded, where)
         return encoded, False
     image = decode_any_size(encoded, where, follow)
     height, width = image.shape[:2]
-    if height != width:
-        raise UserError(f"{where or 'image'}: {not_square(width, height, how.size)}")
-    other = width != how.size
+    other = check_size(width, height, how.size, where, how.resize)
     if how.pass_through and not follow and not cmyk:
         return encoded, other
     return _jpeg(resized(image, how.size), how.quality), other
@@ -135,12 +135,6 @@ def convert_all(
             advance(done)
             done = 0
     advance(done)
-
-
-def not_square(width: int, height: int, size: int) -> str:
-    return (
-        f"{width}x{height} pixels is not square; align the faces to {size}x{size} first (--align)"
-    )
 
 
 def _jpeg(image: np.ndarray, quality: int) -> bytes:

@@ -72,7 +72,7 @@ class Dali:
         if shards.image_size not in (None, (size, size)):
             raise UserError(
                 f"{shards.path} holds {shards.image_size} images and {size}x{size} are asked for: "
-                "pack them at that size, or choose loader=cpu, which resizes"
+                "pack them at that size, or choose loader=cpu with resize=true"
             )
         self.device = torch.device(device)
         if normalised is None:
@@ -178,7 +178,7 @@ class Dali:
         for image, content in zip(batch.ids.tolist(), encoded, strict=True):
             where = f"{self._shards.where(image)}, image {image}"
             try:
-                decode(content.tobytes(), size, where)
+                decode(content.tobytes(), size, where, self._stream.resize)
             except ValueError as error:
                 return error
         for image, content in zip(batch.ids.tolist(), encoded, strict=True):
@@ -186,7 +186,7 @@ class Dali:
             if (fits := _square_of(content, size)) is not None:
                 return ValueError(
                     f"{where}: {fits} pixels, where the others have {size}x{size}: pack the set "
-                    f"again, or choose loader=cpu, which resizes"
+                    f"again, or choose loader=cpu with resize=true"
                 )
         return None
 

@@ -8,28 +8,25 @@ from data_tools.image_file import channels_of as channels_of
 from data_tools.image_file import fault, judge
 from data_tools.image_file import has_exif as has_exif
 from data_tools.image_file import is_image_name as is_image  # noqa: F401
+from data_tools.image_size import check_size
 
 # IGNORE_ORIENTATION: faces were aligned as pixels, and a tag that survived that would turn them
 # away again. MXNet 1.9.1 follows it in `mx.image.imdecode` and ImageRecordIter, not in unpack_img.
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
-def decode(encoded: bytes, size: int = 112, where: str = "") -> np.ndarray:
+def decode(encoded: bytes, size: int = 112, where: str = "", resize: bool = False) -> np.ndarray:
     """RGB pixels, uint8 [size, size, 3].
 
-    Grey becomes three equal channels, transparency is dropped, a square image of another size is
-    resized (bicubic).
-    Raises: ValueError naming `where` for an empty, truncated or unreadable image, or one that is
-    not square: faces are aligned before they come here; stretching or cropping would misalign them.
+    Grey becomes three equal channels, transparency is dropped. resize: a square image of another
+    size is resized (bicubic); see image_size.py.
+
+    Raises: ValueError naming `where` for an empty, truncated or unreadable image, or one of another
+    size: faces are aligned before they come here.
     """
     image = decode_any_size(encoded, where)
     height, width = image.shape[:2]
-    if height != width:
-        raise UserError(
-            f"{where or 'image'}: {width}x{height} pixels is not square; align the faces to "
-            f"{size}x{size} first"
-        )
-    return resized(image, size)
+    return resized(image, size) if check_size(width, height, size, where, resize) else image
 
 
 def decode_any_size(encoded: bytes, where: str = "", follow_exif: bool = False) -> np.ndarray:
@@ -74,3 +71,15 @@ def size_of(encoded: bytes, where: str = "") -> tuple[int, int] | None:
     if found.fault:
         raise UserError(f"{where or 'image'}: {found.fault}")
     return found.size
+
+
+def pixels_of(encoded: bytes, where: str = "") -> tuple[int, int]:
+    """Width and height of any image, decoded only if its header does not state them.
+
+    Raises: UserError naming `where` for what is cut short or no image.
+    """
+    found = size_of(encoded, where)
+    if found is None:
+        height, width = decode_any_size(encoded, where).shape[:2]
+        return width, height
+    return found

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_tools import features, shards
+from data_tools.common import files
 from data_tools.common.errors import UserError
-from data_tools.decode import decode
+from data_tools.decode import decode, pixels_of
+from data_tools.image_size import check_size
 from data_tools.parallel import Advance, run_tasks
 from data_tools.wording import count
 
@@ -23,12 +25,18 @@ if TYPE_CHECKING:
     from eval.embed import Embedder
 
 _CHUNK = 256  # images decoded at a time
+_SIZE = 112  # pixels
 
 
 def embed(
-    data: shards.Shards, embedder: "Embedder", out: Path, block: int, part: tuple[int, int]
-) -> int:
-    """Make the missing blocks of this part; how many were made.
+    data: shards.Shards,
+    embedder: "Embedder",
+    out: Path,
+    block: int,
+    part: tuple[int, int],
+    resize: bool = False,
+) -> tuple[int, int]:
+    """Make the missing blocks of this part; (how many were made, how many images were resized).
 
     Raises: FileExistsError if `out` holds features of another set or network.
     """
@@ -36,12 +44,12 @@ def embed(
     size = embedder(np.zeros((1, 112, 112, 3), np.uint8)).shape[1]
     index = {
         "of": data.fingerprint, "images": len(data), "size": int(size), "block": block,
-        "network": facts,
+        "network": facts, **({"resize": True} if resize else {}),
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_private(out)
     if (out / features.INDEX).is_file():
         there = features.read_index(out)
-        if differ := [key for key in index if there.get(key) != index[key]]:
+        if differ := [k for k in {**there, **index} if there.get(k) != index.get(k)]:
             raise FileExistsError(
                 f"{out} holds features of another {', '.join(differ)}: choose another directory"
             )
@@ -55,22 +63,26 @@ def embed(
         if b % part[1] == part[0] and not features.block_path(out, start, stop).is_file()
     ]
 
+    others: list[int] = []  # images that were resized; threads append to it
+
+    def pixels(i: int) -> np.ndarray:
+        where, encoded = f"{data.where(i)}, image {i}", data[i][1]
+        if resize and check_size(*pixels_of(encoded, where), _SIZE, where, resize):
+            others.append(i)
+        return decode(encoded, _SIZE, where, resize)
+
     def make(task: tuple[int, int], advance: Advance) -> None:
         start, stop = task
         rows = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for first in range(start, stop, _CHUNK):
                 ids = range(first, min(first + _CHUNK, stop))
-                rows.append(embedder(np.stack(list(pool.map(lambda i: _pixels(data, i), ids)))))
+                rows.append(embedder(np.stack(list(pool.map(pixels, ids)))))
                 advance(len(ids))
         features.write_block(out, start, stop, np.concatenate(rows))
 
     run_tasks(make, todo, 1, sum(stop - start for start, stop in todo), "embedding")
-    return len(todo)
-
-
-def _pixels(data: shards.Shards, i: int) -> np.ndarray:
-    return decode(data[i][1], 112, f"{data.where(i)}, image {i}")
+    return len(todo), len(others)
 
 
 def _part(text: str | None) -> tuple[int, int]:
@@ -89,6 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="directory of the features")
     parser.add_argument("--block", type=int, default=65536, help="images a file (65536)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at once (64)")
+    parser.add_argument(
+        "--resize", action="store_true", help="the faces are aligned at another size: resize them"
+    )
     parser.add_argument("--part", metavar="I/N", help="make every N-th block from I on (all)")
 
 
@@ -99,7 +114,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--block and --batch-size must be 1 or more")
     data = shards.open(args.path, shards.NO_RELABEL)
     part = _part(args.part)
-    made = embed(data, open_embedder(args.network, args.batch_size), args.out, args.block, part)
+    embedder = open_embedder(args.network, args.batch_size)
+    made, resized = embed(data, embedder, args.out, args.block, part, args.resize)
     missing = [
         start
         for start, stop in features.blocks(len(data), args.block)
@@ -108,5 +124,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(
         f"{args.out}: {count(len(data), 'image')}, {count(made, 'block')} made, "
         f"{len(missing)} left to other parts"
+        + (f", {count(resized, 'image')} resized" if args.resize else "")
     )
-    return {"path": str(args.out), "images": len(data), "made": made, "missing": len(missing)}
+    return {
+        "path": str(args.out), "images": len(data), "made": made, "missing": len(missing),
+        **({"resized": resized} if args.resize else {}),
+    }  # fmt: skip

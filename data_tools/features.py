@@ -3,17 +3,20 @@
     features.json               of (fingerprint of the set), images N, size D, block, network
     features-<start>-<stop>.npy float32 [stop - start, D], not normalised
 
+Each block ends with a hash of its content (common/arrays.py), which is compared once when the
+directory is opened. Embeddings are personal data: the directory and its files are their owner's.
+
 Images count as in the set without any relabel index, so that cleaning does not make them stale.
 """
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_tools.common import arrays, files
 from data_tools.common.errors import UserError
 
 INDEX = "features.json"
@@ -22,7 +25,7 @@ INDEX = "features.json"
 class Features:
     """Rows of a finished directory, mapped. Raises: ValueError, FileNotFoundError naming a file."""
 
-    def __init__(self, directory: Path, of: str | None = None) -> None:
+    def __init__(self, directory: Path, of: str | None = None, check: bool = True) -> None:
         self.path = directory
         self.index = read_index(directory)
         if of is not None and self.index["of"] != of:
@@ -39,13 +42,16 @@ class Features:
                 raise FileNotFoundError(
                     f"{path} is missing: run embed again, it goes on from there"
                 )
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            try:
+                rows = arrays.load_hashed(path, mmap=True, check=check)
+            except UserError as error:
+                raise UserError(f"{error}; remove the file and run embed again") from error
             if rows.shape != (stop - start, self.size) or rows.dtype != np.float32:
                 raise UserError(f"{path}: {rows.dtype} {list(rows.shape)} is not what {INDEX} says")
             self._files.append(rows)
 
-    def __reduce__(self) -> tuple[type["Features"], tuple[Path]]:
-        return Features, (self.path,)
+    def __reduce__(self) -> tuple[type["Features"], tuple[Path, None, bool]]:
+        return Features, (self.path, None, False)  # checked where it was opened first
 
     def unit(self, images: np.ndarray) -> np.ndarray:
         """Normalised rows float32 [n, D] of images [n]. Raises: ValueError for a zero or NaN."""
@@ -83,21 +89,8 @@ def block_path(directory: Path, start: int, stop: int) -> Path:
 
 
 def write_block(directory: Path, start: int, stop: int, rows: np.ndarray) -> None:
-    path = block_path(directory, start, stop)
-    _whole(path, lambda file: np.save(file, rows.astype(np.float32), allow_pickle=False))
+    arrays.write_hashed(block_path(directory, start, stop), rows.astype(np.float32))
 
 
 def write_index(directory: Path, index: dict[str, Any]) -> None:
-    _whole(directory / INDEX, lambda file: file.write(json.dumps(index, indent=1).encode()))
-
-
-def _whole(path: Path, write: Callable[[Any], object]) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    files.write_text(directory / INDEX, json.dumps(index, indent=1), files.PRIVATE_FILE)

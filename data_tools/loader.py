@@ -78,6 +78,7 @@ class Stream:
         accumulation: int = 1,  # micro-steps in an optimiser step
         samples_seen: int = 0,  # images trained on before, over all ranks
         size: int = 112,  # pixels, height and width
+        resize: bool = False,  # square images of another size are faces that are aligned
         blocks: Blocks | None = None,  # None: every image is shuffled on its own
         chances: augment.Probabilities = augment.Probabilities(),  # noqa: B008 (immutable)
         shares: Sequence[int] = (),  # of the batch, for each set of a Union; none: one stream
@@ -99,6 +100,7 @@ class Stream:
         check_labels(shards)
         self.shards = shards
         self.size = size
+        self.resize = resize
         self.chances = chances
         self._order = make_order(shards, seed, shares, blocks)
         first = self._order.rows(samples_seen, global_batch, accumulation, 0, world)
@@ -215,7 +217,9 @@ class Loader:
             pixels = self._recycled(count, size)
         rows = pixels.numpy()  # the same memory
         tasks = [
-            self._pool.submit(_decode_rows, self._shards, batch.ids, draws, rows, first)
+            self._pool.submit(
+                _decode_rows, self._shards, batch.ids, draws, rows, first, self._stream.resize
+            )
             for first in range(0, count, _ROWS_PER_TASK)
         ]
         images = pixels.permute(0, 3, 1, 2)
@@ -258,6 +262,7 @@ def _decode_rows(
     draws: augment.Draws | None,
     rows: np.ndarray,
     first: int,
+    resize: bool,
 ) -> None:
     """Decodes images `ids` [b] into rows [b, size, size, 3], a task's worth of them."""
     size = rows.shape[1]
@@ -265,9 +270,9 @@ def _decode_rows(
         image = int(ids[row])
         _, encoded = shards[image]
         try:
-            pixels = decode(encoded, size)
+            pixels = decode(encoded, size, resize=resize)
         except ValueError:  # once more, to say which: a name for each image costs 1 %
-            decode(encoded, size, f"{shards.where(image)}, image {image}")
+            decode(encoded, size, f"{shards.where(image)}, image {image}", resize)
             raise
         rows[row] = pixels if draws is None else augment.apply(pixels, draws, row)
 

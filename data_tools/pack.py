@@ -144,5 +144,6 @@ def _summary(out: Path, index: dict[str, Any], status: str, seconds: float) -> d
         "verification": [entry["file"] for entry in index["verification"]],
         **{key: index[key] for key in (SPLIT, "landmarks_unused", "notes") if key in index},
         "left_out": index.get("left_out", {}),
+        **{key: index["skipped"][key] for key in ("other_size",) if key in index["skipped"]},
         "seconds": round(seconds, 3),
     }

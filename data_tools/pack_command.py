@@ -101,8 +101,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pass-through",
         action="store_true",
-        help="keep the bytes of every square image, whatever its size, and do not decode it: "
-        "damaged pixels show only in `verify --deep`",
+        help="keep the bytes of every image and do not decode it: damaged pixels show only in "
+        "`verify --deep`",
+    )
+    parser.add_argument(
+        "--resize",
+        action="store_true",
+        help="the faces are aligned at another size: resize square images (with --pass-through "
+        "keep them, and train with resize=true); without it an image of another size than --size "
+        "is skipped",
     )
     parser.add_argument(
         "--exif",
@@ -127,6 +134,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a data set")
 
 
+def other_size(images: int, size: int) -> str:
+    if not images:
+        return ""
+    return (
+        f"of which {images} are of another size than {size}x{size}: align them (--align), or "
+        "--resize them if the faces are aligned; "
+    )
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be 1 or more")
@@ -138,6 +154,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"warning: {done['skipped']} "
             f"{'image or folder' if done['skipped'] == 1 else 'images or folders'} skipped "
             f"(listed in {args.out}/skipped.txt), "
+            f"{other_size(done.get('other_size', 0), args.size)}"
             f"{count(done['empty_identities'], 'identity', 'identities')} without any image",
             file=sys.stderr,
         )

@@ -38,6 +38,7 @@ class Options:
     align: bool = False
     landmarks: Path | None = None
     detector: Path | None = None
+    resize: bool = False  # the faces are aligned at another size
 
     def __post_init__(self) -> None:
         lowest = {
@@ -59,6 +60,8 @@ class Options:
             raise UserError("--landmarks and --detector are of --align: say that too")
         if self.align and self.pass_through:
             raise UserError("--align makes new images: it cannot --pass-through old ones")
+        if self.align and self.resize:
+            raise UserError("--align warps every face to --size: --resize is for aligned faces")
         self.choice().share()
 
     def choice(self) -> Choice:
@@ -69,7 +72,7 @@ class Options:
         if self.align:
             aligner = Aligner(self.size, str(self.detector) if self.detector else None)
         exif = self.exif or ("follow" if self.align else "ignore")
-        return Conversion(self.size, self.quality, self.pass_through, exif, aligner)
+        return Conversion(self.size, self.quality, self.pass_through, exif, aligner, self.resize)
 
     def recorded(self) -> dict[str, Any]:
         """As index.json keeps them: what was left at its default is not there."""

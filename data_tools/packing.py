@@ -10,6 +10,7 @@ import numpy as np
 
 from data_tools.common.errors import UserError
 from data_tools.convert import Pointed, convert_all
+from data_tools.image_size import is_size_fault
 from data_tools.journal import Finished, Journal, WrittenShard
 from data_tools.pack_options import HELD_OUT, SPLIT, Options
 from data_tools.pairs import PairOptions, make_pairs
@@ -201,6 +202,8 @@ class Packing:
         (self.directory / "skipped.txt").write_bytes(lines)
         no_face = sum(why in ("no face found", "no landmarks") for _, why in self.skipped)
         without = {"without_face": no_face} if self.options.align else {}
+        if other_size := sum(is_size_fault(why) for _, why in self.skipped):
+            without["other_size"] = other_size
         return {"count": len(self.skipped), "file": "skipped.txt", **without}
 
 

@@ -171,8 +171,7 @@ def make_pairs(
 def resized_text(resized: int, images: int, size: int) -> str:
     return (
         f"{resized} of {count(images, 'image')} {'was' if resized == 1 else 'were'} not "
-        f"{size}x{size} and {'was' if resized == 1 else 'were'} resized: faces must be aligned "
-        f"before"
+        f"{size}x{size} and {'was' if resized == 1 else 'were'} resized (--resize)"
     )
 
 
@@ -183,6 +182,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
     parser.add_argument("--identities", type=Path, help="take only those named in FILE, one a line")
     parser.add_argument("--size", type=int, default=112, help="side of the images in pixels (112)")
+    parser.add_argument(
+        "--resize", action="store_true", help="the faces are aligned at another size: resize them"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
 
 
@@ -196,7 +198,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.identities:
         chosen = np.flatnonzero(np.isin(source.labels, _numbers_of(source, args.identities)))
     skipped = list(source.skipped)
-    options = PairOptions(args.pairs, args.seed, Conversion(args.size))
+    options = PairOptions(args.pairs, args.seed, Conversion(args.size, resize=args.resize))
     (made,) = run_tasks(
         lambda images, advance: make_pairs(
             images, source.labels[chosen], args.out, options, skipped, advance

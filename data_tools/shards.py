@@ -26,6 +26,7 @@ import numpy as np
 
 from data_tools import insightface
 from data_tools import relabel as relabelling
+from data_tools.common import arrays
 from data_tools.common.errors import UserError
 from data_tools.recordio import Header, RecordFile
 
@@ -92,12 +93,17 @@ class Shards:
     @functools.cached_property
     def fingerprint(self) -> str:
         """12 hex digits that tell data sets apart; cleaning leaves them as they are."""
+        return self.sha256[:12]
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of index.json, which has the hash of every file; in place, of labels and offsets."""
         if self.index["format"] == FORMAT:
             content = (self.path / INDEX).read_bytes()
         else:
             uncleaned = self if self.cleaned is None else open(self._opened, NO_RELABEL)
             content = uncleaned.labels.tobytes() + uncleaned.offsets.tobytes()
-        return hashlib.sha256(content).hexdigest()[:12]
+        return hashlib.sha256(content).hexdigest()
 
     def _position(self, i: int) -> int:
         """i, counted from the start. Raises: IndexError."""
@@ -279,10 +285,7 @@ def _open_packed(path: Path) -> Shards:
 
 def load_column(path: Path, count: int) -> np.ndarray:
     """A mapped int64 [count] of a .npy file."""
-    try:
-        column = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: {error}") from error
+    column = arrays.load_npy(path, mmap=True)
     if column.dtype != np.int64 or column.shape != (count,):
         raise UserError(
             f"{path}: {column.dtype} {list(column.shape)}, but {INDEX} needs int64 [{count}]"

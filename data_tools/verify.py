@@ -72,7 +72,7 @@ def _check_record(block: Block, i: int, header: Header, image: bytes, where: str
         if fault:
             raise UserError(fault)
     if block.size is not None:
-        decode(image, block.size, where)
+        decode(image, block.size, where, resize=True)
 
 
 def verify_packed(path: Path, deep: bool, workers: int) -> tuple[int, list[Finding]]:

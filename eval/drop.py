@@ -42,6 +42,7 @@ def compare(
     pairs: PairSet,
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda count: None,
+    resize: bool = False,
 ) -> dict[str, Any]:
     """Ten-fold accuracy and TAR of both networks (images alone, no mirror), and what is lost.
 
@@ -50,7 +51,8 @@ def compare(
     """
     ranges = _ranges(len(pairs.encoded), batch_size)
     parts: list[list[np.ndarray]] = [[], []]
-    for _, images in batches(Encoded(pairs.name, pairs.encoded), ranges, lambda x: x, threads=1):
+    faces = Encoded(pairs.name, pairs.encoded, resize)
+    for _, images in batches(faces, ranges, lambda x: x, threads=1):
         for found, forward in zip(parts, (before, after), strict=True):
             found.append(forward(images).astype(np.float64))
         progress(len(images))

@@ -1,6 +1,5 @@
 """An ONNX recognition network of anybody's as an embedder."""
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,13 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from data_tools.common.errors import UserError
+from data_tools.common.errors import UserError, one_line
+from eval import onnx_file
 from eval.contract import InputContract
+
+# Share of its length that an embedding may move with the batch: int8 ranges that follow the batch
+# move it by less, another image's is far off.
+SAME_IMAGE = 0.5
 
 
 class OnnxEmbedder:
@@ -30,15 +34,35 @@ class OnnxEmbedder:
         stated: Mapping[str, Any] | None = None,
         source: str = "",
     ) -> None:
+        file = onnx_file.read(path)
+        try:
+            self._open(file, path, batch_size, dict(stated or {}), source)
+        except _CannotRun:
+            mended = onnx_file.with_slopes_per_channel(file)
+            if mended is None:
+                raise
+            self._open(mended, path, batch_size, dict(stated or {}), source)
+            self._note("its PReLU slopes [C] are taken as one for each channel")
+
+    def _open(
+        self,
+        file: onnx_file.OnnxFile,
+        path: str | Path,
+        batch_size: int,
+        stated: dict[str, Any],
+        source: str,
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors: old exporters cause a warning per weight
         if threads := os.environ.get("OMP_NUM_THREADS"):  # torchrun shares the cores that way
             options.intra_op_num_threads = int(threads)
         try:
-            graph, model = _read_graph(path)
-            self.session = onnxruntime.InferenceSession(model, options, _providers())
-        except Exception as error:  # protobuf's and ONNX Runtime's own kinds
-            raise UserError(f"{path} is not an ONNX model that can run: {error}") from error
+            self.session = onnxruntime.InferenceSession(file.runnable, options, _providers())
+        except Exception as error:  # ONNX Runtime's errors share no other base
+            raise _CannotRun(
+                f"{path} is not an ONNX model that can run: {one_line(error)}"
+            ) from error
+        graph = file.model.graph
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4:
             raise UserError(
@@ -53,15 +77,14 @@ class OnnxEmbedder:
         known = [side if isinstance(side, int) else 112 for side in sides]
         if channels not in (3, None) and isinstance(channels, int):
             raise UserError(f"{path} takes images of {inputs[0].shape[1:]}, not [3, H, W]")
-        self.contract = _stated(path, graph, entries, known, dict(stated or {}), source)
+        self.contract = _stated(path, graph, entries, known, stated, source)
         if [self.contract.height, self.contract.width] != known:
             raise UserError(
                 f"{path} takes images of {known[0]} x {known[1]}, its contract says "
                 f"{self.contract.height} x {self.contract.width}"
             )
         self.fixed_batch = fixed if isinstance(fixed, int) else None
-        self.batch_size = self.fixed_batch or batch_size
-        self.digest = _digest(Path(path), graph)
+        self.digest = file.digest
         self.facts: dict[str, object] = {
             "path": str(path),
             **({"network": entries["network"]} if "network" in entries else {}),
@@ -70,6 +93,51 @@ class OnnxEmbedder:
             "runtime": f"onnxruntime {onnxruntime.__version__}, {self.session.get_providers()[0]}",
             "metadata": dict(entries),
         }
+        self._try_batches()
+        self.batch_size = self.fixed_batch or batch_size
+
+    def _try_batches(self) -> None:
+        """Find out how many images it takes at once, whatever its input says.
+
+        Exporters name the batch free and then fix it inside, in a Reshape: with one image such a
+        file runs. A batch must also give what its images give alone.
+        """
+        patches = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+        patches[0] //= 2  # a darker one: pixel noise all looks alike to a network
+        x = self.prepare(patches.repeat(14, axis=1).repeat(14, axis=2))
+        if self.fixed_batch is not None:
+            self._run(np.resize(x, (self.fixed_batch, *x.shape[1:])))
+            return
+        alone = np.concatenate([self._run(x[:1]), self._run(x[1:])]).astype(np.float64)
+        try:
+            both = self._run(x).astype(np.float64)
+        except _CannotRun as error:
+            reason = f"it cannot run two: {one_line(error)}"
+        else:
+            length = np.maximum(*(np.linalg.norm(x, axis=1) for x in (both, alone)))
+            if not (np.linalg.norm(both - alone, axis=1) > SAME_IMAGE * length).any():
+                return
+            reason = "with two it gives other embeddings than for each alone"
+        self.fixed_batch = 1
+        self._note(f"one image at a time: its batch is fixed inside the graph ({reason})")
+
+    def _note(self, text: str) -> None:
+        before = f"{self.facts['note']}; " if "note" in self.facts else ""
+        self.facts["note"] = f"{before}{text}"
+
+    def _run(self, x: NDArray) -> NDArray:
+        """[n, D] of exactly these images. Raises: UserError if ONNX Runtime fails on them."""
+        quiet = onnxruntime.RunOptions()
+        quiet.log_severity_level = 4  # the exception says it
+        where = f"{self.facts['path']}: ONNX Runtime cannot run it on {list(x.shape)}"
+        try:
+            (output,) = self.session.run(None, {self.name: x}, quiet)
+        except Exception as error:  # ONNX Runtime's errors share no other base
+            raise _CannotRun(f"{where}: {one_line(error)[:400]}") from error
+        if output.ndim < 2 or len(output) != len(x):
+            raise _CannotRun(f"{self.facts['path']}: {len(x)} images gave an output of "
+                             f"{list(output.shape)}, not [{len(x)}, D]")  # fmt: skip
+        return output.reshape(len(x), -1)
 
     def with_contract(self, contract: InputContract) -> "OnnxEmbedder":
         other = object.__new__(OnnxEmbedder)
@@ -87,15 +155,15 @@ class OnnxEmbedder:
             num = len(x)
             if self.fixed_batch is not None and num < self.fixed_batch:
                 x = np.resize(x, (self.fixed_batch, *x.shape[1:]))  # repeats images
-            (output,) = self.session.run(None, {self.name: x})
-            if output.ndim < 2 or len(output) != len(x):
-                raise UserError(f"{self.facts['path']}: {len(x)} images gave an output of "
-                                 f"{list(output.shape)}, not [{len(x)}, D]")  # fmt: skip
-            parts.append(output.reshape(len(x), -1)[:num].astype(np.float32))
+            parts.append(self._run(x)[:num].astype(np.float32))
         return np.concatenate(parts)
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self.forward(self.prepare(images))
+
+
+class _CannotRun(UserError):
+    """ONNX Runtime refuses the file or fails on images."""
 
 
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -116,25 +184,6 @@ def _stated(
     return base.changed(stated, source)
 
 
-def _digest(path: Path, graph: onnx.GraphProto) -> str:
-    """sha256 of the file, and of the files beside it that hold its weights, where there are any."""
-    beside = {
-        entry.value
-        for tensor in graph.initializer
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    total = hashlib.sha256()
-    for part in (path, *(path.parent / name for name in sorted(beside))):
-        with open(part, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        if not beside:
-            return digest.hexdigest()
-        total.update(digest.digest())
-    return total.hexdigest()
-
-
 def _providers() -> list[Any]:
     device = {"device_id": int(os.environ.get("LOCAL_RANK", 0))}
     wanted: tuple[tuple[str, dict[str, int]], ...] = (
@@ -142,25 +191,6 @@ def _providers() -> list[Any]:
         ("CPUExecutionProvider", {}),
     )
     return [entry for entry in wanted if entry[0] in onnxruntime.get_available_providers()]
-
-
-def _read_graph(path: str | Path) -> tuple[onnx.GraphProto, str | bytes]:
-    """The graph, and what ONNX Runtime should open: the path, or the model with its inputs mended.
-
-    Some exporters list weights among the inputs, even ones that no node uses any more, and ONNX
-    Runtime would then ask for them.
-    """
-    model = onnx.load(str(path), load_external_data=False)
-    graph = model.graph
-    asked = {name for node in graph.node for name in node.input} - {
-        x.name for x in graph.initializer
-    }
-    inputs = [x for x in graph.input if x.name in asked]
-    if len(inputs) == len(graph.input):
-        return graph, str(path)
-    del graph.input[:]
-    graph.input.extend(inputs)
-    return graph, model.SerializeToString()
 
 
 def _insightface_contract(graph: onnx.GraphProto) -> InputContract:

@@ -3,8 +3,11 @@
 A block is BLOCK images, one file. Process r of W computes the blocks r, r + W, .. that are not
 there yet, so a killed run goes on where it stopped, at any number of processes, and the numbers do
 not depend on that: batches never cross a block. The directory of a set is named by the model's
-weights, the images and the input contract; a second protocol on the same images finds them there.
-No process group is needed: the files are the only thing that the processes share.
+weights, the content of the images and the input contract; a second protocol on the same images
+finds them there. A block ends with a hash of its content, which is compared before it is used.
+No process group is needed: the files are the only thing that the processes share. Where another
+process makes no block for a long time, because it died or never started, the first computes what is
+left itself. Embeddings are personal data: only their owner may read the directory.
 
 Letters: N images, n images of a batch, V views (the image, and its mirror image), D embedding.
 """
@@ -15,7 +18,6 @@ import json
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common import arrays, files
 from data_tools.common.errors import UserError
 from eval.images import ImageSet
 
@@ -33,10 +36,14 @@ if TYPE_CHECKING:
     from eval.embed import Embedder
 
 BLOCK = 1024  # images
-FORMAT = 1
+FORMAT = 2
 IN_MEMORY = 4 << 30  # bytes of a matrix of embeddings
 AHEAD = 2  # batches decoded ahead of the network for each thread
 _POLL = 0.2  # seconds between two looks for the blocks of other processes
+# Seconds without any new block after which the blocks of other processes are computed here; more
+# where a block takes long. Too short costs work that is done twice, never a wrong number.
+PATIENCE = 120.0
+_BLOCK_TIMES = 4  # or so many times the longest that a block took here
 
 Advance = Callable[[int], object]  # called with the number of images done since the last call
 
@@ -61,10 +68,14 @@ class Features:
     def __len__(self) -> int:
         return self._num
 
+    def alone(self) -> "Features":
+        """The same without the mirror images."""
+        return Features(self._blocks, self._num, False)
+
     def block(self, number: int) -> NDArray[np.float32]:
         """[n, V, D] float32: of images number * BLOCK and on."""
         block = self._blocks[number]
-        array = block if isinstance(block, np.ndarray) else np.load(block, allow_pickle=False)
+        array = block if isinstance(block, np.ndarray) else arrays.load_hashed(block)
         return array if self.flip else array[:, :1]
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
@@ -123,25 +134,56 @@ def extract(
                              _compute(embedder, images, flip, range(num_blocks), batch_size,
                                       threads, advance)]  # fmt: skip
         return Features(blocks, len(images), flip)
-    directory = _directory(cache, embedder, images, flip)
+    directory = _directory(cache, embedder, images, flip, place.rank == 0)
     paths = [directory / f"block-{number:07d}.npy" for number in range(num_blocks)]
     length = functools.partial(_length, len(images))
     views = 2 if flip or directory.name.endswith("-flip") else 1
     missing = [i for i, path in enumerate(paths) if not _whole(path, length(i), views)]
     advance(sum(map(length, range(num_blocks))) - sum(map(length, missing)))
-    own = [i for i in missing if i % place.world == place.rank]
-    for number, block in _compute(embedder, images, views == 2, own, batch_size, threads, advance):
-        _write(paths[number], block)
+    longest = 0.0  # seconds that a block took
+
+    def make(numbers: list[int]) -> None:
+        nonlocal longest
+        began = time.monotonic()
+        made = _compute(embedder, images, views == 2, numbers, batch_size, threads, advance)
+        for number, block in made:
+            arrays.write_hashed(paths[number], block)
+            now = time.monotonic()
+            longest, began = max(longest, now - began), now
+
+    make([i for i in missing if i % place.world == place.rank])
     if place.rank:
         return None
     waiting = [i for i in missing if i % place.world]
+    patience = max(PATIENCE, _BLOCK_TIMES * longest)
     while waiting:
-        there = [i for i in waiting if paths[i].is_file()]
-        waiting = [i for i in waiting if i not in set(there)]
-        advance(sum(map(length, there)))
+        absent = _wait(paths, waiting, patience)
+        advance(sum(map(length, waiting)) - sum(map(length, absent)))
+        waiting = absent
+        if waiting and patience:
+            late = ", ".join(map(str, sorted({i % place.world for i in waiting})))
+            print(
+                f"warning: {images.name}: no new block of process {late} of {place.world} for "
+                f"{patience:.0f} s; the first process computes the {len(waiting)} that are left",
+                file=sys.stderr,
+            )
+            patience = 0.0
         if waiting:
-            time.sleep(_POLL)
+            make([waiting.pop()])  # from the end: a process that is only slow comes there last
     return Features(list(paths), len(images), flip)
+
+
+def _wait(paths: list[Path], waiting: list[int], patience: float) -> list[int]:
+    """The blocks that are still absent when all are there, or none has come for so many seconds."""
+    changed = time.monotonic()
+    while True:
+        absent = [i for i in waiting if not files.is_file(paths[i])]
+        if len(absent) < len(waiting):
+            changed = time.monotonic()
+        if not absent or time.monotonic() - changed > patience:
+            return absent
+        waiting = absent
+        time.sleep(_POLL)
 
 
 def batches(
@@ -209,7 +251,9 @@ def _length(num: int, number: int) -> int:
     return min(BLOCK, num - number * BLOCK)
 
 
-def _directory(cache: Path, embedder: "Embedder", images: ImageSet, flip: bool) -> Path:
+def _directory(
+    cache: Path, embedder: "Embedder", images: ImageSet, flip: bool, is_first: bool
+) -> Path:
     """Where the blocks of this set lie; one with mirror images serves without them too."""
     facts = {
         "format": FORMAT,
@@ -224,34 +268,23 @@ def _directory(cache: Path, embedder: "Embedder", images: ImageSet, flip: bool) 
     name = hashlib.sha256(text.encode()).hexdigest()[:40]
     both = cache / f"{name}-flip"
     last = both / f"block-{-(-len(images) // BLOCK) - 1:07d}.npy"
-    directory = both if flip or last.is_file() else cache / f"{name}-plain"
-    directory.mkdir(parents=True, exist_ok=True)
-    if not (directory / "facts.json").is_file():
-        partial = directory / f"facts.{os.getpid()}-{threading.get_ident()}.partial"
-        partial.write_text(json.dumps({**facts, "name": images.name}, indent=1) + "\n")
-        os.replace(partial, directory / "facts.json")
+    directory = both if flip or files.is_file(last) else cache / f"{name}-plain"
+    files.make_private(cache)
+    files.make_private(directory)
+    if is_first and not files.is_file(directory / "facts.json"):
+        text = json.dumps({**facts, "name": images.name}, indent=1) + "\n"
+        files.write_text(directory / "facts.json", text, files.PRIVATE_FILE)
     return directory
 
 
 def _whole(path: Path, length: int, views: int) -> bool:
     """Whether the block is there as it was written; a damaged one is said and computed again."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
+    if not files.exists(path):
         return False
-    except (OSError, ValueError, EOFError) as error:
+    try:
+        array = arrays.load_hashed(path)
+    except (OSError, UserError) as error:
         print(f"warning: {path} is damaged and computed again: {error}", file=sys.stderr)
         path.unlink(missing_ok=True)
         return False
-    return array.ndim == 3 and array.shape[:2] == (length, views) and array.dtype == np.float32
-
-
-def _write(path: Path, block: NDArray[np.float32]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.save(file, block)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    return array.shape[:2] == (length, views) and array.ndim == 3 and array.dtype == np.float32

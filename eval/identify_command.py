@@ -40,12 +40,14 @@ def run(args: argparse.Namespace) -> dict | None:
         ValueError, OSError: a table, an image or the model is not what it must be.
     """
     tables = [
-        lists.read_faces(x, args.images, args.landmarks) for x in (*args.gallery, args.probes)
+        lists.read_faces(x, args.images, args.landmarks, resize=args.resize)
+        for x in (*args.gallery, args.probes)
     ]
     names = [path.stem for path in args.gallery]
     if len(set(names)) < len(names):
         raise UserError(f"two galleries of one name among {', '.join(names)}; rename a file")
     work = session.Session(args)
+    used = pairs_command.detector(work, tables)
     features = [work.features(faces.images) for faces in tables]
     pooled = []
     for one, faces in zip(features, tables, strict=True):
@@ -59,8 +61,7 @@ def run(args: argparse.Namespace) -> dict | None:
         name: identification.search(unit, faces.subjects, *probes)
         for name, unit, faces in zip(names, pooled[:-1], tables[:-1], strict=True)
     }
-    weighted = any(faces.score is not None for faces in tables)
-    contract = work.contract(tables[-1].images, **pairs_command.pooling(args.norm, weighted))
+    contract = work.contract(tables[-1].images, **pairs_command.pooling(args.norm, used))
     result = make_result(
         "identify", args.probes.stem, work, contract | {"tpir": TPIR, "rank": RANK}, searches
     )

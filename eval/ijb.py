@@ -195,8 +195,12 @@ def image_features(matrix: NDArray, keep_norm: bool) -> NDArray:
 def pool(
     matrix: NDArray, faces: Faces, keep_norm: bool, use_detector: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """(template ids [T] ascending, templates [T, D], not normalised)."""
-    weights = faces.score if use_detector else None
+    """(template ids [T] ascending, templates [T, D], not normalised).
+
+    Raises:
+        ValueError: a template without a detector score above 0.
+    """
+    weights = templates.detector_weights(faces.score, faces.template)[0] if use_detector else None
     return templates.pool(image_features(matrix, keep_norm), faces.template, faces.media, weights)
 
 

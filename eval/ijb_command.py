@@ -5,7 +5,16 @@ import argparse
 
 import numpy as np
 
-from eval import identification, identify_command, ijb, results, roc, session, templates
+from eval import (
+    identification,
+    identify_command,
+    ijb,
+    pairs_command,
+    results,
+    roc,
+    session,
+    templates,
+)
 from eval.results import Result
 
 PROTOCOLS = ("1:1", "1:N")
@@ -56,6 +65,10 @@ def run(args: argparse.Namespace) -> dict | None:
             f"pairs; here are {', '.join(str(x) for x in counts if x is not None)}: the numbers "
             "compare with no published ones"
         )
+    detector = "not used"
+    if args.detector:
+        _, zero = templates.detector_weights(faces.score, faces.template)
+        detector = pairs_command.detector_rule(work, benchmark.name, zero, "--no-detector")
     features = work.features(faces.images)
     if features is None:
         return None
@@ -65,13 +78,18 @@ def run(args: argparse.Namespace) -> dict | None:
         faces.images,
         flags=f"N{args.norm:d}D{args.detector:d}F{args.flip:d}",
         norm="kept: a weight" if args.norm else "each image feature L2-normalised, then weighed",
-        detector="its score is a weight" if args.detector else "not used",
+        detector=detector,
         template="sum over media of the mean over a medium's faces, float64, then L2-normalised",
         score="dot product, float64",
     )
     found = []
     if pairs is not None:
         found.append(_verify(work, benchmark, faces, pairs, ids, pooled, unit, contract))
+        if features.flip and not work.adds_mirror():
+            _, alone = ijb.pool(features.alone().matrix(), faces, args.norm, args.detector)
+            found[-1].metrics["alone"] = results.alone_metrics(
+                _curve(pairs, ids, templates.normalised(alone))
+            )
     if sides is not None:
         found.append(_search(work, benchmark, sides, ids, unit, contract))
     for result in found:
@@ -90,7 +108,7 @@ def _verify(
     work: session.Session, benchmark: ijb.Benchmark, faces: ijb.Faces, pairs: ijb.Pairs,
     ids: np.ndarray, pooled: np.ndarray, unit: np.ndarray, contract: dict[str, object],
 ) -> Result:  # fmt: skip
-    first, second = (ijb.rows_of(side, ids) for side in (pairs.first, pairs.second))
+    first, second = _rows(pairs, ids)
     scores = templates.pair_scores(unit, first, second)
     points = roc.curve(scores, pairs.issame)
     norms = np.linalg.norm(pooled, axis=1)
@@ -115,6 +133,14 @@ def _verify(
         "ijb 1:1", benchmark.name, work.embedder.facts,
         contract | {"far_rules": results.RULES}, metrics, arrays,
     )  # fmt: skip
+
+
+def _rows(pairs: ijb.Pairs, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return ijb.rows_of(pairs.first, ids), ijb.rows_of(pairs.second, ids)
+
+
+def _curve(pairs: ijb.Pairs, ids: np.ndarray, unit: np.ndarray) -> roc.Curve:
+    return roc.curve(templates.pair_scores(unit, *_rows(pairs, ids)), pairs.issame)
 
 
 def _search(

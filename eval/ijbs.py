@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> dict | None:
               for t in side for file in t.files}  # fmt: skip
     paths, owner = _faces(args.faces, wanted)
     work = session.Session(args)
-    images = Files("IJB-S", args.faces, paths)
+    images = Files("IJB-S", args.faces, paths, resize=args.resize)
     features = work.features(images)
     if features is None:
         return None

@@ -58,14 +58,16 @@ def load_bin(path: str | Path) -> PairSet:
 
 
 def embed(
-    forward: Forward, encoded: Sequence[bytes], batch_size: int, where: str = ""
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    forward: Forward, encoded: Sequence[bytes], batch_size: int, where: str = "",
+    resize: bool = False,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
     """(flip_sum [n, D], norms [n, 2]): e(image) + e(mirrored image), and the two norms, float64.
 
     One batch of images is decoded at a time, ahead of the network.
 
     Raises:
-        ValueError: an image that cannot be decoded, named by its number after `where`.
+        ValueError: an image that cannot be decoded, or is of another size than the network's and
+            not to be resized, named by its number after `where`.
     """
     if not encoded:  # a process may get no image of a small set: its rows still need their width
         width = forward(np.zeros((1, SIZE, SIZE, 3), dtype=np.uint8)).shape[1]
@@ -77,11 +79,20 @@ def embed(
     starts = range(0, len(encoded), batch_size)
     ranges = [range(i, min(i + batch_size, len(encoded))) for i in starts]
     sums, norms = [], []
-    for _, pair in extract.batches(Encoded(where, encoded), ranges, views, threads=1):
+    for _, pair in extract.batches(Encoded(where, encoded, resize), ranges, views, threads=1):
         plain, flipped = (np.asarray(forward(x), dtype=np.float64) for x in pair)  # [n, D]
         sums.append(plain + flipped)
         norms.append(np.linalg.norm(np.stack([plain, flipped], axis=1), axis=2))
     return np.concatenate(sums), np.concatenate(norms)
+
+
+def count_resized(pairs: PairSet, resize: bool) -> int:
+    """How many images of the set have to be resized.
+
+    Raises:
+        ValueError: one is of another size than the network's and not to be resized.
+    """
+    return Encoded(f"{pairs.name}.bin", pairs.encoded, resize).num_resized()
 
 
 def score(flip_sum: ArrayLike, norms: ArrayLike, issame: ArrayLike) -> dict:

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> dict | None:
     """
     if args.report is not None and not args.report.endswith(".html"):
         raise UserError(f"--report takes an .html file, not {args.report}")
-    sets = [_load(name) for name in args.sets]
+    sets = [_load(name, args.resize) for name in args.sets]
     names = [pairs.name for pairs in sets]
     if len(set(names)) < len(names):
         raise UserError(f"two sets of one name among {', '.join(names)}; rename a file")
@@ -94,8 +94,8 @@ def finish(work: session.Session, found: "list[Result]", report_path: str | None
     return output
 
 
-def _load(name: str) -> Pairs:
-    pairs = pair_lists.open_set(name)
+def _load(name: str, resize: bool) -> Pairs:
+    pairs = pair_lists.open_set(name, resize)
     if pairs.issame.all() or not pairs.issame.any():
         raise UserError(f"{name} holds pairs of one kind only: there is nothing to tell apart")
     return pairs

@@ -84,7 +84,7 @@ def read(path: str | Path, names: Sequence[str], needed: Sequence[str]) -> Table
 
 def read_faces(
     path: str | Path, root: str | Path | None, landmarks: str | Path | None = None,
-    needed: Sequence[str] = ("image", "subject"),
+    needed: Sequence[str] = ("image", "subject"), resize: bool = False,
 ) -> Faces:  # fmt: skip
     """The faces of a table of image, subject, template, media, score and x1 .. y5.
 
@@ -110,7 +110,7 @@ def read_faces(
     media = _numbered(columns.get("media") or [str(i) for i in range(len(paths))])[0]
     subjects = _subjects(table, template, names) if "subject" in columns else []
     score = _score(table) if "score" in columns else None
-    images = Files(Path(path).stem, base, paths, _points(table, landmarks))
+    images = Files(Path(path).stem, base, paths, _points(table, landmarks), resize)
     return Faces(images, template, media, score, names, subjects)
 
 

@@ -44,7 +44,7 @@ class Listed(NamedTuple):
     same: bool
 
 
-def open_set(given: str) -> Pairs:
+def open_set(given: str, resize: bool = False) -> Pairs:
     """A SET of the command line: X.bin, or LIST:IMAGE_DIR or LIST:IMAGE_DIR:LANDMARKS.
 
     Raises:
@@ -55,15 +55,18 @@ def open_set(given: str) -> Pairs:
     if len(parts) == 1:
         encoded = load_bin(given)
         pair = np.arange(len(encoded.issame))
-        images = Encoded(encoded.name, encoded.encoded)
+        images = Encoded(encoded.name, encoded.encoded, resize)
         return Pairs(encoded.name, images, 2 * pair, 2 * pair + 1, encoded.issame)
     if len(parts) > 3 or not all(parts):
         raise UserError(f"{given}: a set is X.bin, LIST:IMAGE_DIR or LIST:IMAGE_DIR:LANDMARKS")
-    return load_list(*parts)
+    return load_list(*parts, resize=resize)
 
 
 def load_list(
-    list_path: str | Path, image_dir: str | Path, landmarks: str | Path | None = None
+    list_path: str | Path,
+    image_dir: str | Path,
+    landmarks: str | Path | None = None,
+    resize: bool = False,
 ) -> Pairs:
     """The pairs of a list whose images lie below `image_dir`, aligned if landmarks are given.
 
@@ -102,7 +105,7 @@ def load_list(
         issame = np.array([pair.same for pair in kept])
     files = {text: number for number, text in enumerate(_texts(kept))}
     paths = [str(found[text]) for text in files]
-    images = Files(name, image_dir, paths, points_of(paths, landmarks))
+    images = Files(name, image_dir, paths, points_of(paths, landmarks), resize)
     first = np.array([files[pair.first] for pair in kept])
     second = np.array([files[pair.second] for pair in kept])
     return Pairs(name, images, first, second, issame, tuple(missing))

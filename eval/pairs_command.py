@@ -1,11 +1,13 @@
 """Verify a list of pairs of your own: two images a pair, or two templates of many images."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.common.errors import UserError
+from data_tools.wording import count
 from eval import lfw_command, lists, pair_lists, results, roc, session, templates
 from eval.results import Result
 
@@ -33,7 +35,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """How the images of a table are aligned and pooled."""
     parser.add_argument(
         "--landmarks", metavar="FILE|DIR", type=Path,
-        help="align the images by them, as in `eval lfw`; default: they are aligned",
+        help="align the images by them, as in `eval lfw`; default: they are aligned, 112 x 112",
     )  # fmt: skip
     parser.add_argument(
         "--no-norm", dest="norm", action="store_false",
@@ -88,12 +90,14 @@ def _of_images(args: argparse.Namespace, table: lists.Table, issame) -> pair_lis
                                 f"{len(absent)} of {len(numbers)} are absent")  # fmt: skip
     paths = list(numbers)
     points = pair_lists.points_of(paths, args.landmarks)
-    images = Files(args.pairs.stem, base, paths, points)
+    images = Files(args.pairs.stem, base, paths, points, args.resize)
     return pair_lists.Pairs(args.pairs.stem, images, first, second, issame)
 
 
 def _of_templates(args: argparse.Namespace, table: lists.Table, issame) -> dict | None:
-    faces = lists.read_faces(args.templates, args.images, args.landmarks, ("image", "template"))
+    faces = lists.read_faces(
+        args.templates, args.images, args.landmarks, ("image", "template"), args.resize
+    )
     numbers = {name: number for number, name in enumerate(faces.names)}
     sides = []
     for side in ("first", "second"):
@@ -102,6 +106,7 @@ def _of_templates(args: argparse.Namespace, table: lists.Table, issame) -> dict 
                 raise UserError(f"{table.where(row)}: no template {name!r} in {args.templates}")
         sides.append(np.array([numbers[name] for name in table.columns[side]]))
     work = session.Session(args)
+    used = detector(work, [faces])
     features = work.features(faces.images)
     if features is None:
         return None
@@ -112,7 +117,11 @@ def _of_templates(args: argparse.Namespace, table: lists.Table, issame) -> dict 
     quality = np.linalg.norm(pooled, axis=1)[np.stack(sides)].min(axis=0)
     metrics = {"pairs": len(issame), "templates": len(unit), "images": len(faces.images),
                **results.pair_metrics(points)}  # fmt: skip
-    contract = work.contract(faces.images, **pooling(args.norm, faces.score is not None))
+    if features.flip and not work.adds_mirror():
+        alone = templates.normalised(pool(features.alone().matrix(), faces, args.norm))
+        alone_scores = templates.pair_scores(alone, *sides)
+        metrics["alone"] = results.alone_metrics(roc.curve(alone_scores, issame))
+    contract = work.contract(faces.images, **pooling(args.norm, used))
     arrays = results.pair_arrays(points, scores, issame, quality)
     result = results.make(
         "templates", args.pairs.stem, work.embedder.facts, contract, metrics, arrays
@@ -125,13 +134,45 @@ def _of_templates(args: argparse.Namespace, table: lists.Table, issame) -> dict 
 def pool(matrix: np.ndarray, faces: lists.Faces, keep_norm: bool) -> np.ndarray:
     """[T, D] templates, not normalised."""
     x = matrix if keep_norm else templates.normalised(matrix)
-    return templates.pool(x, faces.template, faces.media, faces.score)[1]
+    return templates.pool(x, faces.template, faces.media, _weights(faces)[0])[1]
 
 
-def pooling(keep_norm: bool, weighted: bool) -> dict[str, object]:
+def _weights(faces: lists.Faces) -> tuple[np.ndarray | None, int]:
+    """The weight of each image, None where there are no scores; how many are 0."""
+    if faces.score is None:
+        return None, 0
+    return templates.detector_weights(faces.score, faces.template, faces.names.__getitem__)
+
+
+def detector(work: session.Session, tables: Sequence[lists.Faces]) -> str:
+    """How the scores of these tables are used, for the contract; before the work.
+
+    Raises:
+        ValueError: a template without a score above 0.
+    """
+    zero = {faces.images.name: _weights(faces)[1] for faces in tables if faces.score is not None}
+    if not zero:
+        return "D0: not used"
+    way_on = "leave the column out"
+    rules = [detector_rule(work, name, number, way_on) for name, number in zero.items()]
+    return "D1: " + next((rule for rule in rules if "images" in rule), rules[0])
+
+
+def detector_rule(work: session.Session, name: str, zero: int, way_on: str) -> str:
+    """The rule for the contract; says how many images it leaves out."""
+    if not zero:
+        return "its score is a weight"
+    work.warn(
+        f"{name}: {count(zero, 'image')} with a detector score of 0 or less: the weight is 0, "
+        f"which leaves them out of their templates ({way_on} to count all alike)"
+    )
+    return f"its score is a weight, 0 for the {zero} images whose score is 0 or less"
+
+
+def pooling(keep_norm: bool, detector: str) -> dict[str, object]:
     return {
         "norm": "N1: kept, a weight" if keep_norm else "N0: each image L2-normalised",
-        "detector": "D1: its score is a weight" if weighted else "D0: not used",
+        "detector": detector,
         "template": "sum over media of the mean over a medium's images, then L2-normalised",
         "score": "dot product of templates, float64",
         "far_rules": results.RULES,

@@ -1,13 +1,13 @@
 """The report on one model or several: one HTML page that needs nothing else, JSON, Markdown."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from eval import figures, sections, tables
 from eval.page_style import HEAD, STYLE
@@ -45,9 +45,13 @@ def write(
     page = "\n".join(_page(when, models, found, records, config))
     text = "\n".join(_markdown(when, models, found))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path.with_suffix(".json"), json.dumps(content, indent=1, allow_nan=False) + "\n")
-    _write(path.with_suffix(".md"), text + "\n")
-    _write(path, page + "\n")
+    numbers = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    for place, written in (
+        (path.with_suffix(".json"), numbers),
+        (path.with_suffix(".md"), text + "\n"),
+        (path, page + "\n"),  # each says when it was written
+    ):
+        files.write_text(place, written, files.PRIVATE_FILE)  # the page shows faces
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -66,16 +70,6 @@ def read_metrics(path: str | Path) -> list[dict]:
                 break
             raise UserError(f"{path}:{i}: not a JSON object: {line[:80]!r}") from error
     return records
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _title(models: Mapping[str, Sequence[Result]]) -> str:

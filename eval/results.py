@@ -1,17 +1,18 @@
 """What an evaluation found, as files that a report can be drawn from without the network.
 
-A result is NAME.json (model, contract, numbers) and NAME.npz beside it (what the figures need:
+A result is NAME.json (model, contract, numbers) and NAME.HASH.npz beside it (what the figures need:
 curves at some thousand points, histograms, pictures of the hardest pairs), small whatever the
-number of pairs was.
+number of pairs was. The JSON names the .npz by its SHA-256, so the two are always of one
+evaluation: a run that is killed between them leaves the result before. They may show people, so
+only their owner may read them.
 
 Letters: P pairs, U distinct scores, H hard pairs.
 """
 
+import hashlib
+import io
 import json
-import os
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from eval import roc
 
@@ -30,6 +32,7 @@ RULES = {
     "collinear points are dropped as scikit-learn does; of equally near ones the larger FAR",
     "strict": "the largest TAR with FAR <= target; accept where score >= threshold",
 }
+ALONE, FLIP_SUM = "e(image) alone", "e(image) + e(mirror image)"  # what is compared
 CURVE_POINTS = 1500
 BINS = 120
 REJECT_FAR = 1e-3  # at whose threshold errors are counted while images of low norm are rejected
@@ -91,6 +94,14 @@ def pair_metrics(points: roc.Curve) -> dict[str, Any]:
     }
 
 
+def alone_metrics(points: roc.Curve) -> dict[str, Any]:
+    """The operating points of e(image) alone, beside those of e(image) + e(mirror image).
+
+    A graph gives e(image) unless it was exported with the mirror image, and its scores are others.
+    """
+    return {"flip": ALONE, "operating_points": pair_metrics(points)["operating_points"]}
+
+
 def pair_arrays(
     points: roc.Curve, scores: NDArray, issame: NDArray, quality: NDArray | None = None
 ) -> dict[str, NDArray]:
@@ -140,22 +151,26 @@ def hardest(scores: NDArray, issame: NDArray, most: int = 12) -> NDArray[np.int6
 
 
 def save(directory: str | Path, result: Result) -> Path:
-    """Write the result, whole or not at all; one of the same protocol and name is replaced."""
+    """Write the result, whole or not at all; one of the same protocol and name is replaced.
+
+    The JSON takes its name last, and with it the result; then the arrays before are removed.
+    """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    files.make_private(directory)
     stem = re.sub(r"[^\w.+-]+", "_", f"{result.facts['protocol']}-{result.name}")
-    text = json.dumps(result.facts, indent=1, allow_nan=False) + "\n"
-    data, path = directory / f"{stem}.npz", directory / f"{stem}.json"
-    partial = [file.with_name(f"{file.name}.{os.getpid()}.partial") for file in (data, path)]
-    try:
-        with open(partial[0], "wb") as file:
-            np.savez_compressed(file, **result.arrays)
-        partial[1].write_text(text, encoding="utf-8")
-        os.replace(partial[0], data)
-        os.replace(partial[1], path)
-    finally:
-        for left in partial:
-            left.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **result.arrays)  # type: ignore[arg-type]
+    content = buffer.getvalue()
+    sha256 = hashlib.sha256(content).hexdigest()
+    data, path = directory / f"{stem}.{sha256[:16]}.npz", directory / f"{stem}.json"
+    facts = result.facts | {"arrays": {"file": data.name, "sha256": sha256}}
+    text = json.dumps(facts, indent=1, allow_nan=False) + "\n"
+    files.write_bytes(data, content, files.PRIVATE_FILE)
+    files.write_text(path, text, files.PRIVATE_FILE)
+    own = re.compile(re.escape(stem) + r"(\.[0-9a-f]{16})?\.npz")
+    for name in files.names(directory):
+        if own.fullmatch(name) and name != data.name:
+            (directory / name).unlink(missing_ok=True)
     return path
 
 
@@ -177,17 +192,31 @@ def load_all(directory: str | Path) -> list[Result]:
         if facts.get("format") != FORMAT:
             raise UserError(f"{path}: format {facts.get('format')!r}, not {FORMAT}; "
                              "evaluate again")  # fmt: skip
-        try:
-            with np.load(path.with_suffix(".npz"), allow_pickle=False) as data:
-                arrays = {key: data[key] for key in data.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path.with_suffix('.npz')}: {error}; evaluate again") from error
+        arrays = _arrays_of(path, facts)
+        del facts["arrays"]
         found.append(Result(facts, arrays))
     if not found:
         raise FileNotFoundError(
             f"{directory}: no results; evaluate first, e.g. python -m eval lfw RUN lfw.bin"
         )
     return found
+
+
+def _arrays_of(path: Path, facts: Mapping[str, Any]) -> dict[str, NDArray]:
+    """Those that were written with the JSON at `path`. Raises: ValueError if they are not there."""
+    try:
+        data = path.parent / Path(facts["arrays"]["file"]).name
+        sha256 = facts["arrays"]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} does not say which arrays are its own: evaluate again") from error
+    try:
+        content = data.read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise UserError(f"{data} is not what {path.name} was written with; evaluate again")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+    except FileNotFoundError as error:
+        raise UserError(f"{data} is absent, {path.name} needs it; evaluate again") from error
 
 
 def thinned(points: roc.Curve) -> tuple[NDArray, NDArray, NDArray]:

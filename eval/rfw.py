@@ -70,7 +70,7 @@ def _read(args: argparse.Namespace, group: str) -> pair_lists.Pairs:
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"{path}: not there; RFW is to be asked for at "
                                     "whdeng.cn/RFW")  # fmt: skip
-    pairs = pair_lists.load_list(lists / f"{group}_pairs.txt", images, landmarks)
+    pairs = pair_lists.load_list(lists / f"{group}_pairs.txt", images, landmarks, args.resize)
     if pairs.issame.all() or not pairs.issame.any():
         raise UserError(f"{lists}: pairs of one kind only")
     return pairs._replace(name=group)

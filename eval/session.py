@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # torch is loaded by Session: --help and mistakes answer at o
     from eval.images import ImageSet
     from eval.results import Result
 
+NOWHERE = "none"  # of --cache and --results
 MODEL_HELP = (
     "run directory, one of its checkpoint directories, a backbone file (.pt, .pth, .safetensors), "
     "or a recognition .onnx"
@@ -35,12 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="embed the image alone; default: e(image) + e(mirror image)",
     )  # fmt: skip
     parser.add_argument(
+        "--resize", action="store_true",
+        help="images without landmarks are aligned faces of another size than the network's: "
+        "resize them, counted in the result; default: such an image is an error",
+    )  # fmt: skip
+    parser.add_argument(
         "--cache", metavar="DIR|none", default=None,
         help="embeddings are kept there, by model, images and contract; default "
         "$ARCLINE_CACHE or ~/.cache/arcline/embeddings",
     )  # fmt: skip
     parser.add_argument(
-        "--results", metavar="DIR", type=Path,
+        "--results", metavar="DIR|none", type=Path,
         help="keep the result there for `report`; default: eval/ in the run directory that the "
         "model lies in, nowhere for others",
     )  # fmt: skip
@@ -75,6 +81,8 @@ def run_dir(model: Path) -> Path | None:
 
 
 def results_dir(model: Path, given: Path | None) -> Path | None:
+    if given is not None and str(given) == NOWHERE:
+        return None
     around = run_dir(model)
     return given or (around / "eval" if around else None)
 
@@ -102,6 +110,9 @@ class Session:
         self.console = Console(stderr=args.json)
         self.saved: list[str] = []
         self.warnings: list[str] = []
+        if note := self.embedder.facts.get("note"):
+            self.warn(f"{args.model}: {note}")
+        self.resized: dict[str, dict[str, int]] = {}  # by set: how many images of how many
 
     @property
     def is_first(self) -> bool:
@@ -123,6 +134,12 @@ class Session:
         """
         from eval.extract import Place, extract
 
+        count = 0 if alone else images.num_resized()  # first: it refuses images of another size
+        if self.args.resize and not alone:
+            self.resized[images.name] = {"count": count, "of": len(images)}
+            if count:
+                self.warn(f"{images.name}: {count} of {len(images)} images were not 112x112 and "
+                          "were resized (--resize)")  # fmt: skip
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("images"), TimeRemainingColumn(),
@@ -139,17 +156,28 @@ class Session:
 
     def contract(self, images: "ImageSet", **more: object) -> dict[str, object]:
         """Under what the numbers hold: written into every result."""
+        from eval.results import ALONE, FLIP_SUM
+
         return {
             "input": self.embedder.contract.text(),
             "alignment": images.alignment,
-            "flip": "e(image) + e(mirror image)" if self.args.flip else "e(image) alone",
+            "flip": FLIP_SUM if self.args.flip or self.adds_mirror() else ALONE,
             **more,
         }
+
+    def adds_mirror(self) -> bool:
+        """Whether the network itself adds the mirror image: our export with --flip-sum."""
+        from eval.results import FLIP_SUM
+
+        metadata = self.embedder.facts.get("metadata")
+        return isinstance(metadata, dict) and FLIP_SUM in str(metadata.get("embedding", ""))
 
     def save(self, result: "Result") -> None:
         from eval.results import save
 
         result.facts["warnings"] = list(self.warnings)
+        if self.resized:
+            result.facts["resized"] = dict(self.resized)
         directory = results_dir(Path(self.args.model), self.args.results)
         if directory is not None:
             self.saved.append(str(save(directory, result)))
@@ -166,11 +194,12 @@ class Session:
     def output(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """What --json prints."""
         whole = {"model": self.embedder.facts, **results, "warnings": self.warnings}
+        whole |= {"resized": self.resized} if self.resized else {}
         return whole | ({"saved": self.saved} if self.saved else {})
 
 
 def _cache_dir(given: str | None) -> Path | None:
-    if given == "none":
+    if given == NOWHERE:
         return None
     default = os.environ.get("ARCLINE_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "arcline", "embeddings"

@@ -48,6 +48,11 @@ def pair_notes(sets: Mapping[str, Mapping[str, Any]], rows: Sequence[Sequence[st
     """What the marks in `rows` mean; sets: name -> metrics."""
     cells = [cell for row in rows for cell in row[1:]]
     found = [f"{mark} {text}" for mark, text in NOTES.items() if any(mark in x for x in cells)]
+    if any("±" in cell for cell in cells):
+        pairs = ", ".join(f"{name} {n['pairs']}" for name, n in sets.items())
+        found.append(
+            f"± the standard deviation of the accuracies of the ten folds, of all pairs ({pairs})."
+        )
     if any("†" in cell for cell in cells):
         found += [
             f"{name}: {n['same']} same and {n['different']} different pairs, balanced accuracy "

@@ -70,6 +70,30 @@ def pool(
     return template[new_template].astype(np.int64), pooled
 
 
+def detector_weights(
+    scores: ArrayLike, template_ids: ArrayLike, name: Callable[[int], object] = lambda t: t
+) -> tuple[Floats, int]:
+    """(weights [N] of the images, how many of them are 0) from the scores [N] of a detector.
+
+    A score is the weight; of 0 or less, the weight is 0: the image does not count. A negative one
+    would turn its template round, and zeros alone would leave none.
+
+    name: of a template, for the message.
+
+    Raises:
+        ValueError: no image of a template has a score above 0.
+    """
+    weights = np.maximum(np.asarray(scores, dtype=np.float64), 0)
+    template = np.asarray(template_ids)
+    empty = np.setdiff1d(template, template[weights > 0])
+    if len(empty):
+        raise UserError(
+            f"no image of template {name(int(empty[0]))} has a detector score above 0 "
+            f"({len(empty)} such templates): correct the scores, or leave them out"
+        )
+    return weights, int((weights == 0).sum())
+
+
 def normalised(rows: ArrayLike) -> Floats:
     """The rows [T, D] at length 1, float64; a row of zeros stays zero."""
     x = np.asarray(rows, dtype=np.float64)

@@ -3,15 +3,18 @@ launch/export.py writes into the metadata of the ONNX file."""
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from eval.report_command import results_of
+
+if TYPE_CHECKING:
+    from eval.results import Result
 
 FILE = "thresholds.json"
 
@@ -19,8 +22,9 @@ FILE = "thresholds.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Only FARs that the set can show are kept: one false accept among its different pairs\n"
-        "must be allowed. They hold under the contract that stands beside them: a caller who does\n"
-        "not add the mirror image has other scores.\n\n"
+        "must be allowed. The scores are those of e(image) alone, which an exported file gives;\n"
+        "those of e(image) + e(mirror image), which `eval lfw` has its accuracy of, are others.\n"
+        "launch/export.py takes only thresholds of what its own file gives.\n\n"
         "example: python -m eval thresholds runs/a --set IJBC && \\\n"
         "         python launch/export.py runs/a model.onnx"
     )
@@ -28,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", metavar="NAME", help="default: the set with the most different pairs"
     )
+    parser.add_argument(
+        "--flip-sum", action="store_true",
+        help="of e(image) + e(mirror image), for launch/export.py --flip-sum",
+    )  # fmt: skip
     parser.add_argument(
         "--far", metavar="X", nargs="+", type=float, help="default: all that the set can show"
     )
@@ -47,6 +55,7 @@ def run(args: argparse.Namespace) -> dict:
     if not found:
         raise UserError(f"{args.run}: no results of pairs{f' of {args.set}' if args.set else ''}")
     chosen = max(found, key=lambda result: result.metrics["different"])
+    chosen = _of_embedding(chosen, args.flip_sum)
     points = [x for x in chosen.metrics["operating_points"] if x["resolved"]
               and x["threshold"] is not None]  # fmt: skip
     if args.far is not None:
@@ -69,15 +78,38 @@ def run(args: argparse.Namespace) -> dict:
                    for point in points],
     }  # fmt: skip
     path = args.run / FILE
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    files.write_text(path, json.dumps(content, indent=1) + "\n")
     console = Console(stderr=args.json)
     title, heads, rows = tables.far_table(chosen)
     kept = {f"{point['far_target']:g}" for point in points}
     console.print(tables.as_rich(title, heads, [row for row in rows if row[0] in kept]))
     console.print(f"written: {path}", soft_wrap=True)
     return {**content, "path": str(path)}
+
+
+def _of_embedding(result: "Result", flip_sum: bool) -> "Result":
+    """The result with the operating points of what an exported file gives.
+
+    Raises:
+        ValueError: it was evaluated without them.
+    """
+    from eval.results import ALONE, FLIP_SUM
+
+    wanted = FLIP_SUM if flip_sum else ALONE
+    contract = dict(result.facts["contract"])
+    if contract["flip"] == wanted:
+        return result
+    alone = result.metrics.get("alone")
+    if flip_sum or alone is None:
+        again = "without --no-flip" if flip_sum else "again"
+        raise UserError(f"{result.name} was evaluated with {contract['flip']}: for thresholds of "
+                        f"{wanted} evaluate it {again}")  # fmt: skip
+    metrics = result.metrics | {"operating_points": alone["operating_points"]}
+    contract |= {"flip": ALONE}
+    if "flags" in contract:  # IJB's, such as N1D1F1
+        contract["flags"] = str(contract["flags"]).replace("F1", "F0")
+    changed = {"metrics": metrics, "contract": contract}
+    return result._replace(facts=result.facts | changed)
 
 
 def weights_of(model: Mapping[str, Any]) -> str:

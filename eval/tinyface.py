@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict | None:
     if counts != OFFICIAL:
         work.warn(f"TinyFace has {OFFICIAL}; here are {counts}: the numbers compare with no "
                   "published ones")  # fmt: skip
-    images = Files("TinyFace", root, paths)
+    images = Files("TinyFace", root, paths, resize=args.resize)
     features = work.features(images)
     if features is None:
         return None

@@ -51,6 +51,10 @@ def verify(session: Session, pairs: Pairs, features: Features, protocol: str) ->
         "threshold_unit": THRESHOLD_UNIT,  # of best_thresholds and val_thresholds
         "intervals": _intervals(cosine, pairs.issame, right),
     }
+    if features.flip and not session.adds_mirror():  # a client has what the image alone gives
+        alone = features.alone().matrix(np.float64)
+        apart = verification.pair_distances(alone, pairs.first, pairs.second)
+        metrics["alone"] = results.alone_metrics(roc.curve(1 - apart / 2, pairs.issame))
     hard = results.hardest(cosine, pairs.issame)
     arrays = results.pair_arrays(points, cosine, pairs.issame, norms[both, 0].min(axis=0)) | {
         "hard_scores": cosine[hard],

@@ -1,10 +1,12 @@
 """Are these two photographs of one person? With an exported file and no line of this project.
 
-    python compare_photographs.py model.onnx face_detection_yunet.onnx a.jpg b.jpg
+    python compare_photographs.py model.onnx detector.onnx a.jpg b.jpg
 
-Needs numpy, opencv-python and onnxruntime. The detector is OpenCV Zoo's YuNet (640 x 640). How to
-feed the model, the template that faces are aligned to and the score from which to accept are read
-from the model's own metadata; `python -m eval thresholds` chose that score before the export.
+Needs numpy, opencv-python and onnxruntime. The detector is OpenCV Zoo's YuNet (640 x 640) or an
+SCRFD with key points, as `python -m data_tools pack --align --detector` takes them; of several
+faces the large, central one is taken, as there. How to feed the model, the template that faces are
+aligned to and the score from which to accept are read from the model's own metadata; `python -m
+eval thresholds` chose that score before the export, for what the model gives of one image.
 """
 
 import json
@@ -14,26 +16,65 @@ import cv2
 import numpy as np
 import onnxruntime
 
+SIDE, STRIDES = 640, (8, 16, 32)  # pixels of what a detector sees, if it does not say
+YUNET, SCRFD = (0.6, 0.3), (0.5, 0.4)  # least score, most overlap of two faces
 
-def five_points(detector, image):  # BGR [h, w, 3] -> [5, 2], of the face of the highest score
-    scale = 640 / max(image.shape[:2])
-    canvas = np.zeros((640, 640, 3), np.float32)
+
+def five_points(detector, image):  # BGR [h, w, 3] -> [5, 2], of the large, central face
+    high, wide = (x if isinstance(x, int) else SIDE for x in detector.get_inputs()[0].shape[2:])
+    scale = min(1.0, high / image.shape[0], wide / image.shape[1])
     small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    canvas[: small.shape[0], : small.shape[1]] = small[:640, :640]
-    blob = {detector.get_inputs()[0].name: canvas.transpose(2, 0, 1)[None]}
-    names = [output.name for output in detector.get_outputs()]
-    out = dict(zip(names, detector.run(None, blob), strict=True))
-    faces = []
-    for stride in (8, 16, 32):
-        score = np.sqrt(out[f"cls_{stride}"][0, :, 0] * out[f"obj_{stride}"][0, :, 0])
-        best = int(score.argmax())
-        cell = np.array(divmod(best, 640 // stride)[::-1])  # column, row
-        points = (out[f"kps_{stride}"][0, best].reshape(5, 2) + cell) * stride / scale
-        faces.append((float(score[best]), points))
-    score, points = max(faces, key=lambda face: face[0])
-    if score < 0.6:
+    small = small[:high, :wide]
+    canvas = np.zeros((high, wide, 3), np.float32)
+    canvas[: small.shape[0], : small.shape[1]] = small
+    yunet = len(detector.get_outputs()) == 12
+    decode = decode_yunet if yunet else decode_scrfd
+    score, box, points = (np.concatenate(x) for x in zip(*decode(detector, canvas), strict=True))
+    found = cv2.dnn.NMSBoxes(box.tolist(), score.tolist(), *(YUNET if yunet else SCRFD))
+    kept = np.asarray(found, int).ravel()
+    if not len(kept):
         sys.exit("no face found")
-    return points
+    centre = np.array(small.shape[1::-1]) / 2
+    away = ((box[kept, :2] + box[kept, 2:] / 2 - centre) ** 2).sum(1)
+    best = kept[np.argmax(box[kept, 2] * box[kept, 3] - 2 * away)]
+    return points[best] / scale
+
+
+def places(canvas, stride, count):  # -> [count, 2] x, y of the map of a stride, row by row
+    high, wide = canvas.shape[0] // stride, canvas.shape[1] // stride
+    columns, rows = np.meshgrid(np.arange(wide), np.arange(high))
+    return np.stack([columns, rows], -1).reshape(-1, 2).repeat(count // (high * wide), 0)
+
+
+def decode_yunet(detector, canvas):  # of each stride: scores [n], boxes [n, 4], points [n, 5, 2]
+    names = [output.name for output in detector.get_outputs()]
+    blob = {detector.get_inputs()[0].name: canvas.transpose(2, 0, 1)[None]}
+    out = dict(zip(names, detector.run(None, blob), strict=True))
+    for stride in STRIDES:
+        score = np.sqrt(out[f"cls_{stride}"][0, :, 0] * out[f"obj_{stride}"][0, :, 0])
+        cell, box = places(canvas, stride, len(score)), out[f"bbox_{stride}"][0]
+        size = np.exp(box[:, 2:]) * stride
+        points = out[f"kps_{stride}"][0].reshape(-1, 5, 2) + cell[:, None]
+        middle = (box[:, :2] + cell) * stride
+        yield score, np.hstack([middle - size / 2, size]), points * stride
+
+
+def decode_scrfd(detector, canvas):
+    pixels = (canvas[:, :, ::-1] - 127.5) / 128
+    blob = {detector.get_inputs()[0].name: pixels.transpose(2, 0, 1)[None]}
+    out = detector.run(None, blob)
+    for level, stride in enumerate(STRIDES):
+        score, box, points = (
+            out[level + 3 * kind].reshape(-1, width) for kind, width in enumerate((1, 4, 10))
+        )
+        centre = places(canvas, stride, len(score)) * stride
+        low = centre - box[:, :2] * stride
+        size = (box[:, :2] + box[:, 2:]) * stride
+        yield (
+            score[:, 0],
+            np.hstack([low, size]),
+            centre[:, None] + points.reshape(-1, 5, 2) * stride,
+        )
 
 
 def embedding(model, facts, detector, path):  # -> [D] of length 1
@@ -47,8 +88,7 @@ def embedding(model, facts, detector, path):  # -> [D] of length 1
     face = cv2.warpAffine(image, np.array([[a, -b, tx], [b, a, ty]]), (width, height))
     pixels = face[:, :, ::-1] if facts["color_order"] == "RGB" else face
     x = (pixels.transpose(2, 0, 1) - float(facts["mean"])) / float(facts["std"])
-    batch = np.stack([x, x[:, :, ::-1]]).astype(np.float32)  # the face and its mirror image
-    e = model.run(["embedding"], {"input": batch})[0].sum(0)
+    e = model.run(["embedding"], {"input": x[None].astype(np.float32)})[0][0]
     return e / np.linalg.norm(e)
 
 
@@ -62,8 +102,8 @@ if __name__ == "__main__":
         model, detector = (onnxruntime.InferenceSession(path) for path in sys.argv[1:3])
     except Exception as error:  # ONNX Runtime's errors share no other base
         sys.exit(f"{sys.argv[1]} and {sys.argv[2]} are to be ONNX files: {error}")
-    if "kps_8" not in [output.name for output in detector.get_outputs()]:
-        sys.exit(f"{sys.argv[2]} is no YuNet: take face_detection_yunet_2023mar.onnx")
+    if len(detector.get_outputs()) not in (9, 12):
+        sys.exit(f"{sys.argv[2]} is neither a YuNet (12 outputs) nor an SCRFD with key points (9)")
     facts = model.get_modelmeta().custom_metadata_map
     if "thresholds" not in facts:
         sys.exit(f"{sys.argv[1]} has no threshold: `python -m eval thresholds RUN`, export again")

@@ -40,13 +40,17 @@ def main() -> int:
     parser.add_argument(
         "--steps", type=int, metavar="N", help="optimiser steps, default: the recipe's"
     )
+    parser.add_argument(
+        "--resize", action="store_true",
+        help="the faces of --data are aligned at another size than 112 x 112: resize them",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON line, last")
     args = parser.parse_args()
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps {args.steps}: must be 1 or more")
     out, began = args.out.resolve(), time.time()
     try:
-        _run_all(out, args.data, args.steps)
+        _run_all(out, args.data, args.steps, args.resize)
         before, after = _accuracies(out / "run" / "metrics.jsonl")
     except subprocess.CalledProcessError as error:
         print(f"\nerror: this command failed ({error.returncode}):\n  {_shown(error.cmd)}",
@@ -75,7 +79,7 @@ def main() -> int:
     return 0
 
 
-def _run_all(out: Path, data: Path | None, steps: int | None) -> None:
+def _run_all(out: Path, data: Path | None, steps: int | None, resize: bool) -> None:
     python = [sys.executable, "-m"]
     faces, shards, run = out / "faces", out / "shards", out / "run"
     if data is None:
@@ -90,6 +94,7 @@ def _run_all(out: Path, data: Path | None, steps: int | None) -> None:
     _step("pack them into shards, some people held out", [
         *python, "data_tools", "pack", str(faces), str(shards), "--shards", "4",
         "--hold-out", str(_num_held_out(faces)), "--pairs", str(_PAIRS),
+        *(["--resize"] if resize else []),
     ])  # fmt: skip
     processes = torch.cuda.device_count() or 2
     _step(f"train on {processes} processes", [

@@ -1,11 +1,8 @@
 """`python launch/export.py RUN OUT.onnx`: a trained network as a checked ONNX file."""
 
 import argparse
-import hashlib
 import json
-import os
 import sys
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,10 @@ import numpy as np
 from rich.console import Console
 
 from data_tools import shards
+from data_tools.common import files
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
 from data_tools.decode import decode
-from eval import drop, lfw, session, thresholds_command
+from eval import drop, lfw, results, session, thresholds_command
 from eval.align import TEMPLATE
 from eval.embed import TorchEmbedder
 from eval.embed_onnx import OnnxEmbedder
@@ -59,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pairs", metavar="FILE.bin", type=Path,
         help="verification set (default: the run's first val_target, else any .bin of its data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resize", action="store_true",
+        help="the faces of both are aligned at another size than 112 x 112: resize them",
     )  # fmt: skip
     parser.add_argument(
         "--max-pairs", type=int, default=MOST_PAIRS, metavar="N",
@@ -108,7 +110,9 @@ def summary(report: dict[str, Any]) -> str:
         lines.append("  no verification set: what is lost in accuracy was not measured")
     else:
         lines.append(
-            f"  {lost['pairs']} pairs of {lost['set']}: accuracy "
+            f"  {lost['pairs']} of the {lost['of_pairs']} pairs of {lost['set']}, "
+            f"{lost['embedding']} (`eval lfw` takes all pairs and, without --no-flip, "
+            f"{results.FLIP_SUM}): accuracy "
             f"{100 * lost['torch']['accuracy']:.2f} -> {100 * lost['file']['accuracy']:.2f} %, "
             + (
                 "too few pairs for TAR"
@@ -126,18 +130,24 @@ def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     found = args.run if (Path(args.run) / "manifest.json").is_file() else newest(args.run)
     module, config = load_backbone(found or args.run)
     rec = args.data or (config["rec"] if isinstance(config["rec"], str) else config["rec"][0])
+    resize = args.resize or bool(config.get("resize"))
     calibration = None
     if args.precision == "int8":
-        calibration = images_of(rec, NUM_CALIBRATION, 0.0)
+        calibration = images_of(rec, NUM_CALIBRATION, 0.0, resize)
         if calibration is None:
             raise UserError(f"int8 sets its ranges on images, and {rec} is not here: --data DIR")
     bake = Bake(args.normalise, args.flip_sum, args.l2)
     limits = LIMITS[args.precision]
-    pairs = pairs_of(args, config, rec)
+    whole = pairs_of(args, config, rec)
 
     def verify(path: Path) -> dict[str, Any]:
-        assert pairs is not None
-        return lost_on(pairs, module, path, bake, limits, args.max_drop, say)
+        assert whole is not None
+        pairs = drop.thinned(whole, args.max_pairs)
+        lost = lost_on(pairs, module, path, bake, limits, args.max_drop, say, resize)
+        return lost | {
+            "of_pairs": len(whole.issame),
+            "embedding": results.FLIP_SUM if bake.flip_sum else results.ALONE,
+        }
 
     metadata = {
         "network": config["network"],
@@ -145,21 +155,16 @@ def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         "recipe": json.dumps({key: config[key] for key in _RECIPE if key in config}),
         "commit": config["commit"] or "unknown",  # trained outside a git checkout
         "alignment": ";".join(f"{x:.4f},{y:.4f}" for x, y in TEMPLATE),  # five points, x,y
-        **_data(config, rec, args.data_licence),
-        **_weights(str(found), Path(args.run)),
+        **_data(config, args.data_licence),
+        **_weights(str(found), Path(args.run), bake),
     }
     report = export_onnx(
-        module, args.out, metadata=metadata, example_images=images_of(rec, NUM_EXAMPLES, 0.5),
+        module, args.out, metadata=metadata,
+        example_images=images_of(rec, NUM_EXAMPLES, 0.5, resize),
         precision=args.precision, bake=bake, calibration_images=calibration,
-        verify=None if pairs is None else verify,
+        verify=None if whole is None else verify,
     )  # fmt: skip
-    beside = args.out.with_suffix(".export.json")
-    partial = beside.with_name(f".{beside.name}.partial")
-    try:
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, beside)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write_text(args.out.with_suffix(".export.json"), json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -177,7 +182,7 @@ def check(args: argparse.Namespace) -> None:
 
 def lost_on(
     pairs: lfw.PairSet, module: Any, path: Path, bake: Bake, limits: Limits,
-    max_drop: float | None, say: Callable[[str], None],
+    max_drop: float | None, say: Callable[[str], None], resize: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """eval.drop.compare of the network and its file. Raises: ExportError beyond the limits."""
     if pairs.issame.all() or not pairs.issame.any():
@@ -200,7 +205,9 @@ def lost_on(
         done += count
         say(f"verifying on {pairs.name}: {done} of {len(pairs.encoded)} images")
 
-    lost = drop.compare(torch_embeddings, OnnxEmbedder(path), pairs, progress=progress)
+    lost = drop.compare(
+        torch_embeddings, OnnxEmbedder(path), pairs, progress=progress, resize=resize
+    )
     for name, most in (("accuracy", limits.accuracy_drop), ("tar", limits.tar_drop)):
         allowed = most if max_drop is None else max_drop
         # A set of few pairs moves by steps: one pair of a kind is not a loss that can be told.
@@ -224,36 +231,35 @@ def pairs_of(args: argparse.Namespace, config: dict[str, Any], rec: str) -> lfw.
         ]
         there = sorted(Path(rec).glob("*.bin")) if Path(rec).is_dir() else []
         path = next((path for path in [*asked, *there] if path.is_file()), None)
-    return None if path is None else drop.thinned(lfw.load_bin(path), args.max_pairs)
+    return None if path is None else lfw.load_bin(path)
 
 
-def _data(config: dict[str, Any], rec: str, licence: str) -> dict[str, str]:
-    """What the network was trained on: the sets' names, and the hashes of those that are here."""
+def _data(config: dict[str, Any], licence: str) -> dict[str, str]:
+    """What the network was trained on, as the run noted it: the directory may hold another set now.
+
+    Runs of earlier versions noted no hash; then none is given.
+    """
     trained = config["rec"] if isinstance(config["rec"], list) else [config["rec"]]
+    noted = config.get("data_sha256") or []
     facts = {
         "training_data": ", ".join(Path(name).name for name in trained),
         "training_data_licence": licence,
     }
     if "labels_crc32" in config:
         facts["training_labels_crc32"] = str(config["labels_crc32"])
-    moved = not Path(trained[0]).exists() and _labels_crc32(rec) == config.get("labels_crc32")
-    indices = [Path(name) / "index.json" for name in ([rec] if moved else trained)]
-    if all(path.is_file() for path in indices):
-        facts["training_index_sha256"] = ", ".join(
-            hashlib.sha256(path.read_bytes()).hexdigest() for path in indices
-        )
+    if noted:
+        facts["training_data_sha256"] = ", ".join(f"{one['sha256']} ({one['of']})" for one in noted)
+    if noted and all(one["of"] == "index.json" for one in noted):
+        facts["training_index_sha256"] = ", ".join(one["sha256"] for one in noted)
     return facts
 
 
-def _labels_crc32(rec: str) -> int | None:
-    """As a run notes it of its data: whether `rec` is that set under another name."""
-    if not Path(rec).is_dir():
-        return None
-    return zlib.crc32(np.ascontiguousarray(shards.open(rec).labels).data)
+def _weights(checkpoint: str, run: Path, bake: Bake) -> dict[str, str]:
+    """Which weights these are, and the operating points of what the file gives.
 
-
-def _weights(checkpoint: str, run: Path) -> dict[str, str]:
-    """Which weights these are, and the operating points that were chosen for them."""
+    Those of other weights, or of e(image) + e(mirror image) where the file gives e(image), would
+    accept other shares of pairs than they say: they are left out with a word.
+    """
     sha256 = read_manifest(checkpoint)["files"]["model.safetensors"]["sha256"]
     chosen = thresholds_command.of_run(session.run_dir(run) or run)
     if chosen is not None and chosen["weights_sha256"] != sha256:
@@ -263,11 +269,20 @@ def _weights(checkpoint: str, run: Path) -> dict[str, str]:
             file=sys.stderr,
         )
         chosen = None
+    gives = results.FLIP_SUM if bake.flip_sum else results.ALONE
+    if chosen is not None and chosen["contract"].get("flip") != gives:
+        print(
+            f"warning: {thresholds_command.FILE} is of {chosen['contract'].get('flip')}, the file "
+            f"gives {gives}: the thresholds are left out; choose them by `python -m eval "
+            f"thresholds {run}{' --flip-sum' if bake.flip_sum else ''}`",
+            file=sys.stderr,
+        )
+        chosen = None
     entries = {} if chosen is None else {"thresholds": json.dumps(chosen)}
     return {"weights_sha256": sha256, **entries}
 
 
-def images_of(rec: str, count: int, shift: float) -> Images | None:
+def images_of(rec: str, count: int, shift: float, resize: bool = False) -> Images | None:
     """[count, 112, 112, 3] RGB, spread over the data set at `rec`; None where there is none.
 
     shift: in steps of the spread, so that two draws share no image where there are enough.
@@ -277,7 +292,9 @@ def images_of(rec: str, count: int, shift: float) -> Images | None:
     data = shards.open(rec)
     places = (np.arange(count) + shift) * len(data) / (count + shift)
     chosen = np.unique(places.astype(int))
-    return np.stack([decode(data[int(i)][1], where=f"image {i} of {rec}") for i in chosen])
+    return np.stack(
+        [decode(data[int(i)][1], where=f"image {i} of {rec}", resize=resize) for i in chosen]
+    )
 
 
 if __name__ == "__main__":

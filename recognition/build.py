@@ -16,9 +16,10 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from data_tools import dali
 from data_tools.common.errors import UserError
+from data_tools.image_size import check_size
 from data_tools.loader import check_labels, make_order
 from data_tools.order import Blocks, Order
-from data_tools.shards import Shards
+from data_tools.shards import FORMAT, Shards
 from data_tools.union import Union, open_all
 from eval import lfw
 from recognition import (
@@ -33,6 +34,7 @@ from recognition import (
     resume,
 )
 from recognition.backbones import make_backbone
+from recognition.backbones.input import INPUT_SIZE
 from recognition.config import Config
 from recognition.embedding import embed
 from recognition.finite import FiniteGuard, SkippingStep
@@ -127,12 +129,15 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         labels_crc32=labels_crc32,
     )
     _check_counts(cfg, data, runtime.world)
-    val_sets = [_load_val_set(data, name) for name in cfg.val_targets]
+    val_sets = [_load_val_set(data, name, cfg.resize) for name in cfg.val_targets]
     precision = resolve(cfg.precision, runtime.device)
     dtype = dtype_of(precision)
 
     torch.manual_seed(hash_words(cfg.seed, _NETWORK_KEY) >> 1)  # the same network on every rank
     backbone, said = _make_backbone(cfg), list[str]()
+    for pairs in val_sets if cfg.resize else []:
+        count = lfw.count_resized(pairs, cfg.resize)
+        said.append(f"{pairs.name}.bin: {count} of {len(pairs.encoded)} images are resized")
     if cfg.init_from and resumed_from is None:
         order_of = None if cfg.init_color_order == "auto" else cfg.init_color_order
         weights = initial_weights(cfg.init_from, order_of)
@@ -167,7 +172,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         facts={
             "commit": commit(), "world": runtime.world, "precision": precision,
             "num_classes": data.num_classes, "num_image": data.num_images,
-            "labels_crc32": labels_crc32, **plan.facts(),
+            "labels_crc32": labels_crc32, "data_sha256": _hashes(data), **plan.facts(),
             "head_forms": [choice.form for choice in choices],
         },
         said=said + [choice.said for choice in choices if choice.said],
@@ -206,6 +211,18 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     return state
 
 
+def _hashes(data: Shards | Union) -> list[dict[str, str]]:
+    """What the run trains on, noted now: later the directory may hold another set."""
+    return [
+        {
+            "name": one.path.name,
+            "sha256": one.sha256,
+            "of": "index.json" if one.index["format"] == FORMAT else "labels and offsets",
+        }
+        for one in (data.sets if isinstance(data, Union) else [data])
+    ]
+
+
 def _start_centres(state: TrainState) -> None:
     """The class centres as init_head says, on every rank its own."""
     cfg, runtime = state.cfg, state.runtime
@@ -222,6 +239,7 @@ def _start_centres(state: TrainState) -> None:
             return initialise.start_centres(
                 state.head, source, cfg.init_label_map, state.data,
                 lambda images: embed(state.backbone, images, state.precision, runtime.device),
+                cfg.resize,
             )  # fmt: skip
         except ValueError as error:  # perhaps of this rank's images alone
             raise OSError(str(error)) from error
@@ -308,7 +326,7 @@ def _make_schedule(cfg: Config, num_images: int, world: int) -> Schedule:
     )
 
 
-def _load_val_set(data: Shards | Union, name: str) -> lfw.PairSet:
+def _load_val_set(data: Shards | Union, name: str, resize: bool) -> lfw.PairSet:
     pairs = lfw.load_bin(data.bin_path(name.removesuffix(".bin")))
     same = int(pairs.issame.sum())
     if len(pairs.issame) < 10 or same in (0, len(pairs.issame)):
@@ -316,6 +334,7 @@ def _load_val_set(data: Shards | Union, name: str) -> lfw.PairSet:
             f"{name}.bin has {same} pairs of one person and {len(pairs.issame) - same} of two: ten "
             "folds need ten pairs, and pairs of both kinds"
         )
+    lfw.count_resized(pairs, resize)  # now, and not after the first steps
     return pairs
 
 
@@ -351,5 +370,6 @@ def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
         )
     _check_keep_best(cfg)
     check_labels(data)
-    if data.image_size is not None and tuple(data.image_size) != (112, 112):
-        raise UserError(f"{cfg.rec} holds {data.image_size} images, the networks take 112x112")
+    if data.image_size is not None:
+        height, width = data.image_size
+        check_size(width, height, INPUT_SIZE, f"the images of {cfg.rec}", cfg.resize)

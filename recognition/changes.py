@@ -32,7 +32,8 @@ def listed(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path: str)
         order["rec_shares"] = "rec_shares"
     if cfg.shuffle_block:
         order["shuffle_window"] = "shuffle_window"
-    newer = dataclasses.asdict(Config(rec="")) | {"head_forms": now["head_forms"]}
+    facts_since = ("head_forms", "data_sha256")
+    newer = dataclasses.asdict(Config(rec="")) | {key: now[key] for key in facts_since}
     saved = newer | saved  # keys newer than the checkpoint
     for key, what in order.items():
         if saved.get(key) != now[key]:

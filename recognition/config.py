@@ -69,7 +69,6 @@ class Config:
     resize: bool = _data(
         False,
         "Accept aligned images of another size than the network's, and resize them.",
-        may_change=True,
     )
     crop_augmentation_prob: float = _data(
         0.0, "How often AdaFace's random crop is applied; its models used 0.2.", low=0, high=1

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from data_tools.common import arrays
 from data_tools.common.errors import UserError
 from eval.embed_onnx import OnnxEmbedder
 from recognition import checkpoint, collectives
@@ -94,8 +95,8 @@ class Stored:
 
     def __init__(self, path: str, size: int, num_images: int, device: torch.device) -> None:
         try:
-            self.rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+            self.rows = arrays.load_npy(path, mmap=True)
+        except (UserError, OSError) as error:
             raise UserError(f"teacher={path} cannot be read as .npy: {error}") from error
         if not isinstance(self.rows, np.ndarray):
             raise UserError(f"teacher={path} is an .npz by its content: one array is wanted, .npy")

@@ -34,6 +34,7 @@ def start_centres(
     embed: Callable[
         [np.ndarray[Any, Any]], np.ndarray[Any, Any]
     ],  # uint8 [n, 112, 112, 3] -> [n, D]
+    resize: bool = False,
 ) -> int:
     """Fill this rank's class centres, as `init_head` says; how many were.
 
@@ -60,7 +61,7 @@ def start_centres(
                 "the images of the classes here: leave the map out"
             )
         ids, rows = _means(
-            data, start, stop, embed if source == "features" else OnnxEmbedder(source)
+            data, start, stop, embed if source == "features" else OnnxEmbedder(source), resize
         )
     else:
         there = open_rows(source)
@@ -124,7 +125,11 @@ def _mapped(
 
 
 def _means(
-    data: Shards | Union, start: int, stop: int, embed: Callable[[Any], np.ndarray[Any, Any]]
+    data: Shards | Union,
+    start: int,
+    stop: int,
+    embed: Callable[[Any], np.ndarray[Any, Any]],
+    resize: bool,
 ) -> tuple[np.ndarray[Any, Any], Tensor]:
     """(local ids [m], sum of the unit embeddings of their images [m, D]) of classes with some."""
     labels = np.asarray(data.labels)
@@ -138,7 +143,9 @@ def _means(
     sums: Tensor | None = None
     for at in range(0, len(images), _BATCH):
         chunk = images[at : at + _BATCH]
-        pixels = np.stack([decode(data[int(i)][1], where=f"image {i}") for i in chunk])
+        pixels = np.stack(
+            [decode(data[int(i)][1], where=f"image {i}", resize=resize) for i in chunk]
+        )
         x = nn.functional.normalize(torch.from_numpy(embed(pixels)).double(), dim=1)
         sums = x.new_zeros(stop - start, x.shape[1]) if sums is None else sums
         sums.index_add_(0, torch.from_numpy(owner[at : at + _BATCH]), x)

@@ -297,6 +297,7 @@ def make_loader(state: TrainState) -> BatchSource:
         accumulation=cfg.accumulation,
         samples_seen=state.samples_seen,
         workers=cfg.num_workers,
+        resize=cfg.resize,
         blocks=state.order.blocks,
         shares=heads.shares(cfg, state.data),
         chances=Probabilities(

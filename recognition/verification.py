@@ -69,7 +69,7 @@ def _score(state: TrainState, pairs: lfw.PairSet, turn: Callable[[], None]) -> d
     local, failure = None, None
     try:
         where = f"{pairs.name}.bin, counted from image {start}:"
-        local = lfw.embed(forward, pairs.encoded[start:stop], _BATCH, where)
+        local = lfw.embed(forward, pairs.encoded[start:stop], _BATCH, where, state.cfg.resize)
     except ValueError as error:
         failure = f"rank {rank}: {error}"
     for _ in range(left):  # of those that have more images, or could read theirs

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)  # any other errno says that nobody knows
+PRIVATE_FILE, PRIVATE_DIRECTORY = 0o600, 0o700  # permissions of what shows people
 PARTIAL = ".partial"  # the suffix of everything that is being written
 
 
@@ -61,6 +62,30 @@ def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_private(directory: str | os.PathLike[str]) -> None:
+    """Make a directory that only its owner may enter; one that is there keeps its permissions.
+
+    Faces, and embeddings from which faces can be made, are personal data.
+
+    Raises:
+        OSError: it cannot be made, or something else has the name.
+    """
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(mode=PRIVATE_DIRECTORY, exist_ok=True)
+
+
+def write_private(path: str | os.PathLike[str], content: bytes) -> None:
+    """As write_bytes with PRIVATE_FILE, for many files: nothing is flushed to disk."""
+    partial = Path(f"{os.fspath(path)}.{os.getpid()}{PARTIAL}")
+    try:
+        with open(partial, "wb", opener=lambda p, f: os.open(p, f, PRIVATE_FILE)) as file:
+            file.write(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:

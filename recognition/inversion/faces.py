@@ -5,8 +5,6 @@ Letters: N images, D embedding size, C identities.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,13 @@ from typing import Any
 import numpy as np
 
 from data_tools import shards
+from data_tools.common import arrays
 from data_tools.common.errors import UserError
-from data_tools.decode import decode, is_image
+from data_tools.decode import decode_any_size, is_image, resized
+from data_tools.image_size import check_size
 from data_tools.insightface import find_rec
 from eval import lfw
+from recognition.backbones.input import INPUT_SIZE
 
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 RGB [n, 112, 112, 3] -> [n, D]
 
@@ -29,18 +30,36 @@ class Faces:
     """Aligned images with a label each, decoded when asked for."""
 
     def __init__(
-        self, path: str, labels: np.ndarray, get: Callable[[int], bytes], names: Sequence[str] = ()
+        self,
+        path: str,
+        labels: np.ndarray,
+        get: Callable[[int], bytes],
+        names: Sequence[str] = (),
+        resize: bool = False,
     ) -> None:
         self.path, self.labels, self._get, self.names = path, labels, get, names
+        self._resize = resize
+        self._resized: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def pixels(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """uint8 RGB [n, 112, 112, 3]. Raises: ValueError naming an image that cannot be read."""
-        return np.stack(
-            [decode(self._get(int(i)), where=f"{self.path}: image {i}") for i in numbers]
-        )
+        return np.stack([self._pixels(int(i)) for i in numbers])
+
+    def _pixels(self, i: int) -> np.ndarray:
+        where, encoded = f"{self.path}: image {i}", self._get(i)
+        image = decode_any_size(encoded, where)
+        height, width = image.shape[:2]
+        if check_size(width, height, INPUT_SIZE, where, self._resize):
+            self._resized.add(i)
+            return resized(image, INPUT_SIZE)
+        return image
+
+    def facts(self) -> dict[str, Any]:
+        """What a report says of them: how many were resized so far, where that is allowed."""
+        return {"resized_images": len(self._resized)} if self._resize else {}
 
     def embed(self, embed: Embed, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """float32 [n, D] of some of the images, not normalised.
@@ -81,7 +100,7 @@ def finite(rows: np.ndarray, what: str, numbers: Sequence[Any] | np.ndarray) -> 
     return rows
 
 
-def open_faces(path: str | Path) -> Faces:
+def open_faces(path: str | Path, resize: bool = False) -> Faces:
     """Shards or an InsightFace directory; a .bin of pairs; or a folder DIR/<identity>/*.jpg, or of
     images alone.
 
@@ -96,12 +115,12 @@ def open_faces(path: str | Path) -> Faces:
         pairs = lfw.load_bin(path)
         same = np.repeat(np.asarray(pairs.issame), 2)
         labels = np.where(same, np.arange(len(same)) // 2, _NO_ONE)
-        return Faces(str(path), labels, pairs.encoded.__getitem__)
+        return Faces(str(path), labels, pairs.encoded.__getitem__, resize=resize)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no shards, no .bin and no folder of images")
     if (path / "index.json").is_file() or find_rec(path):
         data = shards.open(path)
-        return Faces(str(path), np.asarray(data.labels), lambda i: data[i][1], _names(data))
+        return Faces(str(path), np.asarray(data.labels), lambda i: data[i][1], _names(data), resize)
     files = sorted(file for file in path.rglob("*") if is_image(file.name) and file.is_file())
     if not files:
         raise UserError(f"{path} holds neither shards nor images")
@@ -109,7 +128,7 @@ def open_faces(path: str | Path) -> Faces:
     if len(set(people)) == 1:  # a folder of images alone: each its own
         people = [str(file.relative_to(path)) for file in files]
     names, labels = np.unique(people, return_inverse=True)
-    return Faces(str(path), labels, lambda i: files[i].read_bytes(), names.tolist())
+    return Faces(str(path), labels, lambda i: files[i].read_bytes(), names.tolist(), resize)
 
 
 def _names(data: shards.Shards) -> Sequence[str]:
@@ -139,12 +158,14 @@ def load_embeddings(path: str | Path, size: int) -> tuple[np.ndarray, np.ndarray
     """
     labels = None
     try:
-        content = np.load(path, allow_pickle=False)
+        content = arrays.load_npy(path)
         if isinstance(content, np.lib.npyio.NpzFile):
             names = sorted(content)
             labels = content["labels"] if "labels" in names else None
             content = content["embeddings"] if "embeddings" in names else None
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # of the compressed arrays: zipfile's, zlib's, tokenize's
         raise UserError(f"{path} is no whole .npy or .npz of numbers: {error}") from error
     if content is None:
         raise UserError(f"{path} has {names}: `embeddings` is wanted")

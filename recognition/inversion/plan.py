@@ -65,6 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fid", metavar="MODEL", help="network whose output are the features of a Frechet distance"
     )
+    parser.add_argument(
+        "--resize", action="store_true",
+        help="the real faces are aligned at another size than 112 x 112: resize them",
+    )  # fmt: skip
     knobs.add_arguments(parser)
     parser.add_argument(
         "--save-every", type=int, default=500, metavar="N", help="steps (500); from there a killed "
@@ -123,7 +127,7 @@ def closed_set(args: argparse.Namespace, settings: Settings) -> Plan:
         lambda: centres(args.run, args.head),
         settings,
         _facts("closed set", embedder, ids, settings) | {"head": args.head},
-        _reference(args.data, args.run, args.head, head["num_classes"]),
+        _reference(args.data, args.run, args.head, head["num_classes"], args.resize),
     )  # fmt: skip
 
 
@@ -143,7 +147,7 @@ def open_set(
     """
     embedder = network_of(args.run)
     size = int(embedder(np.zeros((1, 112, 112, 3), np.uint8)).shape[1])
-    faces = open_faces(images) if images else None
+    faces = open_faces(images, args.resize) if images else None
     if args.embeddings:
         targets, labels = load_embeddings(args.embeddings, size)
         numbers = np.arange(len(targets))
@@ -227,7 +231,9 @@ def _facts(
     }
 
 
-def _reference(data: str | None, run: str, number: int, num_classes: int) -> Faces | None:
+def _reference(
+    data: str | None, run: str, number: int, num_classes: int, resize: bool = False
+) -> Faces | None:
     """The images that the head was trained on, those of --data or of its run; None where they are
     not here any more."""
     config = checkpoint.read_manifest(checkpoint.find(run))["config"]
@@ -241,12 +247,12 @@ def _reference(data: str | None, run: str, number: int, num_classes: int) -> Fac
         if len(recs) > 1 and not config.get("rec_heads"):
             return None  # classes of several sets joined: say --data where they are packed as one
         try:
-            faces = open_faces(recs[number])
+            faces = open_faces(recs[number], resize or bool(config.get("resize")))
         except (OSError, ValueError, IndexError):
             return None
         fits = int(faces.labels.max(initial=-1)) < num_classes and not others(faces)
         return faces if fits else None
-    faces = open_faces(data)
+    faces = open_faces(data, resize)
     if int(faces.labels.max(initial=-1)) >= num_classes:
         raise UserError(
             f"--data {data} has the label {faces.labels.max()}, the head {num_classes} classes: "

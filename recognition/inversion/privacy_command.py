@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         if args.fid is not None:
             report["fid"] = measure.fid_of(plan, measure.made_of(plan, args.out), args.fid)
         report["text"] = privacy.sentences(report)
+        report |= plan.faces.facts() if plan.faces is not None else {}
         work.write_json(args.out / "report.json", report)
         if args.remove_images:
             for name in ("images", "progress", "state"):

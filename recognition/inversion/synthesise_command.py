@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         }
         pixels = np.stack([pictures.read(p) for p in measure.made_of(plan, args.out).paths[:64]])
         pictures.write(args.out / "grid.png", pictures.grid(pixels))
+        report |= plan.faces.facts() if plan.faces is not None else {}
         work.write_json(args.out / "report.json", report)
         print("\n".join(measure.sentences(report)))
         print(f"{len(plan.ids)} faces in {args.out}, report.json and grid.png beside them")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import sys
 import time
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from recognition import collectives
 from recognition.inversion import pictures
@@ -40,7 +40,7 @@ from recognition.inversion.settings import Settings
 from recognition.run_dir import owned
 from recognition.runtime import Runtime
 
-_OURS = {".lock", "images", "state", "progress", "settings.json.partial"}  # before settings.json
+_OURS = {".lock", "images", "state", "progress"}  # before settings.json
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,8 @@ def batches(ids: np.ndarray, rounds: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    files.write_text(path, text, files.PRIVATE_FILE)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def check_settings(out: Path, facts: Mapping[str, Any]) -> None:
     path = out / "settings.json"
     if not path.is_file():
         others = (
-            sorted(p.name for p in out.iterdir() if p.name not in _OURS) if out.is_dir() else []
+            sorted(p.name for p in out.iterdir() if not _is_ours(p.name)) if out.is_dir() else []
         )
         if others:
             raise UserError(
@@ -106,6 +105,10 @@ def check_settings(out: Path, facts: Mapping[str, Any]) -> None:
             f"{out} holds another inversion ({'; '.join(differ)[:600]}): choose another --out, "
             "or ask for the same to go on with it (RUN/checkpoints/step-N names a network for good)"
         )
+
+
+def _is_ours(name: str) -> bool:
+    return name in _OURS or (name.startswith(".settings.json.") and name.endswith(files.PARTIAL))
 
 
 def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,9 +135,10 @@ def directory(out: Path, facts: Mapping[str, Any], runtime: Runtime) -> Iterator
 
         def take() -> None:
             if runtime.rank == 0:
+                files.make_private(out)
                 held.enter_context(owned(str(out)))
                 for name in ("images", "state", "progress"):
-                    (out / name).mkdir(exist_ok=True)
+                    files.make_private(out / name)
                 write_json(out / "settings.json", facts)
 
         collectives.together(runtime.group, f"use {out}", take)

@@ -155,6 +155,18 @@ def test_embed_is_refused_where_something_else_lies(data, tmp_path, capsys):
     assert "no run directory, backbone file or .onnx file" in capsys.readouterr().err
 
 
+def test_flipped_bytes_of_features_are_noticed(data, tmp_path):
+    write_features(tmp_path / "f", data.fingerprint, np.eye(25, 8, dtype=np.float32) + 1)
+    files = sorted((tmp_path / "f").iterdir())
+    assert not [path for path in [tmp_path / "f", *files] if path.stat().st_mode & 0o077]
+    block = next(path for path in files if path.suffix == ".npy")
+    content = bytearray(block.read_bytes())
+    content[200] ^= 0x20
+    block.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{block.name}: .* run embed again"):
+        features.Features(tmp_path / "f", data.fingerprint)
+
+
 # --- merge ---
 
 

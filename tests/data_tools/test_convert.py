@@ -69,13 +69,15 @@ def test_exif_is_ignored_unless_followed(orientation, turns):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".webp"])
 def test_pass_through_keeps_the_bytes_of_any_square(suffix):
-    how = Conversion(pass_through=True)
+    how = Conversion(pass_through=True, resize=True)
+    with pytest.raises(ValueError, match="x: 64x64 pixels, not 112x112"):
+        convert(encoded(5, 64, suffix=suffix), Conversion(pass_through=True), "x")
     for side, resized in ((112, False), (64, True)):
         image = encoded(5, side, suffix=suffix)
         assert convert(image, how) == (image, resized)
         if suffix in (".jpg", ".png"):
             assert size_of(image) == (side, side)
-    with pytest.raises(ValueError, match="x: 90x80 pixels is not square"):
+    with pytest.raises(ValueError, match="x: 90x80 pixels, not 112x112: it is not square"):
         convert(encoded(5, 80, 90, suffix), how, "x")
     with pytest.raises(ValueError, match="x: "):
         convert(encoded(5, suffix=suffix)[:-20], how, "x")
@@ -84,7 +86,7 @@ def test_pass_through_keeps_the_bytes_of_any_square(suffix):
 def test_pass_through_does_not_look_at_the_pixels(tmp_path):
     source = folder(tmp_path / "faces", [3, 3])
     (source / "p00" / "big.png").write_bytes(encoded(7, 300, suffix=".png"))
-    done = pack(source, tmp_path / "set", Options(shards=1, pass_through=True))
+    done = pack(source, tmp_path / "set", Options(shards=1, pass_through=True, resize=True))
     assert done["images"] == 7 and done["resized"] == {"count": 1, "of": 7}
     assert encoded(7, 300, suffix=".png") in {image for _, image in shards.open(tmp_path / "set")}
 

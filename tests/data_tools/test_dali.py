@@ -165,7 +165,7 @@ def test_an_image_of_another_size_does_not_slip_through_the_augmentations(tmp_pa
         (b"", "zero bytes"),
         (encoded(3)[:300] + encoded(3)[-2:], "truncated"),
         (encoded(30, 64), "64x64 pixels"),
-        (encoded(30, 112, 100), "not square"),
+        (encoded(30, 112, 100), "100x112 pixels"),
     ],
 )
 def test_an_image_that_cannot_be_used_is_named_by_file_and_id(tmp_path, content, words):

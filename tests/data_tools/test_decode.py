@@ -51,17 +51,21 @@ def test_exif_orientation_is_ignored(orientation):
     assert (honoured != decode(plain)).any()  # the tag is one that OpenCV would follow
 
 
-def test_a_square_of_another_size_is_resized():
-    image = decode(encoded(5, 250, suffix=".png"), 112)
+def test_a_square_of_another_size_is_resized_if_that_is_asked_for():
+    with pytest.raises(ValueError, match=r"x: 250x250 pixels, not 112x112: faces must be aligned"):
+        decode(encoded(5, 250, suffix=".png"), 112, "x")
+    image = decode(encoded(5, 250, suffix=".png"), 112, resize=True)
     expected = cv2.resize(pixels(5, 250), (112, 112), interpolation=cv2.INTER_CUBIC)
     np.testing.assert_array_equal(image, expected[:, :, ::-1])
-    assert decode(encoded(5), 64).shape == (64, 64, 3)
+    assert decode(encoded(5), 64, resize=True).shape == (64, 64, 3)
     assert decode_any_size(encoded(5, 40, 60)).shape == (40, 60, 3)
 
 
 def test_another_aspect_is_an_error_that_names_the_image():
-    with pytest.raises(ValueError, match=r"a/b\.jpg: 60x40 pixels is not square"):
+    with pytest.raises(ValueError, match=r"a/b\.jpg: 60x40 pixels, not 112x112"):
         decode(encoded(6, 40, 60), where="a/b.jpg")
+    with pytest.raises(ValueError, match=r"a/b\.jpg: 60x40 .* not square"):
+        decode(encoded(6, 40, 60), where="a/b.jpg", resize=True)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".webp"])
@@ -119,10 +123,10 @@ def test_convert_keeps_the_bytes_that_fit():
     jpeg = encoded(10)
     assert convert(jpeg, Conversion()) == (jpeg, False)
     for other, is_resized in ((encoded(10, suffix=".png"), False), (encoded(10, 200), True)):
-        made, resized = convert(other, Conversion())
+        made, resized = convert(other, Conversion(resize=is_resized))
         assert resized == is_resized
         assert made != other and made.startswith(b"\xff\xd8")
-        difference = decode(made).astype(int) - decode(other)
+        difference = decode(made).astype(int) - decode(other, resize=True)
         assert np.abs(difference).mean() < 2  # grey levels: what JPEG loses at quality 95
     with pytest.raises(ValueError, match="x: truncated"):
         convert(jpeg[:-9], Conversion(), "x")

@@ -2,11 +2,13 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
 from data_tools.alignment import Aligner
 from data_tools.detectors import detect
+from launch import compare_photographs
 from tests.data_tools.samples import pixels
 
 _PLACES = (40 * 40, 20 * 20, 10 * 10)  # of an input of 320x320 at strides 8, 16, 32
@@ -38,6 +40,14 @@ def test_an_answer_as_the_contract_has_it(tmp_path, before):
     points = detect(pixels(0, 300, 320), str(path))
     assert points.shape == (5, 2)
     assert np.allclose((points - points[2]) / np.ptp(points[:, 0]) * 2, _FACE.reshape(5, 2))
+
+
+def test_the_example_of_two_photographs_takes_scrfd_as_pack_does(tmp_path):
+    path = network(tmp_path / "net.onnx", [0.9], _FACE)
+    session = onnxruntime.InferenceSession(str(path))
+    image = pixels(0, 300, 320)
+    found = compare_photographs.five_points(session, np.ascontiguousarray(image[:, :, ::-1]))
+    np.testing.assert_allclose(found, detect(image, str(path)), atol=1e-4)
 
 
 @pytest.mark.parametrize(

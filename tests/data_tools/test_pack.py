@@ -59,16 +59,16 @@ def test_other_formats_and_sizes_become_jpegs(tmp_path):
     source = folder(tmp_path / "faces", [1, 1])
     (source / "p00" / "a.PNG").write_bytes(encoded(1, suffix=".png"))
     (source / "p00" / "b.jpeg").write_bytes(encoded(2, 200))
-    pack(source, tmp_path / "set", Options(shards=1))
+    pack(source, tmp_path / "set", Options(shards=1, resize=True))
     kept = (source / "p00" / "0.jpg").read_bytes()
     for image in by_identity(shards.open(tmp_path / "set"))["p00"] - {kept}:
         assert image.startswith(b"\xff\xd8")
         difference = min(
-            np.abs(decode(image).astype(int) - decode(encoded(*made))).mean()
+            np.abs(decode(image).astype(int) - decode(encoded(*made), resize=True)).mean()
             for made in ((1, 112), (2, 200))
         )
         assert difference < 2  # grey levels: what JPEG loses at quality 95
-    pack(source, tmp_path / "small", Options(shards=1, size=64))
+    pack(source, tmp_path / "small", Options(shards=1, size=64, resize=True))
     data = shards.open(tmp_path / "small")
     assert data.image_size == (64, 64)
     assert all(decode(image, 64).shape == (64, 64, 3) and len(image) < 9000 for _, image in data)
@@ -105,7 +105,7 @@ def test_nothing_is_skipped_in_silence(tmp_path, capsys):
         "p00/zero.jpg": "zero bytes",
         "p00/cut.jpg": "truncated",
         "p00/text.png": "not a JPEG",
-        "p00/wide.jpg": "90x80 pixels is not square",
+        "p00/wide.jpg": "90x80 pixels, not 112x112",
         "p00/broken.jpg": "No such file",
         "p00/pipe.jpg": "not a regular file",
         "p02/0.jpg": "zero bytes",
@@ -117,7 +117,7 @@ def test_nothing_is_skipped_in_silence(tmp_path, capsys):
     assert data.identities == ["p00", "p01", "p03", "p05"]  # no class for p02 and p04
     assert np.bincount(data.labels).tolist() == [4, 2, 2, 2]
     assert data.index["empty_identities"] == ["p02", "p04"]
-    assert data.index["skipped"] == {"count": 9, "file": "skipped.txt"}
+    assert data.index["skipped"] == {"count": 9, "file": "skipped.txt", "other_size": 1}
     assert data.index["ignored_files"] == 3
 
 
@@ -230,16 +230,16 @@ def test_resized_images_are_counted(tmp_path, capsys):
     for k in range(3):  # of each person, so also of the one who is not in the shards
         (source / f"p{k:02d}" / "big.png").write_bytes(encoded(50 + k, 130, suffix=".png"))
         (source / f"p{k:02d}" / "fits.png").write_bytes(encoded(60 + k, suffix=".png"))
-    words = ["pack", str(source), str(tmp_path / "set"), "--shards", "1", "--json"]
+    words = ["pack", str(source), str(tmp_path / "set"), "--shards", "1", "--json", "--resize"]
     for _ in ("packed", "reused"):
         assert main(words) == 0
         captured = capsys.readouterr()
         assert json.loads(captured.out.splitlines()[-1])["resized"] == {"count": 3, "of": 24}
-        assert "3 of 24 images were not 112x112 and were resized: faces must be al" in captured.err
+        assert "3 of 24 images were not 112x112 and were resized (--resize)" in captured.err
     for k in range(3, 5):
         (source / f"p{k:02d}").mkdir()
         (source / f"p{k:02d}" / "0.jpg").write_bytes(encoded(90 + k, 90))
-    options = Options(shards=1, hold_out=3, pairs=20, seed=1)
+    options = Options(shards=1, hold_out=3, pairs=20, seed=1, resize=True)
     held = pack(source, tmp_path / "held", options)
     assert held["resized"] == {"count": 5, "of": 26}
 

@@ -112,7 +112,7 @@ def test_the_command_on_a_folder(tmp_path, capsys):
     (source / "p01" / "0.jpg").write_bytes(encoded(5, 60))  # resized
     names = tmp_path / "names.txt"
     names.write_text("".join(f"p{k:02d}\n" for k in range(6)))
-    arguments = ["pairs", str(source), str(tmp_path / "x.bin"), "--pairs", "60"]
+    arguments = ["pairs", str(source), str(tmp_path / "x.bin"), "--pairs", "60", "--resize"]
     assert main([*arguments, "--identities", str(names), "--seed", "3", "--json"]) == 0
     captured = capsys.readouterr()
     assert "warning: 1 of 29 images was not 112x112 and was resized" in captured.err

@@ -113,6 +113,90 @@ def test_weights_among_the_inputs_are_dropped(tmp_path):
     np.testing.assert_allclose(embed.open_embedder(path)(IMAGES), means(IMAGES), atol=1e-5)
 
 
+def small_network(path, nodes, weights, output):
+    """An ONNX file of these nodes, from [n, 3, 112, 112] to a free number of rows."""
+    kind = TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes, "small",
+        [helper.make_tensor_value_info("data", kind, ["n", 3, 112, 112])],
+        [helper.make_tensor_value_info(output, kind, ["n", None])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+POOL = helper.make_node("GlobalAveragePool", ["data"], ["p"])
+
+
+@pytest.mark.parametrize("shape", [[1, 3], [1, -1]])
+def test_a_batch_that_is_fixed_inside_the_graph_runs_one_by_one(tmp_path, shape):
+    """arcface_torch's mbf: the input names the batch free, a Reshape fixes it. [1, -1] even runs:
+    it makes one long row of two images."""
+    nodes = [POOL, helper.make_node("Reshape", ["p", "shape"], ["e"])]
+    model = small_network(tmp_path, nodes, {"shape": np.array(shape)}, "e")
+    onnx.save(model, tmp_path / "a.onnx")
+    embedder = embed.open_embedder(tmp_path / "a.onnx")
+    np.testing.assert_allclose(embedder(IMAGES), means(IMAGES), atol=1e-5)
+    assert embedder.fixed_batch == 1 and "one image at a time" in embedder.facts["note"]
+
+
+def test_a_network_that_mixes_the_images_of_a_batch_runs_one_by_one(tmp_path):
+    nodes = [
+        POOL,
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("CumSum", ["f", "axis"], ["e"]),  # row 1 holds row 0 too
+    ]
+    model = small_network(tmp_path, nodes, {"axis": np.array(0)}, "e")
+    onnx.save(model, tmp_path / "a.onnx")
+    embedder = embed.open_embedder(tmp_path / "a.onnx")
+    assert embedder.fixed_batch == 1 and "other embeddings" in embedder.facts["note"]
+
+
+def test_prelu_slopes_of_one_dimension_are_those_of_the_channels(tmp_path):
+    """MXNet's exporter writes [C]; ONNX would broadcast it along the width, which cannot run."""
+    slope = np.array([0.5, 2.0, -1.0], np.float32)
+    nodes = [
+        helper.make_node("PRelu", ["data", "slope"], ["a"]),
+        helper.make_node("GlobalAveragePool", ["a"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["e"]),
+    ]
+    onnx.save(small_network(tmp_path, nodes, {"slope": slope}, "e"), tmp_path / "a.onnx")
+    embedder = embed.open_embedder(tmp_path / "a.onnx")
+    x = (IMAGES.astype(np.float64) - 127.5) / 127.5
+    np.testing.assert_allclose(embedder(IMAGES), np.where(x < 0, x * slope, x).mean((1, 2)),
+                               atol=1e-5)  # fmt: skip
+    assert "PReLU" in embedder.facts["note"]
+
+
+@pytest.mark.parametrize("as_inputs", [False, True])
+def test_external_weights_lie_beside_the_model_and_count(tmp_path, monkeypatch, as_inputs):
+    """Before: with weights among the inputs they came from the working directory, and what they
+    made was kept under the digest of the right ones."""
+    nodes = [POOL, helper.make_node("Flatten", ["p"], ["f"]),
+             helper.make_node("Mul", ["f", "w"], ["e"])]  # fmt: skip
+
+    def write(directory, weights):
+        directory.mkdir(exist_ok=True)
+        model = small_network(directory, nodes, {"w": np.float32(weights)}, "e")
+        if as_inputs:
+            model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [3]))
+        onnx.save(model, directory / "a.onnx", save_as_external_data=True, size_threshold=0,
+                  location="w.bin")  # fmt: skip
+        return directory / "a.onnx"
+
+    path, other = write(tmp_path / "here", [1, 2, 3]), write(tmp_path / "there", [7, 7, 7])
+    monkeypatch.chdir(other.parent)
+    embedder = embed.open_embedder(path)
+    np.testing.assert_allclose(embedder(IMAGES), means(IMAGES) * [1, 2, 3], atol=1e-5)
+    assert embedder.digest != embed.open_embedder(other).digest
+    (path.parent / "w.bin").write_bytes(b"1234")
+    with pytest.raises(ValueError, match="w.bin is cut short"):
+        embed.open_embedder(path)
+    (path.parent / "w.bin").unlink()
+    with pytest.raises(ValueError, match="here/w.bin, which is absent"):
+        embed.open_embedder(path)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -8,13 +8,14 @@ import sys
 import threading
 import time
 
+import cv2
 import numpy as np
 import pytest
 
 from eval import embed, extract
 from eval.contract import InputContract
 from eval.extract import Place
-from eval.images import Encoded, Subset
+from eval.images import Encoded, Files, Subset
 from tests.eval import official
 from tests.real import ROOT
 
@@ -116,6 +117,64 @@ def test_a_damaged_block_is_named_and_computed_again(images, tmp_path, capsys):
         found, network = run(images, cache=tmp_path)
         assert network.seen == 16 and "is damaged and computed again" in capsys.readouterr().err
         np.testing.assert_array_equal(found.matrix(), expected)
+
+
+def test_flipped_bits_of_a_block_are_noticed(images, tmp_path, capsys):
+    """They are finite numbers of the right shape: only the hash tells."""
+    expected = run(images, cache=tmp_path)[0].matrix()
+    (block,) = tmp_path.glob("*/block-0000001.npy")
+    whole = block.read_bytes()
+    for at in (130, 200, len(whole) - 1):  # a number, another, the hash itself
+        block.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+        found, network = run(images, cache=tmp_path)
+        assert network.seen == 16 and "is damaged and computed again" in capsys.readouterr().err
+        np.testing.assert_array_equal(found.matrix(), expected)
+    block.write_bytes(whole[:130] + bytes([whole[130] ^ 0x10]) + whole[131:])
+    with pytest.raises(ValueError, match="block-0000001.npy: its bytes are not those"):
+        found.matrix()  # damaged after it was found whole
+
+
+def test_other_pixels_under_the_same_name_size_and_time_are_another_entry(tmp_path):
+    path, cache = tmp_path / "a.png", tmp_path / "cache"
+    pixels = np.zeros((112, 112, 3), np.uint8)
+    found = []
+    for value in (10, 20):
+        pixels[40, 40] = value
+        content = cv2.imencode(".bmp", pixels)[1].tobytes()
+        path.write_bytes(content)
+        os.utime(path, (1, 1))
+        found.append(run(Files("one", tmp_path, [path.name]), cache=cache)[0].matrix())
+    assert (found[0] != found[1]).any()
+
+
+def test_the_cache_is_its_owners_alone(images, tmp_path):
+    run(images, cache=tmp_path / "cache")
+    for path in (tmp_path / "cache").rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0, path
+    assert (tmp_path / "cache").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("made", [0, 1])
+def test_blocks_of_a_process_that_died_are_computed_by_the_first(
+    images, tmp_path, capsys, monkeypatch, made
+):
+    """Before: it waited for ever. Process 1 of 2 dies after `made` of its blocks."""
+    monkeypatch.setattr(extract, "PATIENCE", 0.3)
+    monkeypatch.setattr(extract, "BLOCK", 4)  # 6 blocks, 3 of them of process 1
+
+    class Dies(Network):
+        def forward(self, pixels):
+            if self.seen >= 8 * made:
+                raise KeyboardInterrupt
+            return super().forward(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(images, Dies(), cache=tmp_path, place=Place(1, 2))
+    done: list[int] = []
+    found, network = run(images, cache=tmp_path, place=Place(0, 2), advance=done.append)
+    assert network.seen == 46 - 8 * made and sum(done) == 23
+    assert f"the {3 - made} that are left" in capsys.readouterr().err
+    np.testing.assert_array_equal(found.matrix(), run(images)[0].matrix())
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])

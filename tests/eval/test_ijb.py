@@ -2,6 +2,7 @@
 own algorithms; and what the lists may not say."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -103,6 +104,42 @@ def test_both_protocols_equal_the_plain_scripts(capsys, root, models, name):
     mean = found["ijb 1:N"]["all"]["tpir_at_fpir"]["0.1"]
     assert mean == pytest.approx(np.mean([x[0.1] for x in searches]), abs=1e-6)
     assert nearest[-1] > 0.2  # the faces do tell people apart
+
+
+def scored(root, to, scores):
+    """A copy of the benchmark in which faces have these detector scores, by row."""
+    shutil.copytree(root, to)
+    path = to / "IJBC" / "meta" / "ijbc_name_5pts_score.txt"
+    lines = path.read_text().splitlines()
+    for row, score in scores.items():
+        lines[row] = lines[row].rpartition(" ")[0] + f" {score}"
+    path.write_text("\n".join(lines) + "\n")
+    return to
+
+
+def test_a_detector_score_of_zero_or_less_does_not_count_and_is_counted(
+    capsys, root, models, tmp_path
+):
+    """Before: a negative score turned its template round, without a word."""
+    run = models[1]
+    faces = (root / "IJBC/meta/ijbc_face_tid_mid.txt").read_text().splitlines()
+    templates = [line.split()[1] for line in faces]
+    several = [i for i, t in enumerate(templates) if templates.count(t) > 1][0]
+    minus, zero = (
+        evaluate(capsys, run, scored(root, tmp_path / name, {several: score}))
+        for name, score in (("minus", -1.0), ("zero", 0.0))
+    )
+    assert minus["ijb 1:1"] == zero["ijb 1:1"]
+    (warning,) = [x for x in minus["warnings"] if "score of 0 or less" in x]
+    assert (
+        warning.startswith("IJBC: 1 image with a detector score of 0")
+        and "--no-detector" in warning
+    )
+    alone = {i: -1.0 for i, t in enumerate(templates) if t == templates[several]}
+    where = scored(root, tmp_path / "alone", alone)
+    assert cli.main(["ijb", str(run), str(where)]) == 1
+    assert f"no image of template {templates[several]} has a" in capsys.readouterr().err
+    evaluate(capsys, run, where, "--no-detector")
 
 
 @pytest.mark.parametrize("flags", [(), ("--no-norm",), ("--no-detector",), ("--no-flip",),

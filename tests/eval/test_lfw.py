@@ -163,11 +163,15 @@ def test_score_is_insightfaces_arithmetic(faces):
     assert result["accuracy_mean"] == pytest.approx(np.mean(accuracies), abs=1e-15)
 
 
-def test_images_of_another_size_are_resized_like_insightface(faces):
+def test_images_of_another_size_are_resized_like_insightface_if_that_is_asked_for(faces):
     # resize_short with OpenCV's bicubic interpolation, before the network sees them.
     large = face(5, size=160)
     seen = []
-    lfw.embed(lambda x: seen.append(x) or np.ones((len(x), 2), np.float32), [large], 4)
+    network = lambda x: seen.append(x) or np.ones((len(x), 2), np.float32)  # noqa: E731
+    with pytest.raises(ValueError, match="set image 0: 160x160 pixels, not 112x112"):
+        lfw.embed(network, [large], 4, "set")
+    assert not seen
+    lfw.embed(network, [large], 4, "set", resize=True)
     image = cv2.imdecode(np.frombuffer(large, np.uint8), cv2.IMREAD_COLOR)
     expected = cv2.resize(image, (112, 112), interpolation=cv2.INTER_CUBIC)[:, :, ::-1]
     np.testing.assert_array_equal(seen[0][0], expected)

@@ -4,7 +4,9 @@ import html.parser
 import json
 import re
 import shutil
+import signal
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ from eval import figures, page_style, report, results, roc, verification
 from tests.eval import official
 from tests.eval.made import run_directory
 from tests.eval.test_embed import channel_means, make_run
+from tests.real import ROOT
 
 FACTS = {"path": "runs/<demo>", "network": "mbf_tiny", "sha256": "ab" * 32, "runtime": "torch"}
-CONTRACT = {"input": "RGB, 112 x 112", "flip": "e + mirror", "far_rules": results.RULES}
+CONTRACT = {"input": "RGB, 112 x 112", "flip": results.ALONE, "far_rules": results.RULES}
 
 
 def result(name="lfw", num_pairs=400, noise=1.5, missing=(), seed=0, facts=FACTS):
@@ -102,9 +105,13 @@ def test_results_come_back_as_they_were_saved(tmp_path):
     path = results.save(tmp_path, first)
     assert path.name == "lfw-lfw.json"
     results.save(tmp_path, searched())
-    assert sorted(x.name for x in tmp_path.iterdir()) == [
-        "ijb_1_N-IJBC.json", "ijb_1_N-IJBC.npz", "lfw-lfw.json", "lfw-lfw.npz",
+    results.save(tmp_path, result(num_pairs=40))
+    results.save(tmp_path, first)  # the arrays of those before are gone
+    names = [re.sub("[0-9a-f]{16}", "HASH", x.name) for x in tmp_path.iterdir()]
+    assert sorted(names) == [
+        "ijb_1_N-IJBC.HASH.npz", "ijb_1_N-IJBC.json", "lfw-lfw.HASH.npz", "lfw-lfw.json",
     ]  # fmt: skip
+    assert not [x for x in tmp_path.iterdir() if x.stat().st_mode & 0o077]  # they show people
     (tmp_path / "report.json").write_text('{"models": {}}')  # no result
     again = {x.facts["protocol"]: x for x in results.load_all(tmp_path)}
     assert again["lfw"].facts == json.loads(json.dumps(first.facts))
@@ -112,15 +119,47 @@ def test_results_come_back_as_they_were_saved(tmp_path):
         np.testing.assert_array_equal(again["lfw"].arrays[key], value)
 
 
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_between_the_files_of_a_result_leaves_one_evaluation(tmp_path, renames):
+    """Before: one model's figures over another's curves."""
+    first, second = result(), result(num_pairs=40)
+    results.save(tmp_path, first)
+    code = (
+        "import os, signal, sys\n"
+        "from eval import results\n"
+        "from tests.eval.test_report import result\n"
+        "left, replace = int(sys.argv[2]), os.replace\n"
+        "def dying(*names):\n"
+        "    global left\n"
+        "    if left == 0:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    left -= 1\n"
+        "    replace(*names)\n"
+        "os.replace = dying\n"
+        "results.save(sys.argv[1], result(num_pairs=40))\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path), str(renames)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True)
+    assert done.returncode == (0 if renames == 2 else -signal.SIGKILL), done.stderr
+    (there,) = results.load_all(tmp_path)
+    expected = second if renames == 2 else first
+    assert there.metrics["pairs"] == expected.metrics["pairs"]
+    np.testing.assert_array_equal(there.arrays["same"], expected.arrays["same"])
+
+
 def test_results_that_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="no results; evaluate first"):
         results.load_all(tmp_path)
     results.save(tmp_path, result())
-    whole = (tmp_path / "lfw-lfw.npz").read_bytes()
-    (tmp_path / "lfw-lfw.npz").write_bytes(whole[:200])
-    with pytest.raises(ValueError, match="lfw-lfw.npz: .*evaluate again"):
+    (arrays,) = tmp_path.glob("lfw-lfw.*.npz")
+    whole = arrays.read_bytes()
+    arrays.write_bytes(whole[:200])
+    with pytest.raises(ValueError, match="npz is not what lfw-lfw.json was written with; eval"):
         results.load_all(tmp_path)
-    (tmp_path / "lfw-lfw.npz").write_bytes(whole)
+    arrays.unlink()
+    with pytest.raises(ValueError, match="npz is absent, lfw-lfw.json needs it; evaluate again"):
+        results.load_all(tmp_path)
+    arrays.write_bytes(whole)
     (tmp_path / "lfw-lfw.json").write_text("{")
     with pytest.raises(ValueError, match="lfw-lfw.json is damaged"):
         results.load_all(tmp_path)
@@ -212,7 +251,7 @@ def test_the_page_its_json_and_its_markdown(tmp_path):
     assert '"margin": "arcface"' in " ".join(page.words)
     markdown = (run / "report.md").read_text()
     assert f"| lfw | 400 | {accuracy} |" in markdown.replace("†", "")
-    assert "Contract of runs/<demo>: input: RGB, 112 x 112; flip: e + mirror." in markdown
+    assert "Contract of runs/<demo>: input: RGB, 112 x 112; flip: e(image) alone." in markdown
 
 
 def test_models_side_by_side(tmp_path):
@@ -303,7 +342,14 @@ def test_report_and_thresholds_of_a_run(capsys, tmp_path, bin_file):
     assert cli.main(["thresholds", str(run), "--far", "0.1", "--json"]) == 0
     chosen = json.loads(capsys.readouterr().out)
     assert chosen["set"] == "ijb 1:1: IJBC" and len(chosen["points"]) == 1
-    assert chosen["contract"]["flags"] == "N1D1F1"
+    assert chosen["contract"]["flags"] == "N1D1F0"  # of the exported graph: no mirror image
+    assert chosen["contract"]["flip"] == "e(image) alone"
+    assert cli.main(["thresholds", str(run), "--far", "0.1", "--json", "--flip-sum"]) == 0
+    with_mirror = json.loads(capsys.readouterr().out)
+    assert with_mirror["contract"]["flags"] == "N1D1F1"
+    assert with_mirror["points"][0]["threshold"] != chosen["points"][0]["threshold"]
+    assert cli.main(["thresholds", str(run), "--far", "0.1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == chosen
 
     onnx_path = tmp_path / "model.onnx"
     config = {"network": "mbf_tiny", "embedding_size": 32, "margin": "arcface", "commit": None,

@@ -6,7 +6,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import cv2
@@ -21,11 +20,13 @@ import launch.export
 import recognition.agreement
 import recognition.export
 from data_tools import shards
-from eval import lfw
+from eval import lfw, results
+from recognition import build
 from recognition.agreement import Agreement, ExportError
 from recognition.backbones import BACKBONES
-from recognition.export import export_onnx
+from recognition.export import Bake, export_onnx
 from recognition.onnx_graph import check_graph
+from tests.eval.test_embed import make_run
 from tests.real import real
 
 SCRIPT = Path(launch.export.__file__)
@@ -317,16 +318,52 @@ def test_command_writes_the_file_and_one_json_line_last(run, tmp_path, capsys):
     assert facts["training_data_licence"] == "not stated"
 
 
-def test_hashes_are_those_of_the_training_data(shards_dir):
-    """Of every set; of another one named by --data only if it holds the same labels."""
+def test_hashes_are_those_that_the_run_noted(shards_dir):
+    """Before: of whatever lay at `rec` at the export, packed anew or not."""
+    noted = [{"name": "a", "sha256": "1" * 64, "of": "index.json"}]
+    config = {"rec": [str(shards_dir)], "data_sha256": noted}
+    facts = launch.export._data(config, "CC0")
+    assert facts["training_index_sha256"] == "1" * 64
+    assert facts["training_data"] == "shards" and facts["training_data_licence"] == "CC0"
+    in_place = {"name": "b", "sha256": "2" * 64, "of": "labels and offsets"}
+    both = launch.export._data(config | {"data_sha256": [*noted, in_place]}, "")
+    assert both["training_data_sha256"].count("labels and offsets") == 1
+    assert "training_index_sha256" not in both
+    before = launch.export._data({"rec": str(shards_dir), "labels_crc32": 7}, "")
+    assert not [key for key in before if "sha256" in key]
+    own = build._hashes(shards.open(shards_dir))
     index = hashlib.sha256((shards_dir / "index.json").read_bytes()).hexdigest()
-    two = launch.export._data({"rec": [str(shards_dir)] * 2}, str(shards_dir), "CC0")
-    assert two["training_index_sha256"] == f"{index}, {index}"
-    assert two["training_data"] == "shards, shards" and two["training_data_licence"] == "CC0"
-    crc = zlib.crc32(np.ascontiguousarray(shards.open(shards_dir).labels).data)
-    for labels, known in ((crc, True), (crc + 1, False)):
-        facts = launch.export._data({"rec": "gone", "labels_crc32": labels}, str(shards_dir), "")
-        assert ("training_index_sha256" in facts) == known
+    assert own == [{"name": shards_dir.name, "sha256": index, "of": "index.json"}]
+
+
+def thresholds_of(tmp_path, flip):
+    """(entries that an export writes, run) of a run whose thresholds are of `flip`."""
+    make_run(tmp_path)
+    weights = (tmp_path / "checkpoints/step-7/model.safetensors").read_bytes()
+    content = {
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "contract": {"flip": flip},
+        "points": [{"far_target": 1e-3, "threshold": 0.3}],
+    }
+    (tmp_path / "thresholds.json").write_text(json.dumps(content))
+    return lambda bake: launch.export._weights(str(tmp_path / "checkpoints/step-7"), tmp_path, bake)
+
+
+@pytest.mark.parametrize("flip_sum", [False, True])
+def test_thresholds_are_those_of_what_the_file_gives(tmp_path, capsys, flip_sum):
+    entries = thresholds_of(tmp_path, results.FLIP_SUM if flip_sum else results.ALONE)
+    assert "thresholds" in entries(Bake(flip_sum=flip_sum)) and not capsys.readouterr().err
+    assert "thresholds" not in entries(Bake(flip_sum=not flip_sum))
+    assert "the thresholds are left out" in capsys.readouterr().err
+
+
+def test_an_accuracy_says_in_what_it_differs(run, tmp_path, capsys, monkeypatch):
+    encoded = [cv2.imencode(".png", image)[1].tobytes() for image in pixels(80)]
+    pairs = lfw.PairSet("forty", encoded, np.arange(40) % 2 == 0)
+    monkeypatch.setattr(launch.export, "pairs_of", lambda *_: pairs)
+    assert launch.export.main(["run", str(tmp_path / "x.onnx"), "--max-pairs", "20"]) == 0
+    text = capsys.readouterr().out
+    assert "20 of the 40 pairs of forty, e(image) alone (`eval lfw` takes all pairs" in text
 
 
 def test_images_of_the_data_set_are_what_is_checked():

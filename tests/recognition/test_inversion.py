@@ -484,7 +484,7 @@ def test_data_of_other_labels_are_not_measured_with(trained, shards_dir, monkeyp
     everyone = faces.open_faces(shards_dir)
     assert plan._reference(None, trained[3], 0, 16) is not None
     everyone.labels = everyone.labels[::-1]
-    monkeypatch.setattr(plan, "open_faces", lambda path: everyone)
+    monkeypatch.setattr(plan, "open_faces", lambda path, resize: everyone)
     assert plan._reference(None, trained[3], 0, 16) is None
     with pytest.raises(ValueError, match="labels are not those"):
         plan._reference(str(shards_dir), trained[3], 0, 16)

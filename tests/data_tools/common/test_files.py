@@ -58,3 +58,15 @@ def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path):
     assert len(os.listdir(tmp_path)) == 1 and not (tmp_path / "m.onnx").exists()
     files.write_bytes(tmp_path / "m.onnx", b"whole")
     assert os.listdir(tmp_path) == ["m.onnx"]
+
+
+def test_what_shows_people_is_its_owners_alone(tmp_path):
+    files.make_private(tmp_path / "a" / "b")
+    files.make_private(tmp_path / "a" / "b")  # it is there
+    files.write_private(tmp_path / "a" / "b" / "x.png", b"face")
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == files.PRIVATE_DIRECTORY
+    assert (tmp_path / "a" / "b" / "x.png").stat().st_mode & 0o777 == files.PRIVATE_FILE
+    assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["x.png"]
+    (tmp_path / "open").mkdir(mode=0o755)
+    files.make_private(tmp_path / "open")  # the user's own choice stays
+    assert (tmp_path / "open").stat().st_mode & 0o777 == 0o755

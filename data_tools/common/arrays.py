@@ -1,0 +1,75 @@
+"""NumPy files: read without a traceback for a damaged one, and written with a hash of their bytes.
+
+A hashed array is a .npy file with a trailer after the numbers: _MARK and the SHA-256 of all bytes
+before it. np.load reads it as any other .npy. Flipped bits of embeddings make no error by
+themselves, only another result.
+"""
+
+import hashlib
+import io
+import os
+from typing import Any
+
+import numpy as np
+
+from data_tools.common import files
+from data_tools.common.errors import UserError
+
+_MARK = b"arcline-sha256:"
+_TRAILER = len(_MARK) + hashlib.sha256().digest_size
+
+
+def load_npy(path: str | os.PathLike[str], mmap: bool = False) -> Any:
+    """The array of a .npy file, or the NpzFile of an .npz; never a pickle. mmap: mapped, read-only.
+
+    Raises:
+        UserError: no such file by its content, or damaged; it names the path.
+        OSError: it cannot be read.
+    """
+    try:
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # NumPy parses the header as Python: tokenize's and many others
+        raise UserError(f"{path} is no whole .npy or .npz of numbers: {error}") from error
+
+
+def write_hashed(path: str | os.PathLike[str], array: np.ndarray) -> None:
+    """Write an array with its hash, whole or not at all, for its owner alone."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    content = buffer.getbuffer()
+    with files.replacing(path, permissions=files.PRIVATE_FILE) as file:
+        file.write(content)
+        file.write(_MARK + hashlib.sha256(content).digest())
+
+
+def load_hashed(path: str | os.PathLike[str], mmap: bool = False, check: bool = True) -> np.ndarray:
+    """What write_hashed wrote. check: compare the hash, which reads all of it.
+
+    Raises:
+        UserError: damaged, or written without a hash; it names the path.
+        OSError: it cannot be read.
+    """
+    if check:
+        _check(path)
+    array = load_npy(path, mmap)
+    assert isinstance(array, np.ndarray)
+    return array
+
+
+def _check(path: str | os.PathLike[str]) -> None:
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size - _TRAILER
+        while left > 0:
+            part = file.read(min(left, 1 << 20))
+            if not part:
+                break
+            total.update(part)
+            left -= len(part)
+        trailer = file.read()
+    if trailer[: len(_MARK)] != _MARK or len(trailer) != _TRAILER:
+        raise UserError(f"{path} ends without a hash of its content: cut short, or not of arcline")
+    if trailer[len(_MARK) :] != total.digest():
+        raise UserError(f"{path}: its bytes are not those that were written, by their hash")
