@@ -38,8 +38,9 @@ def main(
     except USER_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing half-made is left", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        left = one_line(error) or "nothing half-made is left"
+        print(f"error: interrupted; {left}", file=sys.stderr)
         return 130
     if result is None:
         return 0

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools import insightface, shards
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.decode import decode
 from data_tools.parallel import Advance, run_tasks
 from data_tools.recordio import Header, RecordFile, read_idx, unpack_record
-from data_tools.shard_writer import file_sha256
 from data_tools.wording import count
 
 _BLOCK = 1 << 16  # records of an InsightFace .rec that make a task
@@ -112,7 +112,7 @@ def _check_listed_files(path: Path, index: dict[str, Any]) -> list[Finding]:
         if not (path / entry["file"]).is_file():
             findings.append(Finding(entry["file"], None, None, "missing"))
             continue
-        sha256 = file_sha256(path / entry["file"])
+        sha256 = files.sha256(path / entry["file"])
         if sha256 != entry["sha256"]:
             problem = f"its sha256 is {sha256}, but {shards.INDEX} says {entry['sha256']}"
             findings.append(Finding(entry["file"], None, None, problem))

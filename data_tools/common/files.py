@@ -111,6 +111,17 @@ def replacing(
         raise
 
 
+class Plain:
+    """A file with its `write` alone, for numpy.save.
+
+    numpy.save writes a real file past Python, and reports a full disk as "N requested and M
+    written", without errno and name.
+    """
+
+    def __init__(self, file: IO[Any]) -> None:
+        self.write = file.write
+
+
 def _remove_left_over(directory: Path, stem: str) -> None:
     """Remove the partial files of processes that have ended."""
     with contextlib.suppress(OSError):
