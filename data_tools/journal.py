@@ -70,7 +70,7 @@ class Journal:
         path = self._path / f"{name}.npz"
         if not files.exists(path):
             return None
-        content = path.read_bytes()
+        content = files.read_bytes(path)
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as saved:
                 about = json.loads(str(saved["about"]))
@@ -111,7 +111,7 @@ def is_of_plan(partial: Path, plan: dict[str, Any] | None) -> bool:
     path = partial / _DIRECTORY / _PLAN
     if plan is None or not files.exists(path):
         return False
-    content = path.read_bytes()
+    content = files.read_bytes(path)
     try:
         found = json.loads(content)
     except ValueError:

@@ -73,11 +73,15 @@ class PartialDirectory:
         if found is None or not os.path.samestat(os.fstat(self._lock), found):
             raise FileExistsError(f"{self.path}: another process has just finished with it")
 
-    def rename(self) -> None:
-        """It is whole: from now on it is `out`, which must be free or an empty directory."""
+    def rename(self, unmark_it: bool = True) -> None:
+        """It is whole: from now on it is `out`, which must be free or an empty directory.
+
+        unmark_it: take MARKER out of `out`; False leaves that to the caller.
+        """
         self.path.rename(self.out)
         self.renamed = True
-        unmark(self.out)  # not before the rename: killed in between, it must still be ours
+        if unmark_it:  # not before the rename: killed in between, it must still be ours
+            unmark(self.out)
 
     def close(self, keep: bool = False) -> None:
         if not (self.renamed or keep):
@@ -95,7 +99,8 @@ def mark(directory: Path) -> None:
     """Put MARKER into a directory: it is ours to remove."""
     descriptor = os.open(directory / MARKER, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-        os.write(descriptor, _TEXT)
+        with files.naming(directory / MARKER):
+            os.write(descriptor, _TEXT)
     finally:
         os.close(descriptor)
 

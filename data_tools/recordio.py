@@ -27,6 +27,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from data_tools.common.errors import UserError, UserKeyError
+from data_tools.common.files import explaining_too_many, make_room, naming
 
 MAGIC = 0xCED7230A
 MAX_RECORD = (1 << 29) - 1  # bytes: the length field has 29 bits
@@ -121,7 +122,8 @@ class RecordFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with open(self.path, "rb") as file:
+        with explaining_too_many(), naming(self.path), open(self.path, "rb") as file:
+            make_room(file.fileno())
             self.size = file.seek(0, 2)  # bytes
             # An empty file is a valid one of no records, but cannot be mapped.
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""

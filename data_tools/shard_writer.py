@@ -145,13 +145,14 @@ class ShardWriter:
             mark(self.out)
             self.out.rename(self._replaced)
         try:
-            self._aside.rename()
+            self._aside.rename(unmark_it=False)
         except BaseException:
             if old and not files.exists(self.out):
                 self._replaced.rename(self.out)
                 unmark(self.out)
             raise
         remove_journal(self.out)  # not before the rename: killed in between, it is needed
+        unmark(self.out)
         files.sync_directory(self.out.parent)
         _remove_replaced(self.out)
         return index
@@ -169,12 +170,10 @@ class ShardWriter:
         if self._aside.renamed:
             then = "the data set is complete, though"
         elif kept:
-            shards = "the finished shards" if finished is None else count(finished, "shard")
-            of = f" of {self._shards}" if self._shards and finished is not None else ""
+            shards = "the shards" if finished is None else f"{finished} of {self._shards} shards"
             then = (
-                f"{shards}{of} {'is' if finished == 1 else 'are'} finished and kept in "
-                f"{self.partial}: the same command goes on from there; to start afresh, remove "
-                f"that directory"
+                f"{shards} that are finished are kept in {self.partial}: the same command goes on "
+                f"from there; to start afresh, remove that directory"
             )
         else:
             then = "no shard was finished, and what was written is removed"
@@ -263,7 +262,7 @@ def renumber(directory: Path, shard: WrittenShard, new_class: np.ndarray) -> Wri
     """The shard with class new_class[c] in place of c, its label fields overwritten in the file."""
     labels = new_class[shard.labels]
     rec = directory / f"{shard.entry['name']}.rec"
-    with open(rec, "r+b") as file:
+    with files.naming(rec), open(rec, "r+b") as file:
         for offset, label in zip(shard.offsets.tolist(), labels.tolist(), strict=True):
             file.seek(offset + LABEL_AT)
             file.write(struct.pack("<f", label))
@@ -273,10 +272,6 @@ def renumber(directory: Path, shard: WrittenShard, new_class: np.ndarray) -> Wri
 
 
 def _sync(*paths: Path) -> None:
-    """Put files or directories on the disk: a rename must not outlive the data it names."""
+    """Put files on the disk: a rename must not outlive the data it names."""
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        files.sync(path)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from recognition import checkpoint, collectives, resume
 from recognition.finite import FiniteGuard
@@ -191,8 +192,4 @@ def roll_back(state: TrainState, why: str) -> str:
 
 def _note(run_dir: str, windows: list[Window]) -> None:
     path = os.path.join(run_dir, _FILE)
-    with open(path + ".new", "w", encoding="utf-8") as file:
-        json.dump(windows, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".new", path)
+    files.write_text(path, json.dumps(windows))

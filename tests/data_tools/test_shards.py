@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data_tools import insightface, shards, verify
-from data_tools.recordio import Header, Writer
 from data_tools.partial import MARKER, mark
+from data_tools.recordio import Header, Writer
 from data_tools.shard_writer import ShardWriter, write_shard
 from tests.real import real
 
