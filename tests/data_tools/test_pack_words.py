@@ -202,7 +202,7 @@ def test_pairs_hold_out_people_of_a_packed_set(tmp_path, capsys):
     assert set(after.identities) == set(before.identities) - set(names)
     again = tmp_path / "third.bin"  # on top of what is in force
     capsys.readouterr()
-    done_of(capsys, "pairs", packed, again, "--hold-out", 1, "--pairs", 20, "--seed", 3)
+    done_of(capsys, "pairs", packed, again, "--hold-out", 2, "--pairs", 20, "--seed", 3)
     assert main(["relabel", str(packed), str(tmp_path / "third.relabel.txt")]) == 0
     third = set((tmp_path / "third.txt").read_text().splitlines())
     assert set(shards.open(packed).identities) == set(after.identities) - third
