@@ -10,6 +10,7 @@ from data_tools.image_file import has_exif as has_exif
 from data_tools.image_file import is_image_name as is_image  # noqa: F401
 from data_tools.image_size import check_size
 
+MAX_PIXELS = 128_000_000  # 384 MB as RGB, in every worker: beyond any camera for faces
 # IGNORE_ORIENTATION: faces were aligned as pixels, and a tag that survived that would turn them
 # away again. MXNet 1.9.1 follows it in `mx.image.imdecode` and ImageRecordIter, not in unpack_img.
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -37,6 +38,7 @@ def decode_any_size(encoded: bytes, where: str = "", follow_exif: bool = False) 
 def _decode(encoded: bytes, flags: int, where: str) -> np.ndarray:
     if what := fault(encoded):
         raise UserError(f"{where or 'image'}: {what}")
+    check_pixels(encoded, where)
     try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error as error:
@@ -44,6 +46,16 @@ def _decode(encoded: bytes, flags: int, where: str) -> np.ndarray:
     if image is None:
         raise UserError(f"{where or 'image'}: the pixels cannot be decoded: cut off or damaged")
     return image
+
+
+def check_pixels(encoded: bytes, where: str = "") -> None:
+    """Raises: UserError naming `where` for an image that states more than MAX_PIXELS."""
+    size = judge(encoded).size
+    if size is not None and size[0] * size[1] > MAX_PIXELS:
+        raise UserError(
+            f"{where or 'image'}: {size[0]}x{size[1]} pixels are more than the {MAX_PIXELS:,} that "
+            f"are decoded: scale it down first"
+        )
 
 
 def check_jpeg(encoded: bytes, where: str = "") -> None:

@@ -4,9 +4,14 @@ The file is a pickle of (images, issame): 2P encoded images, pair i being images
 P booleans. As in LFW's own list there are ten folds, one after the other, each with its pairs of
 one person first and as many of two people after. A person may appear in several folds, unlike in
 LFW: the folds choose a threshold here, they train nothing.
+
+--hold-out N draws N people of a packed set, whose faces are aligned already, and writes beside
+NAME.bin their names (NAME.txt) and a relabel index that leaves them out of training
+(NAME.relabel.txt), for `relabel SET NAME.relabel.txt`.
 """
 
 import argparse
+import os
 import pickle
 import sys
 from dataclasses import dataclass
@@ -15,10 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from data_tools import relabel as relabelling
+from data_tools import shards
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.convert import Conversion, convert_all
 from data_tools.parallel import Advance, run_tasks
-from data_tools.sources import Images, Source, open_source
+from data_tools.sources import Images, RecordSource, Source, open_source
 from data_tools.wording import count
 
 FOLDS = 10
@@ -44,19 +52,11 @@ def draw_pairs(labels: np.ndarray, num_pairs: int, seed: int) -> tuple[np.ndarra
 
     Raises: ValueError if num_pairs is no multiple of 20, or more than there are, saying how many.
     """
-    check_num_pairs(num_pairs)
+    check_possible(labels, num_pairs)
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
     groups = np.split(order, starts[1:])  # image indices of each identity
     half = num_pairs // 2
-    for name, possible in zip(("one person", "two people"), _possible(labels), strict=True):
-        if half > possible:
-            most = most_pairs(labels)
-            raise UserError(
-                f"{num_pairs} pairs need {half} of {name}, but {count(len(labels), 'image')} of "
-                f"{count(len(groups), 'identity', 'identities')} make only {possible}: "
-                + (f"ask for at most {most} pairs" if most else "more images or people are needed")
-            )
     random = np.random.default_rng([seed, 2])
     same = _draw_same(groups, half, random)
     different = _draw_different(groups, half, random)
@@ -64,6 +64,21 @@ def draw_pairs(labels: np.ndarray, num_pairs: int, seed: int) -> tuple[np.ndarra
     pairs = np.stack([same.reshape(FOLDS, per_fold, 2), different.reshape(FOLDS, per_fold, 2)], 1)
     issame = np.tile(np.repeat([True, False], per_fold), FOLDS)
     return pairs.reshape(-1, 2), issame
+
+
+def check_possible(labels: np.ndarray, num_pairs: int) -> None:
+    """Raises: ValueError if images of these identities do not make that many pairs."""
+    check_num_pairs(num_pairs)
+    half = num_pairs // 2
+    identities = len(np.unique(labels))
+    for name, possible in zip(("one person", "two people"), _possible(labels), strict=True):
+        if half > possible:
+            most = most_pairs(labels)
+            raise UserError(
+                f"{num_pairs} pairs need {half} of {name}, but {count(len(labels), 'image')} of "
+                f"{count(identities, 'identity', 'identities')} make only {possible}: "
+                + (f"ask for at most {most} pairs" if most else "more images or people are needed")
+            )
 
 
 def check_num_pairs(num_pairs: int) -> None:
@@ -122,16 +137,9 @@ def write_bin(path: Path, images: list[bytes], pairs: np.ndarray, issame: np.nda
     Raises: OSError naming the file if it cannot be written.
     """
     bins = [images[i] for i in pairs.ravel().tolist()]
-    aside = path.with_name(path.name + ".partial")
-    try:
-        with open(aside, "wb") as file:
-            # Protocol 4: bytes as such, an image of several pairs once.
-            pickle.dump((bins, [bool(same) for same in issame]), file, protocol=4)
-        aside.replace(path)
-    except OSError as error:
-        raise OSError(f"{path}: {error}; nothing was written") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    with files.replacing(path) as file:
+        # Protocol 4: bytes as such, an image of several pairs once.
+        pickle.dump((bins, [bool(same) for same in issame]), file, protocol=4)
 
 
 def make_pairs(
@@ -146,10 +154,11 @@ def make_pairs(
 
     Raises: ValueError if there are not enough different pairs.
     """
-    readable, resized = [], 0
+    readable, resized, several = [], 0, 0
     for jpeg in convert_all(images, options.conversion, skipped, advance):
         readable.append(jpeg.i)
         resized += jpeg.resized
+        several += jpeg.faces > 1
     num_pairs = options.num_pairs
     if options.fewer:
         num_pairs = min(num_pairs, max(most_pairs(labels[readable]), PAIRS_STEP))
@@ -164,6 +173,7 @@ def make_pairs(
         "images": len(used),
         "readable": len(readable),
         "resized": resized,
+        "several_faces": several,
         "readable_identities": np.unique(labels[readable]),
     }
 
@@ -181,6 +191,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=3000, help="a multiple of 20 (3000)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
     parser.add_argument("--identities", type=Path, help="take only those named in FILE, one a line")
+    parser.add_argument(
+        "--hold-out",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a packed set: draw N people, and write a relabel index that drops them",
+    )
     parser.add_argument("--size", type=int, default=112, help="side of the images in pixels (112)")
     parser.add_argument(
         "--resize", action="store_true", help="the faces are aligned at another size: resize them"
@@ -191,10 +208,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.out.suffix != ".bin":
         raise UserError(f"{args.out}: the name of a verification set ends in .bin")
-    if args.out.exists() and not args.overwrite:
+    if files.exists(args.out) and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; --overwrite replaces it")
     source = open_source(args.source)
+    held = _draw_people(source, args)
     chosen = np.arange(len(source))
+    if held is not None:
+        chosen = np.flatnonzero(np.isin(source.labels, held))
     if args.identities:
         chosen = np.flatnonzero(np.isin(source.labels, _numbers_of(source, args.identities)))
     skipped = list(source.skipped)
@@ -208,7 +228,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         total=len(chosen),
         title="reading faces",
     )
-    del made["readable_identities"]
+    del made["readable_identities"], made["several_faces"]  # pairs detects nothing
+    relabel = None if held is None else _leave_out(args, source, held)
     for where, reason in skipped:
         print(f"skipped {where}: {reason}", file=sys.stderr)
     print(
@@ -220,7 +241,49 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"warning: {resized_text(made['resized'], made['readable'], args.size)}",
             file=sys.stderr,
         )
+    if relabel is not None:
+        print(
+            f"to leave these {count(args.hold_out, 'person', 'people')} out of training: "
+            f"python -m data_tools relabel {args.source} {relabel}"
+        )
+        made["relabel"] = str(relabel)
     return {**made, "file": str(args.out), "skipped": len(skipped)}
+
+
+def _draw_people(source: Source, args: argparse.Namespace) -> np.ndarray | None:
+    """The numbers of the identities to hold out, None where none are asked for."""
+    if not args.hold_out:
+        return None
+    if args.identities:
+        raise UserError("--hold-out draws the people that --identities names: take one of them")
+    if not isinstance(source, RecordSource):
+        raise UserError(f"--hold-out: {args.source} is not packed yet: use `pack --hold-out`")
+    people = np.unique(source.labels)
+    if not 0 < args.hold_out <= len(people) - 2:
+        raise UserError(
+            f"--hold-out {args.hold_out}: {args.source} holds images of "
+            f"{count(len(people), 'person', 'people')}, and 2 must be left to train on"
+        )
+    drawn = np.random.default_rng([args.seed, 1]).permutation(people)[: args.hold_out]
+    return np.sort(drawn)
+
+
+def _leave_out(args: argparse.Namespace, source: Source, held: np.ndarray) -> Path:
+    """The relabel index that drops these people, beside what is in force; their names beside it."""
+    whole, data = shards.open(args.source, shards.NO_RELABEL), shards.open(args.source)
+    base, old = None, whole.labels
+    numbers = held
+    if data.cleaned is not None:
+        base = relabelling.read(data.cleaned.place)
+        old = relabelling.apply(base, whole.labels)
+        numbers = data.cleaned.classes[held]
+    new = np.where(np.isin(old, numbers), relabelling.DROP, old)
+    index = relabelling.of_labels(whole.fingerprint, whole.num_classes, old, new, base)
+    place = args.out.with_suffix(".relabel.txt")
+    relabelling.write(place, index)
+    names = b"".join(os.fsencode(source.identities[k]) + b"\n" for k in held.tolist())
+    files.write_bytes(args.out.with_suffix(".txt"), names)
+    return Path(place)
 
 
 def _numbers_of(source: Source, path: Path) -> list[int]:
