@@ -149,9 +149,12 @@ def test_a_damaged_record_is_one_line(shards_dir, tmp_path):
     rec = sorted(copy.glob("*.rec"))[0]
     offset = int(rec.with_suffix(".idx").read_text().split()[1])
     with open(rec, "r+b") as file:
-        file.seek(offset + 200)
-        file.write(bytes(400))
-    done = run("launch/train.py", DEMO, f"rec={copy}", f"output={tmp_path / 'r'}", *SMALL)
+        file.seek(offset + 32)  # behind the headers, where the image begins
+        file.write(bytes(100))
+    done = run(
+        "launch/train.py", DEMO, f"rec={copy}", f"output={tmp_path / 'r'}", *SMALL,
+        "global_batch_size=128",
+    )  # fmt: skip
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error (rank 0): ") and "image 0" in done.stderr
 
