@@ -96,13 +96,16 @@ class Sources:
     nested: bool = False
     root: Path | None = None
     relabel: Path | None = None
+    walk: bool = False
 
     def open(self) -> Source:
         if self.join not in JOINS:
             raise UserError(f"--join {self.join}: must be one of {', '.join(JOINS)}")
         if self.relabel and len(self.paths) > 1:
             raise UserError("--relabel is of one set: pack the others by themselves")
-        opened = [open_source(p, self.nested, self.root, self.relabel) for p in self.paths]
+        opened = [
+            open_source(p, self.nested, self.root, self.relabel, self.walk) for p in self.paths
+        ]
         return opened[0] if len(opened) == 1 else JoinedSource(opened, self.join)
 
     def __str__(self) -> str:

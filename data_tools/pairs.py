@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.common.errors import UserError
+from data_tools.common.text import numbered_lines
 from data_tools.convert import Conversion, convert_all
 from data_tools.parallel import Advance, run_tasks
 from data_tools.sources import Images, Source, open_source
@@ -223,7 +224,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _numbers_of(source: Source, path: Path) -> list[int]:
     number_of = {name: number for number, name in enumerate(source.identities)}
-    names = [name for name in path.read_text(errors="surrogateescape").splitlines() if name]
+    names = [name for _, name in numbered_lines(path, errors="surrogateescape")]
     unknown = [name for name in names if name not in number_of]
     if unknown or not names:
         raise UserError(

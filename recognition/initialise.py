@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.common.errors import UserError
+from data_tools.common.text import read_text
 from data_tools.decode import decode
 from data_tools.shards import Shards
 from data_tools.union import Union
@@ -172,8 +173,7 @@ def _mapped(label_map: str | None, there: int, here: int, source: str) -> np.nda
             )
         return np.arange(here)
     try:
-        with open(label_map, encoding="utf-8") as file:
-            ids = np.array([int(line) for line in file.read().split()], dtype=np.int64)
+        ids = np.array([int(line) for line in read_text(label_map).split()], dtype=np.int64)
     except (ValueError, OverflowError, OSError) as error:
         raise UserError(f"init_label_map={label_map}: {error}") from error
     if len(ids) != here or ids.min(initial=0) < -1 or ids.max(initial=-1) >= there:
