@@ -12,6 +12,7 @@ from data_tools.inspect import _histogram
 from data_tools.pack import pack
 from data_tools.pack_options import Options
 from data_tools.recordio import Header, Writer
+from data_tools.union import Union
 from tests.data_tools.samples import encoded, folder
 from tests.data_tools.test_shards import insightface_set
 from tests.real import real
@@ -110,6 +111,8 @@ def records_with_a_gap(root, number=9, lost=(3, 4)):
 def test_records_on_no_line_of_the_idx_are_counted_and_walked(tmp_path, capsys):
     root = records_with_a_gap(tmp_path / "set")
     assert shards.open(root).class_counts() == (7, 3, 0, 0, 2)
+    both = Union([shards.open(root), shards.open(root, walk=True)])
+    assert both.class_counts() == (16, 6, 0, 0, 2) and "2 of the records" in both.unlisted_note()
     for path in (root, root / "train.rec"):
         assert main(["inspect", str(path), "--json"]) == 0
         said = capsys.readouterr().out
