@@ -3,8 +3,9 @@
 Threads read the encoded images of the ids that order.py gives, and feed them to a DALI graph,
 batches ahead of the caller. On a GPU the graph mirrors and normalises too. On the CPU it leaves
 that to loader.normalise, as DALI's elementwise arithmetic takes longer than its decoding there
-(launch/LOG.md); the pixels are those of loader.Loader bit for bit: both are libjpeg-turbo. nvJPEG
-rounds otherwise, so pixels of a GPU differ by a grey level or two.
+(launch/LOG.md); the pixels are those of loader.Loader bit for bit: both are libjpeg-turbo, and the
+kinds on which the two differ (CMYK JPEG, 16-bit PNG, see image_file.is_plain) the CPU's decoder
+decodes for the graph. nvJPEG rounds otherwise, so pixels of a GPU differ by a grey level or two.
 
 fn.readers.mxnet is not used: it knows a shuffle buffer only, has no image's place in the order, and
 is no faster (launch/LOG.md).
@@ -23,7 +24,8 @@ import torch
 
 from data_tools import augment
 from data_tools.common.errors import UserError
-from data_tools.decode import decode, decode_any_size, fault
+from data_tools.decode import decode, decode_any_size
+from data_tools.image_file import fault, is_plain
 from data_tools.loader import Batch, Stream, check_workers
 from data_tools.shards import Shards
 from data_tools.union import Union
@@ -198,8 +200,18 @@ def _read(shards: Shards | Union, ids: np.ndarray) -> list[np.ndarray]:
         _, content = shards[image]
         if what := fault(content):  # DALI would paint over the end of one that is cut off
             raise UserError(f"{shards.where(image)}, image {image}: {what}")
+        if not is_plain(content):
+            content = _as_decoded(content, f"{shards.where(image)}, image {image}")
         encoded.append(np.frombuffer(content, np.uint8))
     return encoded
+
+
+def _as_decoded(content: bytes, where: str) -> bytes:
+    """The pixels of the CPU's decoder as a PPM, of a kind on which decoders differ by a grey level
+    or more: CMYK and RGB JPEG, 16-bit PNG, palettes, transparency."""
+    pixels = decode_any_size(content, where)
+    height, width = pixels.shape[:2]
+    return b"P6\n%d %d\n255\n" % (width, height) + pixels.tobytes()
 
 
 def _square_of(content: np.ndarray, size: int) -> str | None:

@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_tools.common import content, files
 from data_tools.common.errors import UserError
+from data_tools.common.text import numbered_lines
 from data_tools.recordio import Header, IndexedReader, RecordFile, unpack_record
 
 _PROPERTY = re.compile(r" *([0-9]{1,18}) *, *([0-9]{1,18}) *, *([0-9]{1,18}) *(?:,.*)?")
@@ -34,6 +36,8 @@ class ImageRecords(NamedTuple):
     layout: str  # "A" | "plain"
     num_identity_records: int  # 0 in the plain layouts
     property: tuple[int, int, int] | None  # classes, height, width
+    unlisted: int  # records that are on no line of the .idx
+    damaged: list[int]  # offsets of records that cannot be read, left out
 
 
 def find_rec(directory: Path) -> Path | None:
@@ -43,13 +47,19 @@ def find_rec(directory: Path) -> Path | None:
     return train if train in found else found[0] if len(found) == 1 else None
 
 
-def open_directory(directory: Path, rec_path: Path) -> ImageRecords:
+def open_directory(
+    directory: Path, rec_path: Path, walk: bool = False, tolerant: bool = False
+) -> ImageRecords:
     """The images of an InsightFace directory; without a .idx the .rec is walked.
+
+    walk: as if there were no .idx. tolerant: leave out records that cannot be read, and list them.
 
     Raises: ValueError naming the file for a damaged .rec, .idx or `property`, or no image at all.
     """
     idx_path = rec_path.with_suffix(".idx")
-    reader = IndexedReader(idx_path if idx_path.exists() else None, rec_path)
+    damaged: list[int] = []
+    listed = not walk and files.exists(idx_path)
+    reader = IndexedReader(idx_path if listed else None, rec_path, damaged if tolerant else None)
     keys, offsets = reader.keys, reader.offsets
     first_identity = _first_identity(reader)
     if first_identity is None and reader.idx_path is None and (images := _walked_images(reader)):
@@ -58,8 +68,13 @@ def open_directory(directory: Path, rec_path: Path) -> ImageRecords:
     if first_identity is not None:
         image = (keys > 0) & (keys < first_identity)
         keys, offsets = keys[image], offsets[image]
+    if tolerant and listed:
+        readable = reader.file.ends(offsets) >= 0
+        damaged += offsets[~readable].tolist()
+        keys, offsets = keys[readable], offsets[readable]
     if len(keys) == 0:
-        raise UserError(f"{rec_path}: no image record among its {len(reader)} records")
+        hint = content.hint(rec_path, "a RecordIO file")
+        raise UserError(f"{rec_path}: no image record among its {len(reader)} records{hint}")
     return ImageRecords(
         reader.file,
         reader.idx_path,
@@ -68,6 +83,8 @@ def open_directory(directory: Path, rec_path: Path) -> ImageRecords:
         "plain" if first_identity is None else "A",
         0 if first_identity is None else len(reader) - 1 - len(keys),
         read_property(directory / "property"),
+        reader.file.unlisted(reader.offsets) if listed else 0,
+        damaged,
     )
 
 
@@ -76,9 +93,9 @@ def read_property(path: Path) -> tuple[int, int, int] | None:
 
     Raises: ValueError naming the file if they are no such numbers, or not 1 .. 2^24 classes.
     """
-    if not path.exists():
+    if not files.exists(path):
         return None
-    line = path.read_bytes().split(b"\n", 1)[0].decode("ascii", "replace").strip()
+    line = next((line.strip() for _, line in numbered_lines(path, errors="replace")), "")
     stated = _PROPERTY.fullmatch(line)
     if stated is None:
         raise UserError(f"{path}: {line[:60]!r} is not num_classes,height,width")

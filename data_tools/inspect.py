@@ -21,9 +21,9 @@ _KINDS = {
 }
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """The facts of a data set directory; reads no image."""
-    data = shards.open(path)
+def describe(path: Path, walk: bool = False) -> dict[str, Any]:
+    """The facts of a data set directory; reads no image. walk: as of shards.open()."""
+    data = shards.open(path, walk=walk, tolerant=True)
     sizes = np.bincount(data.labels, minlength=data.num_classes)  # [C] images of each class
     facts = {
         "path": str(path),
@@ -44,6 +44,11 @@ def describe(path: Path) -> dict[str, Any]:
         ],
         "fingerprint": data.fingerprint,
     }
+    if data.unlisted:
+        facts["unlisted_records"] = data.unlisted
+        facts["notes"] = [data.unlisted_note()]
+    if data.damaged:
+        facts["damaged_records"] = data.damaged
     if data.cleaned is not None:
         whole = shards.open(path, shards.NO_RELABEL)
         facts["cleaned"] = {
@@ -80,6 +85,10 @@ def _print(facts: dict[str, Any]) -> None:
     print(f"  classes      {facts['classes']}")
     print(f"  image size   {size}")
     print(f"  fingerprint  {facts['fingerprint']}")
+    for note in facts.get("notes", ()):
+        print(f"  warning      {note}")
+    if damaged := facts.get("damaged_records"):
+        print(f"  warning      {count(len(damaged), 'record')} cannot be read, first {damaged[0]}")
     if "cleaned" in facts:
         before = facts["cleaned"]
         print(
@@ -128,13 +137,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quality", type=int, default=0, metavar="N", help="decode N images, spread evenly"
     )
+    parser.add_argument(
+        "--walk", action="store_true", help="read an InsightFace .rec without its .idx"
+    )
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="show 100 of them")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    facts = describe(args.path)
+    facts = describe(args.path, args.walk)
     _print(facts)
-    data = shards.open(args.path)
+    data = shards.open(args.path, walk=args.walk, tolerant=True)
     if args.quality:
         facts["quality"] = statistics(data, sampled(data, args.quality))
         _print_quality(facts["quality"])

@@ -145,6 +145,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="an ONNX file of YuNet or SCRFD that finds the five points",
     )
+    parser.add_argument(
+        "--walk", action="store_true", help="read an InsightFace .rec without its .idx"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a data set")
 
 
@@ -162,7 +165,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--workers {args.workers}: must be 1 or more")
     options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
     sources = Sources(
-        args.sources, args.join, args.nested, args.root, args.relabel, args.identity_level
+        args.sources,
+        args.join,
+        args.nested,
+        args.root,
+        args.relabel,
+        args.identity_level,
+        args.walk,
     )
     done = pack(sources, args.out, options, args.workers, args.overwrite)
     if done["skipped"] or done["empty_identities"]:

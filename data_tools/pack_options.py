@@ -99,6 +99,7 @@ class Sources:
     root: Path | None = None
     relabel: Path | None = None
     level: int = 0  # folders: the first `level` parts of a path name the identity
+    walk: bool = False
 
     def open(self) -> Source:
         if self.join not in JOINS:
@@ -112,7 +113,7 @@ class Sources:
                 "--nested and --identity-level N each say what an identity is: take one"
             )
         opened = [
-            open_source(path, self.nested, self.root, self.relabel, self.level)
+            open_source(path, self.nested, self.root, self.relabel, self.level, self.walk)
             for path in self.paths
         ]
         return opened[0] if len(opened) == 1 else JoinedSource(opened, self.join)

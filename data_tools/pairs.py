@@ -24,6 +24,7 @@ from data_tools import relabel as relabelling
 from data_tools import shards
 from data_tools.common import files
 from data_tools.common.errors import UserError
+from data_tools.common.text import numbered_lines
 from data_tools.convert import Conversion, convert_all
 from data_tools.parallel import Advance, run_tasks
 from data_tools.sources import Images, RecordSource, Source, open_source
@@ -288,7 +289,7 @@ def _leave_out(args: argparse.Namespace, source: Source, held: np.ndarray) -> Pa
 
 def _numbers_of(source: Source, path: Path) -> list[int]:
     number_of = {name: number for number, name in enumerate(source.identities)}
-    names = [name for name in path.read_text(errors="surrogateescape").splitlines() if name]
+    names = [name for _, name in numbered_lines(path, errors="surrogateescape")]
     unknown = [name for name in names if name not in number_of]
     if unknown or not names:
         raise UserError(

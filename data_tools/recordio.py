@@ -26,6 +26,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from data_tools.common import content
 from data_tools.common.errors import UserError, UserKeyError
 from data_tools.common.files import explaining_too_many, make_room, naming
 
@@ -38,6 +39,7 @@ _FRAME = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
 _FRAMED_HEADER = struct.Struct("<IIIfQQ")
 _IDX_LINES = re.compile(rb"(?:[0-9]{1,18}+\t[0-9]{1,18}+\n)*+")
+_MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 _IDX_BLOCK = 1 << 24  # bytes of .idx text parsed at a time
 LABEL_AT = 12  # bytes from the start of a record to the label of its header
 _HEADER_WORDS = 9  # of a frame, a header and the first of the array labels
@@ -169,7 +171,8 @@ class RecordFile:
             )
         magic, lrec = _FRAME.unpack_from(self._data, at)
         if magic != MAGIC:
-            raise UserError(f"{self.where(at)}: 0x{magic:08X} is not the magic 0x{MAGIC:08X}")
+            hint = content.hint(self.path, "a RecordIO file") if at == 0 else ""
+            raise UserError(f"{self.where(at)}: 0x{magic:08X} is not the magic 0x{MAGIC:08X}{hint}")
         cflag, length = lrec >> 29, lrec & MAX_RECORD
         if cflag > LAST:
             raise UserError(f"{self.where(at)}: unknown continuation flag {cflag}")
@@ -197,12 +200,70 @@ class RecordFile:
                 return Header(0, label, id_, id2), encoded
         return unpack_record(self.read(offset)[0], self.where(offset))
 
-    def scan(self) -> Iterator[int]:
-        """The offset of every record in file order, found by walking the file."""
-        at = 0
-        while at < self.size:
+    def scan(
+        self, start: int = 0, stop: int | None = None, damaged: list[int] | None = None
+    ) -> Iterator[int]:
+        """The offset of every record in file order, found by walking the file.
+
+        damaged: where the offsets of records that cannot be read are noted; the walk goes on at the
+            next place that looks like a record. None: the walk ends there.
+
+        Raises: UserError at a record that cannot be read, if `damaged` is None.
+        """
+        at = start
+        stop = self.size if stop is None else stop
+        while at < stop:
+            if damaged is None:
+                yield at
+                _, at = self.read(at)
+                continue
+            try:
+                _, end = self.read(at)
+            except UserError:
+                damaged.append(at)
+                at = self._next_record(at + 4)
+                continue
             yield at
-            _, at = self.read(at)
+            at = end
+
+    def _next_record(self, at: int) -> int:
+        """The first place from `at` on where a record starts, followed by another or by the end."""
+        at = self._data.find(_MAGIC, at)
+        while at >= 0:
+            with contextlib.suppress(UserError):
+                cflag, _, _, end = self._piece(at)
+                if cflag in (WHOLE, FIRST) and self._data[end : end + 4] in (_MAGIC, b""):
+                    return at
+            at = self._data.find(_MAGIC, at + 1)
+        return self.size
+
+    def ends(self, offsets: np.ndarray) -> np.ndarray:
+        """The byte where each record of `offsets` [n] ends, int64 [n]; -1 for one that cannot be
+        read. It touches one page a record."""
+        ends = np.full(len(offsets), -1, np.int64)
+        if self.size >= _FRAME.size:
+            words = np.frombuffer(self._data, dtype="<u4", count=self.size // 4)
+            for start in range(0, len(offsets), _HEADER_BLOCK):
+                some = offsets[start : start + _HEADER_BLOCK]
+                at = np.clip(some // 4, 0, len(words) - 2)
+                lrec = words[at + 1].astype(np.int64)
+                stop = some + _FRAME.size + ((lrec & MAX_RECORD) + 3) // 4 * 4
+                whole = (at * 4 == some) & (words[at] == MAGIC) & (lrec >> 29 == WHOLE)
+                ends[start : start + len(some)] = np.where(whole & (stop <= self.size), stop, -1)
+        for i in np.flatnonzero(ends < 0).tolist():  # cut in pieces, or damaged
+            with contextlib.suppress(UserError):
+                ends[i] = self.read(int(offsets[i]))[1]
+        return ends
+
+    def unlisted(self, offsets: np.ndarray) -> int:
+        """How many records stand between those at `offsets` (ascending), on no line of an index."""
+        starts = np.append(offsets, self.size)
+        ends = np.append(0, self.ends(offsets))
+        gaps = np.flatnonzero((ends >= 0) & (ends < starts))
+        found = 0
+        for gap in gaps.tolist():
+            found += sum(1 for _ in self.scan(int(ends[gap]), int(starts[gap]), damaged=[]))
+        return found
 
     def first_labels(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Flag uint32 [n] and first label float32 [n] of the records at `offsets` [n].
@@ -255,11 +316,16 @@ class IndexedReader:
     Raises: ValueError for a damaged, cut or foreign .idx; at access, KeyError for an unknown key.
     """
 
-    def __init__(self, idx_path: str | Path | None, rec_path: str | Path) -> None:
+    def __init__(
+        self,
+        idx_path: str | Path | None,
+        rec_path: str | Path,
+        damaged: list[int] | None = None,  # as of RecordFile.scan(); without an .idx only
+    ) -> None:
         self.idx_path = None if idx_path is None else Path(idx_path)
         self.file = RecordFile(rec_path)
         if self.idx_path is None:
-            self.offsets = np.fromiter(self.file.scan(), np.int64)
+            self.offsets = np.fromiter(self.file.scan(damaged=damaged), np.int64)
             self.keys = np.arange(len(self.offsets), dtype=np.int64)
         else:
             self.keys, self.offsets = read_idx(self.idx_path)
@@ -296,7 +362,8 @@ class IndexedReader:
             raise UserError(
                 f"{self.idx_path}: its last record ends at byte {end} of {self.file.path}, which "
                 f"has {self.file.size}: no line of the .idx covers the last "
-                f"{self.file.size - end} bytes: the .idx is cut short, or belongs to another file"
+                f"{self.file.size - end} bytes: the .idx is cut short, or belongs to another file; "
+                f"pack and inspect read the .rec without it with --walk"
             )
 
     def __reduce__(self) -> tuple[type["IndexedReader"], tuple[Path | None, Path]]:
@@ -346,6 +413,8 @@ def read_idx(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     blocks = [np.empty(0, np.int64)]
     done, lines = 0, 0  # bytes and lines parsed
     with open(path, "rb") as file:
+        if file.read(len(_MARK)) != _MARK:
+            file.seek(0)
         while block := file.read(_IDX_BLOCK):
             block += file.readline()
             text = block.replace(b"\r\n", b"\n")

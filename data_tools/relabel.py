@@ -18,11 +18,12 @@ import numpy as np
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
+from data_tools.common.text import numbered_lines
 
 NAME = "relabel.txt"
 DROP = -1
 _HEAD = re.compile(r"# arcline-relabel 1 of=([0-9a-f]+) images=([0-9]+) classes=([0-9]+)")
-_LINE = re.compile(rb"([0-9]{1,12})\t(drop|[0-9]{1,10})")
+_LINE = re.compile(r"([0-9]{1,12})\t(drop|[0-9]{1,10})")
 
 
 class Relabel(NamedTuple):
@@ -38,16 +39,16 @@ class Relabel(NamedTuple):
 def read(path: Path) -> Relabel:
     """The index in a file. Raises: ValueError naming file and line of what is not one."""
     images, classes = [], []
-    with open(path, "rb") as file:
-        head = _HEAD.fullmatch(file.readline().decode("ascii", "replace").strip())
-        if head is None:
-            raise UserError(f"{path}: line 1 is not '# arcline-relabel 1 of=... images= classes='")
-        for number, line in enumerate(file, 2):
-            found = _LINE.fullmatch(line.rstrip(b"\r\n"))
-            if found is None:
-                raise UserError(f"{path}: line {number}: {line[:60]!r} is not image<TAB>class|drop")
-            images.append(int(found[1]))
-            classes.append(DROP if found[2] == b"drop" else int(found[2]))
+    lines = numbered_lines(path)
+    head = _HEAD.fullmatch(next(lines, (0, ""))[1].strip())
+    if head is None:
+        raise UserError(f"{path}: line 1 is not '# arcline-relabel 1 of=... images= classes='")
+    for number, line in lines:
+        found = _LINE.fullmatch(line)
+        if found is None:
+            raise UserError(f"{path}: line {number}: {line[:60]!r} is not image<TAB>class|drop")
+        images.append(int(found[1]))
+        classes.append(DROP if found[2] == "drop" else int(found[2]))
     of, num_images, num_classes = head[1], int(head[2]), int(head[3])
     index = np.array(images, np.int64)
     order = np.argsort(index, kind="stable")

@@ -36,6 +36,16 @@ VERSION = 1
 INDEX = "index.json"
 
 
+class ClassCounts(NamedTuple):
+    """What should be said before training on a set."""
+
+    images: int
+    classes: int
+    empty: int  # classes without an image
+    single: int  # classes of one image
+    unlisted: int  # records of an InsightFace .rec that are on no line of its .idx
+
+
 class Shards:
     """A sequence of N images as (class, encoded bytes).
 
@@ -64,9 +74,12 @@ class Shards:
         self.image_size: tuple[int, int] | None = (size[0], size[1]) if size else None  # (h, w)
         self._labels = labels
         self.cleaned = cleaned
+        self.ways = (False, False)  # walk and tolerant, as of open()
+        self.unlisted = 0  # records of an InsightFace .rec that are on no line of its .idx
+        self.damaged: list[str] = []  # places of records that cannot be read and are left out
 
-    def __reduce__(self) -> tuple[Any, tuple[Path, Path | None]]:
-        return open, (self._opened, self.cleaned.place if self.cleaned else None)
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return open, (self._opened, self.cleaned.place if self.cleaned else None, *self.ways)
 
     def __len__(self) -> int:
         return self.num_images
@@ -77,6 +90,25 @@ class Shards:
         if self._labels is not None:
             return self._labels
         return insightface.class_labels(self.files[0], self.offsets, self.num_classes)
+
+    def class_counts(self) -> ClassCounts:
+        """How many classes have no image and how many have one; reads labels only."""
+        sizes = np.bincount(self.labels, minlength=self.num_classes)
+        return ClassCounts(
+            self.num_images, self.num_classes, int((sizes == 0).sum()), int((sizes == 1).sum()),
+            self.unlisted,
+        )  # fmt: skip
+
+    def unlisted_note(self) -> str:
+        """What to say of records that the .idx does not list; "" if it lists all."""
+        if not self.unlisted:
+            return ""
+        rec = self.files[0].path
+        return (
+            f"{rec.with_suffix('.idx')}: {self.unlisted} of the records of {rec.name} are on no "
+            f"line of it and left out: --walk reads the .rec without its .idx, as does training "
+            f"when you move the .idx away"
+        )
 
     @functools.cached_property
     def identities(self) -> list[str]:
@@ -102,7 +134,7 @@ class Shards:
         if self.index["format"] == FORMAT:
             content = (self.path / INDEX).read_bytes()
         else:
-            uncleaned = self if self.cleaned is None else open(self._opened, NO_RELABEL)
+            uncleaned = self if self.cleaned is None else open(self._opened, NO_RELABEL, *self.ways)
             content = uncleaned.labels.tobytes() + uncleaned.offsets.tobytes()
         return hashlib.sha256(content).hexdigest()
 
@@ -180,25 +212,29 @@ class Cleaned(NamedTuple):
 NO_RELABEL = Path(os.devnull)  # as `relabel`: the set as it was before any cleaning
 
 
-def open(path: str | Path, relabel: Path | None = None) -> Shards:
+def open(
+    path: str | Path, relabel: Path | None = None, walk: bool = False, tolerant: bool = False
+) -> Shards:
     """The data set in a directory: shards with their index.json, or InsightFace's (or a .rec).
 
     relabel: the index to follow; default: relabel.txt beside the shards, if there is one.
+    walk: read the records of an InsightFace .rec without its .idx. tolerant: leave out those of its
+        records that cannot be read; `damaged` names them.
 
     Raises: FileNotFoundError if there is neither; ValueError naming the file that is damaged,
     missing or disagrees with index.json.
     """
     path = Path(path)
-    data = _open(path)
+    data = _open(path, walk, tolerant)
     place = data.path / relabelling.NAME if relabel is None else relabel
     if place == NO_RELABEL or (relabel is None and not place.is_file()):
         return data
     return _cleaned(data, place)
 
 
-def _open(path: Path) -> Shards:
+def _open(path: Path, walk: bool, tolerant: bool) -> Shards:
     if path.suffix == ".rec" and path.is_file():
-        return _open_insightface(path.parent, path)
+        return _open_insightface(path.parent, path, walk, tolerant)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such directory")
     if (path / INDEX).is_file():
@@ -214,7 +250,7 @@ def _open(path: Path) -> Shards:
             f"{path}: no data set: neither {INDEX} nor train.rec; if it is a folder of identities, "
             f"make one of it with `python -m data_tools pack {path} OUT`"
         )
-    return _open_insightface(path, rec)
+    return _open_insightface(path, rec, walk, tolerant)
 
 
 def _cleaned(data: Shards, place: Path) -> Shards:
@@ -233,7 +269,9 @@ def _cleaned(data: Shards, place: Path) -> Shards:
     }
     keys = kept - np.array(data.starts)[shard_of]
     cleaned = Cleaned(place, kept, classes, keys, data.labels[kept])
-    return Shards(data.path, index, data.files, data.offsets[kept], labels, cleaned)
+    left = Shards(data.path, index, data.files, data.offsets[kept], labels, cleaned)
+    left.ways, left.unlisted, left.damaged = data.ways, data.unlisted, data.damaged
+    return left
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -294,8 +332,8 @@ def load_column(path: Path, count: int) -> np.ndarray:
     return column.view(np.ndarray)
 
 
-def _open_insightface(path: Path, rec: Path) -> Shards:
-    records = insightface.open_directory(path, rec)
+def _open_insightface(path: Path, rec: Path, walk: bool, tolerant: bool) -> Shards:
+    records = insightface.open_directory(path, rec, walk, tolerant)
     if records.property:
         classes, size = records.property[0], list(records.property[1:])
     else:
@@ -308,4 +346,8 @@ def _open_insightface(path: Path, rec: Path) -> Shards:
         "image_size": size,
         "shards": [{"name": rec.stem, "images": len(records.offsets), "bytes": records.file.size}],
     }
-    return Shards(path, index, [records.file], records.offsets, None)
+    data = Shards(path, index, [records.file], records.offsets, None)
+    data.ways = walk, tolerant
+    data.unlisted = records.unlisted
+    data.damaged = [records.file.where(offset) for offset in records.damaged]
+    return data

@@ -60,12 +60,14 @@ def open_source(
     root: Path | None = None,
     relabel: Path | None = None,
     level: int = 0,
+    walk: bool = False,
 ) -> Source:
     """The source at `path`, told by what it holds.
 
     nested: in folders, look for identities at any depth. level: in folders, the first `level` parts
     of an image's path name its identity. root: where the paths of a .lst start
     (default: the folder of the .lst). relabel: an index of cleaning to follow, of records only.
+    walk: read an InsightFace .rec without its .idx.
 
     Raises: FileNotFoundError if there is nothing; ValueError if it holds nothing to pack.
     """
@@ -84,7 +86,7 @@ def open_source(
     if level and (records or archives or not path.is_dir()):
         raise UserError(f"--identity-level {level}: {path} is no folder of folders")
     if records:
-        return RecordSource(path, relabel)
+        return RecordSource(path, relabel, walk)
     if archives:
         return ArchiveSource(path, archives)
     if path.suffix == ".lst":
@@ -121,8 +123,8 @@ class Records:
 class RecordSource(Records):
     """Records of InsightFace, or shards that exist; its identities may be without images."""
 
-    def __init__(self, path: Path, relabel: Path | None = None) -> None:
-        data = shards.open(path, relabel)
+    def __init__(self, path: Path, relabel: Path | None = None, walk: bool = False) -> None:
+        data = shards.open(path, relabel, walk, tolerant=True)
         counts = np.diff(data.starts)
         file_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         super().__init__(data.files, file_of, data.offsets)
@@ -130,10 +132,10 @@ class RecordSource(Records):
         self.kind: str = data.index["format"]
         self.labels = data.labels
         self.identities = data.identities
-        self.skipped: list[tuple[str, str]] = []
+        self.skipped = [(where, "the record cannot be read") for where in data.damaged]
         self.ignored = 0
         self.left_out: dict[str, int] = {}
-        self.notes: list[str] = []
+        self.notes = [note] if (note := data.unlisted_note()) else []
         self.bins = data.bin_paths()
         digest = hashlib.sha256()
         with os.scandir(data.path) as entries:

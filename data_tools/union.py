@@ -16,7 +16,7 @@ import numpy as np
 
 from data_tools import shards
 from data_tools.common.errors import UserError
-from data_tools.shards import Shards
+from data_tools.shards import ClassCounts, Shards
 
 
 class Union:
@@ -49,6 +49,15 @@ class Union:
                 )
         firsts = zip(self.sets, self._first_class, strict=False)
         return np.concatenate([one.labels + first for one, first in firsts])
+
+    def class_counts(self) -> ClassCounts:
+        """As of Shards, of all sets together."""
+        counts = zip(*(one.class_counts() for one in self.sets), strict=True)
+        return ClassCounts(*(sum(column) for column in counts))
+
+    def unlisted_note(self) -> str:
+        """As of Shards, of all sets."""
+        return "; ".join(filter(None, (one.unlisted_note() for one in self.sets)))
 
     def _place(self, i: int) -> tuple[int, int]:
         """The set of image i and its number there. Raises: IndexError."""

@@ -12,6 +12,7 @@ import numpy as np
 from data_tools import insightface, shards
 from data_tools.common import files
 from data_tools.common.errors import UserError
+from data_tools.common.files import is_file
 from data_tools.decode import decode
 from data_tools.parallel import Advance, Tasks, run_tasks
 from data_tools.recordio import Header, RecordFile, read_idx, unpack_record
@@ -215,13 +216,9 @@ def verify_insightface(
 
 
 def _scan(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and offsets up to the first record that cannot be read."""
-    offsets = []
-    try:
-        for offset in file.scan():
-            offsets.append(offset)
-    except ValueError:
-        pass  # checking the last one will name the fault
+    """Keys and offsets of all records; checking those that cannot be read will name their fault."""
+    damaged: list[int] = []
+    offsets = sorted([*file.scan(damaged=damaged), *damaged])
     return np.arange(len(offsets)), np.array(offsets, np.int64)
 
 
@@ -243,7 +240,9 @@ def _check_blocks(blocks: Iterable[Block], total: int, workers: int) -> list[Fin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, help="a data set directory, or an InsightFace one")
+    parser.add_argument(
+        "path", type=Path, help="a data set directory, an InsightFace one or a .rec"
+    )
     parser.add_argument("--deep", action="store_true", help="decode every image as well")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (all cores)"
@@ -255,6 +254,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--workers {args.workers}: must be 1 or more")
     if files.is_file(args.path / shards.INDEX):
         records, findings = verify_packed(args.path, args.deep, args.workers)
+    elif args.path.suffix == ".rec" and is_file(args.path):
+        records, findings = verify_insightface(args.path.parent, args.path, args.deep, args.workers)
     elif rec := insightface.find_rec(args.path):
         records, findings = verify_insightface(args.path, rec, args.deep, args.workers)
     else:

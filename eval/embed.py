@@ -117,8 +117,8 @@ def _network_of(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[str,
             if {**{key: () for key in counters}, **shapes} == wanted:
                 return name, size
     raise UserError(
-        f"{path}: its {len(shapes)} tensors are those of none of {', '.join(BACKBONES)}; export "
-        "the network to ONNX to evaluate it"
+        f"{path}: its {len(shapes)} tensors ({', '.join([*shapes][:8])} ...) are those of none of "
+        f"{', '.join(BACKBONES)}; export the network to ONNX to evaluate it"
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.common.errors import UserError
+from data_tools.common.text import numbered_lines
 from data_tools.landmarks import five_points
 from eval import templates
 from eval.images import Files
@@ -29,6 +30,7 @@ OFFICIAL = {  # faces, templates, pairs
     "IJBB": (227_630, 12_115, 8_010_270),
     "IJBC": (469_375, 23_124, 15_658_489),
 }
+_MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 _CHUNK = 64 << 20  # bytes of the list of pairs read at once
 
 
@@ -167,10 +169,10 @@ def read_subjects(path: Path, known: NDArray[np.int64]) -> Subjects:
     """
     template: list[int] = []
     subject: list[int] = []
-    for number, line in enumerate(_open(path).read_text().splitlines(), 1):
-        fields = line.split(",")
-        if number == 1 or not line.strip():
+    for number, line in numbered_lines(_open(path)):
+        if number == 1:
             continue  # the header
+        fields = line.split(",")
         try:
             template.append(int(fields[0]))
             subject.append(int(fields[1]))
@@ -224,17 +226,17 @@ def _open(path: Path) -> Path:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    with open(_open(path), encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line.split()
+    for number, line in numbered_lines(_open(path)):
+        yield number, line.split()
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
     """Whole lines, some _CHUNK bytes of them at a time."""
     with open(_open(path), "rb") as file:
-        while text := file.read(_CHUNK):
-            yield text + file.readline()
+        if file.read(len(_MARK)) != _MARK:
+            file.seek(0)
+        while block := file.read(_CHUNK):
+            yield block + file.readline()
 
 
 def _integers(text: bytes, count: int) -> NDArray[np.int64] | None:

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.common.errors import UserError
+from data_tools.common.text import numbered_lines
+from data_tools.image_file import is_image_name
 from eval import identification, identify_command, session, templates
 from eval.images import Files
 
@@ -142,14 +144,13 @@ def _rows(path: Path, width: int) -> Iterator[tuple[str, list[str]]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; IJB-S and its protocol are to be asked for at "
                                 "NIST (Kalka et al., BTAS 2018)")  # fmt: skip
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            fields = [field.strip() for field in line.split(",")]
-            if number == 1 or not line.strip():
-                continue  # the header
-            if len(fields) < width or not all(fields[:width]):
-                raise UserError(f"{path}:{number}: {line.strip()[:200]!r} has not {width} fields")
-            yield f"{path}:{number}", fields
+    for number, line in numbered_lines(path):
+        if number == 1:
+            continue  # the header
+        fields = [field.strip() for field in line.split(",")]
+        if len(fields) < width or not all(fields[:width]):
+            raise UserError(f"{path}:{number}: {line[:200]!r} has not {width} fields")
+        yield f"{path}:{number}", fields
 
 
 def _faces(root: Path, wanted: set[tuple[str, str]]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -160,7 +161,7 @@ def _faces(root: Path, wanted: set[tuple[str, str]]) -> tuple[list[str], list[tu
              for subject, file in wanted}  # fmt: skip
     paths, owner = [], []
     for person in sorted(entry.name for entry in os.scandir(root) if entry.is_dir()):
-        for name in sorted(os.listdir(root / person)):
+        for name in filter(is_image_name, sorted(os.listdir(root / person))):
             stem = os.path.splitext(name)[0]
             if stem.startswith("videos"):
                 stem = stem.rpartition("_")[0]  # without the frame

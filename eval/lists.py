@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.common.errors import UserError
+from data_tools.common.text import numbered_lines
 from data_tools.landmarks import five_points, points_of, read_landmarks
 from eval.images import Files
 
@@ -115,21 +116,20 @@ def read_faces(
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        delimiter = None
+    delimiter = None
+    for number, line in numbered_lines(path):
+        if line.startswith("#"):
+            continue
+        if delimiter is None:
+            delimiter = next((x for x in ",\t" if x in line), " ")
+        if delimiter == " ":
+            yield number, line.split()
+            continue
         try:
-            for number, line in enumerate(file, 1):
-                if not line.strip() or line.startswith("#"):
-                    continue
-                if delimiter is None:
-                    delimiter = next((x for x in ",\t" if x in line), " ")
-                if delimiter == " ":
-                    yield number, line.split()
-                else:
-                    fields = next(csv.reader([line], delimiter=delimiter))
-                    yield number, [field.strip() for field in fields]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path}: not a text table: {error}") from error
+            fields = next(csv.reader([line], delimiter=delimiter))
+        except csv.Error as error:
+            raise UserError(f"{path}:{number}: not a line of a table: {error}") from error
+        yield number, [field.strip() for field in fields]
 
 
 def _numbered(texts: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:

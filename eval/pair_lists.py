@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from data_tools import landmarks as points
 from data_tools.common.errors import UserError
+from data_tools.common.files import is_file
+from data_tools.common.text import numbered_lines
+from data_tools.image_file import SUFFIXES, is_image_name
 from eval.images import Encoded, Files, ImageSet
 from eval.lfw import load_bin
-
-EXTENSIONS = (".jpg", ".jpeg", ".png")
 
 
 class Pairs(NamedTuple):
@@ -133,11 +134,7 @@ def evenly(issame: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def _text(path: Path) -> list[Listed]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file: {error}") from error
-    lines = [(i, line.split()) for i, line in enumerate(content.splitlines(), 1) if line.strip()]
+    lines = [(i, _fields(line)) for i, line in numbered_lines(path)]
     announced = None
     if lines and len(lines[0][1]) <= 2 and all(field.isdecimal() for field in lines[0][1]):
         # `folds n` of LFW's view 2 or `n` of view 1: n pairs of each kind in each fold.
@@ -150,6 +147,16 @@ def _text(path: Path) -> list[Listed]:
     if not pairs:
         raise UserError(f"{path}: no pairs in it")
     return pairs
+
+
+def _fields(line: str) -> list[str]:
+    """The fields of a line, separated by tabs or by blanks; back slashes are read as slashes."""
+    line = line.replace("\\", "/")
+    blanks = line.split()
+    numbers = blanks[1:] if len(blanks) == 3 else blanks[1::2]
+    if "\t" not in line or (len(blanks) in (3, 4) and all(x.isdecimal() for x in numbers)):
+        return blanks
+    return [field.strip() for field in line.split("\t")]
 
 
 def _line(where: str, fields: list[str]) -> Listed:
@@ -195,9 +202,7 @@ def _cfp(split: Path) -> Iterable[Listed]:
         raise FileNotFoundError(f"{split}: no folders 01 .. 10 in it; {_source('cfp')}")
     for fold in folds:
         for name, same in (("same.txt", True), ("diff.txt", False)):
-            for i, line in enumerate((fold / name).read_text().splitlines(), 1):
-                if not line.strip():
-                    continue
+            for i, line in numbered_lines(fold / name):
                 numbers = line.split(",")
                 if len(numbers) != 2 or not all(
                     x.strip() in table for x, table in zip(numbers, files, strict=True)
@@ -212,8 +217,8 @@ def _cfp_images(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; {_source('cfp')}")
     table = {}
-    for i, line in enumerate(path.read_text().splitlines(), 1):
-        fields = line.split()
+    for i, line in numbered_lines(path):
+        fields = line.replace("\\", "/").split()
         if len(fields) != 2:
             raise UserError(f"{path}:{i}: {line[:200]!r} is not 'number path'")
         # ../Data/Images/001/frontal/01.jpg -> 001/frontal/01.jpg
@@ -256,13 +261,13 @@ def _texts(pairs: Iterable[Listed]) -> list[str]:
 
 def _find(image_dir: Path, text: str) -> str | None:
     """The file of an image below `image_dir`, None if it is not there."""
-    names = [text] if Path(text).suffix.lower() in EXTENSIONS else []
-    names += [text + extension for extension in EXTENSIONS]
-    return next((name for name in names if (image_dir / name).is_file()), None)
+    names = [text] if is_image_name(Path(text).name) else []
+    names += [text + suffix for suffix in SUFFIXES]
+    return next((name for name in names if is_file(image_dir / name)), None)
 
 
 def _suffixed(text: str) -> str:
-    return text if Path(text).suffix.lower() in EXTENSIONS else text + EXTENSIONS[0]
+    return text if is_image_name(Path(text).name) else text + SUFFIXES[0]
 
 
 def points_of(paths: list[str], landmarks: str | Path | None) -> NDArray[np.float32] | None:

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.common.errors import UserError
+from data_tools.image_file import is_image_name
 from eval import identification, identify_command, session, templates
 from eval.images import Files
 
 FOLDERS = ("Gallery_Match", "Gallery_Distractor", "Probe")
 RANKS = (1, 5, 20)
 OFFICIAL = {"Gallery_Match": 4443, "Gallery_Distractor": 153_428, "Probe": 3728}
-SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,5 +121,5 @@ def _listed(folder: Path) -> list[str]:
         os.path.relpath(os.path.join(where, name), folder)
         for where, _, names in os.walk(folder)
         for name in names
-        if name.lower().endswith(SUFFIXES)
+        if is_image_name(name)
     )

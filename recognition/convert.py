@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from data_tools.common import files
+from data_tools.common import content, files
 from data_tools.common.errors import UserError
 from recognition import mxnet_params
 from recognition.backbones import BACKBONES
@@ -40,8 +40,14 @@ _TORCH_MAGIC = (b"PK", b"\x80\x02")  # a zip; a pickle, as torch wrote before 1.
 _OUR_EPS, _MXNET_EPS = 1e-5, 2e-5
 _WIDTHS = (64, 128, 256, 512)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_WRAPPERS = ("module.", "model.", "net.", "backbone.")  # DDP, Lightning, CVLface
-_INSIDE = ("state_dict", "state_dict_backbone", "model_state_dict")
+_WRAPPERS = ("module.", "model.", "net.", "backbone.", "network.", "student.")  # DDP, CVLface ...
+_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile
+_INSIDE = (
+    "state_dict_backbone", "backbone_state_dict", "backbone", "state_dict", "model_state_dict",
+    "net_state_dict", "model_state", "net", "model", "network", "student", "module", "weights",
+    "params", "ema_state_dict", "ema", "model_ema",
+)  # fmt: skip
+_SHOWN = 8  # keys of a file that an error lists
 
 
 def read_weights(path: str, color_order: str | None = None) -> dict[str, Tensor]:
@@ -61,7 +67,7 @@ def read_weights(path: str, color_order: str | None = None) -> dict[str, Tensor]
         )
     state = _tensors(path)
     bgr = "head.kernel" in state if color_order is None else color_order == "BGR"
-    state = _unwrapped(state)
+    state = _counted(_unwrapped(state))
     if "conv0_weight" in state:
         state = _from_mxnet(state, path)
     elif "input_layer.0.weight" in state:
@@ -102,7 +108,8 @@ def read_torch(path: str, mapped: bool = False) -> Any:
                 "it holds objects beside tensors and plain containers, which reading could run: "
                 "save the network's state_dict()"
             )
-        raise UserError(f"{path} cannot be read as weights: {reason}") from error
+        hint = content.hint(path, "torch.save (.pt)")
+        raise UserError(f"{path} cannot be read as weights: {reason}{hint}") from error
 
 
 def _tensors(path: str) -> dict[str, Tensor]:
@@ -114,25 +121,65 @@ def _tensors(path: str) -> dict[str, Tensor]:
         try:
             return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
-            raise UserError(f"{path} cannot be read as weights: {error}") from error
-    state = read_torch(path)
-    for name in _INSIDE:
-        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
-            state = state[name]
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise UserError(f"{path} is not a state dict: expected tensors by name")
+            hint = content.hint(path, "a safetensors")
+            raise UserError(f"{path} cannot be read as weights: {error}{hint}") from error
+    found = read_torch(path)
+    state = _inside(found)
+    if not _is_state(state):
+        raise UserError(
+            f"{path} is not a state dict: expected tensors by name, found {_listed(found)}; save "
+            "the network's state_dict()"
+        )
     return dict(state)
+
+
+def _is_state(found: Any) -> bool:
+    return isinstance(found, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+    )
+
+
+def _inside(found: Any) -> Any:
+    """The state dict in a training checkpoint, as deep as it is wrapped."""
+    while isinstance(found, Mapping) and not _is_state(found):
+        names = [name for name in _INSIDE if isinstance(found.get(name), Mapping)]
+        if not names:  # of an unknown name, if there is no choice
+            names = [name for name, value in found.items() if _is_state(value) and value]
+            names = names if len(names) == 1 else []
+        if not names:
+            break
+        found = found[names[0]]
+    return found
+
+
+def _listed(found: Any) -> str:
+    """The keys of what is no state dict, for a message."""
+    if not isinstance(found, Mapping):
+        return f"a {type(found).__name__}"
+    kinds = [f"{str(name)[:80]} ({type(value).__name__})" for name, value in found.items()]
+    more = f" and {len(kinds) - _SHOWN} more" if len(kinds) > _SHOWN else ""
+    return f"the keys {', '.join(kinds[:_SHOWN])}{more}"
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the heads of a training checkpoint and the prefixes of what held the network."""
+    for part in _ANYWHERE:
+        state = {name.replace(part, ""): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not name.startswith("head.")}
+    if own := {n: v for n, v in state.items() if n.startswith("backbone.")}:
+        state = own  # and not the loss's rows beside it
     while prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
         if not state:
             break
+    return state
+
+
+def _counted(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the BatchNorms' counters of batches, which files of torch before 0.4.1 lack."""
+    for name in [name for name in state if name.endswith(".running_mean")]:
+        counter = name.removesuffix("running_mean") + "num_batches_tracked"
+        state.setdefault(counter, torch.zeros((), dtype=torch.int64))
     return state
 
 
@@ -278,7 +325,7 @@ def network_of(state: Mapping[str, Tensor], source: str) -> str:
     if not shared[nearest][0]:
         raise UserError(
             f"{source} is of no network here ({', '.join(BACKBONES)}): it holds "
-            f"{', '.join([*state][:4])}"
+            f"{', '.join([*state][:_SHOWN])}"
         )
     raise UserError(f"as {nearest}, the nearest: {misfit(shared[nearest][1], state, source)}")
 

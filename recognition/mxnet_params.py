@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.common import content
 from data_tools.common.errors import UserError
 
 _LIST, _V1, _V2 = 0x112, 0xF993FAC8, 0xF993FAC9
@@ -71,7 +72,8 @@ def read(path: str | Path) -> dict[str, np.ndarray[Any, Any]]:
         arrays = [reader.array() for _ in range(reader.number("Q"))]
         names = [reader.take(reader.number("Q")).decode() for _ in range(reader.number("Q"))]
     except (ValueError, struct.error) as error:
-        raise UserError(f"{path} is no MXNet parameter file: {error}") from error
+        hint = content.hint(path, "an MXNet parameter file")
+        raise UserError(f"{path} is no MXNet parameter file: {error}{hint}") from error
     if len(names) != len(arrays) or len(set(names)) != len(names):
         raise UserError(f"{path}: {len(arrays)} arrays under {len(set(names))} names")
     return dict(zip(names, arrays, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_tools import dali, order, shards
 from data_tools.augment import Probabilities, draw
@@ -102,6 +104,31 @@ def test_grey_and_turned_images_too(tmp_path):
     turned = encoded(2)[:2] + exif + encoded(2)[2:]
     data = packed(tmp_path / "set", [grey, turned] + [encoded(i) for i in range(30)])
     assert_same(*[take(kind(data, seed=0, global_batch=32), 1)[0] for kind in (Loader, Dali)])
+
+
+def saved(seed, mode, form, **options):
+    file = io.BytesIO()
+    picture = Image.fromarray(np.ascontiguousarray(pixels(seed)[:, :, ::-1])).convert(mode)
+    picture.save(file, form, **options)
+    return file.getvalue()
+
+
+def test_kinds_on_which_decoders_differ_have_the_same_pixels(tmp_path):
+    """In place: a pack would have made JPEGs of them, unless they were passed through."""
+    deep = np.random.default_rng(0).integers(0, 1 << 16, (112, 112, 3), np.uint16)
+    kinds = [
+        saved(1, "CMYK", "JPEG", quality=95), saved(2, "RGB", "JPEG", keep_rgb=True),
+        saved(3, "RGBA", "PNG"), saved(4, "P", "PNG"), saved(5, "1", "PNG"), saved(6, "LA", "PNG"),
+        saved(7, "RGB", "TIFF"), saved(8, "RGB", "PPM"), saved(9, "RGBA", "WEBP"),
+        cv2.imencode(".png", deep)[1].tobytes(), cv2.imencode(".png", deep[:, :, 0])[1].tobytes(),
+    ]  # fmt: skip
+    data = packed(tmp_path / "set", (kinds * 3)[:N])
+    for ours, cpu in zip(
+        take(Dali(data, seed=7, global_batch=30), 2),
+        take(Loader(data, seed=7, global_batch=30), 2),
+        strict=True,
+    ):
+        assert_same(ours, cpu)
 
 
 def test_the_graph_normalises_and_mirrors_to_the_bit(data):

@@ -1,15 +1,19 @@
 """`inspect`: the facts of a data set, for a person and as JSON."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
 
+from data_tools import shards
 from data_tools.__main__ import main
 from data_tools.inspect import _histogram
 from data_tools.pack import pack
 from data_tools.pack_options import Options
-from tests.data_tools.samples import folder
+from data_tools.recordio import Header, Writer
+from data_tools.union import Union
+from tests.data_tools.samples import encoded, folder
 from tests.data_tools.test_shards import insightface_set
 from tests.real import real
 
@@ -91,3 +95,59 @@ def test_one_of_a_kind_and_small_sizes(tmp_path, capsys):
     assert 1000 < first["bytes"] < 1e6
     assert f"{first['name']}  1 image, {first['bytes'] / 1000:.1f} kB" in text
     assert "0.0 MB" not in text and "1 to 1 image, " in text
+
+
+def records_with_a_gap(root, number=9, lost=(3, 4)):
+    """A plain .rec of `number` images; the .idx lacks the lines `lost`."""
+    root.mkdir()
+    with Writer(root / "train.idx", root / "train.rec") as writer:
+        for i in range(number):
+            writer.write(i, Header(0, float(i % 3), i, 0), encoded(i))
+    lines = (root / "train.idx").read_text().splitlines(keepends=True)
+    (root / "train.idx").write_text("".join(x for i, x in enumerate(lines) if i not in lost))
+    return root
+
+
+def test_records_on_no_line_of_the_idx_are_counted_and_walked(tmp_path, capsys):
+    root = records_with_a_gap(tmp_path / "set")
+    assert shards.open(root).class_counts() == (7, 3, 0, 0, 2)
+    both = Union([shards.open(root), shards.open(root, walk=True)])
+    assert both.class_counts() == (16, 6, 0, 0, 2) and "2 of the records" in both.unlisted_note()
+    for path in (root, root / "train.rec"):
+        assert main(["inspect", str(path), "--json"]) == 0
+        said = capsys.readouterr().out
+        assert '"images": 7' in said and '"unlisted_records": 2' in said and "--walk" in said
+        assert main(["inspect", str(path), "--walk", "--json"]) == 0
+        said = capsys.readouterr().out
+        assert '"images": 9' in said and "unlisted" not in said
+    for words, images in (([], 7), (["--walk"], 9)):
+        out = tmp_path / f"out{images}"
+        assert main(["pack", str(root), str(out), "--shards", "1", *words]) == 0
+        assert len(shards.open(out)) == images
+        assert ("2 of the records of train.rec" in capsys.readouterr().err) == (images == 7)
+    walked = pickle.loads(pickle.dumps(shards.open(root, walk=True)))
+    assert len(walked) == 9
+
+
+@pytest.mark.parametrize("words", [[], ["--walk"]])
+def test_a_broken_frame_costs_that_record(tmp_path, words, capsys):
+    root = records_with_a_gap(tmp_path / "set", lost=())
+    offsets = shards.open(root).offsets
+    content = bytearray((root / "train.rec").read_bytes())
+    content[offsets[4]] ^= 1  # of the magic
+    (root / "train.rec").write_bytes(content)
+    assert main(["inspect", str(root), *words, "--json"]) == 0
+    assert '"images": 8' in (said := capsys.readouterr().out) and f"byte {offsets[4]}" in said
+    assert main(["pack", str(root), str(tmp_path / "out"), "--shards", "1", *words]) == 0
+    listed = (tmp_path / "out" / "skipped.txt").read_text()
+    assert listed.endswith(f"train.rec: byte {offsets[4]}\tthe record cannot be read\n")
+    with pytest.raises(ValueError, match=f"train.rec: byte {offsets[4]}: 0x"):
+        shards.open(root).labels  # noqa: B018
+    assert main(["verify", str(root / "train.rec")]) == 1
+    assert f"byte {offsets[4]}" in capsys.readouterr().out
+
+
+def test_another_file_under_the_name_of_a_rec_is_named(tmp_path, capsys):
+    (tmp_path / "train.rec").write_bytes(b"<!DOCTYPE html><html>not here</html>")
+    assert main(["inspect", str(tmp_path / "train.rec")]) == 1
+    assert "it is an HTML page" in capsys.readouterr().err

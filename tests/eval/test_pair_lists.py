@@ -202,7 +202,7 @@ def test_absent_files_say_where_they_are_had(tmp_path):
         with pytest.raises(FileNotFoundError, match=f"{name}: no such list of pairs; .*{where}"):
             pair_lists.load_list(tmp_path / name, tmp_path)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(ValueError, match="not a text file"):
+    with pytest.raises(ValueError, match="binary.txt is UTF-16 text"):
         pair_lists.load_list(tmp_path / "binary.txt", tmp_path)
 
 

@@ -141,6 +141,73 @@ def test_arcface_torch_files_as_they_are(name, tmp_path):
         assert open_embedder(tmp_path / file).facts["network"] == name
 
 
+def without_counters(state):
+    return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+
+
+WRAPPED = {
+    "compiled": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    "compiled ddp": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
+    "ddp compiled": lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
+    "compiled blocks": lambda s: {k.replace(".", "._orig_mod.", 1): v for k, v in s.items()},
+    "no counters": without_counters,
+    "net_state_dict": lambda s: {"iters": 5, "net_state_dict": s},
+    "backbone and optimiser": lambda s: {"backbone": s, "optimizer": {"state": {}}, "epoch": 1},
+    "deep": lambda s: {"model": {"state_dict": {f"module.{k}": v for k, v in s.items()}}},
+    "unknown name": lambda s: {"my_weights": s, "step": 3, "args": {"lr": 0.1}},
+    "beside the loss": lambda s: {"state_dict": {f"backbone.{k}": v for k, v in s.items()}
+                                  | {"margin.weight": torch.zeros(9, 64)}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapping", WRAPPED)
+def test_the_usual_wrappings(wrapping, tmp_path):
+    module = unlike_the_start(BACKBONES["mbf_tiny"](embedding_size=64))
+    torch.save(WRAPPED[wrapping](module.state_dict()), tmp_path / "x.pt")
+    found = convert.read_weights(str(tmp_path / "x.pt"))
+    expected = module.state_dict()
+    assert found.keys() == expected.keys()
+    for name in without_counters(expected):
+        assert torch.equal(found[name], expected[name])
+    assert open_embedder(tmp_path / "x.pt").facts["network"] == "mbf_tiny"
+
+
+def test_an_ir_network_without_counters(theirs, tmp_path):
+    torch.save({"net_state_dict": without_counters(theirs.state_dict())}, tmp_path / "x.ckpt")
+    module = ours("r18", convert.read_weights(str(tmp_path / "x.ckpt")))
+    with torch.no_grad():
+        assert near(module(faces(1)), theirs(faces(1)))
+
+
+def test_a_refusal_names_the_keys_that_are_there(tmp_path):
+    state = {"a": {"x": torch.ones(1)}, "b": {"y": torch.ones(1)}, "epoch": 3}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"found the keys a \(dict\), b \(dict\), epoch \(int\)"):
+        convert.read_weights(str(tmp_path / "x.pt"))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".params"])
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"<html><body>Sign in", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
+        (b"\x1f\x8b\x08\0\0\0", "compressed by gzip"),
+        (b"", "an empty file"),
+    ],
+)
+def test_another_file_under_this_name_is_named(content, what, suffix, tmp_path):
+    (tmp_path / f"x{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=f"; it is {what}"):
+        convert.read_weights(str(tmp_path / f"x{suffix}"))
+
+
+def test_torchscript_is_named_with_the_remedy(tmp_path):
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="it is a TorchScript archive.*state_dict"):
+        convert.read_weights(str(tmp_path / "x.pt"))
+
+
 def test_what_does_not_fit_is_listed(theirs, tmp_path):
     state = dict(theirs.state_dict())
     state["body.0.res_layer.1.weight"] = torch.zeros(64, 64, 5, 5)
