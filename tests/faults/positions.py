@@ -1,0 +1,100 @@
+"""Which single faults a recorded run can have."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from tests.faults.shim import Call, Position
+
+# With what an operation fails: what disks and network file systems answer.
+ERRORS = {
+    "stat": (errno.ESTALE, errno.EIO),
+    "access": (errno.ESTALE,),
+    "fstat": (errno.ESTALE,),
+    "open": (errno.EIO, errno.ESTALE, errno.EMFILE),
+    "opendir": (errno.EIO, errno.ESTALE),
+    "readdir": (errno.EIO,),
+    "read": (errno.EIO, errno.ESTALE),
+    "mmap": (errno.ENOMEM,),
+    "create": (errno.ENOSPC, errno.EACCES),
+    "write": (errno.ENOSPC, errno.EIO),
+    "truncate": (errno.ENOSPC,),
+    "fsync": (errno.EIO, errno.ENOSPC),
+    "mkdir": (errno.ENOSPC,),
+    "rename": (errno.EIO, errno.ENOSPC),
+    "link": (errno.EIO,),
+    "unlink": (errno.EIO,),
+    "rmdir": (errno.EIO,),
+    "chmod": (errno.EPERM,),
+    "flock": (errno.ENOLCK, errno.EIO),
+}
+# After which the state on the disk is another one: a kill there is a fault of its own.
+CHANGES = {"create", "write", "truncate", "fsync", "mkdir", "rename", "link", "unlink", "rmdir"}
+# Calls on one open file: of a long row of them the first, the second and the last are tried.
+_ROWS = {"read", "write", "fsync", "readdir", "fstat"}
+
+
+def calls(*recordings: Iterable[Call]) -> list[Call]:
+    """The calls that all recorded runs have in common, in order."""
+    first, *others = recordings
+    seen = [set(other) for other in others]
+    return [call for call in first if all(call in other for other in seen)]
+
+
+def every(recorded: list[Call]) -> list[Position]:
+    """Every distinct call and path, with each of its errors, and a kill where it changes something.
+
+    A call that comes again on the same path is another position; of the many reads or writes of one
+    file the first two and the last are.
+    """
+    last = Counter((call.operation, call.path) for call in recorded)
+    chosen = [
+        call
+        for call in recorded
+        if call.operation not in _ROWS
+        or call.occurrence <= 2
+        or call.occurrence == last[call.operation, call.path]
+    ]
+    return [position for call in chosen for position in _faults(call)]
+
+
+def one_of_a_kind(recorded: list[Call], seen: set[tuple[str, str]]) -> list[Position]:
+    """Of each operation on each kind of file that is not in `seen` one position: errors and kills
+    in turn, of a rename both. `seen` gets them."""
+    found: dict[tuple[str, str], list[Call]] = {}
+    for call in recorded:
+        found.setdefault((call.operation, kind(call.path)), []).append(call)
+    chosen = []
+    for number, which in enumerate([key for key in found if key not in seen]):
+        faults = _faults(found[which][-1])
+        if which[0] == "rename":
+            chosen += [faults[0], faults[-1]]
+        else:
+            chosen.append(faults[-1] if number % 2 else faults[0])
+    seen |= found.keys()
+    return chosen
+
+
+def slow(recorded: list[Call], milliseconds: int) -> list[Position]:
+    """Each file's last fsync takes long."""
+    last = {call.path: call for call in recorded if call.operation == "fsync"}
+    return [Position(call, "s", milliseconds) for call in last.values()]
+
+
+def _faults(call: Call) -> list[Position]:
+    faults = [Position(call, "e", number) for number in ERRORS[call.operation]]
+    return faults + [Position(call, "k", 0)] * (call.operation in CHANGES)
+
+
+def kind(path: str) -> str:
+    """The path without what tells files of one kind apart: numbers, digests, names of files."""
+    parts = [re.sub(r"[0-9a-f]{12,}|\d+|#", "N", part) for part in path.split("/")]
+    suffix = re.search(r"\.(rec|idx|npy|npz|jpg|safetensors|txt)$", parts[-1])
+    if suffix and "journal" not in parts:
+        parts[-1] = "*" + suffix[0]
+    if len(parts) > 1 and parts[-2].startswith("events"):
+        parts[-1] = "*"
+    return "/".join(parts)
