@@ -62,18 +62,18 @@ def every(recorded: list[Call]) -> list[Position]:
 
 
 def one_of_a_kind(recorded: list[Call], seen: set[tuple[str, str]]) -> list[Position]:
-    """Of each operation on each kind of file that is not in `seen` one position: errors and kills
-    in turn, of a rename both. `seen` gets them."""
+    """Of each operation on each kind of file that is not in `seen` one position, which then is:
+    an error at the first call and a kill after the last in turn, of a rename both."""
     found: dict[tuple[str, str], list[Call]] = {}
     for call in recorded:
         found.setdefault((call.operation, kind(call.path)), []).append(call)
     chosen = []
-    for number, which in enumerate([key for key in found if key not in seen]):
-        faults = _faults(found[which][-1])
-        if which[0] == "rename":
-            chosen += [faults[0], faults[-1]]
+    for number, key in enumerate(key for key in found if key not in seen):
+        fails, last = _faults(found[key][0])[0], _faults(found[key][-1])[-1]
+        if key[0] == "rename":
+            chosen += [fails, last]
         else:
-            chosen.append(faults[-1] if number % 2 else faults[0])
+            chosen.append(last if number % 2 and key[0] in CHANGES else fails)
     seen |= found.keys()
     return chosen
 
@@ -90,11 +90,14 @@ def _faults(call: Call) -> list[Position]:
 
 
 def kind(path: str) -> str:
-    """The path without what tells files of one kind apart: numbers, digests, names of files."""
+    """The path without what tells files of one kind apart: numbers, digests, names of files. Those
+    of a data set that is only read are of one kind."""
+    if re.match(r"(set|faces)/", path):
+        return re.match(r"\w+", path)[0]
     parts = [re.sub(r"[0-9a-f]{12,}|\d+|#", "N", part) for part in path.split("/")]
-    suffix = re.search(r"\.(rec|idx|npy|npz|jpg|safetensors|txt)$", parts[-1])
-    if suffix and "journal" not in parts:
+    if parts[0] == "run" and parts[-2:-1] == ["events"]:
+        return "run/events/*"
+    suffix = re.search(r"(\.[a-z]+)+$", parts[-1])
+    if suffix and len(parts) > 1:
         parts[-1] = "*" + suffix[0]
-    if len(parts) > 1 and parts[-2].startswith("events"):
-        parts[-1] = "*"
     return "/".join(parts)
