@@ -60,7 +60,7 @@ def assert_survived(worker: Worker, scene: Scene, chosen: list[Position]) -> Non
 
 
 def failures(worker: Worker, scene: Scene, chosen: list[Position]) -> list[str]:
-    """Run the scene with a fault at each of the positions; what is wrong afterwards, a line each."""
+    """Run the scene with a fault at each position; what is wrong afterwards, a line each."""
     found = []
     for position in chosen:
         before = prepare(worker, scene)

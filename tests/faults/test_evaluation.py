@@ -48,8 +48,9 @@ class Evaluation:
     def arguments(self, model: str) -> list[object]:
         root = self.root
         return [
-            "lfw", root / model, root / "set" / "heldout.bin", f"{root / 'list.txt'}:{root / 'faces'}",
-            "--results", root / "results", "--cache", root / "cache", "--no-contract-check", "--json",
+            "lfw", root / model, root / "set" / "heldout.bin",
+            f"{root / 'list.txt'}:{root / 'faces'}", "--results", root / "results",
+            "--cache", root / "cache", "--no-contract-check", "--json",
         ]  # fmt: skip
 
     def report(self) -> None:

@@ -19,6 +19,7 @@ import traceback
 
 import torch
 import torch.distributed.nn  # before _dynamo, as recognition/runtime.py says
+
 import torch._dynamo  # isort: skip  DistributedDataParallel imports it: seconds
 
 import data_tools.__main__
@@ -54,7 +55,8 @@ def main() -> None:
     shim = ctypes.CDLL(os.environ.pop("LD_PRELOAD"))
     torch.set_num_threads(1)
     saving._LAST_WAITS = (0.01, 0.02)  # seconds; a fault of one call has passed by then
-    eval.figures._svg = lambda figure, label: "<svg></svg>"  # drawing opens no file and takes seconds
+    # Drawing opens no file and takes seconds.
+    eval.figures._svg = lambda figure, label: "<svg></svg>"
     gc.freeze()  # a collection in a child would copy the parent's pages
     print("ready", flush=True)
     for line in sys.stdin:

@@ -132,12 +132,11 @@ def test_a_bad_image_stops_all_ranks_with_its_traceback(shards_dir, tmp_path):
     for offset in offsets:
         content[offset : offset + 40] = original[offset : offset + 40]
     rec.write_bytes(content)
-    began = time.time()
     done = run(
         *TORCHRUN, "--standalone", "--nproc-per-node", 2, "launch/train.py", DEMO,
         f"rec={copy}", f"output={tmp_path / 'r'}", *SMALL, "global_batch_size=64",
     )  # fmt: skip
-    assert done.returncode != 0 and time.time() - began < 90
+    assert done.returncode != 0
     assert "Traceback" in done.stderr and rec.name in done.stderr
 
 
