@@ -1,10 +1,11 @@
 """A directory that is written aside and takes its name when it is whole."""
 
-import fcntl
-import os
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+from data_tools.common import locks
 
 
 class PartialDirectory:
@@ -20,26 +21,16 @@ class PartialDirectory:
         self.out = out
         self.path = out.with_name(out.name + ".partial")
         self._renamed = False
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            self._claim()
-        except BaseException:
-            os.close(self._lock)
-            raise
-        for left_over in [] if keep(self.path) else list(self.path.iterdir()):
-            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-
-    def _claim(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(f"{self.path}: another process is writing it") from error
-        except OSError:
-            pass  # a file system without locks: Lustre, some NFS
-        # The other may have renamed or removed it between our open and our lock.
-        if not self.path.exists() or not os.path.samestat(os.fstat(self._lock), self.path.stat()):
-            raise FileExistsError(f"{self.path}: another process has just finished with it")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._locked = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            lock = out.with_name(f".{out.name}.lock")
+            busy = f"{self.path}: another process is writing it"
+            stack.enter_context(locks.hold(lock, busy, remove=True))
+            self.path.mkdir(exist_ok=True)
+            for left_over in [] if keep(self.path) else list(self.path.iterdir()):
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+            self._locked = stack.pop_all()
 
     def rename(self) -> None:
         """It is whole: from now on it is `out`, which must be free or an empty directory."""
@@ -47,9 +38,9 @@ class PartialDirectory:
         self._renamed = True
 
     def close(self, keep: bool = False) -> None:
-        if not (self._renamed or keep):
-            shutil.rmtree(self.path)
-        os.close(self._lock)
+        with self._locked:
+            if not (self._renamed or keep):
+                shutil.rmtree(self.path)
 
     def __enter__(self) -> "PartialDirectory":
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import zlib
 from dataclasses import dataclass, field
@@ -22,7 +21,17 @@ from data_tools.order import Blocks, Order
 from data_tools.shards import Shards
 from data_tools.union import Union, open_all
 from eval import lfw
-from recognition import checkpoint, collectives, distill, heads, initialise, resize, resume
+from recognition import (
+    changes,
+    checkpoint,
+    class_rows,
+    collectives,
+    distill,
+    heads,
+    initialise,
+    resize,
+    resume,
+)
 from recognition.backbones import make_backbone
 from recognition.config import Config
 from recognition.embedding import embed
@@ -42,16 +51,6 @@ from recognition.spikes import SpikeGuard, Window, make_guard, skipped
 
 _NETWORK_KEY = 3  # the purpose of this draw, as in sampling.py
 
-# What may change at a resume without a word: none of it moves a number of the run.
-_FREE = {
-    "output", "resume", "rec", "init_from", "init_color_order", "init_head",
-    "init_label_map", "val_targets", "num_workers", "log_every",
-    "verify_every", "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best",
-    "save_async", "elastic", "collective_timeout", "preflight_seconds", "debug", "debug_every",
-    "first_batch", "first_rows", "commit", "world", "batch_size", "global_batch_size",
-    "num_classes", "num_image", "profile", "head_storage",
-}  # fmt: skip
-
 
 @dataclass
 class TrainState:
@@ -69,6 +68,7 @@ class TrainState:
     guard: FiniteGuard
     facts: dict[str, Any]  # what config.json says beside the configuration
     saved_by: int | None = None  # ranks that wrote the checkpoint it continues from
+    loaded_step: int | None = None  # of that checkpoint
     resized: str = ""  # what follows another number of processes
     said: list[str] = field(default_factory=list)  # lines for the start of the log
     owes_verification: bool = False  # of the step that it continues after
@@ -182,21 +182,25 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         )
     if resumed_from is None and cfg.init_head is not None:
         _start_centres(state)
+    elif resumed_from is None:
+        state.said.append(f"all {data.num_classes} class centres start at random")
     if resumed_from is not None:
         manifest = checkpoint.load(resumed_from, parts)
         state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
-        state.saved_by = manifest["world"]
+        state.saved_by, state.loaded_step = manifest["world"], manifest["step"]
         state.skipped = skipped(cfg.output, manifest)
         if state.spikes is not None and manifest.get("spikes"):
             state.spikes.load(manifest["spikes"])
-        state.changes = _changes(manifest["config"], cfg, state.facts, resumed_from)
-        due = state.step % cfg.verify_every == 0 and bool(val_sets)
-        state.owes_verification = due and not manifest.get("metrics", True)
+        state.changes = changes.listed(manifest["config"], cfg, state.facts, resumed_from)
+        due = state.step % cfg.verify_every == 0 and not manifest.get("metrics", True)
+        pending = manifest.get(checkpoint.PENDING, False)
+        state.owes_verification = bool(val_sets) and (due or pending)
         state.schedule = plan.schedule(schedule, state.step, state.samples_seen)
         state.resized = plan.said
         if manifest["global_batch"] != cfg.global_batch(runtime.world):
             batch = cfg.global_batch(runtime.world)
             state.changes.append(f"global batch {manifest['global_batch']} -> {batch}")
+        changes.refuse_ignored(state, manifest["config"], resumed_from)
     return state
 
 
@@ -207,11 +211,14 @@ def _start_centres(state: TrainState) -> None:
         raise UserError("init_head fills one head: a run of several heads starts from new centres")
     assert cfg.init_head is not None
 
+    source = str(cfg.init_head)
+    class_rows.verify(source, runtime.group)
+
     def fill() -> int:
         state.backbone.eval()
         try:
             return initialise.start_centres(
-                state.head, str(cfg.init_head), cfg.init_label_map, state.data,
+                state.head, source, cfg.init_label_map, state.data,
                 lambda images: embed(state.backbone, images, state.precision, runtime.device),
             )  # fmt: skip
         except ValueError as error:  # perhaps of this rank's images alone
@@ -220,6 +227,11 @@ def _start_centres(state: TrainState) -> None:
     filled = collectives.together(runtime.group, "start the class centres", fill)
     train_mode(state.backbone)
     state.facts["centres_started"] = sum(filled)
+    others = state.data.num_classes - sum(filled)
+    state.said.append(
+        f"init_head={source}: {sum(filled)} class centres start from {initialise.origin(source)}"
+        + f"; the other {others} at random" * bool(others)
+    )
 
 
 def _make_backbone(cfg: Config) -> nn.Module:
@@ -303,30 +315,6 @@ def _load_val_set(data: Shards | Union, name: str) -> lfw.PairSet:
             "folds need ten pairs, and pairs of both kinds"
         )
     return pairs
-
-
-def _changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path: str) -> list[str]:
-    """What a resumed run does otherwise than the one that saved, "key was -> is".
-
-    Raises:
-        ValueError: the order of samples would be another one.
-    """
-    now = dataclasses.asdict(cfg) | facts
-    order = {"seed": "seed", "labels_crc32": "data set", "shuffle_block": "shuffle_block"}
-    if cfg.rec_shares or saved.get("rec_shares"):
-        order["rec_shares"] = "rec_shares"
-    if cfg.shuffle_block:
-        order["shuffle_window"] = "shuffle_window"
-    newer = dataclasses.asdict(Config(rec="")) | {"head_forms": now["head_forms"]}
-    saved = newer | saved  # keys newer than the checkpoint
-    for key, what in order.items():
-        if saved.get(key) != now[key]:
-            raise UserError(
-                f"cannot resume from {path} with another {what}: images of the epoch would come "
-                "twice or never. Start a new run with init_from= and another output"
-            )
-    return [f"{key} {saved.get(key)} -> {now[key]}" for key in now
-            if key not in _FREE and saved.get(key) != now[key]]  # fmt: skip
 
 
 def _check_keep_best(cfg: Config) -> None:

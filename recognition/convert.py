@@ -81,15 +81,19 @@ def read_weights(path: str, color_order: str | None = None) -> dict[str, Tensor]
     return state
 
 
-def read_torch(path: str) -> Any:
+def read_torch(path: str, mapped: bool = False) -> Any:
     """What torch.save wrote, read without running anything in it.
+
+    mapped: read the tensors' bytes when they are used, where the file's kind allows it.
 
     Raises:
         ValueError: damaged, or it holds more than tensors and plain containers.
         OSError: it cannot be opened.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            zipped = file.read(2) == _TORCH_MAGIC[0]
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipped)
     except OSError:
         raise
     except Exception as error:  # damaged bytes can fail anywhere in torch's reader

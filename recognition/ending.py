@@ -30,13 +30,15 @@ def verify_or_end(
     state: TrainState, logger: Logger, saver: checkpoint.Saver, overseer: Overseer
 ) -> dict[str, Any]:
     """The verification's results by set, unless a signal asks the run to end meanwhile: then the
-    present step is saved, and whoever continues from it verifies it.
+    present step is saved, marked as not yet verified, and whoever continues from it verifies it.
 
     Raises:
         Stopped, OSError: as end_early().
         ValueError: as verify().
     """
     try:
-        return verify(state, logger, overseer.turn)
+        results = verify(state, logger, overseer.turn)
     except stop.Interrupted as interrupted:
         end_early(state, saver, overseer, interrupted.heard)
+    saving.note_verified(saver, state, results)
+    return results

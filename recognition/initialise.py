@@ -5,9 +5,6 @@ Letters: C classes, C_r of this rank, D embedding size.
 
 from __future__ import annotations
 
-import glob
-import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.common.errors import UserError
+from data_tools.common.text import read_text
 from data_tools.decode import decode
 from data_tools.shards import Shards
 from data_tools.union import Union
 from eval.embed_onnx import OnnxEmbedder
-from recognition import checkpoint
-from recognition.checkpoint.tensors import read
-from recognition.convert import read_torch
+from recognition.class_rows import open_rows
 from recognition.head import PartialFC
 
 _IMAGES_OF_A_CLASS = 16  # that its centre is the mean of
@@ -48,6 +44,7 @@ def start_centres(
     label_map: a text file, a line for each class here: its id there, or -1 for none.
 
     Centres keep the length that new ones have; a class without a source keeps its random start.
+    Each rank reads the rows of its own classes alone.
 
     Raises:
         ValueError: shapes that do not fit, rows without a direction, or as many classes as here are
@@ -66,10 +63,10 @@ def start_centres(
             data, start, stop, embed if source == "features" else OnnxEmbedder(source)
         )
     else:
-        there = merged_rows(source)
-        chosen = _mapped(label_map, len(there), head.num_classes, source)[start:stop]
+        there = open_rows(source)
+        chosen = _mapped(label_map, len(there), head.num_classes, source, (start, stop))
         ids = np.flatnonzero(chosen >= 0)
-        rows = there[torch.from_numpy(chosen[ids])]
+        rows = there[chosen[ids]]
     if not len(ids):  # no class of this rank has a source
         return 0
     if rows.shape[-1] != head.embedding_size or (
@@ -95,85 +92,27 @@ def start_centres(
     return len(ids)
 
 
-def merged_rows(source: str) -> Tensor:
-    """All class centres [C, (K,) D] of a run of ours or of arcface_torch's shards, in order.
-
-    Those of a run's own heads of several sets stand as its classes are numbered, set by set.
-    """
-    if os.path.isdir(source) and (
-        os.path.isfile(os.path.join(source, "manifest.json")) or checkpoint.newest(source)
-    ):
-        path = source if os.path.isfile(os.path.join(source, "manifest.json")) else None
-        path = path or checkpoint.newest(source)
-        assert path is not None
-        manifest = checkpoint.read_manifest(path)
-        heads = [
-            torch.cat(
-                [
-                    read(path, file.name, manifest)["weight"]
-                    for file in sorted(
-                        checkpoint.row_files(manifest, k), key=lambda file: file.start
-                    )
-                ]
-            )
-            for k in range(len(manifest["heads"]))
-        ]
-        if len({head.shape[1:] for head in heads}) > 1:
-            shapes = ", ".join(str(list(head.shape)) for head in heads)
-            raise UserError(f"init_head={source}: its heads have rows of several shapes: {shapes}")
-        return torch.cat(heads)
-    pattern = os.path.join(source, "*_gpu_*.pt") if os.path.isdir(source) else source
-    paths = [path for path in glob.glob(pattern) if re.search(r"_gpu_(\d+)\.pt$", path)]
-    if not paths:
-        raise FileNotFoundError(
-            f"init_head={source}: neither a run with a checkpoint, softmax_fc_gpu_*.pt files, an "
-            ".onnx nor `features`"
-        )
-    by_rank = {int(re.search(r"_gpu_(\d+)\.pt$", path)[1]): path for path in paths}  # type: ignore[index]
-    absent = sorted(set(range(max(by_rank) + 1)) - set(by_rank))
-    if absent or len(by_rank) != len(paths):
-        raise UserError(
-            f"init_head={source}: shards of ranks {absent or 'given twice'} are not whole"
-        )
-    rows = [_shard(by_rank[rank]) for rank in sorted(by_rank)]
-    sizes = [len(part) for part in rows]
-    # C // W rows on each rank and one more on the first C % W, as arcface_torch cuts them.
-    if (
-        len({part.shape[1:] for part in rows}) > 1
-        or sorted(sizes, reverse=True) != sizes
-        or (sizes[0] - sizes[-1] > 1)
-    ):
-        shapes = ", ".join(str(list(part.shape)) for part in rows)
-        raise UserError(f"init_head={source}: these are not the shards of one head: {shapes}")
-    return torch.cat(rows)
+def origin(source: str) -> str:
+    """Where init_head takes class centres from, for the log."""
+    if source == "features" or source.endswith(".onnx"):
+        network = "the network of the start" if source == "features" else source
+        return f"the mean direction of up to {_IMAGES_OF_A_CLASS} images each under {network}"
+    return open_rows(source).origin
 
 
-def _shard(path: str) -> Tensor:
-    """The class rows in a file of one rank."""
-    content = read_torch(path)
-    if isinstance(content, dict) and isinstance(content.get("state_dict_softmax_fc"), dict):
-        content = content["state_dict_softmax_fc"]
-    found = content if isinstance(content, Tensor) else None
-    if isinstance(content, dict):
-        found = content.get("weight")
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        names = list(content) if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path}: no class rows `weight` [C, D] in it, but {names}")
-    return found.float()
-
-
-def _mapped(label_map: str | None, there: int, here: int, source: str) -> np.ndarray[Any, Any]:
-    """int64 [C]: which row of the source each class takes, -1 for none."""
+def _mapped(
+    label_map: str | None, there: int, here: int, source: str, shard: tuple[int, int]
+) -> np.ndarray[Any, Any]:
+    """int64 [C_r]: which row of the source each class of this rank takes, -1 for none."""
     if label_map is None:
         if there != here:
             raise UserError(
                 f"init_head={source} has {there} classes, the data {here}: say which is which, "
                 "init_label_map=FILE with a line for each class here: its id there, or -1"
             )
-        return np.arange(here)
+        return np.arange(*shard)
     try:
-        with open(label_map, encoding="utf-8") as file:
-            ids = np.array([int(line) for line in file.read().split()], dtype=np.int64)
+        ids = np.array([int(line) for line in read_text(label_map).split()], dtype=np.int64)
     except (ValueError, OverflowError, OSError) as error:
         raise UserError(f"init_label_map={label_map}: {error}") from error
     if len(ids) != here or ids.min(initial=0) < -1 or ids.max(initial=-1) >= there:
@@ -181,7 +120,7 @@ def _mapped(label_map: str | None, there: int, here: int, source: str) -> np.nda
             f"init_label_map={label_map}: {len(ids)} lines from {ids.min(initial=0)} to "
             f"{ids.max(initial=-1)}; expected {here} lines from -1 to {there - 1}"
         )
-    return ids
+    return ids[slice(*shard)]
 
 
 def _means(

@@ -14,6 +14,7 @@ from typing import IO, Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from data_tools.common import files
 from recognition.losses.margin import Histogram, Statistics
 
 
@@ -129,7 +130,7 @@ def _add_histogram(writer: SummaryWriter, name: str, histogram: Histogram, step:
 def _forget_after(path: str, step: int) -> None:
     """Cut off the records after `step` (all, at 0), and a line that a killed run left unfinished.
     Needs no room on the disk."""
-    if not os.path.exists(path):
+    if not files.exists(path):
         return
     end = size = 0
     with open(path, "rb") as lines:

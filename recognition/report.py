@@ -30,7 +30,9 @@ def announce(state: TrainState, logger: Logger) -> None:
         record = {"step": state.step, "damaged_checkpoint": damage}
         logger.record(record, f"warning: {damage}; going on from step {state.step}")
     if state.step >= state.schedule.total_steps:
-        logger.say(f"already complete: {state.step} of {state.schedule.total_steps} steps")
+        changes = f"; with changes: {', '.join(state.changes)}" if state.changes else ""
+        total = state.schedule.total_steps
+        logger.say(f"already complete: {state.step} of {total} steps{changes}")
     elif state.saved_by is not None:
         if state.resized:
             logger.say(state.resized)

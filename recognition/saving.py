@@ -25,7 +25,9 @@ def make_saver(state: TrainState, logger: Logger) -> checkpoint.Saver:
             "older ones are, and the next save tries again",
         )
 
-    return checkpoint.Saver(cfg.output, state.runtime.group, _keep(state), cfg.save_async, report)
+    return checkpoint.Saver(
+        cfg.output, state.runtime.group, _keep(state), cfg.save_async, report, state.loaded_step
+    )
 
 
 def save(saver: checkpoint.Saver, state: TrainState, results: Mapping[str, Any]) -> None:
@@ -55,8 +57,29 @@ def save_here(state: TrainState) -> str:
     Raises:
         OSError: some rank could not write. No trace of the attempt stays, older checkpoints do.
     """
-    saver = checkpoint.Saver(state.cfg.output, state.runtime.group, _keep(state), background=False)
+    saver = checkpoint.Saver(
+        state.cfg.output, state.runtime.group, _keep(state), False, loaded=state.loaded_step
+    )
     return saver.save_now(state.parts, facts(state, {}))
+
+
+def note_verified(saver: checkpoint.Saver, state: TrainState, results: Mapping[str, Any]) -> None:
+    """Add the results of a verification to the checkpoint that the run has continued from, if that
+    is the step that was verified."""
+    if state.step == state.loaded_step:
+        saver.note_metrics(state.step, accuracies(results))
+        state.owes_verification = False
+
+
+def accuracies(results: Mapping[str, Any]) -> dict[str, float]:
+    """What a manifest says of a verification, by set."""
+    return {name: result["accuracy_mean"] for name, result in results.items()}
+
+
+def is_verification_due(state: TrainState) -> bool:
+    """Whether the present step is one that is verified."""
+    total, every = state.schedule.total_steps, state.cfg.verify_every
+    return bool(state.val_sets) and (state.step % every == 0 or state.step == total)
 
 
 def facts(state: TrainState, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +89,9 @@ def facts(state: TrainState, results: Mapping[str, Any]) -> dict[str, Any]:
         "samples_seen": state.samples_seen,
         "global_batch": state.cfg.global_batch(state.runtime.world),
         "epoch": state.samples_seen / len(state.data),
-        "metrics": {name: result["accuracy_mean"] for name, result in results.items()},
+        "metrics": accuracies(results),
+        # Of a run that stops first: the step may be the best, so nobody removes it before.
+        **({checkpoint.PENDING: True} if is_verification_due(state) and not results else {}),
         "skipped": [list(window) for window in state.skipped],
         "spikes": None if state.spikes is None else state.spikes.state(),
         "config": dataclasses.asdict(state.cfg) | state.facts,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from recognition import checkpoint, collectives, resume
 from recognition.finite import FiniteGuard
@@ -126,7 +127,7 @@ def skipped(run_dir: str, manifest: Mapping[str, Any] | None) -> list[Window]:
     """
     found = {Window(*entry) for entry in (manifest or {}).get("skipped", [])}
     path = os.path.join(run_dir, _FILE)
-    if os.path.isfile(path):
+    if files.is_file(path):
         try:
             with open(path, encoding="utf-8") as file:
                 found |= {Window(int(a), int(b), str(why)) for a, b, why in json.load(file)}
@@ -169,6 +170,7 @@ def roll_back(state: TrainState, why: str) -> str:
     stop, spiked = state.samples_seen, state.step
     manifest = checkpoint.load(path, state.parts)
     state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
+    state.loaded_step = state.step
     window = Window(state.samples_seen, stop, why)
     state.skipped = sorted({*state.skipped, window})
     state.set_aside = set_aside

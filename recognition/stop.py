@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from types import FrameType
 
 from torch.distributed import ProcessGroup
 
+from data_tools.common import files
 from recognition.collectives import start_largest
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again
@@ -117,10 +119,16 @@ def _leave_at_once(number: int, frame: FrameType | None) -> None:
 
 def stopped(run_dir: str, rank: int, heard: signal.Signals, step: int) -> Stopped:
     """What to raise when `step` is saved; rank 0 leaves stopped.json, by which a batch script knows
-    a run to be continued from one that failed."""
+    a run to be continued from one that failed.
+
+    Without it the exit code still says so: an error is said, and is none of the run's.
+    """
     if rank == 0:
-        with open(os.path.join(run_dir, _NOTE), "w", encoding="utf-8") as file:
-            json.dump({"step": step, "signal": heard.name}, file)
+        path = os.path.join(run_dir, _NOTE)
+        try:
+            files.write_text(path, json.dumps({"step": step, "signal": heard.name}))
+        except OSError as error:
+            print(f"warning: {path} is not written: {error}", file=sys.stderr, flush=True)
     return Stopped(heard, step)
 
 

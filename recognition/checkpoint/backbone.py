@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from data_tools.common.errors import UserError
-from recognition.backbones import BACKBONES
+from recognition.backbones import make_backbone
 from recognition.checkpoint.directory import Damaged, find, older, read_manifest
 from recognition.checkpoint.tensors import read
 
@@ -31,7 +31,8 @@ def load_backbone(path: str) -> tuple[nn.Module, dict[str, Any]]:
     except Damaged as error:
         raise Damaged(f"{error}{older(checkpoint)}") from error
     config = manifest["config"]
-    module = BACKBONES[config["network"]](embedding_size=config["embedding_size"])
+    arguments = config.get("network_args", {})
+    module = make_backbone(config["network"], config["embedding_size"], arguments)
     load_state(module, state, checkpoint)
     return module.float().eval(), config
 

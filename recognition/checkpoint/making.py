@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from data_tools.common import files
 from data_tools.partial import PartialDirectory
 from recognition.checkpoint import tensors
 from recognition.checkpoint.directory import Damaged, RowFile, find, older, read_manifest
+
+# What may stand in a directory that a killed command left: files of ours, hidden ones among them.
+_OURS = r"\..*|manifest\.json|card\.json|(?:[a-z0-9-]+)\.safetensors"
 
 
 def add_paths(parser: argparse.ArgumentParser, made: str) -> None:
@@ -28,14 +33,30 @@ def making(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
 
     Raises:
         FileNotFoundError: no checkpoint at DIR.
-        FileExistsError: OUT is there.
+        FileExistsError: OUT is there; or OUT.partial is, and not of a killed command of these.
     """
     path = find(args.path)
-    if args.out.exists():
+    if os.path.lexists(args.out):
         raise FileExistsError(f"{args.out} is there already")
+    _refuse_foreign(args.out.with_name(args.out.name + files.PARTIAL))
     with PartialDirectory(args.out) as partial:
         yield path, partial.path
         partial.rename()
+
+
+def _refuse_foreign(partial: Path) -> None:
+    """Raises: FileExistsError, if there is something of the name that we would clear, and it is not
+    what we write there."""
+    if not os.path.lexists(partial):
+        return
+    if partial.is_symlink() or not files.is_dir(partial):
+        raise FileExistsError(f"{partial} is in the way: choose another OUT, or move it away")
+    foreign = [name for name in files.names(partial) if not re.fullmatch(_OURS, name)]
+    if foreign:
+        raise FileExistsError(
+            f"{partial} holds {', '.join(foreign[:4])}, not written by this command, which would "
+            "clear it: choose another OUT, or move it away"
+        )
 
 
 def checked(path: str) -> dict[str, Any]:
@@ -55,7 +76,7 @@ def checked(path: str) -> dict[str, Any]:
 
 
 def joined(
-    path: str, files: list[RowFile], num_classes: int, only: str | None = None
+    path: str, rows: list[RowFile], num_classes: int, only: str | None = None
 ) -> dict[str, Tensor]:
     """All that is held by class, or one kind of it, [C, ...] by name, from the files of the ranks.
 
@@ -63,7 +84,7 @@ def joined(
         Damaged: a file holds something else than its name says.
     """
     held: dict[str, Tensor] = {}
-    for name, start, stop in files:
+    for name, start, stop in rows:
         with tensors.readable(path, name), safe_open(os.path.join(path, name), "pt") as file:
             for key in file.keys() if only is None else [only]:  # noqa: SIM118  no mapping
                 part = file.get_tensor(key)

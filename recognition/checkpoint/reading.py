@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -21,8 +22,12 @@ from recognition.collectives import together
 from recognition.head import PartialFC
 
 
-def verify(path: str, group: ProcessGroup) -> None:
+def verify(
+    path: str, group: ProcessGroup, wanted: Callable[[str], bool] = lambda name: True
+) -> None:
     """Hold every file of a checkpoint against its hash, each rank a share of the bytes.
+
+    wanted: whether a file of that name is to be looked at.
 
     Raises:
         Damaged: on every rank alike, naming the files.
@@ -32,9 +37,13 @@ def verify(path: str, group: ProcessGroup) -> None:
     def own_share() -> list[str]:
         try:
             manifest = read_manifest(path)
-        except Damaged as error:
+        except (Damaged, FileNotFoundError) as error:
             return [str(error)]
-        names = _share(manifest["files"], group.size())[group.rank()]
+        step = re.fullmatch(r"step-(\d+)\..*", os.path.basename(path))
+        if step and int(step[1]) != manifest["step"]:
+            return [f"{path} is a checkpoint of step {manifest['step']}"]
+        chosen = {name: entry for name, entry in manifest["files"].items() if wanted(name)}
+        names = _share(chosen, group.size())[group.rank()]
         return [wrong for name in names if (wrong := problem(path, name, manifest))]
 
     found = together(group, "verify the checkpoint", own_share)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 import threading
 import time
@@ -22,10 +21,17 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from recognition.checkpoint.directory import directory_of
+from recognition.checkpoint.directory import PENDING, amend, directory_of, read_manifest
 from recognition.checkpoint.parts import Parts
 from recognition.checkpoint.retention import Keep, prune
-from recognition.checkpoint.writing import Entries, commit, prepare, reports, write_files
+from recognition.checkpoint.writing import (
+    Entries,
+    commit,
+    discard,
+    prepare,
+    reports,
+    write_files,
+)
 from recognition.collectives import gather_objects, together
 
 _COPYING = 2  # threads
@@ -44,6 +50,9 @@ class Saver:
     handed to `report` on every rank once all know. Leaving the context by an exception waits
     for the save in flight, a minute at most, without a word to ranks that may be gone.
 
+    A checkpoint that is there is not written again, and none is written over another one.
+
+    loaded: the step that the run continues from, if it does.
     background: write while the training goes on, at the price of a copy of this rank's state in
     host memory, kept for the next save. Otherwise save() returns when the checkpoint is there.
     """
@@ -55,9 +64,12 @@ class Saver:
         keep: Keep,
         background: bool = True,
         report: Report = lambda step, why: None,
+        loaded: int | None = None,
     ) -> None:
         self.run_dir, self.group, self.keep = run_dir, group, keep
         self.background, self.report = background, report
+        # Checkpoints of which this run has the state: the one that it continues from, and its own.
+        self._known = set[str]() if loaded is None else {directory_of(run_dir, loaded)}
         self._in_flight: _Save | None = None
         self._failure: str | None = None  # of the last save that has ended
         self._copies: dict[tuple[str, str], Tensor] = {}
@@ -71,15 +83,19 @@ class Saver:
         step, rank = facts["step"], self.group.rank()
         path = directory_of(self.run_dir, step)
 
-        def begin() -> None:
-            if rank == 0:
-                prepare(path + ".partial")
+        def begin() -> bool:
+            return rank == 0 and prepare(path, self._known)
 
         try:
-            together(self.group, "prepare the checkpoint", begin)
+            wanted = together(self.group, "prepare the checkpoint", begin)[0]
         except OSError as error:
             self._end(step, str(error))
             return
+        if not wanted:
+            self._failure = None
+            self.note_metrics(step, facts.get("metrics", {}))
+            return
+        self._known.add(path)
         files = parts.files()
         if self.background:
             files = self._copied(files)
@@ -94,6 +110,20 @@ class Saver:
         if saving is not None:
             self._end(saving.facts["step"], saving.finish())
         return self._failure
+
+    def note_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the results of a verification to the checkpoint of `step`, which is there.
+
+        Without them the checkpoint stays as it is, marked as not verified: that is said on stderr.
+        """
+        if self.group.rank() != 0 or not metrics:
+            return
+        path = directory_of(self.run_dir, step)
+        try:
+            known = read_manifest(path).get("metrics", {})
+            amend(path, {"metrics": known | metrics, PENDING: None})
+        except (OSError, ValueError) as error:
+            print(f"warning: {path} lacks its verification: {error}", file=sys.stderr, flush=True)
 
     def save_now(self, parts: Parts, facts: Mapping[str, Any], waits: Sequence[float] = ()) -> str:
         """A checkpoint that the run must not end without; its path.
@@ -221,13 +251,15 @@ class _Save:
         except Exception as error:
             self._failure = f"rank {rank}: {error or repr(error)}"
             print(f"warning: {self.path}: {self._failure}", file=sys.stderr, flush=True)
-            for name in files:  # makes room where there is none
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(self.partial, name))
+            if not self._written.is_set():
+                for name in files:  # makes room where there is none
+                    with contextlib.suppress(OSError):
+                        os.unlink(os.path.join(self.partial, name))
         finally:
             self._written.set()
             if rank == 0 and (self._abandoned or self._failure):
-                shutil.rmtree(self.partial, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    discard(self.partial)
 
     def _complete(self) -> None:
         """On rank 0: wait for the others' files, then make the checkpoint complete."""

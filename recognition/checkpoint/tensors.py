@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
@@ -17,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from recognition.checkpoint.directory import Damaged
+from recognition.checkpoint.directory import Damaged, missing
 
 _CHUNK = 16 << 20  # bytes
 _CHUNKS_A_SYNC = 8
@@ -79,22 +78,30 @@ def _chunks(ordered: list[tuple[str, Tensor]]) -> Iterator[memoryview]:
 
 
 def problem(path: str, name: str, manifest: Mapping[str, Any]) -> str | None:
-    """What is wrong with a file of the checkpoint; None if it is as the manifest says."""
+    """What is wrong with a file of the checkpoint; None if it is as the manifest says.
+
+    Wrong is what can be read and differs, or is absent. A file that cannot be read may be whole.
+
+    Raises:
+        OSError: it cannot be read; the error names it.
+    """
     full = os.path.join(path, name)
-    if name not in manifest["files"]:
+    if name not in manifest["files"] or missing(full):
         return f"{path} lacks {name}"
     try:
         with open(full, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return f"{path} lacks {name}"
     except OSError as error:
-        if error.errno != errno.EIO:  # that is the disk's; others may pass, or be set right
-            raise
-        return f"{full} is damaged: {error}"
+        raise OSError(error.errno, error.strerror, full) from error
     if digest != manifest["files"][name]["sha256"]:
         return f"{full} is damaged: its sha256 is not the manifest's"
     return None
+
+
+def is_intact(path: str, manifest: Mapping[str, Any]) -> bool:
+    """Whether every file of the checkpoint is as its manifest says. Raises: OSError, as
+    problem()."""
+    return all(problem(path, name, manifest) is None for name in manifest["files"])
 
 
 def read(path: str, name: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -111,7 +118,14 @@ def read(path: str, name: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]
 
 @contextlib.contextmanager
 def readable(path: str, name: str) -> Iterator[None]:
-    """Raises: Damaged, where the body finds that the file holds no tensors, or not those."""
+    """Around reading a file by safetensors, which calls every error that it meets a damage.
+
+    Raises:
+        Damaged: the file holds no tensors, or not those that the body wants.
+        OSError: it cannot be opened.
+    """
+    with open(os.path.join(path, name), "rb"):
+        pass
     try:
         yield
     except safetensors.SafetensorError as error:

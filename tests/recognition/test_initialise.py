@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import cv2
@@ -12,8 +13,9 @@ import torch.distributed as dist
 
 from data_tools import shards
 from data_tools.decode import decode
-from recognition import build, config, initialise
+from recognition import build, checkpoint, class_rows, config, initialise
 from recognition.backbones import BACKBONES
+from recognition.checkpoint import directory
 from recognition.export import export_onnx
 from recognition.losses import MARGINS
 from tests import ranks
@@ -37,25 +39,32 @@ def arcface_shards(root, classes, world=8, kind="softmax_fc"):
     return rows
 
 
+def all_rows(source):
+    there = class_rows.open_rows(source)
+    return there[np.arange(len(there))]
+
+
 @pytest.mark.parametrize("kind", ["tensor", "softmax_fc", "checkpoint"])
 def test_shards_of_eight_ranks_are_one_head(kind, tmp_path):
     rows = arcface_shards(tmp_path, 21, kind=kind)
-    assert torch.equal(initialise.merged_rows(str(tmp_path)), rows)
+    there = class_rows.open_rows(str(tmp_path))
+    assert torch.equal(there[np.arange(21)], rows)
+    assert torch.equal(there[np.array([20, 3, 3, 9])], rows[[20, 3, 3, 9]])
 
 
 def test_shards_that_are_not_whole(tmp_path):
     arcface_shards(tmp_path, 21)
     (tmp_path / "softmax_fc_gpu_3.pt").unlink()
     with pytest.raises(ValueError, match=r"ranks \[3\]"):
-        initialise.merged_rows(str(tmp_path))
+        class_rows.open_rows(str(tmp_path))
     torch.save({"weight": torch.zeros(9, D)}, tmp_path / "softmax_fc_gpu_3.pt")
     with pytest.raises(ValueError, match="not the shards of one head"):
-        initialise.merged_rows(str(tmp_path))
+        class_rows.open_rows(str(tmp_path))
     torch.save({"kernel": torch.zeros(9, D)}, tmp_path / "softmax_fc_gpu_3.pt")
     with pytest.raises(ValueError, match="no class rows"):
-        initialise.merged_rows(str(tmp_path))
+        class_rows.open_rows(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="softmax_fc_gpu_"):
-        initialise.merged_rows(str(tmp_path / "nothing"))
+        class_rows.open_rows(str(tmp_path / "nothing"))
 
 
 def start(keys):
@@ -189,7 +198,7 @@ def test_centres_of_sub_centres_by_a_map(keys, tmp_path):
     torch.manual_seed(1)
     source = keys | {"num_subcenters": 2, "max_steps": 1}
     ranks.run(1, runs.run, source)
-    rows = initialise.merged_rows(source["output"])
+    rows = all_rows(source["output"])
     chosen = [i - 1 for i in range(len(rows))]
     (tmp_path / "map.txt").write_text("\n".join(map(str, chosen)))
     more = {"init_head": source["output"], "init_label_map": str(tmp_path / "map.txt")}
@@ -199,3 +208,55 @@ def test_centres_of_sub_centres_by_a_map(keys, tmp_path):
 
 class Few(list):
     labels = np.arange(3)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_each_rank_reads_its_own_rows_alone(legacy, tmp_path, monkeypatch):
+    """A rank of four takes its quarter of the classes; whole files are not held."""
+    arcface_shards(tmp_path, 21)
+    if legacy:  # as torch wrote before 1.6
+        for path in tmp_path.iterdir():
+            content = torch.load(path)
+            torch.save(content, path, _use_new_zipfile_serialization=False)
+    there = class_rows.open_rows(str(tmp_path))
+    monkeypatch.setattr(class_rows, "_BLOCK", 2)
+    sizes = []
+    counted = [
+        piece._replace(read=lambda a, b, read=piece.read: sizes.append(b - a) or read(a, b))
+        for piece in there._pieces
+    ]
+    there._pieces = counted
+    assert there[np.arange(5, 10)].shape == (5, D)
+    assert sum(sizes) == 5 and max(sizes) <= 2
+
+
+def test_the_log_says_where_the_centres_come_from(keys, tmp_path):
+    arcface_shards(tmp_path, 16, world=4)
+    lines = ranks.run(2, said_at_start, keys | {"init_head": str(tmp_path)})[0]
+    assert f"16 class centres start from 4 shards of arcface_torch in {tmp_path}" in lines
+    lines = ranks.run(1, said_at_start, keys | {"output": str(tmp_path / "new")})[0]
+    assert "all 16 class centres start at random" in lines
+
+
+def said_at_start(keys):
+    return "\n".join(build.build(config.make(runs.BASE | keys), runs.here()).said)
+
+
+@pytest.mark.parametrize("damage", ["gap", "bit"])
+def test_a_damaged_run_gives_no_centres(damage, keys, tmp_path):
+    ranks.run(2, runs.run, keys, 1)
+    path = checkpoint.newest(keys["output"])
+    if damage == "gap":  # under a manifest that is whole
+        manifest = json.loads(open(f"{path}/manifest.json").read())
+        del manifest["sha256"], manifest["files"]["rows-0-8.safetensors"]
+        directory.write_manifest(path, manifest)
+    else:
+        with open(f"{path}/rows-8-16.safetensors", "rb+") as file:
+            file.seek(-1, 2)
+            last = file.read(1)[0]
+            file.seek(-1, 2)
+            file.write(bytes([last ^ 1]))
+    words = "where the classes from 0 on are due" if damage == "gap" else "8-16.* is damaged"
+    new = keys | {"init_head": keys["output"], "output": str(tmp_path / "new")}
+    with pytest.raises(Exception, match=words):
+        ranks.run(2, start, new)

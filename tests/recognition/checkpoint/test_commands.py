@@ -116,6 +116,26 @@ def test_nothing_half_made_of_a_damaged_one(run_dir, tmp_path, capsys):
         assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("command", ["merge", "export"])
+@pytest.mark.parametrize("kind", ["directory", "link", "file"])
+def test_what_is_not_ours_is_not_cleared(command, kind, run_dir, tmp_path, capsys):
+    """A directory of a person's that is called as ours would be; nor what a link leads to."""
+    theirs, partial = tmp_path / "theirs", tmp_path / "out.partial"
+    theirs.mkdir()
+    (theirs / "holiday.txt").write_text("mine")
+    if kind == "link":
+        partial.symlink_to(theirs)
+    elif kind == "directory":
+        theirs.rename(partial)
+    else:
+        partial.write_text("mine")
+    before = {path: path.is_file() and path.read_text() for path in tmp_path.glob("*/*.txt")}
+    code, error = said(capsys, command, run_dir, tmp_path / "out")
+    assert code == 1 and str(partial) in error and "move it away" in error
+    assert before == {path: path.is_file() and path.read_text() for path in before}
+    assert os.path.lexists(partial) and not (tmp_path / "out").exists()
+
+
 def test_the_help_of_each():
     for command in ([], ["inspect"], ["verify"], ["merge"], ["export"]):
         done = run("-m", "recognition.checkpoint", *command, "--help")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 
 import pytest
 import torch
@@ -95,14 +96,43 @@ def test_a_run_on_its_own_goes_on_from_the_one_before(keys, damage, tmp_path):
     assert ("rows-8-16" in said or "manifest.json" in said) and "step-2.damaged" in said
 
 
-def test_a_run_with_no_good_checkpoint_starts_anew(keys, tmp_path):
+def contents(directory):
+    """Every file below a directory, with what is in it."""
+    paths = [path for path in pathlib.Path(directory).rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in paths if path.name != ".lock"}
+
+
+def test_a_run_with_no_good_checkpoint_does_not_start_anew_by_itself(keys):
+    """It says the way on, as often as it is started, and nothing is renamed or emptied."""
     for step in (1, 2):
         flip_a_bit(f"{keys['output']}/checkpoints/step-{step}/model.safetensors")
-    unbroken = ranks.run(1, runs.run, keys | {"output": str(tmp_path / "unbroken")})[0]
-    resumed = ranks.run(1, runs.run, keys)[0]
-    assert all(torch.equal(unbroken[k], resumed[k]) for k in unbroken)
-    kept = os.listdir(f"{keys['output']}/checkpoints")
-    assert {"step-1.damaged", "step-2.damaged"} <= set(kept)
+    before = contents(keys["output"])
+    for _ in range(2):
+        kind, message = ranks.run(1, failure, keys)[0]
+        assert kind == "Damaged" and "resume=none and another output=" in message
+        assert "step-1/model.safetensors" in message and "step-2/model.safetensors" in message
+    assert contents(keys["output"]) == before
+
+
+def test_checkpoints_that_were_set_aside_are_not_forgotten(keys):
+    """Neither does a typed resume=none write into their directory."""
+    for step in (1, 2):
+        path = f"{keys['output']}/checkpoints/step-{step}"
+        os.rename(path, path + ".damaged")
+    before = contents(keys["output"])
+    kind, message = ranks.run(1, failure, keys)[0]
+    assert kind == "Damaged" and "step-2.damaged was set aside" in message
+    kind, message = ranks.run(1, failure, keys | {"resume": None})[0]
+    assert kind == "FileExistsError" and "choose another output=" in message
+    assert contents(keys["output"]) == before
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_set_aside(keys):
+    path = checkpoint.newest(keys["output"])
+    os.remove(f"{path}/manifest.json")
+    ranks.run(1, runs.run, keys, 2)
+    names = os.listdir(os.path.dirname(path))
+    assert sorted(names) == ["step-1", "step-2", "step-2.damaged"]
 
 
 def test_the_same_step_damaged_twice(keys):
@@ -131,5 +161,5 @@ def test_a_manifest_that_points_elsewhere_is_refused(keys, name, tmp_path):
     with open(f"{path}/manifest.json", "w") as file:
         json.dump(manifest | {"sha256": directory.digest(manifest)}, file)
     kind, message = ranks.run(1, failure, keys)[0]
-    assert kind == "ValueError" and "no file of a checkpoint" in message
+    assert kind == "UserError" and "no file of a checkpoint" in message
     assert os.path.isdir(path)

@@ -85,7 +85,7 @@ def test_another_order_of_samples_is_refused(keys, change, shards_dir, tmp_path)
                 "--seed", 9, "--hold-out", 4, "--pairs", 40)  # fmt: skip
         change = {"rec": str(tmp_path / "other")}
     kind, message = ranks.run(1, failure, keys | change)[0]
-    assert kind == "ValueError" and "twice or never" in message
+    assert kind == "UserError" and "twice or never" in message
 
 
 def test_other_changes_are_named(keys):
@@ -137,7 +137,7 @@ def test_an_unfinished_checkpoint_is_not_one(keys):
 def test_another_model_is_refused(keys, change, words):
     ranks.run(1, runs.run, keys, 1)
     kind, message = ranks.run(1, failure, keys | change)[0]
-    assert kind == "ValueError" and words in message
+    assert kind == "UserError" and words in message
 
 
 def test_a_new_run_does_not_write_into_an_old_one(keys):
@@ -205,7 +205,7 @@ def test_a_pickle_with_code_is_not_run(keys, tmp_path):
     source = str(tmp_path / "evil.pt")
     torch.save({"w": Evil(str(tmp_path / "ran"))}, source)
     kind, message = ranks.run(1, failure, keys | {"init_from": source})[0]
-    assert kind == "ValueError" and "cannot be read as weights" in message
+    assert kind == "UserError" and "cannot be read as weights" in message
     assert not os.path.exists(tmp_path / "ran")
 
 
@@ -213,7 +213,7 @@ def test_a_pickle_with_code_is_not_run(keys, tmp_path):
 def test_a_damaged_file_of_weights_is_an_error(keys, tmp_path, name):
     (tmp_path / name).write_bytes(b"PK\x03\x04" + bytes(100))
     kind, message = ranks.run(1, failure, keys | {"init_from": str(tmp_path / name)})[0]
-    assert kind == "ValueError" and name in message
+    assert kind == "UserError" and name in message
 
 
 class Evil:

@@ -266,9 +266,10 @@ saving.save_here(state)
 """
 
 
-@pytest.mark.parametrize("moment", ["digest", "sync"])
+@pytest.mark.parametrize("moment", ["write_manifest", "sync"])
 def test_a_killed_save_leaves_the_former_one(keys, moment):
-    """Killed when the files are written, and when the manifest is too but the name is not."""
+    """Killed when the files are written; and when the manifest is too but the name is not: then all
+    of the new one is there, and it is taken."""
     ranks.run(1, runs.run, keys, 1)
     code = [sys.executable, "-c", _KILLED, repr(runs.BASE | keys), moment]
     root = pathlib.Path(__file__).parents[3]
@@ -277,7 +278,40 @@ def test_a_killed_save_leaves_the_former_one(keys, moment):
     assert checkpoints(keys) == ["step-1", "step-2.partial"]
     assert checkpoint.newest(keys["output"]).endswith("step-1")
     ranks.run(1, runs.run, keys, 3)
-    assert checkpoints(keys) == ["step-1", "step-3"]
+    taken = ["step-2"] if moment == "sync" else []
+    assert checkpoints(keys) == ["step-1", *taken, "step-3"]
+
+
+def test_a_save_that_fails_after_its_manifest_is_not_removed(keys, monkeypatch):
+    """The next save gives it its name, and writes it no second time."""
+    failures = ranks.run(2, fail_at_the_name, keys)
+    assert failures[0] == failures[1] and "cannot be renamed" in failures[0]
+    assert checkpoints(keys) == ["step-1", "step-2"]
+
+
+def fail_at_the_name(keys):
+    with pytest.MonkeyPatch.context() as patch, stepping(keys) as (state, saver, step):
+
+        def take(path):
+            raise OSError("it cannot be renamed")
+
+        step()
+        with patch.context() as broken:
+            broken.setattr(writing, "take", take)
+            saving.save(saver, state, {})
+            failure = saver.finish()
+        if state.runtime.rank == 0:
+            assert checkpoints(keys) == ["step-1.partial"]
+            written = os.stat(f"{keys['output']}/checkpoints/step-1.partial/model.safetensors")
+        saving.save(saver, state, {})
+        assert saver.finish() is None
+        if state.runtime.rank == 0:
+            again = os.stat(f"{keys['output']}/checkpoints/step-1/model.safetensors")
+            assert again.st_ino == written.st_ino
+        step()
+        saving.save(saver, state, {})
+        assert saver.finish() is None
+    return failure
 
 
 def test_reports_are_whole_or_absent(tmp_path):
