@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.common.errors import UserError
-from data_tools.detectors import detect
+from data_tools.detectors import detect as detect
+from data_tools.detectors import find_face
 from data_tools.listing import Names
 from eval.align import warp
 
@@ -30,10 +31,15 @@ class Aligner:
 
     def face(self, image: np.ndarray, points: np.ndarray | None) -> np.ndarray:
         """uint8 RGB [size, size, 3] of image [h, w, 3]. Raises: ValueError without a face in it."""
+        return self.face_of(image, points)[0]
+
+    def face_of(self, image: np.ndarray, points: np.ndarray | None) -> tuple[np.ndarray, int]:
+        """As face(), and how many faces the detector found; 1 where the points are given."""
+        faces = 1
         if points is None:
             if self.detector is None:
                 raise UserError("no landmarks")
-            points = detect(image, self.detector)
+            points, faces = find_face(image, self.detector)
         height, width = image.shape[:2]
         x, y = points.mean(0).tolist()
         if not (0 <= x < width and 0 <= y < height) and np.isfinite(points).all():
@@ -41,7 +47,7 @@ class Aligner:
                 f"the five points lie around ({x:.0f}, {y:.0f}), outside the image of "
                 f"{width}x{height} pixels: were they found in another size of it?"
             )
-        return warp(image, points, self.size)
+        return warp(image, points, self.size), faces
 
 
 def read_landmarks(path: Path, names: Names) -> tuple[np.ndarray, int]:

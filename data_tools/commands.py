@@ -20,7 +20,10 @@ def main(
     commands: Mapping[str, tuple[ModuleType, str]],  # name -> (module, one line on it)
     argv: Sequence[str] | None = None,
 ) -> int:
-    """The exit code: 0 if the command did what it says, 1 if not, 2 for a mistyped command line."""
+    """The exit code: 0 if the command did what it says, 1 if not, 2 for a mistyped command line.
+
+    Without arguments it prints the commands, and the exit code is 2.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m {package}", description=description)
     choice = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in commands.items():
@@ -32,14 +35,19 @@ def main(
         )
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print one JSON line, last")
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        parser.print_help()
+        return 2
     args = parser.parse_args(argv)
     try:
         result = commands[args.command][0].run(args)
     except USER_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing half-made is left", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        left = one_line(error) or "nothing half-made is left"
+        print(f"error: interrupted; {left}", file=sys.stderr)
         return 130
     if result is None:
         return 0

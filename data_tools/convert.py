@@ -9,6 +9,7 @@
 | 16 bits a channel | the high byte of each, unless passed through |
 | an alpha channel | dropped, the colours as they are, unless passed through |
 | an EXIF orientation | ignored: aligned faces are pixels; followed with `exif="follow"` |
+| more than MAX_PIXELS (decode.py) | refused before it is decoded, passed through or not |
 | points or a detector (`align`) | the face in it, warped to size x size; its bytes are never kept |
 """
 
@@ -24,6 +25,7 @@ from data_tools.common.errors import UserError
 from data_tools.decode import (
     channels_of,
     check_jpeg,
+    check_pixels,
     decode_any_size,
     has_exif,
     resized,
@@ -74,6 +76,7 @@ class Converted(NamedTuple):
     i: int
     encoded: bytes
     resized: bool  # it was not size x size
+    faces: int  # that a detector found; 1 where none was asked
 
 
 def convert(
@@ -83,32 +86,41 @@ def convert(
 
     Raises: ValueError naming `where` for an image that cannot be used.
     """
+    made = _converted(encoded, how, where, points)
+    return made[0], made[1]
+
+
+def _converted(
+    encoded: bytes, how: Conversion, where: str, points: np.ndarray | None
+) -> tuple[bytes, bool, int]:
+    """As convert(), and how many faces there are."""
+    check_pixels(encoded, where)
     follow = how.exif == "follow" and has_exif(encoded)
     if how.aligner is not None:
         image = decode_any_size(encoded, where, follow)
         try:
-            face = how.aligner.face(image, points)
+            face, faces = how.aligner.face_of(image, points)
         except ValueError as error:
             raise UserError(f"{where or 'image'}: {error}") from error
-        return _jpeg(face, how.quality), False
+        return _jpeg(face, how.quality), False, faces
     cmyk = encoded.startswith(_JPEG) and channels_of(encoded) == 4
     if how.pass_through and not follow and not cmyk and (size := size_of(encoded, where)):
         width, height = size
         if width != height:
             raise UserError(f"{where or 'image'}: {not_square(width, height, how.size)}")
-        return encoded, width != how.size
+        return encoded, width != how.size, 1
     own = how.size, how.size
     if encoded.startswith(_JPEG) and not (follow or cmyk) and size_of(encoded, where) == own:
         check_jpeg(encoded, where)
-        return encoded, False
+        return encoded, False, 1
     image = decode_any_size(encoded, where, follow)
     height, width = image.shape[:2]
     if height != width:
         raise UserError(f"{where or 'image'}: {not_square(width, height, how.size)}")
     other = width != how.size
     if how.pass_through and not follow and not cmyk:
-        return encoded, other
-    return _jpeg(resized(image, how.size), how.quality), other
+        return encoded, other, 1
+    return _jpeg(resized(image, how.size), how.quality), other, 1
 
 
 def convert_all(
@@ -123,13 +135,13 @@ def convert_all(
     for i in range(len(images)):
         try:
             own = None if points is None or np.isnan(points[i]).any() else points[i]
-            encoded, other = convert(images.read(i), how, "", own)
+            encoded, other, faces = _converted(images.read(i), how, "", own)
         except ValueError as error:
             where = images.where(i)
             why = str(error).removeprefix("image: ").removeprefix(f"{where}: ")
             skipped.append((where, why))
         else:
-            yield Converted(i, encoded, other)
+            yield Converted(i, encoded, other, faces)
         done += 1
         if done == _STEP:
             advance(done)

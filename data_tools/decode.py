@@ -4,7 +4,9 @@ import cv2
 import numpy as np
 
 from data_tools.common.errors import UserError
+from data_tools.image_size import stated_size
 
+MAX_PIXELS = 128_000_000  # 384 MB as RGB, in every worker: beyond any camera for faces
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -48,6 +50,7 @@ def decode_any_size(encoded: bytes, where: str = "", follow_exif: bool = False) 
 def _decode(encoded: bytes, flags: int, where: str) -> np.ndarray:
     if what := fault(encoded):
         raise UserError(f"{where or 'image'}: {what}")
+    check_pixels(encoded, where)
     try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error as error:
@@ -55,6 +58,16 @@ def _decode(encoded: bytes, flags: int, where: str) -> np.ndarray:
     if image is None:
         raise UserError(f"{where or 'image'}: the pixels cannot be decoded: cut off or damaged")
     return image
+
+
+def check_pixels(encoded: bytes, where: str = "") -> None:
+    """Raises: UserError naming `where` for an image that states more than MAX_PIXELS."""
+    size = stated_size(encoded)
+    if size is not None and size[0] * size[1] > MAX_PIXELS:
+        raise UserError(
+            f"{where or 'image'}: {size[0]}x{size[1]} pixels are more than the {MAX_PIXELS:,} that "
+            f"are decoded: scale it down first"
+        )
 
 
 def check_jpeg(encoded: bytes, where: str = "") -> None:

@@ -43,7 +43,12 @@ class Detector(Protocol):
 
 
 def detect(image: np.ndarray, detector: str) -> np.ndarray:
-    """Five points float32 [5, 2] of the face in RGB [h, w, 3].
+    """The five points float32 [5, 2] that find_face() gives."""
+    return find_face(image, detector)[0]
+
+
+def find_face(image: np.ndarray, detector: str) -> tuple[np.ndarray, int]:
+    """Five points float32 [5, 2] of the face in RGB [h, w, 3], and how many faces there are.
 
     Of several that one is taken whose box is large and central: area - 2 (distance of its centre
     from the image's)^2 is largest, as InsightFace chooses. Raises: ValueError without one.
@@ -59,7 +64,7 @@ def detect(image: np.ndarray, detector: str) -> np.ndarray:
         raise UserError("no face found")
     away = ((boxes[:, :2] + boxes[:, 2:] / 2 - np.array(size) / 2) ** 2).sum(1)
     best = int(np.argmax(boxes[:, 2] * boxes[:, 3] - 2 * away))
-    return points[best] / np.array([size[0] / width, size[1] / height], np.float32)
+    return points[best] / np.array([size[0] / width, size[1] / height], np.float32), len(boxes)
 
 
 @functools.cache

@@ -7,13 +7,13 @@ Images count as in the set without any relabel index, so that cleaning does not 
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 
 INDEX = "features.json"
@@ -92,12 +92,5 @@ def write_index(directory: Path, index: dict[str, Any]) -> None:
 
 
 def _whole(path: Path, write: Callable[[Any], object]) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with files.replacing(path) as file:
+        write(files.Plain(file))

@@ -7,9 +7,12 @@ A folder of identities is `SOURCE/<identity>/<image>`, one level deep. Its rules
   followed; other files, and all that is hidden (.name), are counted and left out;
 - an image beside the identity folders, or a folder inside one, has no identity that we could be
   sure of: it is listed as skipped, never guessed. With `nested` a folder inside one is searched as
-  well: every folder that holds images is an identity, named by its path.
+  well: every folder that holds images is an identity, named by its path. With `level` N the first N
+  folders of an image's path are its identity, and the folders below belong to it: CFP's frontal/
+  and profile/ of each person at level 1.
 """
 
+import collections
 import hashlib
 import os
 import stat
@@ -64,21 +67,27 @@ class FolderSource(Paths):
 
     kind = "folder"
 
-    def __init__(self, path: Path, nested: bool = False) -> None:
+    def __init__(self, path: Path, nested: bool = False, level: int = 0) -> None:
         self.path = path
         self.identities: list[str] = []
         self.skipped: list[tuple[str, str]] = []
         self.ignored = 0
         self.bins: list[Path] = []
         self._nested = nested
-        self._digest = hashlib.sha256()
+        self._level = level
+        self._digest = hashlib.sha256(b"level %d\n" % level if level else b"")
         self._counts = array("q")  # images of each identity
         super().__init__(path, Names.of(self._identities(path, "")))
         if not len(self):
             raise UserError(
                 f"{path}: no images: expected {path}/<identity>/<image>.jpg; found "
                 f"{len(self.identities)} folders, {len(self.skipped)} misplaced images or folders"
-                + ("" if nested else "; --nested looks into folders of folders")
+                + (
+                    ""
+                    if nested or level
+                    else "; --nested looks into folders of folders, --identity-level N says at "
+                    "which depth the folders of people are"
+                )
             )
         self.labels = np.repeat(np.arange(len(self.identities)), self._counts)
         self.sha256 = self._digest.hexdigest()
@@ -103,17 +112,25 @@ class FolderSource(Paths):
             raise UserError(f"{identity.path!r}: a line break in the name of an identity")
         entries = _sorted_entries(identity.path)
         folders = [e for e in entries if not e.name.startswith(".") and e.is_dir()]
-        if self._nested and folders:
+        above_level = path.count("/") + 1 < self._level
+        if (self._nested and folders) or above_level:
             yield from self._identities(identity.path, path + "/")
             return
         self.identities.append(path)
         self._counts.append(0)
+        yield from self._of_one(entries, path)
+
+    def _of_one(self, entries: list[os.DirEntry], path: str) -> Iterator[bytes]:
+        """The images of one identity in the folder `path`; with a level, those below it as well."""
         for entry in entries:
             name = f"{path}/{entry.name}"
             if entry.name.startswith("."):
                 self.ignored += 1
             elif entry.is_dir():
-                self.skipped.append((name, "a folder inside an identity folder"))
+                if self._level:
+                    yield from self._of_one(_sorted_entries(entry.path), name)
+                else:
+                    self.skipped.append((name, "a folder inside an identity folder"))
             elif is_image(entry.name):
                 encoded = os.fsencode(name)
                 self._counts[-1] += 1
@@ -121,6 +138,34 @@ class FolderSource(Paths):
                 yield encoded
             else:
                 self.ignored += 1
+
+
+def same_person_text(identities: list[str]) -> str | None:
+    """A warning if folders side by side look like one person's, such as 001/frontal, 001/profile.
+
+    They do where the same few names stand below most folders; names of people differ from folder
+    to folder.
+    """
+    below: dict[str, set[str]] = {}
+    for name in identities:
+        parent, slash, last = name.rpartition("/")
+        if slash:
+            below.setdefault(parent, set()).add(last)
+    shared = collections.Counter(last for names in below.values() for last in names)
+    common = {last for last, times in shared.items() if times >= max(2, len(below) / 2)}
+    if not below or len(common) < 2:
+        return None
+    parents = [parent for parent, names in below.items() if len(names & common) > 1]
+    if not parents:
+        return None
+    parent = parents[0]
+    first, second, *_ = sorted(below[parent] & common)
+    return (
+        f"{parent}/{first} and {parent}/{second} look like folders of one person, as "
+        f"{len(below)} folders have such names; each is packed as a person of its own: "
+        f"--identity-level {parent.count('/') + 1} makes {len(below)} people of the "
+        f"{len(identities)}"
+    )
 
 
 _BESIDE = "lies beside identity folders"

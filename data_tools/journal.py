@@ -1,20 +1,24 @@
-"""What a pack has finished, beside what it writes: a killed one goes on from there.
+"""What a pack has finished, beside what it writes: the same command resumes from there.
 
     OUT.partial/journal/plan.json     what is packed, and how
-    OUT.partial/journal/<shard>.npz   labels, offsets, entry, resized images, what was skipped
+    OUT.partial/journal/<shard>.npz   labels, offsets, entry, counts, what was skipped
 
-A shard is written down when its files are on the disk; it is taken over only if its sha256 is still
-the one written down. The shards of a resumed pack are those of an unbroken one, byte for byte.
+A shard is recorded once its files are on the disk; it is reused only if its sha256 is still the
+recorded one. The shards of a resumed pack are those of an uninterrupted one, byte for byte.
+
+Damage is told apart from a disk that fails: a record that is absent or damaged costs its shard, but
+an I/O error ends the pack with the path, and nothing is removed.
 """
 
-import hashlib
+import io
 import json
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from data_tools.common import files
 
 _DIRECTORY = "journal"
 _PLAN = "plan.json"
@@ -29,15 +33,16 @@ class WrittenShard(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A shard, and what there is to say of it."""
+    """A shard and the counts that belong to it."""
 
     shard: WrittenShard
     resized: int  # images
     skipped: list[tuple[str, str]]  # (where, why)
+    several: int = 0  # images in which a detector found more than one face
 
 
 class Journal:
-    """Of a directory that is being written. Without a plan nothing is kept."""
+    """The journal of a directory that is being written. Without a plan nothing is kept."""
 
     def __init__(self, partial: Path, plan: dict[str, Any] | None) -> None:
         self._partial = partial
@@ -45,52 +50,70 @@ class Journal:
         self.used = plan is not None
         if self.used and not is_of_plan(partial, plan):
             self._path.mkdir()
-            _write_whole(self._path / _PLAN, json.dumps(plan).encode())
+            files.write_bytes(self._path / _PLAN, json.dumps(plan).encode())
 
     def find(self, name: str) -> Finished | None:
-        """The shard of that name if it was finished and is still whole."""
+        """The shard of that name if it was finished and is still whole.
+
+        Raises: OSError if its files are there and cannot be read.
+        """
+        finished = self._read(name)
+        if finished is None:
+            return None
+        for suffix, sha256 in finished.shard.entry["sha256"].items():
+            path = self._partial / f"{name}.{suffix}"
+            if not files.exists(path) or files.sha256(path) != sha256:
+                return None
+        return finished
+
+    def _read(self, name: str) -> Finished | None:
+        path = self._path / f"{name}.npz"
+        if not files.exists(path):
+            return None
+        content = files.read_bytes(path)
         try:
-            with np.load(self._path / f"{name}.npz", allow_pickle=False) as saved:
+            with np.load(io.BytesIO(content), allow_pickle=False) as saved:
                 about = json.loads(str(saved["about"]))
                 shard = WrittenShard(about["entry"], saved["labels"], saved["offsets"])
-            for suffix, sha256 in shard.entry["sha256"].items():
-                if file_sha256(self._partial / f"{name}.{suffix}") != sha256:
-                    return None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            skipped = [(where, why) for where, why in about["skipped"]]
+            return Finished(shard, about["resized"], skipped, about["several"])
+        except Exception:  # the bytes were read: whatever zip, npy or JSON find in them is damage
             return None
-        return Finished(shard, about["resized"], [(where, why) for where, why in about["skipped"]])
 
     def add(self, finished: Finished) -> None:
+        """Record a shard. Raises: OSError naming the file."""
         if not self.used:
             return
         entry, labels, offsets = finished.shard
-        about = {"entry": entry, "resized": finished.resized, "skipped": finished.skipped}
-        path = self._path / f"{entry['name']}.npz"
-        aside = path.with_suffix(".new.npz")
-        np.savez(aside, labels=labels, offsets=offsets, about=np.array(json.dumps(about)))
-        aside.replace(path)
+        about = {"entry": entry, **finished._asdict()}
+        del about["shard"]
+        content = io.BytesIO()
+        np.savez(content, labels=labels, offsets=offsets, about=np.array(json.dumps(about)))
+        files.write_bytes(self._path / f"{entry['name']}.npz", content.getvalue())
 
-    def remove(self) -> None:
-        if self.used:
-            shutil.rmtree(self._path)
+
+def num_finished(partial: Path) -> int:
+    """How many shards are recorded. Raises: OSError if the directory cannot be read."""
+    return sum(name.endswith(".npz") for name in files.names(partial / _DIRECTORY))
+
+
+def remove_journal(directory: Path) -> None:
+    """Remove the journal from a data set that has its name."""
+    if files.exists(directory / _DIRECTORY):
+        shutil.rmtree(directory / _DIRECTORY)
 
 
 def is_of_plan(partial: Path, plan: dict[str, Any] | None) -> bool:
-    """Whether the directory was left by a pack of this plan."""
-    try:
-        return plan is not None and json.loads(
-            (partial / _DIRECTORY / _PLAN).read_bytes()
-        ) == json.loads(json.dumps(plan))
-    except (OSError, ValueError):
+    """Whether the directory was left by a pack of this plan.
+
+    Raises: OSError if there is a plan that cannot be read.
+    """
+    path = partial / _DIRECTORY / _PLAN
+    if plan is None or not files.exists(path):
         return False
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    aside = path.with_name(path.name + ".new")
-    aside.write_bytes(content)
-    aside.replace(path)
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    content = files.read_bytes(path)
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return False
+    return bool(found == json.loads(json.dumps(plan)))

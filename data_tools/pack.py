@@ -4,6 +4,7 @@ What is done, in order, stands in pack_command.py.
 """
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import numpy as np
 
 from data_tools import shards
 from data_tools.alignment import read_landmarks
+from data_tools.common import files
 from data_tools.common.errors import UserError
+from data_tools.files import same_person_text
 from data_tools.listing import Names
 from data_tools.lists import ListSource
 from data_tools.pack_options import HELD_OUT, SPLIT, Options, Sources
-from data_tools.packing import Packing
-from data_tools.shard_writer import ShardWriter
+from data_tools.packing import Packing, plan
+from data_tools.shard_writer import ShardWriter, tidy
 from data_tools.sources import Source
 
 
@@ -37,14 +40,18 @@ def pack(
     for path in asked.paths:
         _check_apart(path, out)
     source = asked.open()
+    if asked.nested and (text := same_person_text(source.identities)):
+        print(f"warning: {text}", file=sys.stderr)
+    options, parts = plan(source, options)
     recorded = options.recorded()
     if not overwrite and _is_packed(source, out, recorded):
+        tidy(out)
         return _summary(out, shards.read_index(out), "reused", time.monotonic() - started)
     if options.hold_out and any(path.stem == HELD_OUT for path in source.bins):
         raise UserError(f"{asked} already holds {HELD_OUT}.bin: pack without --hold-out")
     points, unused = _points(source, options)
     with ShardWriter(out, overwrite, {**_describe(source), **recorded}) as writer:
-        packing = Packing(source, points, options, writer.partial, writer.journal, workers)
+        packing = Packing(source, points, options, parts, writer.partial, writer.journal, workers)
         about = packing.run()
         about["source"] = {"path": str(_where(asked)), **_describe(source)}
         about["options"] = recorded
@@ -52,7 +59,7 @@ def pack(
             about["landmarks_unused"] = unused
         names = [source.identities[k] for k in packing.trained]
         index = writer.finish(packing.written, names, (options.size, options.size), about)
-    status = "resumed" if packing.taken_over else "packed"
+    status = "resumed" if packing.reused else "packed"
     return _summary(out, index, status, time.monotonic() - started)
 
 
@@ -99,7 +106,7 @@ def _is_packed(source: Source, out: Path, recorded: dict[str, Any]) -> bool:
 
     Raises: FileExistsError saying in what it differs; ValueError if it is damaged.
     """
-    if not (out / shards.INDEX).is_file():
+    if not files.is_file(out / shards.INDEX):
         return False
     index = shards.read_index(out)
     was = {**index["source"], **index["options"]}
@@ -129,6 +136,10 @@ def _describe(source: Source) -> dict[str, Any]:
 
 def _summary(out: Path, index: dict[str, Any], status: str, seconds: float) -> dict[str, Any]:
     held_out = index.get("held_out", {})
+    optional = {
+        "without_face": index["skipped"].get("without_face"),
+        **{key: index.get(key) for key in ("several_faces", SPLIT, "landmarks_unused")},
+    }
     return {
         "status": status,
         "path": str(out),
@@ -143,6 +154,6 @@ def _summary(out: Path, index: dict[str, Any], status: str, seconds: float) -> d
         "pairs_asked": held_out.get("pairs_asked", 0),
         "pairs_made": held_out.get("pairs", 0),
         "verification": [entry["file"] for entry in index["verification"]],
-        **{key: index[key] for key in (SPLIT, "landmarks_unused") if key in index},
+        **{key: value for key, value in optional.items() if value is not None},
         "seconds": round(seconds, 3),
     }

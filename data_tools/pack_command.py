@@ -6,8 +6,9 @@
    and reads each image once. What cannot be used is counted, and listed in skipped.txt; an identity
    of which nothing can be used gets no class.
 
-Killed, or left by a worker that was killed, the same command goes on after the last finished shard
-and ends in the same bytes. Ctrl-C, a full disk and whatever else fails remove what was written.
+Stopped by Ctrl-C, by a full or failing disk, or killed, the same command resumes after the last
+finished shard and writes the same bytes as an uninterrupted one. OUT.partial holds the finished
+shards until then; remove it to start afresh.
 """
 
 import argparse
@@ -45,7 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "person (name)",
     )
     parser.add_argument(
-        "--nested", action="store_true", help="folders: look for identities at any depth"
+        "--nested",
+        action="store_true",
+        help="folders: look for identities at any depth; every folder with images is one",
+    )
+    parser.add_argument(
+        "--identity-level",
+        type=int,
+        default=0,
+        metavar="N",
+        help="folders: the first N folders of an image's path name its identity; 1 joins CFP's "
+        "frontal/ and profile/ of each person",
     )
     parser.add_argument(
         "--root", type=Path, metavar="DIR", help="where the paths of a .lst start (beside it)"
@@ -54,7 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--relabel", type=Path, metavar="FILE", help="follow this relabel index of a record source"
     )
     parser.add_argument(
-        "--shards", type=int, default=standard.shards, help="files to cut the images into (8)"
+        "--shards",
+        type=int,
+        default=standard.shards,
+        help="files to cut the images into (one for each 1000 images, 1 to 8)",
     )
     parser.add_argument(
         "--workers",
@@ -131,7 +145,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be 1 or more")
     options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
-    sources = Sources(args.sources, args.join, args.nested, args.root, args.relabel)
+    sources = Sources(
+        args.sources, args.join, args.nested, args.root, args.relabel, args.identity_level
+    )
     done = pack(sources, args.out, options, args.workers, args.overwrite)
     if done["skipped"] or done["empty_identities"]:
         print(
@@ -141,19 +157,37 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"{count(done['empty_identities'], 'identity', 'identities')} without any image",
             file=sys.stderr,
         )
+    _print_faces(done)
     if done["resized"] and done["resized"]["count"]:
         text = resized_text(done["resized"]["count"], done["resized"]["of"], args.size)
         print(f"warning: {text}", file=sys.stderr)
+    people = count(done["held_out_identities"], "person", "people")
     if done["pairs_made"] < done["pairs_asked"]:
-        people = count(done["held_out_identities"], "person", "people")
         print(
             f"warning: {done['pairs_made']} pairs made, not {done['pairs_asked']}: the {people} "
             f"held out have no more",
             file=sys.stderr,
         )
+    if done["pairs_made"]:
+        print(f"{HELD_OUT}.bin: {done['pairs_made']} pairs of {people} held out")
     print(
         f"{done['status']} {done['path']}: {count(done['images'], 'image')}, "
         f"{count(done['classes'], 'class', 'classes')}, {count(done['shards'], 'shard')}, "
         f"{file_size(done['bytes'])}, {done['seconds']:.1f} s"
     )
     return done
+
+
+def _print_faces(done: dict[str, Any]) -> None:
+    """What alignment found: pictures without a face, and with several."""
+    if "without_face" not in done:
+        return
+    if "several_faces" in done:
+        text = (
+            f"{count(done['without_face'], 'picture')} without a face (skipped), "
+            f"{count(done['several_faces'], 'picture')} with several (the large central one is "
+            f"packed)"
+        )
+    else:
+        text = f"{count(done['without_face'], 'picture')} without landmarks (skipped)"
+    print(f"faces: {text}")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.alignment import Aligner
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.convert import Conversion
 from data_tools.detectors import detector_sha256
-from data_tools.journal import file_sha256
 from data_tools.pairs import check_num_pairs
 from data_tools.sources import JOINS, JoinedSource, Source, open_source
 from data_tools.split import Choice
@@ -24,7 +24,7 @@ MAX_SIZE = 1024  # pixels: a slip of the finger beyond it would run for hours an
 class Options:
     """What the bytes of the shards depend on, besides the source."""
 
-    shards: int = 8
+    shards: int | None = None  # None: as many as fit the images, see packing.plan()
     seed: int = 0
     size: int = 112  # pixels
     quality: int = 95  # of images that have to be encoded again
@@ -45,10 +45,9 @@ class Options:
             "min_images": 1, "max_images": 0,
         }  # fmt: skip
         for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be {low} or more"
-                )
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be {low} or more")
         if self.size > MAX_SIZE:
             raise UserError(f"--size {self.size}: must be {MAX_SIZE} or less")
         if self.quality > 100:
@@ -81,7 +80,7 @@ class Options:
         if not self.hold_out:
             del recorded["pairs"]
         if self.landmarks:
-            recorded["landmarks"] = file_sha256(self.landmarks)
+            recorded["landmarks"] = files.sha256(self.landmarks)
         if self.detector:
             recorded["detector"] = detector_sha256(str(self.detector))
         return recorded
@@ -96,13 +95,23 @@ class Sources:
     nested: bool = False
     root: Path | None = None
     relabel: Path | None = None
+    level: int = 0  # folders: the first `level` parts of a path name the identity
 
     def open(self) -> Source:
         if self.join not in JOINS:
             raise UserError(f"--join {self.join}: must be one of {', '.join(JOINS)}")
         if self.relabel and len(self.paths) > 1:
             raise UserError("--relabel is of one set: pack the others by themselves")
-        opened = [open_source(p, self.nested, self.root, self.relabel) for p in self.paths]
+        if self.level < 0:
+            raise UserError(f"--identity-level {self.level}: must be 1 or more")
+        if self.level and self.nested:
+            raise UserError(
+                "--nested and --identity-level N each say what an identity is: take one"
+            )
+        opened = [
+            open_source(path, self.nested, self.root, self.relabel, self.level)
+            for path in self.paths
+        ]
         return opened[0] if len(opened) == 1 else JoinedSource(opened, self.join)
 
     def __str__(self) -> str:

@@ -3,24 +3,66 @@
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.convert import Pointed, convert_all
 from data_tools.journal import Finished, Journal, WrittenShard
 from data_tools.pack_options import HELD_OUT, SPLIT, Options
-from data_tools.pairs import PairOptions, make_pairs
+from data_tools.pairs import PAIRS_STEP, PairOptions, check_possible, make_pairs, most_pairs
 from data_tools.parallel import Advance, Tasks, run_tasks
 from data_tools.shard_writer import renumber, write_index, write_shard
 from data_tools.sources import Images, Source
 from data_tools.split import Parts, choose
 from data_tools.wording import count
 
+IMAGES_PER_SHARD = 1000  # at least, where nobody asks for a number of shards
+MOST_SHARDS = 8  # where nobody asks for more
 Skipped = list[tuple[str, str]]  # (where, why)
 _ONE_FIELD = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})  # a name may hold them
+
+
+def plan(source: Source, options: Options) -> tuple[Options, Parts]:
+    """The options with the number of shards that fits, and what becomes of each image.
+
+    It looks at the listing only, and finds all that can be known from it: nothing that is on the
+    disk need be touched for options that cannot be met.
+
+    Raises: UserError if too little would be left to train on, to fill the shards or for a pair.
+    """
+    try:
+        parts = choose(source.labels, len(source.identities), options.choice())
+    except ValueError as error:
+        raise UserError(f"{source.path}: {error}{_reasons(source.skipped)}") from error
+    if len(parts.held):
+        labels = source.labels[np.isin(source.labels, parts.held)]
+        _check_pairs(options, labels)
+    if options.shards is None:
+        fitting = len(parts.images) // IMAGES_PER_SHARD
+        options = replace(options, shards=min(max(fitting, 1), MOST_SHARDS))
+    assert options.shards is not None
+    if len(parts.images) < options.shards:
+        raise UserError(
+            f"{count(len(parts.images), 'image')} cannot fill {options.shards} shards: ask for "
+            f"fewer"
+        )
+    return options, parts
+
+
+def _check_pairs(options: Options, labels: np.ndarray) -> None:
+    try:
+        check_possible(labels, max(most_pairs(labels), PAIRS_STEP))
+    except ValueError as error:
+        raise UserError(f"--hold-out {options.hold_out}: {error}") from error
+
+
+def _reasons(skipped: Skipped) -> str:
+    return "".join(f"; {where}: {why}" for where, why in skipped[:3])
 
 
 class Packing:
@@ -31,25 +73,25 @@ class Packing:
         source: Source,
         points: np.ndarray | None,  # float32 [N, 5, 2]
         options: Options,
+        parts: Parts,  # as plan() says, and the options
         directory: Path,
         journal: Journal,
         workers: int,
     ) -> None:
         self.source, self.options, self.directory = source, options, directory
         self._points, self._journal, self._workers = points, journal, workers
+        self._parts = parts
         self.skipped: Skipped = list(source.skipped)
         self.resized = self.readable = 0
-        self.taken_over = 0  # shards that a killed pack had finished
+        self.several = 0  # images in which the detector found more than one face
+        self.reused = 0  # shards that an interrupted pack had finished
         self.written: list[WrittenShard] = []
         self.trained = np.empty(0, np.int64)  # identity of each class
 
     def run(self) -> dict[str, Any]:
         """Writes everything but the index; what the index says of it."""
-        source, options = self.source, self.options
-        try:
-            parts = choose(source.labels, len(source.identities), options.choice())
-        except ValueError as error:
-            raise UserError(f"{source.path}: {error}{self._reasons()}") from error
+        source, options, parts = self.source, self.options, self._parts
+        assert options.shards is not None
         about: dict[str, Any] = {}
         empty = [parts.without]
         if len(parts.held):
@@ -65,6 +107,8 @@ class Packing:
         for path in source.bins:
             shutil.copyfile(path, self.directory / path.name)
         about["skipped"] = self._list_skipped()
+        if options.detector:
+            about["several_faces"] = self.several
         about["empty_identities"] = [
             source.identities[k] for k in np.sort(np.concatenate(empty)).tolist()
         ]
@@ -76,9 +120,6 @@ class Packing:
     def _images(self, indices: np.ndarray) -> Images:
         chosen = self.source.select(indices)
         return chosen if self._points is None else Pointed(chosen, self._points[indices])
-
-    def _reasons(self) -> str:
-        return "".join(f"; {where}: {why}" for where, why in self.skipped[:3])
 
     def _hold_out(self, held: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
         """The verification set of these identities written; those of them without an image."""
@@ -100,9 +141,10 @@ class Packing:
             raise UserError(f"--hold-out {options.hold_out}: {error}") from error
         self.resized += made["resized"]
         self.readable += made["readable"]
+        self.several += made.pop("several_faces")
         unreadable = np.setdiff1d(held, made.pop("readable_identities"))
         names = b"".join(os.fsencode(self.source.identities[k]) + b"\n" for k in held)
-        (self.directory / f"{HELD_OUT}.txt").write_bytes(names)
+        files.write_bytes(self.directory / f"{HELD_OUT}.txt", names)
         asked = {"pairs_asked": options.pairs}
         made = {**made, **asked, "identities": len(held), "names": f"{HELD_OUT}.txt"}
         return made, unreadable
@@ -111,7 +153,9 @@ class Packing:
         """The second set, complete in its own directory."""
         directory = self.directory / SPLIT
         directory.mkdir(exist_ok=True)
-        num_shards = min(self.options.shards, max(1, len(parts.aside_images) // 1000))
+        assert self.options.shards is not None
+        fitting = max(1, len(parts.aside_images) // IMAGES_PER_SHARD)
+        num_shards = min(self.options.shards, fitting)
         written = self._write(parts.aside_images, parts.aside, directory, num_shards, f"{SPLIT}-")
         names = [self.source.identities[k] for k in parts.aside]
         size = (self.options.size, self.options.size)
@@ -126,11 +170,7 @@ class Packing:
         num_shards: int,
         prefix: str,
     ) -> list[WrittenShard]:
-        """These images in shards, shuffled; what came of them joins skipped, resized, readable."""
-        if len(images) < num_shards:
-            raise UserError(
-                f"{count(len(images), 'image')} cannot fill {num_shards} shards: ask for fewer"
-            )
+        """These images in shards, shuffled; their counts join skipped, resized, readable."""
         class_of = np.full(len(self.source.identities), -1, np.int64)
         class_of[identities] = np.arange(len(identities))
         shuffled = np.random.default_rng([self.options.seed, 0]).permutation(images)
@@ -138,7 +178,7 @@ class Packing:
         names = [f"{prefix}train-{s:05d}-of-{num_shards:05d}" for s in range(num_shards)]
         found = {name: self._journal.find(name) for name in names} if not prefix else {}
         finished = {name: shard for name, shard in found.items() if shard is not None}
-        self.taken_over += len(finished)
+        self.reused += len(finished)
         left = [
             (name, some) for name, some in zip(names, cuts, strict=True) if name not in finished
         ]
@@ -157,9 +197,10 @@ class Packing:
         made = run_tasks(_write_one, tasks, self._workers, total, "images")
         finished |= {name: shard for (name, _), shard in zip(left, made, strict=True)}
         for name in names:
-            shard, resized, faults = finished[name]
+            shard, resized, faults, several = finished[name]
             self.skipped += faults
             self.resized += resized
+            self.several += several
             self.readable += len(shard.labels)
         return [finished[name].shard for name in names]
 
@@ -169,13 +210,13 @@ class Packing:
         if readable < 2:
             raise UserError(
                 f"{self.source.path}: {readable} of {len(trained)} identities have a readable "
-                f"image; 2 to train on are needed{self._reasons()}"
+                f"image; 2 to train on are needed{_reasons(self.skipped)}"
             )
         for shard in self.written:
             if not len(shard.labels):
                 raise UserError(
                     f"no image of {shard.entry['name']} can be read: ask for fewer shards"
-                    f"{self._reasons()}"
+                    f"{_reasons(self.skipped)}"
                 )
 
     def _drop_empty(self, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -194,26 +235,27 @@ class Packing:
             os.fsencode(f"{where.translate(_ONE_FIELD)}\t{why.translate(_ONE_FIELD)}\n")
             for where, why in self.skipped
         )
-        (self.directory / "skipped.txt").write_bytes(lines)
+        files.write_bytes(self.directory / "skipped.txt", lines)
         no_face = sum(why in ("no face found", "no landmarks") for _, why in self.skipped)
         without = {"without_face": no_face} if self.options.align else {}
         return {"count": len(self.skipped), "file": "skipped.txt", **without}
 
 
 def _write_one(task: tuple, advance: Advance) -> Finished:
-    """The shard written, and written down."""
+    """The shard written, and recorded in the journal."""
     images, labels, directory, name, conversion, journal = task
     skipped: Skipped = []
-    resized = 0
+    resized = several = 0
 
     def labelled() -> Iterator[tuple[int, bytes]]:
-        nonlocal resized
+        nonlocal resized, several
         for done in convert_all(images, conversion, skipped, advance):
             resized += done.resized
+            several += done.faces > 1
             yield int(labels[done.i]), done.encoded
 
     shard = write_shard(directory, name, labelled())
-    finished = Finished(shard, resized, skipped)
+    finished = Finished(shard, resized, skipped, several)
     if journal is not None:
         journal.add(finished)
     return finished

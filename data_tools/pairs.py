@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.convert import Conversion, convert_all
 from data_tools.parallel import Advance, run_tasks
@@ -44,19 +45,11 @@ def draw_pairs(labels: np.ndarray, num_pairs: int, seed: int) -> tuple[np.ndarra
 
     Raises: ValueError if num_pairs is no multiple of 20, or more than there are, saying how many.
     """
-    check_num_pairs(num_pairs)
+    check_possible(labels, num_pairs)
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
     groups = np.split(order, starts[1:])  # image indices of each identity
     half = num_pairs // 2
-    for name, possible in zip(("one person", "two people"), _possible(labels), strict=True):
-        if half > possible:
-            most = most_pairs(labels)
-            raise UserError(
-                f"{num_pairs} pairs need {half} of {name}, but {count(len(labels), 'image')} of "
-                f"{count(len(groups), 'identity', 'identities')} make only {possible}: "
-                + (f"ask for at most {most} pairs" if most else "more images or people are needed")
-            )
     random = np.random.default_rng([seed, 2])
     same = _draw_same(groups, half, random)
     different = _draw_different(groups, half, random)
@@ -64,6 +57,21 @@ def draw_pairs(labels: np.ndarray, num_pairs: int, seed: int) -> tuple[np.ndarra
     pairs = np.stack([same.reshape(FOLDS, per_fold, 2), different.reshape(FOLDS, per_fold, 2)], 1)
     issame = np.tile(np.repeat([True, False], per_fold), FOLDS)
     return pairs.reshape(-1, 2), issame
+
+
+def check_possible(labels: np.ndarray, num_pairs: int) -> None:
+    """Raises: ValueError if images of these identities do not make that many pairs."""
+    check_num_pairs(num_pairs)
+    half = num_pairs // 2
+    identities = len(np.unique(labels))
+    for name, possible in zip(("one person", "two people"), _possible(labels), strict=True):
+        if half > possible:
+            most = most_pairs(labels)
+            raise UserError(
+                f"{num_pairs} pairs need {half} of {name}, but {count(len(labels), 'image')} of "
+                f"{count(identities, 'identity', 'identities')} make only {possible}: "
+                + (f"ask for at most {most} pairs" if most else "more images or people are needed")
+            )
 
 
 def check_num_pairs(num_pairs: int) -> None:
@@ -122,16 +130,9 @@ def write_bin(path: Path, images: list[bytes], pairs: np.ndarray, issame: np.nda
     Raises: OSError naming the file if it cannot be written.
     """
     bins = [images[i] for i in pairs.ravel().tolist()]
-    aside = path.with_name(path.name + ".partial")
-    try:
-        with open(aside, "wb") as file:
-            # Protocol 4: bytes as such, an image of several pairs once.
-            pickle.dump((bins, [bool(same) for same in issame]), file, protocol=4)
-        aside.replace(path)
-    except OSError as error:
-        raise OSError(f"{path}: {error}; nothing was written") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    with files.replacing(path) as file:
+        # Protocol 4: bytes as such, an image of several pairs once.
+        pickle.dump((bins, [bool(same) for same in issame]), file, protocol=4)
 
 
 def make_pairs(
@@ -146,10 +147,11 @@ def make_pairs(
 
     Raises: ValueError if there are not enough different pairs.
     """
-    readable, resized = [], 0
+    readable, resized, several = [], 0, 0
     for jpeg in convert_all(images, options.conversion, skipped, advance):
         readable.append(jpeg.i)
         resized += jpeg.resized
+        several += jpeg.faces > 1
     num_pairs = options.num_pairs
     if options.fewer:
         num_pairs = min(num_pairs, max(most_pairs(labels[readable]), PAIRS_STEP))
@@ -164,6 +166,7 @@ def make_pairs(
         "images": len(used),
         "readable": len(readable),
         "resized": resized,
+        "several_faces": several,
         "readable_identities": np.unique(labels[readable]),
     }
 
@@ -206,7 +209,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         total=len(chosen),
         title="reading faces",
     )
-    del made["readable_identities"]
+    del made["readable_identities"], made["several_faces"]  # pairs detects nothing
     for where, reason in skipped:
         print(f"skipped {where}: {reason}", file=sys.stderr)
     print(

@@ -22,11 +22,12 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from data_tools.common.errors import UserError, UserKeyError
+from data_tools.common.files import explaining_too_many, make_room, naming
 
 MAGIC = 0xCED7230A
 MAX_RECORD = (1 << 29) - 1  # bytes: the length field has 29 bits
@@ -121,7 +122,8 @@ class RecordFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with open(self.path, "rb") as file:
+        with explaining_too_many(), naming(self.path), open(self.path, "rb") as file:
+            make_room(file.fileno())
             self.size = file.seek(0, 2)  # bytes
             # An empty file is a valid one of no records, but cannot be mapped.
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
@@ -374,18 +376,31 @@ class Writer:
         with contextlib.ExitStack() as stack:
             self._rec = stack.enter_context(open(rec_path, "wb"))
             self._idx = stack.enter_context(open(idx_path, "w", encoding="ascii", newline="\n"))
-            self._files = stack.pop_all()
+            stack.pop_all()
         self.offset = 0  # bytes written to the .rec so far: where the next record starts
 
     def write(self, key: int, header: Header, payload: bytes) -> None:
         """Append a record. Raises: ValueError if it has 2^29 bytes or more, OSError of the disk."""
         framed = frame(pack_record(header, payload))
-        self._rec.write(framed)
-        self._idx.write(f"{int(key)}\t{self.offset}\n")
+        file: IO[Any] = self._rec
+        try:
+            file.write(framed)
+            file = self._idx
+            file.write(f"{int(key)}\t{self.offset}\n")
+        except OSError as error:  # of a full disk: the error names no file
+            raise OSError(error.errno, error.strerror, str(file.name)) from error
         self.offset += len(framed)
 
     def close(self) -> None:
-        self._files.close()
+        """Raises: OSError naming the file whose last bytes cannot be written."""
+        failed: OSError | None = None
+        for file in (self._idx, self._rec):
+            try:
+                file.close()
+            except OSError as error:
+                failed = OSError(error.errno, error.strerror, str(file.name))
+        if failed is not None:
+            raise failed
 
     def __enter__(self) -> "Writer":
         return self

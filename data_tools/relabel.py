@@ -10,13 +10,13 @@ named keep their class. What is left is numbered densely, in the order of the ol
 as sub-center ArcFace's drop.py does. As DIR/relabel.txt it holds whenever DIR is opened.
 """
 
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 
 NAME = "relabel.txt"
@@ -64,22 +64,13 @@ def read(path: Path) -> Relabel:
 
 def write(path: Path, relabel: Relabel) -> None:
     """Write the index; whole or not at all. Raises: OSError naming the file."""
-    aside = path.with_name(path.name + ".partial")
-    try:
-        with open(aside, "w", encoding="ascii", newline="\n") as file:
-            file.write(
-                f"# arcline-relabel 1 of={relabel.of} images={relabel.num_images} "
-                f"classes={relabel.num_classes}\n"
-            )
-            for image, to in zip(relabel.images.tolist(), relabel.classes.tolist(), strict=True):
-                file.write(f"{image}\t{'drop' if to == DROP else to}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        raise OSError(f"{path}: {error}; nothing was written") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    with files.replacing(path, "w", encoding="ascii", newline="\n") as file:
+        file.write(
+            f"# arcline-relabel 1 of={relabel.of} images={relabel.num_images} "
+            f"classes={relabel.num_classes}\n"
+        )
+        for image, to in zip(relabel.images.tolist(), relabel.classes.tolist(), strict=True):
+            file.write(f"{image}\t{'drop' if to == DROP else to}\n")
 
 
 def of_labels(

@@ -2,18 +2,34 @@
 
 import json
 import os
-import shutil
 import struct
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_tools.journal import Journal, WrittenShard, file_sha256, is_of_plan
-from data_tools.partial import PartialDirectory
+from data_tools.common import files
+from data_tools.common.errors import UserError
+from data_tools.journal import Journal, WrittenShard, is_of_plan, num_finished, remove_journal
+from data_tools.partial import (
+    MARKER,
+    PartialDirectory,
+    check_ours,
+    is_marked,
+    mark,
+    remove,
+    unmark,
+)
 from data_tools.recordio import LABEL_AT, Header, Writer
+from data_tools.relabel import NAME as RELABEL
 from data_tools.shards import FORMAT, INDEX, VERSION, read_index
+from data_tools.wording import count
+
+_REPLACED = ".replaced"
+_SUFFIXES = ("rec", "idx")
+_BIN = ".bin"
 
 
 def write_shard(directory: Path, name: str, images: Iterable[tuple[int, bytes]]) -> WrittenShard:
@@ -29,7 +45,7 @@ def write_shard(directory: Path, name: str, images: Iterable[tuple[int, bytes]])
         "name": name,
         "images": len(labels),
         "bytes": writer.offset,
-        "sha256": {"rec": file_sha256(rec), "idx": file_sha256(idx)},
+        "sha256": {"rec": files.sha256(rec), "idx": files.sha256(idx)},
     }
     _sync(rec, idx)
     return WrittenShard(entry, np.array(labels, np.int64), np.array(offsets, np.int64))
@@ -42,34 +58,58 @@ class ShardWriter:
         written = [write_shard(writer.partial, name, images) ...]
         writer.finish(written, identities, image_size, about)
 
-    Left by an exception, or without `finish`, it removes what it wrote; killed, or left because a
-    worker was, it leaves OUT.partial, whose whole shards the next one takes over if it has the same
-    plan. OUT itself is never half there.
+    Stopped by Ctrl-C, a full disk, a killed worker or a kill, it keeps OUT.partial if a shard of it
+    is finished: the next one with the same plan reuses its whole shards. Left without `finish`, by
+    a UserError, or before a shard is finished, it removes what it wrote. OUT itself is never half
+    there.
 
-    Raises: FileExistsError if `out` exists (with `overwrite`: and is not a data set), or if another
-    process is writing it.
+    Raises:
+        FileExistsError: `out` exists (with `overwrite`: and is not a data set, or holds files that
+            pack did not write); another process is writing it; or OUT.partial or OUT.replaced is
+            not ours. All of them are then as they were.
     """
 
     def __init__(
         self, out: str | Path, overwrite: bool = False, plan: dict[str, Any] | None = None
     ) -> None:
         self.out = Path(os.path.abspath(out))
-        self._replaced = self.out.with_name(self.out.name + ".replaced")
-        self._aside = PartialDirectory(self.out, lambda path: is_of_plan(path, plan))
+        self._replaced = self.out.with_name(self.out.name + _REPLACED)
+        self._shards = 0 if plan is None else plan.get("shards", 0)
+        if not self._was_interrupted():
+            self._check_free(overwrite)  # before anything is touched
+        self._aside = PartialDirectory(self.out, clear=False)
         self.partial = self._aside.path
         try:
-            self.journal = Journal(self.partial, plan)
-            if self._replaced.exists() and self._is_free():
-                self._replaced.rename(self.out)  # killed between the two renames of `finish`
+            if self._was_interrupted():
+                self._replaced.rename(self.out)
+                unmark(self.out)
             self._check_free(overwrite)
-            if self._replaced.exists():  # killed before or during its removal
-                shutil.rmtree(self._replaced)
+            if not self._is_free():
+                check_ours(self._replaced)  # its name is needed when this one is finished
+            _remove_replaced(self.out)  # of a pack that was killed before or during its removal
+            if not is_of_plan(self.partial, plan):
+                self._clear()
+            self.journal = Journal(self.partial, plan)
+            self._resumes = num_finished(self.partial) > 0
         except BaseException:
-            self._aside.close()
+            self._aside.close(keep=not self._aside.is_new)
             raise
 
+    def _was_interrupted(self) -> bool:
+        """Whether a process was killed between the two renames of `finish`."""
+        return is_marked(self._replaced) and self._is_free()
+
+    def _clear(self) -> None:
+        if left := num_finished(self.partial):
+            print(
+                f"warning: {count(left, 'shard')} that a pack with another source or other options "
+                f"had finished in {self.partial} {'is' if left == 1 else 'are'} removed",
+                file=sys.stderr,
+            )
+        self._aside.clear()
+
     def _is_free(self) -> bool:
-        return not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir()))
+        return not files.exists(self.out) or (files.is_dir(self.out) and not files.names(self.out))
 
     def _check_free(self, overwrite: bool) -> None:
         if self._is_free():
@@ -77,12 +117,19 @@ class ShardWriter:
         if not overwrite:
             raise FileExistsError(f"{self.out} exists; --overwrite replaces it")
         try:
-            read_index(self.out)
-        except (OSError, ValueError) as error:
+            index = read_index(self.out)
+        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
             raise FileExistsError(
                 f"{self.out} is not a data set that pack made ({error}); it is left alone: remove "
                 f"it yourself, or choose another name"
             ) from error
+        others = set(files.names(self.out)) - _written_names(index)
+        if foreign := sorted(name for name in others if not name.endswith(_BIN)):
+            raise FileExistsError(
+                f"{self.out} holds {foreign[0]}"
+                + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else "")
+                + ", which pack did not write; --overwrite would remove it: move it away first"
+            )
 
     def finish(
         self,
@@ -92,28 +139,85 @@ class ShardWriter:
         about: dict[str, Any],
     ) -> dict[str, Any]:
         """The index written, `about` joined to it; the directory now has its name."""
-        self.journal.remove()
         index = write_index(self.partial, written, identities, image_size, about)
-        if self.out.exists():
+        old = not self._is_free()
+        if old:
+            mark(self.out)
             self.out.rename(self._replaced)
-        self._aside.rename()
-        _sync(self.out.parent)
-        if self._replaced.exists():
-            shutil.rmtree(self._replaced)
+        try:
+            self._aside.rename(unmark_it=False)
+        except BaseException:
+            if old and not files.exists(self.out):
+                self._replaced.rename(self.out)
+                unmark(self.out)
+            raise
+        remove_journal(self.out)  # not before the rename: killed in between, it is needed
+        unmark(self.out)
+        files.sync_directory(self.out.parent)
+        _remove_replaced(self.out)
         return index
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        killed = isinstance(error, ChildProcessError) and self.journal.used
-        self._aside.close(keep=killed)
-        if killed:
-            raise ChildProcessError(
-                f"{self.out}: {error}; the same command goes on from what {self.partial} has"
-            ) from error
-        if isinstance(error, OSError) and not error.filename:  # of a write: it names no file
-            raise OSError(f"{self.out}: {error}; what was written is removed") from error
+        failed = error is not None and not isinstance(error, UserError)
+        finished = self._num_finished()
+        kept = finished != 0 and (failed or self._resumes)
+        self._aside.close(keep=kept)
+        if not isinstance(error, (OSError, KeyboardInterrupt)):
+            return
+        if self._aside.renamed:
+            then = "the data set is complete, though"
+        elif kept:
+            shards = "the shards" if finished is None else f"{finished} of {self._shards} shards"
+            then = (
+                f"{shards} that are finished are kept in {self.partial}: the same command goes on "
+                f"from there; to start afresh, remove that directory"
+            )
+        else:
+            then = "no shard was finished, and what was written is removed"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(then) from error
+        raise type(error)(f"{self.out}: {error}; {then}") from error
+
+    def _num_finished(self) -> int | None:
+        """None if it cannot be told."""
+        try:
+            return num_finished(self.partial)
+        except OSError:
+            return None
+
+
+def _written_names(index: dict[str, Any]) -> set[str]:
+    """The names that pack, and the cleaning of a set, may have put into its directory."""
+    names = {INDEX, "skipped.txt", "split", RELABEL, MARKER, "journal"}
+    listed = [index[key] for key in ("labels", "offsets", "identities")] + index["verification"]
+    names |= {entry["file"] for entry in listed}
+    names |= {index["held_out"]["names"]} if "names" in index.get("held_out", {}) else set()
+    return names | {f"{shard['name']}.{kind}" for shard in index["shards"] for kind in _SUFFIXES}
+
+
+def tidy(out: Path) -> None:
+    """Remove what a pack that was killed after its last rename has left in and beside `out`."""
+    if is_marked(out):
+        remove_journal(out)
+        unmark(out)
+    _remove_replaced(out)
+
+
+def _remove_replaced(out: Path) -> None:
+    """Remove the old data set; the verification sets that a user had put into it move to `out`."""
+    replaced = out.with_name(out.name + _REPLACED)
+    if not is_marked(replaced):
+        return
+    if files.exists(replaced / INDEX):  # nothing is removed yet
+        written = _written_names(read_index(replaced))
+        there = files.names(out)
+        for name in files.names(replaced):
+            if name.endswith(_BIN) and name not in written and name not in there:
+                (replaced / name).rename(out / name)
+    remove(replaced)
 
 
 def write_index(
@@ -126,14 +230,15 @@ def write_index(
     """Complete a directory of shards: columns, names, index.json; all of it on the disk."""
 
     def listed(name: str) -> dict[str, str]:
-        return {"file": name, "sha256": file_sha256(directory / name)}
+        return {"file": name, "sha256": files.sha256(directory / name)}
 
     labels = np.concatenate([shard.labels for shard in written])
-    np.save(directory / "labels.npy", labels, allow_pickle=False)
     offsets = np.concatenate([shard.offsets for shard in written])
-    np.save(directory / "offsets.npy", offsets, allow_pickle=False)
+    for name, column in (("labels", labels), ("offsets", offsets)):
+        with files.replacing(directory / f"{name}.npy") as file:
+            np.save(files.Plain(file), column, allow_pickle=False)
     names = b"".join(os.fsencode(name) + b"\n" for name in identities)
-    (directory / "identities.txt").write_bytes(names)
+    files.write_bytes(directory / "identities.txt", names)
     sizes, counts = np.unique(np.bincount(labels, minlength=len(identities)), return_counts=True)
     index = {
         "format": FORMAT,
@@ -148,9 +253,8 @@ def write_index(
         **about,
         "shards": [shard.entry for shard in written],
     }
-    (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    files = [p for p in directory.iterdir() if p.is_file() and p.suffix not in (".rec", ".idx")]
-    _sync(*files, directory)
+    _sync(*(path for path in directory.iterdir() if path.suffix in (".bin", ".txt")))
+    files.write_text(directory / INDEX, json.dumps(index, indent=1) + "\n")
     return index
 
 
@@ -158,20 +262,16 @@ def renumber(directory: Path, shard: WrittenShard, new_class: np.ndarray) -> Wri
     """The shard with class new_class[c] in place of c, its label fields overwritten in the file."""
     labels = new_class[shard.labels]
     rec = directory / f"{shard.entry['name']}.rec"
-    with open(rec, "r+b") as file:
+    with files.naming(rec), open(rec, "r+b") as file:
         for offset, label in zip(shard.offsets.tolist(), labels.tolist(), strict=True):
             file.seek(offset + LABEL_AT)
             file.write(struct.pack("<f", label))
-    sha256 = {**shard.entry["sha256"], "rec": file_sha256(rec)}
+    sha256 = {**shard.entry["sha256"], "rec": files.sha256(rec)}
     _sync(rec)
     return WrittenShard({**shard.entry, "sha256": sha256}, labels, shard.offsets)
 
 
 def _sync(*paths: Path) -> None:
-    """Put files or directories on the disk: a rename must not outlive the data it names."""
+    """Put files on the disk: a rename must not outlive the data it names."""
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        files.sync(path)

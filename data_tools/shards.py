@@ -27,6 +27,7 @@ import numpy as np
 from data_tools import insightface
 from data_tools import relabel as relabelling
 from data_tools.common.errors import UserError
+from data_tools.common.files import read_bytes
 from data_tools.recordio import Header, RecordFile
 
 FORMAT = "arcline-shards"
@@ -233,7 +234,7 @@ def read_index(path: Path) -> dict[str, Any]:
     """The checked index.json of a directory. Raises: ValueError naming the file and the fault."""
     place = path / INDEX
     try:
-        index = json.loads(place.read_bytes())
+        index = json.loads(read_bytes(place))
     except ValueError as error:
         raise UserError(f"{place}: not JSON: {error}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:

@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.decode import decode_any_size
 from data_tools.shards import Shards
@@ -37,12 +38,7 @@ def write_sheet(
             (0, 0, 0), 1, cv2.LINE_AA,
         )  # fmt: skip
     png = cv2.imencode(".png", sheet[:, :, ::-1])[1].tobytes()
-    aside = path.with_name(path.name + ".partial")
-    try:
-        aside.write_bytes(png)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    files.write_bytes(path, png)
 
 
 def face(data: Shards, i: int) -> np.ndarray:

@@ -56,10 +56,12 @@ def open_source(
     nested: bool = False,
     root: Path | None = None,
     relabel: Path | None = None,
+    level: int = 0,
 ) -> Source:
     """The source at `path`, told by what it holds.
 
-    nested: in folders, look for identities at any depth. root: where the paths of a .lst start
+    nested: in folders, look for identities at any depth. level: in folders, the first `level` parts
+    of an image's path name its identity. root: where the paths of a .lst start
     (default: the folder of the .lst). relabel: an index of cleaning to follow, of records only.
 
     Raises: FileNotFoundError if there is nothing; ValueError if it holds nothing to pack.
@@ -76,6 +78,8 @@ def open_source(
         raise UserError(f"--relabel {relabel}: {path} is no set of records, whose images it counts")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such directory or file")
+    if level and (records or archives or not path.is_dir()):
+        raise UserError(f"--identity-level {level}: {path} is no folder of folders")
     if records:
         return RecordSource(path, relabel)
     if archives:
@@ -83,7 +87,7 @@ def open_source(
     if path.suffix == ".lst":
         return ListSource(path, root)
     if path.is_dir():
-        return FolderSource(path, nested)
+        return FolderSource(path, nested, level)
     raise UserError(f"{path}: neither a directory nor a .rec, .lst, .zip or .tar")
 
 

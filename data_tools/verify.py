@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools import insightface, shards
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.decode import decode
-from data_tools.parallel import Advance, run_tasks
+from data_tools.parallel import Advance, Tasks, run_tasks
 from data_tools.recordio import Header, RecordFile, read_idx, unpack_record
-from data_tools.shard_writer import file_sha256
 from data_tools.wording import count
 
 _BLOCK = 1 << 16  # records of an InsightFace .rec that make a task
@@ -83,22 +84,27 @@ def verify_packed(path: Path, deep: bool, workers: int) -> tuple[int, list[Findi
     for name in ("labels", "offsets"):
         try:
             columns[name] = shards.load_column(path / index[name]["file"], index["images"])
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             findings.append(Finding(index[name]["file"], None, None, str(error)))
-    blocks = []
-    start = 0
-    for shard in index["shards"]:
-        stop = start + shard["images"]
-        own = {name: column[start:stop] for name, column in columns.items()}
-        start = stop
-        try:
-            blocks.append(_packed_block(path, index, shard, own, deep, findings))
-        except (OSError, ValueError) as error:
-            findings.append(Finding(shard["name"], None, None, str(error)))
     if "labels" in columns:
         findings += _check_classes(path, index, columns["labels"])
-    findings += _check_blocks(blocks, workers)
-    return index["images"], findings
+
+    def blocks() -> Iterator[Block]:  # one at a time: each holds a file open
+        start = 0
+        for shard in index["shards"]:
+            stop = start + shard["images"]
+            own = {name: column[start:stop] for name, column in columns.items()}
+            start = stop
+            try:
+                block = _packed_block(path, index, shard, own, deep, findings)
+            except (FileNotFoundError, ValueError) as error:
+                findings.append(Finding(shard["name"], None, None, str(error)))
+                block = None
+            if block is not None:
+                yield block
+
+    found = _check_blocks(Tasks(len(index["shards"]), blocks()), index["images"], workers)
+    return index["images"], findings + found
 
 
 def _check_listed_files(path: Path, index: dict[str, Any]) -> list[Finding]:
@@ -109,10 +115,10 @@ def _check_listed_files(path: Path, index: dict[str, Any]) -> list[Finding]:
             listed.append({"file": f"{shard['name']}.{suffix}", "sha256": sha256})
     findings = []
     for entry in listed:
-        if not (path / entry["file"]).is_file():
+        if not files.is_file(path / entry["file"]):
             findings.append(Finding(entry["file"], None, None, "missing"))
             continue
-        sha256 = file_sha256(path / entry["file"])
+        sha256 = files.sha256(path / entry["file"])
         if sha256 != entry["sha256"]:
             problem = f"its sha256 is {sha256}, but {shards.INDEX} says {entry['sha256']}"
             findings.append(Finding(entry["file"], None, None, problem))
@@ -165,7 +171,7 @@ def _check_classes(path: Path, index: dict[str, Any], labels: np.ndarray) -> lis
             problem = f"the classes' sizes are not those of {shards.INDEX}"
             findings.append(Finding(name, None, None, problem))
     names = path / index["identities"]["file"]
-    if names.is_file() and (lines := names.read_bytes().count(b"\n")) != classes:
+    if files.is_file(names) and (lines := names.read_bytes().count(b"\n")) != classes:
         problem = f"{count(lines, 'name')} of {count(classes, 'class', 'classes')}"
         findings.append(Finding(names.name, None, None, problem))
     return findings
@@ -182,11 +188,11 @@ def verify_insightface(
         findings.append(Finding(rec.name, None, None, str(error)))
     file = RecordFile(rec)
     idx = rec.with_suffix(".idx")
-    keys, offsets = read_idx(idx) if idx.exists() else _scan(file)
+    keys, offsets = read_idx(idx) if files.exists(idx) else _scan(file)
     order = np.argsort(offsets, kind="stable")
     keys, offsets = keys[order], offsets[order]
     stated = insightface.read_property(path / "property")
-    ends = [] if idx.exists() or not len(keys) else [0, -1]  # where a walked file may have it
+    ends = [] if files.exists(idx) or not len(keys) else [0, -1]  # where a walked file may have it
     header_at = np.append(offsets[keys == 0], offsets[ends])
     has_header = _has_header(file, header_at)
     blocks = []
@@ -205,7 +211,7 @@ def verify_insightface(
                 (stated[1] if stated else 112) if deep else None,
             )
         )
-    return len(keys), findings + _check_blocks(blocks, workers)
+    return len(keys), findings + _check_blocks(blocks, len(keys), workers)
 
 
 def _scan(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
@@ -231,8 +237,7 @@ def _has_header(file: RecordFile, offsets: np.ndarray) -> bool:
     return False
 
 
-def _check_blocks(blocks: list[Block], workers: int) -> list[Finding]:
-    total = sum(len(block.keys) for block in blocks)
+def _check_blocks(blocks: Iterable[Block], total: int, workers: int) -> list[Finding]:
     results = run_tasks(check_block, blocks, workers, total, "records")
     return [finding for findings in results for finding in findings]
 
@@ -248,7 +253,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be 1 or more")
-    if (args.path / shards.INDEX).is_file():
+    if files.is_file(args.path / shards.INDEX):
         records, findings = verify_packed(args.path, args.deep, args.workers)
     elif rec := insightface.find_rec(args.path):
         records, findings = verify_insightface(args.path, rec, args.deep, args.workers)

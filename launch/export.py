@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import os
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from data_tools import shards
+from data_tools.common import files
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
 from data_tools.decode import decode
 from eval import drop, lfw, session, thresholds_command
@@ -154,12 +154,7 @@ def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         verify=None if pairs is None else verify,
     )  # fmt: skip
     beside = args.out.with_suffix(".export.json")
-    partial = beside.with_name(f".{beside.name}.partial")
-    try:
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, beside)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write_text(beside, json.dumps(report, indent=1) + "\n")
     return report
 
 

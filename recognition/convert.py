@@ -17,7 +17,6 @@ What differs is folded into the weights, so that ours computes what theirs did:
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -29,11 +28,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from recognition import mxnet_params
 from recognition.backbones import BACKBONES
 from recognition.checkpoint.backbone import misfit
-from recognition.checkpoint.directory import sync
 
 WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".safetensors", ".params")
 
@@ -290,13 +289,7 @@ def _write(state: Mapping[str, Tensor], out: Path, facts: dict[str, str]) -> Non
         raise UserError(f"{out}: there is no directory {out.parent}, make it first")
     tensors = {name: value.clone(memory_format=torch.contiguous_format)
                for name, value in state.items()}  # fmt: skip
-    partial = out.with_name(out.name + ".partial")
-    try:
-        safetensors.torch.save_file(tensors, partial, facts)
-        sync(str(partial))
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write_bytes(out, safetensors.torch.save(tensors, facts))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ that they find them. What the numbers mean stands in `metadata_props`.
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from recognition.agreement import BATCH_SIZES, LIMITS, ExportError, Limits, measure
 from recognition.backbones.input import INPUT_SIZE
@@ -134,7 +133,10 @@ def export_onnx(
     check_graph(model, bake.normalise)
     onnx.helper.set_model_props(model, entries)
     try:
-        with written_aside(path, model.SerializeToString()) as aside:
+        with files.replacing(path) as file:  # keeps what stands at `path` until the end
+            aside = Path(file.name)
+            file.write(model.SerializeToString())
+            file.flush()
             agreement = measure(whole, aside, images, prepare)
             agreement.check(limits or LIMITS[precision])
             facts |= agreement.facts()
@@ -144,8 +146,9 @@ def export_onnx(
             entries["agreement"] = json.dumps(facts["cosine"])
             onnx.helper.set_model_props(model, entries)
             content = model.SerializeToString()
-            aside.write_bytes(content)
-            sync(aside)
+            file.seek(0)
+            file.truncate()
+            file.write(content)
     except ExportError as error:
         raise ExportError(f"{error}; {path} was not written") from error
     return {
@@ -205,26 +208,3 @@ def prepared(images: Images, bake: Bake) -> np.ndarray:
     if not bake.normalise:
         pixels = (pixels - PIXEL_MEAN) / PIXEL_STD
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-
-
-@contextmanager
-def written_aside(path: Path, content: bytes) -> Iterator[Path]:
-    """A temporary file of `content` beside `path` that takes its name if the body succeeds."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_bytes(content)
-        sync(aside)
-        yield aside
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Write a file's content, or a directory's names, through to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

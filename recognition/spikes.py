@@ -193,8 +193,4 @@ def roll_back(state: TrainState, why: str) -> str:
 
 def _note(run_dir: str, windows: list[Window]) -> None:
     path = os.path.join(run_dir, _FILE)
-    with open(path + ".new", "w", encoding="utf-8") as file:
-        json.dump(windows, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".new", path)
+    files.write_text(path, json.dumps(windows))

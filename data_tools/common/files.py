@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import resource
 import socket
 import stat
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)  # any other errno says that nobody knows
+_SPARE_FILES = 128  # descriptors, for what a process opens besides its shards
 PARTIAL = ".partial"  # the suffix of everything that is being written
 
 
@@ -57,19 +59,70 @@ def names(directory: str | os.PathLike[str]) -> list[str]:
         raise
 
 
+def make_room(descriptor: int) -> None:
+    """Raise the soft limit of open files to the hard one when `descriptor`, just opened, nears it.
+
+    Data sets of many shards hold a descriptor for each. Processes started later inherit the limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft not in (hard, resource.RLIM_INFINITY) and descriptor + _SPARE_FILES >= soft:
+        with contextlib.suppress(OSError, ValueError):  # a container may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextlib.contextmanager
+def explaining_too_many() -> Iterator[None]:
+    """Add the remedy to the error of a process that has too many files open."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        remedy = (
+            f"{error.strerror}: the limit of this process is {hard}, and a data set needs one for "
+            f"each of its shards; raise it (ulimit -n, LimitNOFILE= of systemd, limits.conf), or "
+            f"pack the set into fewer --shards"
+        )
+        raise OSError(error.errno, remedy, error.filename) from error
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give `path` to an OSError that names no file: of a read, a write or a flush."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        raise
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The content of a file. Raises: OSError naming it."""
+    with naming(path), open(path, "rb") as file:
+        return file.read()
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
+    """The SHA-256 of a file's bytes, in hexadecimal. Raises: OSError naming the file."""
+    with naming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Flush a file's content, or the names in a directory, to disk. Raises: OSError naming it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:
     """Flush the names in a directory to disk: a rename survives a power cut only after this."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)
 
 
 @contextlib.contextmanager
@@ -109,6 +162,17 @@ def replacing(
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(partial)):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+class Plain:
+    """A file with its `write` alone, for numpy.save.
+
+    numpy.save writes a real file past Python, and reports a full disk as "N requested and M
+    written", without errno and name.
+    """
+
+    def __init__(self, file: IO[Any]) -> None:
+        self.write = file.write
 
 
 def _remove_left_over(directory: Path, stem: str) -> None:

@@ -5,7 +5,6 @@ Letters: b images of a batch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from recognition.backbones.input import INPUT_SIZE
-from recognition.checkpoint.directory import sync
 from recognition.inversion.identity import ClosedSet, Identity
 from recognition.inversion.prior import BnPrior, length, total_variation
 from recognition.inversion.settings import Settings
@@ -51,9 +50,7 @@ class Batch:
         """Complete or not at all."""
         tensors = {"images": self.images.detach(), **self.moments}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(tensors, path + ".partial", {"step": str(self.step)})
-        sync(path + ".partial")
-        os.replace(path + ".partial", path)
+        files.write_bytes(path, safetensors.torch.save(tensors, {"step": str(self.step)}))
 
     def load(self, path: str, expected: int) -> None:
         """Raises: ValueError for a file that is not what was written after `expected` steps."""

@@ -6,13 +6,13 @@ Letters: b images.
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 from torch import Tensor
 
+from data_tools.common import files
 from data_tools.decode import decode
 from recognition.backbones.input import INPUT_SIZE
 
@@ -38,9 +38,7 @@ def grid(pixels: np.ndarray, most: int = 64) -> np.ndarray:  # uint8 [b, 112, 11
 def write(path: Path, pixels: np.ndarray) -> None:  # uint8 RGB [h, w, 3]
     """A PNG file, complete or not at all."""
     encoded = cv2.imencode(".png", np.ascontiguousarray(pixels[..., ::-1]))[1]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(encoded.tobytes())
-    os.replace(partial, path)
+    files.write_bytes(path, encoded.tobytes())
 
 
 def read(path: Path) -> np.ndarray:

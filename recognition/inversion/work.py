@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import sys
 import time
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from recognition import collectives
 from recognition.inversion import pictures
@@ -63,9 +63,7 @@ def batches(ids: np.ndarray, rounds: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    files.write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import pytest
 
+import data_tools.__main__
+import eval.__main__
 from data_tools import commands
 from data_tools.common.errors import UserError, UserKeyError, one_line
 
@@ -53,3 +55,26 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(IndexError):
         commands.main("p", "A program.", {"do": (Command, "do it")}, ["do"])
+
+
+@pytest.mark.parametrize("program", [data_tools.__main__, eval.__main__])
+def test_without_arguments_the_commands_are_printed(capsys, monkeypatch, program):
+    monkeypatch.setattr("sys.argv", ["program"])
+    assert program.main() == 2
+    out = capsys.readouterr().out
+    listed = {line.split()[0] for line in out.splitlines() if line.startswith("    ")}
+    assert program._COMMANDS.keys() <= listed
+
+
+def test_an_interrupted_command_says_what_is_left(capsys):
+    class Command:
+        """Is interrupted."""
+
+        add_arguments = staticmethod(lambda parser: None)
+
+        @staticmethod
+        def run(args):
+            raise KeyboardInterrupt("2 shards are kept")
+
+    assert commands.main("p", "A program.", {"do": (Command, "do it")}, ["do"]) == 130
+    assert capsys.readouterr().err == "error: interrupted; 2 shards are kept\n"

@@ -81,10 +81,11 @@ def test_the_command_prints_one_json_line_last(source, tmp_path):
 
 
 def test_mistyped_commands(capsys):
-    for arguments in ([], ["pakc"], ["pack"], ["pack", "a", "b", "--shards", "x"]):
+    for arguments in (["pakc"], ["pack"], ["pack", "a", "b", "--shards", "x"]):
         with pytest.raises(SystemExit) as exit:
             main(arguments)
         assert exit.value.code == 2
+    assert main([]) == 2
     with pytest.raises(SystemExit) as exit:
         main(["pack", "--help"])
     assert exit.value.code == 0

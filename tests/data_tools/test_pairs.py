@@ -100,7 +100,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pairs.pickle, "dump", full)
-    with pytest.raises(OSError, match=r"x\.bin: .*No space left"):
+    with pytest.raises(OSError, match=r"No space left.*x\.bin"):
         write_bin(tmp_path / "x.bin", [b"a", b"b"], np.array([[0, 1]]), np.array([True]))
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
     assert (tmp_path / "x.bin").read_bytes() == b"old"

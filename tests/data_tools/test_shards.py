@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_tools import insightface, shards, verify
+from data_tools.partial import MARKER, mark
 from data_tools.recordio import Header, Writer
 from data_tools.shard_writer import ShardWriter, write_shard
 from tests.real import real
@@ -204,9 +205,10 @@ def test_an_unfinished_data_set_leaves_nothing(tmp_path):
 
 def test_one_writer_at_a_time_and_left_overs_are_cleared(tmp_path):
     (tmp_path / "set.partial" / "deep").mkdir(parents=True)
+    mark(tmp_path / "set.partial")
     (tmp_path / "set.partial" / "train-00000-of-00001.rec").write_bytes(b"half")
     with ShardWriter(tmp_path / "set") as writer:
-        assert list(writer.partial.iterdir()) == []
+        assert [path.name for path in writer.partial.iterdir()] == [MARKER]
         with pytest.raises(FileExistsError, match="another process is writing it"):
             ShardWriter(tmp_path / "set")
         written = [write_shard(writer.partial, "train-00000-of-00001", IMAGES)]
@@ -234,6 +236,7 @@ def test_overwriting_replaces_data_sets_only(packed, tmp_path):
 
 
 def test_a_crash_between_the_two_renames_is_mended(packed):
+    mark(packed)
     packed.rename(packed.with_name("set.replaced"))
     with pytest.raises(FileExistsError, match="--overwrite"):
         ShardWriter(packed)
@@ -244,6 +247,7 @@ def test_a_crash_between_the_two_renames_is_mended(packed):
 def test_a_crash_before_the_removal_of_the_old_set_is_mended(packed, tmp_path, half_removed):
     replaced = packed.with_name("set.replaced")
     shutil.copytree(packed, replaced)
+    mark(replaced)
     if half_removed:
         (replaced / "index.json").unlink()
     with pytest.raises(FileExistsError, match="--overwrite"):
@@ -257,6 +261,7 @@ def test_a_crash_before_the_removal_of_the_old_set_is_mended(packed, tmp_path, h
 
 
 def test_an_empty_directory_does_not_cost_the_old_set(packed, tmp_path):
+    mark(packed)
     packed.rename(packed.with_name("set.replaced"))
     packed.mkdir()  # by a script, after the crash
     with pytest.raises(FileExistsError, match="--overwrite"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import zlib
@@ -26,7 +28,7 @@ from recognition.agreement import Agreement, ExportError
 from recognition.backbones import BACKBONES
 from recognition.export import export_onnx
 from recognition.onnx_graph import check_graph
-from tests.real import real
+from tests.real import ROOT, real
 
 SCRIPT = Path(launch.export.__file__)
 METADATA = {"network": "mbf_tiny", "margin": "arcface", "commit": "abc123"}
@@ -266,10 +268,25 @@ def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(recognition.export.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         export_onnx(Linear().eval(), tmp_path / "x.onnx", metadata={})
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
+    path = tmp_path / "x.onnx"
+    program = (
+        "import os, signal, sys, tests.launch.test_export as t\n"
+        "t.export_onnx(t.Linear().eval(), sys.argv[1], metadata={},\n"
+        "              verify=lambda aside: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left != path
+    export_onnx(Linear().eval(), path, metadata={})
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
