@@ -7,7 +7,6 @@ belongs to the user: it is refused by name and left as it is; so is a link.
 import contextlib
 import errno
 import os
-import shutil
 import stat
 from pathlib import Path
 
@@ -143,7 +142,7 @@ def _empty(directory: Path) -> None:
             continue
         path = directory / name
         if stat.S_ISDIR(path.lstat().st_mode):
-            shutil.rmtree(path)
+            files.remove_tree(path)
         else:
             path.unlink()
 

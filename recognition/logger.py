@@ -133,7 +133,7 @@ def _forget_after(path: str, step: int) -> None:
     if not files.exists(path):
         return
     end = size = 0
-    with open(path, "rb") as lines:
+    with files.naming(path), open(path, "rb") as lines:
         for line in lines:
             size += len(line)
             with contextlib.suppress(ValueError, KeyError, TypeError):

@@ -99,7 +99,7 @@ def names(said: str, path: pathlib.Path) -> bool:
     """Whether a text names a path: itself, or, of a file that is written under another name first,
     its final name or directory."""
     final = pathlib.Path(*(_final(part) for part in path.parts))
-    accepted = [path, final]
+    accepted = [path, path.with_name(final.name), final]
     if final != path or path.name == "journal":
         accepted.append(final.parent)
     return any(

@@ -97,7 +97,7 @@ def kind(path: str) -> str:
     parts = [re.sub(r"[0-9a-f]{12,}|\d+|#", "N", part) for part in path.split("/")]
     if parts[0] == "run" and parts[-2:-1] == ["events"]:
         return "run/events/*"
-    suffix = re.search(r"(\.[a-z]+)+$", parts[-1])
-    if suffix and len(parts) > 1:
-        parts[-1] = "*" + suffix[0]
+    if len(parts) > 1:
+        found = re.search(r"\.(rec|idx|safetensors|json)", parts[-1])
+        parts[-1] = "*" + (found[0].replace("idx", "rec") if found else "")
     return "/".join(parts)
