@@ -99,7 +99,7 @@ def _is_metrics(start: bytes) -> bool:
 
 
 def _is_note(start: bytes) -> bool:
-    return not start or {"step", "signal"} == set(_object(start) or {})
+    return not start or {"step", "signal"} <= set(_object(start) or {})
 
 
 def _is_list(start: bytes) -> bool:

@@ -108,10 +108,14 @@ MAY_IMPORT = {
         "recognition.checkpoint", "recognition.collectives", "recognition.precision",
         "recognition.convert", "eval.embed_onnx",
     ],
+    "recognition/class_rows.py": [
+        "recognition.checkpoint.*", "recognition.checkpoint", "recognition.collectives",
+        "recognition.convert",
+    ],
+    "recognition/changes.py": ["recognition.config", "recognition.build"],
     "recognition/initialise.py": [
-        "recognition.checkpoint", "recognition.checkpoint.*", "recognition.convert",
-        "recognition.head", "data_tools.decode", "data_tools.shards", "data_tools.union",
-        "eval.embed_onnx",
+        "data_tools.decode", "data_tools.shards", "data_tools.union", "eval.embed_onnx",
+        "recognition.class_rows", "recognition.head",
     ],
     "recognition/convert.py": [
         "recognition.mxnet_params", "recognition.backbones", "recognition.checkpoint.backbone",

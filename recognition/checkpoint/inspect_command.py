@@ -5,7 +5,14 @@ import os
 import re
 from typing import Any
 
-from recognition.checkpoint.directory import Damaged, complete, directory_of, find, read_manifest
+from recognition.checkpoint.directory import (
+    PENDING,
+    Damaged,
+    complete,
+    directory_of,
+    find,
+    read_manifest,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +63,7 @@ def describe(path: str) -> dict[str, Any]:
         ],
         "heads": manifest["heads"],
         "metrics": manifest.get("metrics", {}),
+        "verification_pending": bool(manifest.get(PENDING)),
         "skipped": manifest.get("skipped", []),
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "files": manifest["files"],
@@ -72,6 +80,7 @@ def _print(facts: dict[str, Any]) -> None:
     )
     name = " + ".join([str(facts["network"]), *map(str, facts["margins"])])
     scores = "".join(f", {target} {100 * x:.2f} %" for target, x in facts["metrics"].items())
+    scores += ", not yet verified" * facts["verification_pending"]
     print(
         f"{facts['path']}: {name}, {heads}; "
         f"{facts['samples_seen']} samples, saved by {facts['world']} processes, "
