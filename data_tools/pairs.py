@@ -4,9 +4,14 @@ The file is a pickle of (images, issame): 2P encoded images, pair i being images
 P booleans. As in LFW's own list there are ten folds, one after the other, each with its pairs of
 one person first and as many of two people after. A person may appear in several folds, unlike in
 LFW: the folds choose a threshold here, they train nothing.
+
+--hold-out N draws N people of a packed set, whose faces are aligned already, and writes beside
+NAME.bin their names (NAME.txt) and a relabel index that leaves them out of training
+(NAME.relabel.txt), for `relabel SET NAME.relabel.txt`.
 """
 
 import argparse
+import os
 import pickle
 import sys
 from dataclasses import dataclass
@@ -15,11 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from data_tools import relabel as relabelling
+from data_tools import shards
 from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.convert import Conversion, convert_all
 from data_tools.parallel import Advance, run_tasks
-from data_tools.sources import Images, Source, open_source
+from data_tools.sources import Images, RecordSource, Source, open_source
 from data_tools.wording import count
 
 FOLDS = 10
@@ -185,6 +192,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=3000, help="a multiple of 20 (3000)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
     parser.add_argument("--identities", type=Path, help="take only those named in FILE, one a line")
+    parser.add_argument(
+        "--hold-out",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a packed set: draw N people, and write a relabel index that drops them",
+    )
     parser.add_argument("--size", type=int, default=112, help="side of the images in pixels (112)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
 
@@ -192,10 +206,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.out.suffix != ".bin":
         raise UserError(f"{args.out}: the name of a verification set ends in .bin")
-    if args.out.exists() and not args.overwrite:
+    if files.exists(args.out) and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; --overwrite replaces it")
     source = open_source(args.source)
+    held = _draw_people(source, args)
     chosen = np.arange(len(source))
+    if held is not None:
+        chosen = np.flatnonzero(np.isin(source.labels, held))
     if args.identities:
         chosen = np.flatnonzero(np.isin(source.labels, _numbers_of(source, args.identities)))
     skipped = list(source.skipped)
@@ -210,6 +227,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         title="reading faces",
     )
     del made["readable_identities"], made["several_faces"]  # pairs detects nothing
+    relabel = None if held is None else _leave_out(args, source, held)
     for where, reason in skipped:
         print(f"skipped {where}: {reason}", file=sys.stderr)
     print(
@@ -221,7 +239,49 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"warning: {resized_text(made['resized'], made['readable'], args.size)}",
             file=sys.stderr,
         )
+    if relabel is not None:
+        print(
+            f"to leave these {count(args.hold_out, 'person', 'people')} out of training: "
+            f"python -m data_tools relabel {args.source} {relabel}"
+        )
+        made["relabel"] = str(relabel)
     return {**made, "file": str(args.out), "skipped": len(skipped)}
+
+
+def _draw_people(source: Source, args: argparse.Namespace) -> np.ndarray | None:
+    """The numbers of the identities to hold out, None where none are asked for."""
+    if not args.hold_out:
+        return None
+    if args.identities:
+        raise UserError("--hold-out draws the people that --identities names: take one of them")
+    if not isinstance(source, RecordSource):
+        raise UserError(f"--hold-out: {args.source} is not packed yet: use `pack --hold-out`")
+    people = np.unique(source.labels)
+    if not 0 < args.hold_out <= len(people) - 2:
+        raise UserError(
+            f"--hold-out {args.hold_out}: {args.source} holds images of "
+            f"{count(len(people), 'person', 'people')}, and 2 must be left to train on"
+        )
+    drawn = np.random.default_rng([args.seed, 1]).permutation(people)[: args.hold_out]
+    return np.sort(drawn)
+
+
+def _leave_out(args: argparse.Namespace, source: Source, held: np.ndarray) -> Path:
+    """The relabel index that drops these people, beside what is in force; their names beside it."""
+    whole, data = shards.open(args.source, shards.NO_RELABEL), shards.open(args.source)
+    base, old = None, whole.labels
+    numbers = held
+    if data.cleaned is not None:
+        base = relabelling.read(data.cleaned.place)
+        old = relabelling.apply(base, whole.labels)
+        numbers = data.cleaned.classes[held]
+    new = np.where(np.isin(old, numbers), relabelling.DROP, old)
+    index = relabelling.of_labels(whole.fingerprint, whole.num_classes, old, new, base)
+    place = args.out.with_suffix(".relabel.txt")
+    relabelling.write(place, index)
+    names = b"".join(os.fsencode(source.identities[k]) + b"\n" for k in held.tolist())
+    files.write_bytes(args.out.with_suffix(".txt"), names)
+    return Path(place)
 
 
 def _numbers_of(source: Source, path: Path) -> list[int]:

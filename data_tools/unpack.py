@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_tools import shards
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.parallel import Advance, run_tasks
 from data_tools.partial import PartialDirectory
@@ -39,7 +40,9 @@ def to_folder(data: shards.Shards, out: Path, advance: Advance) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             made.add(label)
         suffix = _SUFFIXES.get(encoded[:2], "bin")
-        (folder / f"{i:08d}.{suffix}").write_bytes(encoded)
+        path = folder / f"{i:08d}.{suffix}"
+        with files.naming(path):
+            path.write_bytes(encoded)
         advance(1)
 
 
@@ -70,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     data = shards.open(args.path)
     out = Path(os.path.abspath(args.out))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if files.exists(out) and (not files.is_dir(out) or files.names(out)):
         raise FileExistsError(f"{args.out} exists: choose another directory")
     write = to_folder if args.layout == "folder" else to_insightface
     with PartialDirectory(out) as aside:

@@ -14,6 +14,7 @@ from data_tools.__main__ import main
 from data_tools.canvas import Sheet
 from data_tools.decode import decode
 from data_tools.faces import Person, Pose
+from data_tools.partial import mark
 from data_tools.synthetic import Options, encode, render, synthesize
 from eval.verification import evaluate
 
@@ -161,6 +162,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_what_a_killed_run_left_is_cleared(tmp_path: Path):
     (tmp_path / "faces.partial" / "000000").mkdir(parents=True)
     (tmp_path / "faces.partial" / "000099").mkdir()
+    mark(tmp_path / "faces.partial")
     synthesize(tmp_path / "faces", Options(2, 1))
     assert sorted(files(tmp_path)) == [
         "faces/000000/0000.jpg",
