@@ -12,7 +12,6 @@ an I/O error ends the pack with the path, and nothing is removed.
 
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +99,7 @@ def num_finished(partial: Path) -> int:
 def remove_journal(directory: Path) -> None:
     """Remove the journal from a data set that has its name."""
     if files.exists(directory / _DIRECTORY):
-        shutil.rmtree(directory / _DIRECTORY)
+        files.remove_tree(directory / _DIRECTORY)
 
 
 def is_of_plan(partial: Path, plan: dict[str, Any] | None) -> bool:

@@ -7,7 +7,6 @@ belongs to the user: it is refused by name and left as it is; so is a link.
 import contextlib
 import errno
 import os
-import shutil
 import stat
 from pathlib import Path
 
@@ -41,16 +40,15 @@ class PartialDirectory:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._locked = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
-            check_ours(self.path)
-            lock = out.with_name(f".{out.name}.lock")
             busy = f"{self.path}: another process is writing it"
+            lock = out.with_name(f".{out.name}.lock")
             stack.enter_context(locks.hold(lock, busy, remove=True))
+            check_ours(self.path)
             try:
                 self.path.mkdir()
                 self.is_new = True
             except FileExistsError:
                 self.is_new = False
-            check_ours(self.path)
             mark(self.path)
             if clear:
                 self.clear()
@@ -144,7 +142,7 @@ def _empty(directory: Path) -> None:
             continue
         path = directory / name
         if stat.S_ISDIR(path.lstat().st_mode):
-            shutil.rmtree(path)
+            files.remove_tree(path)
         else:
             path.unlink()
 

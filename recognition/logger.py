@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, Any
@@ -85,7 +86,19 @@ class Logger:
             print(line, flush=True)
 
     def __enter__(self) -> Logger:
+        if self._file is not None:
+            self._excepthook = threading.excepthook
+            threading.excepthook = self._quiet_writer
         return self
+
+    def _quiet_writer(self, failed: threading.ExceptHookArgs) -> None:
+        """The error of TensorBoard's own thread reaches record() too, which reports it on one
+        line: no traceback of the thread."""
+        if not (
+            isinstance(failed.exc_value, OSError)
+            and type(failed.thread).__name__ == "_AsyncWriterThread"
+        ):
+            self._excepthook(failed)
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
@@ -100,6 +113,8 @@ class Logger:
         except OSError as lost:
             lines = self._waiting.count(b"\n")
             self.say(f"warning: {self._events}: {lost}; {lines} records of metrics.jsonl are lost")
+        finally:
+            threading.excepthook = self._excepthook
 
 
 def as_numbers(statistics: Statistics) -> dict[str, float]:
@@ -133,7 +148,7 @@ def _forget_after(path: str, step: int) -> None:
     if not files.exists(path):
         return
     end = size = 0
-    with open(path, "rb") as lines:
+    with files.naming(path), open(path, "rb") as lines:
         for line in lines:
             size += len(line)
             with contextlib.suppress(ValueError, KeyError, TypeError):

@@ -74,7 +74,8 @@ def check_ours(output: str) -> None:
 
 def _start_of(output: str, name: str) -> bytes:
     """What a file begins with."""
-    with open(os.path.join(output, name), "rb") as file:
+    path = os.path.join(output, name)
+    with files.naming(path), open(path, "rb") as file:
         return file.read(_START_BYTES)
 
 
@@ -126,10 +127,8 @@ def write_config(cfg: Config, facts: Mapping[str, Any]) -> None:
     os.makedirs(cfg.output, exist_ok=True)
     path = os.path.join(cfg.output, "config.json")
     text = json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1)
-    if files.exists(path):
-        with open(path, "rb") as file:
-            if file.read() == text.encode():  # a restart needs no room on a full disk
-                return
+    if files.exists(path) and files.read_bytes(path) == text.encode():
+        return  # a restart needs no room on a full disk
     files.write_text(path, text)
 
 

@@ -5,8 +5,10 @@ import errno
 import hashlib
 import os
 import resource
+import shutil
 import socket
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -133,6 +135,23 @@ def write_private(path: str | os.PathLike[str], content: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_tree(path: str | os.PathLike[str]) -> None:
+    """Remove a directory with all that is in it. Raises: OSError naming what cannot be removed.
+
+    shutil.rmtree alone names a file without its directory.
+    """
+
+    def fail(_: object, place: str, error: Any) -> None:
+        error = error[1] if isinstance(error, tuple) else error
+        raise OSError(error.errno, error.strerror, os.fspath(place)) from error
+
+    with naming(path):
+        if sys.version_info >= (3, 12):
+            shutil.rmtree(path, onexc=fail)
+        else:
+            shutil.rmtree(path, onerror=fail)
 
 
 def sync(path: str | os.PathLike[str]) -> None:

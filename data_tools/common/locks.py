@@ -91,8 +91,9 @@ def _lock(path: str, descriptor: int, busy: str) -> None:
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from error
         there = files.status(path)
-        if there is not None and os.path.samestat(there, os.fstat(descriptor)):
-            return
+        with files.naming(path):
+            if there is not None and os.path.samestat(there, os.fstat(descriptor)):
+                return
         # The holder removed the file between our open and our lock: lock the one that is there.
         again = _open(path)
         os.dup2(again, descriptor, inheritable=False)
@@ -231,7 +232,7 @@ def _read(path: str) -> dict[str, Any]:
     It is opened anew each time: NFS then asks its server.
     """
     try:
-        with open(path, "rb") as file:
+        with files.naming(path), open(path, "rb") as file:
             record = json.loads(file.read(_RECORD_BYTES))
     except (FileNotFoundError, ValueError):
         return {}

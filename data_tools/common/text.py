@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -17,8 +18,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
         UserError: UTF-16, or no UTF-8; it names the file, the line and the way on.
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
-        return decode(file.read(), os.fspath(path))
+    return decode(files.read_bytes(path), os.fspath(path))
 
 
 def decode(content: bytes, name: str) -> str:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from typing import IO, Any, NamedTuple
 
@@ -309,7 +308,7 @@ def remove(path: str) -> None:
 def clear(path: str) -> None:
     """Remove what lies there; of a link the link alone."""
     if files.is_dir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
+        files.remove_tree(path)
     else:
         os.unlink(path)
 

@@ -122,11 +122,20 @@ def readable(path: str, name: str) -> Iterator[None]:
 
     Raises:
         Damaged: the file holds no tensors, or not those that the body wants.
-        OSError: it cannot be opened.
+        OSError: it cannot be opened or mapped.
     """
-    with open(os.path.join(path, name), "rb"):
+    full = os.path.join(path, name)
+    with open(full, "rb"):
         pass
     try:
         yield
+    except Damaged:
+        raise
     except safetensors.SafetensorError as error:
-        raise Damaged(f"{os.path.join(path, name)} is damaged: {error}") from error
+        raise Damaged(f"{full} is damaged: {error}") from error
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        if isinstance(error, RuntimeError) and f"<{full}>" not in str(error):
+            raise  # not torch's own, of a file that it cannot map
+        raise OSError(f"{full}: {error}") from error

@@ -107,8 +107,7 @@ def reports(partial: str, world: int) -> Entries | None:
     found: Entries = {}
     for rank in range(world):
         try:
-            with open(_report(partial, rank), encoding="utf-8") as file:
-                found |= json.load(file)
+            found |= json.loads(files.read_bytes(_report(partial, rank)))
         except FileNotFoundError:
             return None
     return found

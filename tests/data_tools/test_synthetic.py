@@ -2,7 +2,6 @@
 
 import errno
 import json
-import time
 from dataclasses import astuple
 from pathlib import Path
 
@@ -104,17 +103,6 @@ def test_pixels_do_not_tell_people_apart():
         flat = features.reshape(len(features), -1).astype(np.float64)
         flat /= np.linalg.norm(flat, axis=1, keepdims=True)
         assert 0.45 < evaluate(flat, np.array(issame))["accuracy_mean"] < 0.75
-
-
-def test_five_hundred_a_second_on_one_core():
-    encode(0, 0, 0)  # what is made once
-    times = []
-    for identity in range(8):
-        began = time.thread_time()
-        for image in range(25):
-            encode(0, identity, image)
-        times.append((time.thread_time() - began) / 25)
-    assert min(times) < 1 / 500
 
 
 def test_any_number_of_processes_writes_the_same_files(

@@ -30,10 +30,8 @@ def test_sigusr1_to_one_rank_saves_on_all_and_ends_torchrun(shards_dir, tmp_path
     torchrun = [*LOCAL, "--max-restarts", 3]
     with Run(tmp_path / "log", output, torchrun, keys_for(shards_dir)) as run:
         run.wait_for_step(3)
-        began = time.monotonic()
         os.kill(run.workers()[1], signal.SIGUSR1)
         assert run.agent.wait(60) != 0
-        assert time.monotonic() - began < 30
         note = json.loads((output / "stopped.json").read_text())
         assert note == {"step": run.step(), "signal": "SIGUSR1"} and saved(output) == run.step()
         assert run.text().count("stopped by SIGUSR1") == 1

@@ -1,0 +1,103 @@
+"""Which single faults a recorded run can have."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from tests.faults.shim import Call, Position
+
+# With what an operation fails: what disks and network file systems answer.
+ERRORS = {
+    "stat": (errno.ESTALE, errno.EIO),
+    "access": (errno.ESTALE,),
+    "fstat": (errno.ESTALE,),
+    "open": (errno.EIO, errno.ESTALE, errno.EMFILE),
+    "opendir": (errno.EIO, errno.ESTALE),
+    "readdir": (errno.EIO,),
+    "read": (errno.EIO, errno.ESTALE),
+    "mmap": (errno.ENOMEM,),
+    "create": (errno.ENOSPC, errno.EACCES),
+    "write": (errno.ENOSPC, errno.EIO),
+    "truncate": (errno.ENOSPC,),
+    "fsync": (errno.EIO, errno.ENOSPC),
+    "mkdir": (errno.ENOSPC,),
+    "rename": (errno.EIO, errno.ENOSPC),
+    "link": (errno.EIO,),
+    "unlink": (errno.EIO,),
+    "rmdir": (errno.EIO,),
+    "chmod": (errno.EPERM,),
+    "flock": (errno.ENOLCK, errno.EIO),
+}
+# After which the state on the disk is another one: a kill there is a fault of its own.
+CHANGES = {"create", "write", "truncate", "fsync", "mkdir", "rename", "link", "unlink", "rmdir"}
+# Calls on one open file: of a long row of them the first, the second and the last are tried.
+_ROWS = {"read", "write", "fsync", "readdir", "fstat"}
+
+
+def calls(*recordings: Iterable[Call]) -> list[Call]:
+    """The calls that all recorded runs have in common, in order."""
+    first, *others = recordings
+    seen = [set(other) for other in others]
+    return [call for call in first if all(call in other for other in seen)]
+
+
+def every(recorded: list[Call]) -> list[Position]:
+    """Every distinct call and path, with each of its errors, and a kill where it changes something.
+
+    A call that comes again on the same path is another position; of the many reads or writes of one
+    file the first two and the last are.
+    """
+    last = Counter((call.operation, call.path) for call in recorded)
+    chosen = [
+        call
+        for call in recorded
+        if call.operation not in _ROWS
+        or call.occurrence <= 2
+        or call.occurrence == last[call.operation, call.path]
+    ]
+    return [position for call in chosen for position in _faults(call)]
+
+
+def one_of_a_kind(recorded: list[Call], seen: set[tuple[str, str]]) -> list[Position]:
+    """Of each operation on each kind of file that is not in `seen` one position, which then is:
+    an error at the first call and a kill after the last in turn, of a rename both."""
+    found: dict[tuple[str, str], list[Call]] = {}
+    for call in recorded:
+        found.setdefault((call.operation, kind(call.path)), []).append(call)
+    chosen = []
+    for number, key in enumerate(key for key in found if key not in seen):
+        fails, last = _faults(found[key][0])[0], _faults(found[key][-1])[-1]
+        if key[0] == "rename":
+            chosen += [fails, last]
+        else:
+            chosen.append(last if number % 2 and key[0] in CHANGES else fails)
+    seen |= found.keys()
+    return chosen
+
+
+def slow(recorded: list[Call], milliseconds: int) -> list[Position]:
+    """Each file's last fsync takes long."""
+    last = {call.path: call for call in recorded if call.operation == "fsync"}
+    return [Position(call, "s", milliseconds) for call in last.values()]
+
+
+def _faults(call: Call) -> list[Position]:
+    faults = [Position(call, "e", number) for number in ERRORS[call.operation]]
+    return faults + [Position(call, "k", 0)] * (call.operation in CHANGES)
+
+
+def kind(path: str) -> str:
+    """The path without what tells files of one kind apart: numbers, digests, names of files. Those
+    of a data set that is only read are of one kind."""
+    if re.match(r"(set|faces)/", path):
+        return re.match(r"\w+", path)[0]
+    parts = [re.sub(r"[0-9a-f]{12,}|\d+|#", "N", part) for part in path.split("/")]
+    if parts[0] == "run" and parts[-2:-1] == ["events"]:
+        return "run/events/*"
+    if len(parts) > 1:
+        found = re.search(r"\.(rec|idx|safetensors|json)", parts[-1])
+        parts[-1] = "*" + (found[0].replace("idx", "rec") if found else "")
+    return "/".join(parts)
