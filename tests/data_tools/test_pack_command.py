@@ -76,6 +76,7 @@ def test_the_command_prints_one_json_line_last(source, tmp_path):
         "pairs_asked": 0,
         "pairs_made": 0,
         "verification": [],
+        "left_out": {},
     }
     assert "images" in error and "31/31" in error  # the progress
 
