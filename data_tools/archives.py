@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools import zip_index
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.image_file import HEAD, Chooser
 from data_tools.listing import Names, back_slashes, number_by_name, repeated
@@ -30,12 +31,12 @@ _MAX_IMAGE = 1 << 28  # bytes: what claims more is damage, or meant to fill the 
 
 
 def is_archive(path: Path) -> bool:
-    return path.name.lower().endswith(ARCHIVES) and path.is_file()
+    return path.name.lower().endswith(ARCHIVES) and files.is_file(path)
 
 
 def refuse_packed(path: Path) -> None:
     """Raises: ValueError for an archive in which no file can be found without unpacking all."""
-    if path.name.lower().endswith(_PACKED_TARS) and path.is_file():
+    if path.name.lower().endswith(_PACKED_TARS) and files.is_file(path):
         raise UserError(
             f"{path}: a compressed archive cannot be read in place; unpack it once, for example to "
             f"a plain tar: gunzip, bunzip2 or unxz"

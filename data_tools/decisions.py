@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools import relabel
+from data_tools.common import files
 from data_tools.shards import NO_RELABEL, Shards
 from data_tools.shards import open as open_shards
 
@@ -20,7 +21,7 @@ def write_decision(path: Path, data: Shards, new: np.ndarray) -> relabel.Relabel
     new: int64 [M] in the numbering of `data` (C or more: a new class), or relabel.DROP. Decisions
     that `data` was opened with stay in force: the index replaces the one there is.
     """
-    if path.exists():
+    if files.exists(path):
         raise FileExistsError(f"{path} exists: choose another name, or remove it")
     if data.cleaned is None:
         whole, full = data, new

@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 
 DETECT_SIDE = 640  # pixels
@@ -70,7 +71,7 @@ def find_face(image: np.ndarray, detector: str) -> tuple[np.ndarray, int]:
 @functools.cache
 def open_detector(path: str) -> Detector:
     """The detector in an ONNX file. Raises: FileNotFoundError, ValueError if it is no such file."""
-    if not Path(path).is_file():
+    if not files.is_file(Path(path)):
         raise FileNotFoundError(f"--detector {path}: no such file")
     import onnx
 

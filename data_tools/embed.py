@@ -47,7 +47,7 @@ def embed(
         "network": facts, **({"resize": True} if resize else {}),
     }  # fmt: skip
     files.make_private(out)
-    if (out / features.INDEX).is_file():
+    if files.is_file(out / features.INDEX):
         there = features.read_index(out)
         if differ := [k for k in {**there, **index} if there.get(k) != index.get(k)]:
             raise FileExistsError(
@@ -60,7 +60,7 @@ def embed(
     todo = [
         (start, stop)
         for b, (start, stop) in enumerate(features.blocks(len(data), block))
-        if b % part[1] == part[0] and not features.block_path(out, start, stop).is_file()
+        if b % part[1] == part[0] and not files.is_file(features.block_path(out, start, stop))
     ]
 
     others: list[int] = []  # images that were resized; threads append to it
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     missing = [
         start
         for start, stop in features.blocks(len(data), args.block)
-        if not features.block_path(args.out, start, stop).is_file()
+        if not files.is_file(features.block_path(args.out, start, stop))
     ]
     print(
         f"{args.out}: {count(len(data), 'image')}, {count(made, 'block')} made, "

@@ -38,7 +38,7 @@ class Features:
         self._files = []
         for start, stop in blocks(self.num_images, self._block):
             path = block_path(directory, start, stop)
-            if not path.is_file():
+            if not files.is_file(path):
                 raise FileNotFoundError(
                     f"{path} is missing: run embed again, it goes on from there"
                 )

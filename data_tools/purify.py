@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools import relabel, shards
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.decisions import before_cleaning, write_decision
 from data_tools.features import Features
@@ -33,7 +34,7 @@ class Centres:
     def __init__(self, run: Path, head: int = 0) -> None:
         from recognition import checkpoint  # torch: seconds to import
 
-        found = run if (run / "manifest.json").is_file() else checkpoint.newest(str(run))
+        found = run if files.is_file(run / "manifest.json") else checkpoint.newest(str(run))
         if found is None:
             raise FileNotFoundError(f"{run}: neither a checkpoint nor a run directory with one")
         self.path = Path(found)

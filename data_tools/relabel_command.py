@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import relabel, shards
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.wording import count
 
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         shards.open(args.path, args.index)  # fits, or says why not
         relabel.write(place, relabel.read(args.index))
     elif args.remove:
-        if not place.is_file():
+        if not files.is_file(place):
             raise FileNotFoundError(f"{place}: nothing is in force")
         place.unlink()
     data = shards.open(args.path)
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"{data.num_classes} of {count(whole.num_classes, 'class', 'classes')}"
     )
     return {
-        "path": str(args.path), "in_force": place.is_file(),
+        "path": str(args.path), "in_force": files.is_file(place),
         "images": data.num_images, "classes": data.num_classes,
         "images_before": whole.num_images, "classes_before": whole.num_classes,
     }  # fmt: skip

@@ -26,7 +26,7 @@ import numpy as np
 
 from data_tools import insightface
 from data_tools import relabel as relabelling
-from data_tools.common import arrays
+from data_tools.common import arrays, files
 from data_tools.common.errors import UserError
 from data_tools.common.files import read_bytes
 from data_tools.recordio import Header, RecordFile
@@ -56,15 +56,15 @@ class Shards:
         self,
         path: Path,
         index: dict[str, Any],
-        files: list[RecordFile],
+        record_files: list[RecordFile],
         offsets: np.ndarray,  # int64 [N] byte of each record in its file
         labels: np.ndarray | None,  # int64 [N]; None: they stand in the records only
         cleaned: "Cleaned | None" = None,
     ) -> None:
         self.path = path
-        self._opened = path if index["format"] == FORMAT else files[0].path
+        self._opened = path if index["format"] == FORMAT else record_files[0].path
         self.index = index
-        self.files = files
+        self.files = record_files
         self.offsets = offsets
         # Shard s holds the images starts[s] .. starts[s + 1] - 1.
         self.starts = [0, *itertools.accumulate(shard["images"] for shard in index["shards"])]
@@ -181,7 +181,7 @@ class Shards:
     def bin_path(self, name: str) -> Path:
         """The verification set `<name>.bin`. Raises: FileNotFoundError listing those there are."""
         path = self.path / f"{name.removesuffix('.bin')}.bin"
-        if not path.is_file():
+        if not files.is_file(path):
             there = ", ".join(bin.stem for bin in self.bin_paths()) or "none"
             raise FileNotFoundError(f"{path}: no such verification set; there are: {there}")
         return path
@@ -227,17 +227,17 @@ def open(
     path = Path(path)
     data = _open(path, walk, tolerant)
     place = data.path / relabelling.NAME if relabel is None else relabel
-    if place == NO_RELABEL or (relabel is None and not place.is_file()):
+    if place == NO_RELABEL or (relabel is None and not files.is_file(place)):
         return data
     return _cleaned(data, place)
 
 
 def _open(path: Path, walk: bool, tolerant: bool) -> Shards:
-    if path.suffix == ".rec" and path.is_file():
+    if path.suffix == ".rec" and files.is_file(path):
         return _open_insightface(path.parent, path, walk, tolerant)
-    if not path.is_dir():
+    if not files.is_dir(path):
         raise FileNotFoundError(f"{path}: no such directory")
-    if (path / INDEX).is_file():
+    if files.is_file(path / INDEX):
         return _open_packed(path)
     rec = insightface.find_rec(path)
     if rec is None and (several := sorted(file.name for file in path.glob("*.rec"))):
@@ -304,22 +304,22 @@ def read_index(path: Path) -> dict[str, Any]:
 
 def _open_packed(path: Path) -> Shards:
     index = read_index(path)
-    files = []
+    record_files = []
     for shard in index["shards"]:
         rec = path / f"{shard['name']}.rec"
-        if not rec.is_file():
+        if not files.is_file(rec):
             raise FileNotFoundError(f"{rec}: missing, though {INDEX} lists it")
-        files.append(RecordFile(rec))
-        if files[-1].size != shard["bytes"]:
+        record_files.append(RecordFile(rec))
+        if record_files[-1].size != shard["bytes"]:
             raise UserError(
-                f"{rec}: {files[-1].size} bytes, but {INDEX} says {shard['bytes']}: the copy is "
-                f"incomplete, or the file was changed"
+                f"{rec}: {record_files[-1].size} bytes, but {INDEX} says {shard['bytes']}: the copy "
+                f"is incomplete, or the file was changed"
             )
     offsets, labels = (
         load_column(path / index[column]["file"], index["images"])
         for column in ("offsets", "labels")
     )
-    return Shards(path, index, files, offsets, labels)
+    return Shards(path, index, record_files, offsets, labels)
 
 
 def load_column(path: Path, count: int) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 
 from data_tools import shards
 from data_tools.archives import ArchiveSource, is_archive, refuse_packed
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.decode import is_image as is_image  # for those who count images before packing
 from data_tools.files import FolderSource, stamp
@@ -74,16 +75,16 @@ def open_source(
     path = Path(path)
     refuse_packed(path)
     archives = [path] if is_archive(path) else []
-    if path.is_dir() and not (path / shards.INDEX).is_file():
+    if files.is_dir(path) and not files.is_file(path / shards.INDEX):
         archives = sorted(entry for entry in path.iterdir() if is_archive(entry))
     records = path.suffix == ".rec" or (
-        path.is_dir() and ((path / shards.INDEX).is_file() or any(path.glob("*.rec")))
+        files.is_dir(path) and (files.is_file(path / shards.INDEX) or any(path.glob("*.rec")))
     )
     if relabel is not None and not records:
         raise UserError(f"--relabel {relabel}: {path} is no set of records, whose images it counts")
-    if not path.exists():
+    if not files.exists(path):
         raise FileNotFoundError(f"{path}: no such directory or file")
-    if level and (records or archives or not path.is_dir()):
+    if level and (records or archives or not files.is_dir(path)):
         raise UserError(f"--identity-level {level}: {path} is no folder of folders")
     if records:
         return RecordSource(path, relabel, walk)
@@ -91,7 +92,7 @@ def open_source(
         return ArchiveSource(path, archives)
     if path.suffix == ".lst":
         return ListSource(path, root)
-    if path.is_dir():
+    if files.is_dir(path):
         return FolderSource(path, nested, level)
     raise UserError(f"{path}: neither a directory nor a .rec, .lst, .zip or .tar")
 

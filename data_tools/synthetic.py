@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 
 from data_tools.canvas import SIZE
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.faces import Drawn, Person, Pose, span
 from data_tools.parallel import Advance, run_tasks
@@ -181,7 +182,7 @@ def synthesize(out: Path, options: Options, workers: int = 1) -> dict[str, Any]:
 
 def _is_made(out: Path, parameters: dict[str, Any]) -> bool:
     """Whether `out` holds these pictures; False if it is free. Raises: FileExistsError."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not files.exists(out) or (files.is_dir(out) and not any(out.iterdir())):
         return False
     try:
         was = json.loads((out / PARAMETERS).read_bytes())

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from eval.contract import InputContract, read_json, sidecar
 from eval.embed_onnx import OnnxEmbedder
@@ -61,16 +62,16 @@ def open_embedder(
     stated: dict[str, Any] = {}
     source = "the flags"
     beside = Path(contract_file) if contract_file else sidecar(path)
-    if contract_file or beside.is_file():
+    if contract_file or files.is_file(beside):
         stated, source = read_json(beside), str(beside)
     if changes:
         stated, source = stated | dict(changes), f"{source} and the flags" if stated else source
-    if path.is_dir():
+    if files.is_dir(path):
         if stated:
             raise UserError(f"{path}: the input of a run is known (RGB, (pixel - 127.5) / 127.5): "
                              f"{source} must not state another")  # fmt: skip
         return TorchEmbedder(*_from_run(path), batch_size)
-    if not path.is_file():
+    if not files.is_file(path):
         raise FileNotFoundError(f"no run directory, backbone file or .onnx file at {path}")
     if path.suffix in WEIGHT_FILES:
         contract = InputContract().changed(stated, source)
@@ -81,7 +82,7 @@ def open_embedder(
 def _from_run(path: Path) -> tuple[nn.Module, dict[str, object], str]:
     module, config = checkpoint.load_backbone(str(path))
     whole = path / "manifest.json"
-    found = str(path) if whole.is_file() else checkpoint.newest(str(path))
+    found = str(path) if files.is_file(whole) else checkpoint.newest(str(path))
     assert found is not None
     manifest = checkpoint.read_manifest(found)
     facts = {

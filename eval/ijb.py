@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.common.text import numbered_lines
 from data_tools.landmarks import five_points
@@ -68,7 +69,7 @@ def open_benchmark(directory: str | Path, name: str) -> Benchmark:
     """
     directory = Path(directory)
     for candidate in (directory / name, directory):
-        if (candidate / "meta").is_dir():
+        if files.is_dir(candidate / "meta"):
             return Benchmark(name, candidate)
     raise FileNotFoundError(
         f"{directory}: no folder {name}/meta in it. {name} is to be asked for at NIST "
@@ -115,7 +116,7 @@ def read_faces(benchmark: Benchmark) -> Faces:
         raise UserError(f"{of_points}: {row} rows for the {len(names)} of {of_faces}")
     root = benchmark.directory / "loose_crop"
     images = Files(benchmark.name, root, names, points)
-    absent = [name for name in names if not (root / name).is_file()]
+    absent = [name for name in names if not files.is_file(root / name)]
     if absent:
         raise FileNotFoundError(f"{root}: {len(absent)} of {len(names)} faces are absent, the "
                                 f"first {absent[0]}")  # fmt: skip
@@ -217,7 +218,7 @@ def _in(value: int, known: NDArray) -> bool:
 
 
 def _open(path: Path) -> Path:
-    if not path.is_file():
+    if not files.is_file(path):
         raise FileNotFoundError(
             f"{path}: not there; it belongs to the protocol lists (meta) of the IJB package that "
             "InsightFace's recognition/_evaluation_/ijb names, the images to NIST's"

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.common.text import numbered_lines
 from data_tools.image_file import is_image_name
@@ -141,7 +142,7 @@ def _search(
 
 
 def _rows(path: Path, width: int) -> Iterator[tuple[str, list[str]]]:
-    if not path.is_file():
+    if not files.is_file(path):
         raise FileNotFoundError(f"{path}: not there; IJB-S and its protocol are to be asked for at "
                                 "NIST (Kalka et al., BTAS 2018)")  # fmt: skip
     for number, line in numbered_lines(path):
@@ -155,7 +156,7 @@ def _rows(path: Path, width: int) -> Iterator[tuple[str, list[str]]]:
 
 def _faces(root: Path, wanted: set[tuple[str, str]]) -> tuple[list[str], list[tuple[str, str]]]:
     """(paths below root, (subject, file of the protocol) of each) of all faces that are wanted."""
-    if not root.is_dir():
+    if not files.is_dir(root):
         raise FileNotFoundError(f"{root}: no such directory of aligned faces")
     stems = {(subject, os.path.splitext(file)[0].replace("/", "_")): (subject, file)
              for subject, file in wanted}  # fmt: skip

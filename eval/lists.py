@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.common.text import numbered_lines
 from data_tools.landmarks import five_points, points_of, read_landmarks
@@ -101,7 +102,7 @@ def read_faces(
     columns = table.columns
     paths = columns["image"]
     base = Path(root) if root is not None else Path(path).parent
-    absent = [row for row, name in enumerate(paths) if not (base / name).is_file()]
+    absent = [row for row, name in enumerate(paths) if not files.is_file(base / name)]
     if absent:
         raise FileNotFoundError(
             f"{table.where(absent[0])}: no image {base / paths[absent[0]]}"

@@ -12,7 +12,6 @@ Letters: P pairs, N images.
 """
 
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools import landmarks as points
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.common.files import is_file
 from data_tools.common.text import numbered_lines
@@ -81,9 +81,9 @@ def load_list(
         OSError: the list cannot be read.
     """
     path = Path(list_path)
-    if not path.exists():
+    if not files.exists(path):
         raise FileNotFoundError(f"{path}: no such list of pairs; {_source(path.name)}")
-    if not os.path.isdir(image_dir):
+    if not files.is_dir(image_dir):
         raise FileNotFoundError(f"{image_dir}: no such directory of images (of {path})")
     name, listed = read_list(path)
     found = {text: _find(Path(image_dir), text) for text in _texts(listed)}
@@ -104,17 +104,17 @@ def load_list(
     if np.count_nonzero(np.diff([pair.same for pair in listed])) <= 1:
         kept = [kept[i] for i in evenly(issame)]
         issame = np.array([pair.same for pair in kept])
-    files = {text: number for number, text in enumerate(_texts(kept))}
-    paths = [str(found[text]) for text in files]
+    numbers = {text: number for number, text in enumerate(_texts(kept))}
+    paths = [str(found[text]) for text in numbers]
     images = Files(name, image_dir, paths, points_of(paths, landmarks), resize)
-    first = np.array([files[pair.first] for pair in kept])
-    second = np.array([files[pair.second] for pair in kept])
+    first = np.array([numbers[pair.first] for pair in kept])
+    second = np.array([numbers[pair.second] for pair in kept])
     return Pairs(name, images, first, second, issame, tuple(missing))
 
 
 def read_list(path: Path) -> tuple[str, list[Listed]]:
     """(name of the set, its pairs) of a list in any of the formats."""
-    if path.is_dir():
+    if files.is_dir(path):
         return f"cfp_{path.name.lower()}", list(_cfp(path))
     if path.suffix == ".mat":
         return path.stem, list(_agedb(path))
@@ -196,8 +196,8 @@ def _cfp(split: Path) -> Iterable[Listed]:
     kinds = {"FP": ("F", "P"), "FF": ("F", "F")}.get(split.name.upper())
     if kinds is None:
         raise UserError(f"{split}: of CFP's Protocol/Split, name the folder FP or FF")
-    files = [_cfp_images(protocol / f"Pair_list_{kind}.txt") for kind in kinds]
-    folds = sorted(x for x in split.iterdir() if x.is_dir())
+    tables = [_cfp_images(protocol / f"Pair_list_{kind}.txt") for kind in kinds]
+    folds = sorted(x for x in split.iterdir() if files.is_dir(x))
     if not folds:
         raise FileNotFoundError(f"{split}: no folders 01 .. 10 in it; {_source('cfp')}")
     for fold in folds:
@@ -205,16 +205,16 @@ def _cfp(split: Path) -> Iterable[Listed]:
             for i, line in numbered_lines(fold / name):
                 numbers = line.split(",")
                 if len(numbers) != 2 or not all(
-                    x.strip() in table for x, table in zip(numbers, files, strict=True)
+                    x.strip() in table for x, table in zip(numbers, tables, strict=True)
                 ):
                     raise UserError(f"{fold / name}:{i}: {line[:200]!r} is not 'i,j' of numbers "
                                      f"in {protocol}/Pair_list_*.txt")  # fmt: skip
-                one, other = (t[x.strip()] for x, t in zip(numbers, files, strict=True))
+                one, other = (t[x.strip()] for x, t in zip(numbers, tables, strict=True))
                 yield Listed(f"{fold / name}:{i}", one, other, same)
 
 
 def _cfp_images(path: Path) -> dict[str, str]:
-    if not path.is_file():
+    if not files.is_file(path):
         raise FileNotFoundError(f"{path}: not there; {_source('cfp')}")
     table = {}
     for i, line in numbered_lines(path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.wording import count
 from eval import lfw_command, lists, pair_lists, results, roc, session, templates
@@ -82,7 +83,7 @@ def _of_images(args: argparse.Namespace, table: lists.Table, issame) -> pair_lis
         np.array([numbers.setdefault(text, len(numbers)) for text in table.columns[side]])
         for side in ("first", "second")
     )
-    absent = [text for text in numbers if not (base / text).is_file()]
+    absent = [text for text in numbers if not files.is_file(base / text)]
     if absent:
         row = next(i for i in range(len(issame)) if absent[0] in
                    (table.columns["first"][i], table.columns["second"][i]))  # fmt: skip

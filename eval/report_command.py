@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> dict:
         name: results.load_all(results_of(path))
         for name, path in zip(names, args.runs, strict=True)
     }
-    around = args.runs[0] if (args.runs[0] / "metrics.jsonl").is_file() else None
+    around = args.runs[0] if files.is_file(args.runs[0] / "metrics.jsonl") else None
     report.write(out, models, around if len(models) == 1 else None)
     Console(stderr=args.json).print(f"report: {out}", soft_wrap=True)
     return {
@@ -52,9 +53,9 @@ def run(args: argparse.Namespace) -> dict:
 
 def results_of(path: Path) -> Path:
     """Where the results of a run lie, or the directory of results itself."""
-    if not path.is_dir():
+    if not files.is_dir(path):
         raise FileNotFoundError(f"{path}: no such run directory")
-    return path / "eval" if (path / "eval").is_dir() else path
+    return path / "eval" if files.is_dir(path / "eval") else path
 
 
 def _labels(runs: list[Path]) -> list[str]:

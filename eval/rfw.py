@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from eval import pair_lists, results, roc, session, verification
 from eval.verify import ACCURACY
@@ -67,7 +68,7 @@ def _read(args: argparse.Namespace, group: str) -> pair_lists.Pairs:
     images = (args.aligned or args.directory / "test" / "data") / group
     landmarks = None if args.aligned else lists / f"{group}_lmk.txt"
     for path in (lists / f"{group}_pairs.txt", landmarks):
-        if path is not None and not path.is_file():
+        if path is not None and not files.is_file(path):
             raise FileNotFoundError(f"{path}: not there; RFW is to be asked for at "
                                     "whdeng.cn/RFW")  # fmt: skip
     pairs = pair_lists.load_list(lists / f"{group}_pairs.txt", images, landmarks, args.resize)

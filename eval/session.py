@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_tools.common import files
+
 if TYPE_CHECKING:  # torch is loaded by Session: --help and mistakes answer at once
     from eval.embed import Embedder
     from eval.extract import Features
@@ -77,7 +79,7 @@ def positive(text: str) -> int:
 def run_dir(model: Path) -> Path | None:
     """The run directory around a model: itself, that of its ONNX file or of its checkpoint."""
     around = (model, *model.resolve().parents[:2])
-    return next((path for path in around if (path / "metrics.jsonl").is_file()), None)
+    return next((path for path in around if files.is_file(path / "metrics.jsonl")), None)
 
 
 def results_dir(model: Path, given: Path | None) -> Path | None:

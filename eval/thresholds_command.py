@@ -124,7 +124,7 @@ def of_run(run_dir: Path) -> dict[str, Any] | None:
         ValueError: the file is damaged.
     """
     path = run_dir / FILE
-    if not path.is_file():
+    if not files.is_file(path):
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

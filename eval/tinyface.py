@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.image_file import is_image_name
 from eval import identification, identify_command, session, templates
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> dict | None:
     distractors = _listed(root / "Gallery_Distractor") if args.distractors else []
     names = {"Gallery_Match": gallery[0], "Gallery_Distractor": distractors, "Probe": probes[0]}
     paths = [os.path.join(folder, name) for folder in FOLDERS for name in names[folder]]
-    absent = [path for path in paths if not (root / path).is_file()]
+    absent = [path for path in paths if not files.is_file(root / path)]
     if absent:
         raise FileNotFoundError(f"{root}: {len(absent)} of {len(paths)} images are absent, the "
                                 f"first {absent[0]}")  # fmt: skip
@@ -84,7 +85,7 @@ def read_ids(path: Path, kind: str) -> tuple[list[str], NDArray[np.int64]]:
     """
     from scipy.io import loadmat  # no pickle: numbers, text, cells and structures
 
-    if not path.is_file():
+    if not files.is_file(path):
         raise FileNotFoundError(f"{path}: not there; TinyFace comes with it, from "
                                 "qmul-tinyface.github.io")  # fmt: skip
     try:
@@ -106,7 +107,7 @@ def _text(cell: Any) -> str:
 
 def _testing_set(directory: Path) -> Path:
     for candidate in (directory / "Testing_Set", directory / "tinyface" / "Testing_Set", directory):
-        if (candidate / "probe_img_ID_pairs.mat").is_file():
+        if files.is_file(candidate / "probe_img_ID_pairs.mat"):
             return candidate
     raise FileNotFoundError(
         f"{directory}: no Testing_Set/probe_img_ID_pairs.mat in it; TinyFace is to be had from "
@@ -115,7 +116,7 @@ def _testing_set(directory: Path) -> Path:
 
 
 def _listed(folder: Path) -> list[str]:
-    if not folder.is_dir():
+    if not files.is_dir(folder):
         raise FileNotFoundError(f"{folder}: no such folder; --no-distractors searches without it")
     return sorted(
         os.path.relpath(os.path.join(where, name), folder)

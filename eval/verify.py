@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common import files
 from eval import bootstrap, results, roc, verification
 from eval.contract import InputContract
 from eval.extract import Features
@@ -115,7 +116,7 @@ def contract_is_known(session: Session) -> bool:
     """Whether nobody can be wrong about it: a run, or our export fed as its metadata say."""
     metadata = session.embedder.facts.get("metadata")
     if not isinstance(metadata, dict):
-        return Path(session.args.model).is_dir()
+        return files.is_dir(Path(session.args.model))
     return "mean" in metadata and InputContract.from_metadata(metadata) == session.embedder.contract
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_tools.common import files
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
 from data_tools.pairs import PAIRS_STEP
 from data_tools.sources import is_image
@@ -89,7 +90,7 @@ def _run_all(out: Path, data: Path | None, steps: int | None, resize: bool) -> N
         ])  # fmt: skip
     else:
         faces = data.resolve()
-        if not faces.is_dir():
+        if not files.is_dir(faces):
             raise NotADirectoryError(f"{data}: expected a directory of identities, each of images")
     _step("pack them into shards, some people held out", [
         *python, "data_tools", "pack", str(faces), str(shards), "--shards", "4",

@@ -172,7 +172,7 @@ def check(args: argparse.Namespace) -> None:
     """Raises: ValueError for what cannot be asked, OSError for an output that cannot be."""
     if args.out.suffix != ".onnx":
         raise UserError(f"{args.out}: name the output *.onnx, by which readers know it")
-    if not args.out.parent.is_dir():
+    if not files.is_dir(args.out.parent):
         raise OSError(f"cannot write {args.out}: {args.out.parent} is not a directory")
     if args.max_pairs < 0:
         raise UserError(f"--max-pairs {args.max_pairs}: 0 (do not verify) or more")
@@ -229,8 +229,8 @@ def pairs_of(args: argparse.Namespace, config: dict[str, Any], rec: str) -> lfw.
         asked = [
             Path(rec) / f"{name.removesuffix('.bin')}.bin" for name in config.get("val_targets", [])
         ]
-        there = sorted(Path(rec).glob("*.bin")) if Path(rec).is_dir() else []
-        path = next((path for path in [*asked, *there] if path.is_file()), None)
+        there = sorted(Path(rec).glob("*.bin")) if files.is_dir(Path(rec)) else []
+        path = next((path for path in [*asked, *there] if files.is_file(path)), None)
     return None if path is None else lfw.load_bin(path)
 
 
@@ -287,7 +287,7 @@ def images_of(rec: str, count: int, shift: float, resize: bool = False) -> Image
 
     shift: in steps of the spread, so that two draws share no image where there are enough.
     """
-    if not Path(rec).is_dir():
+    if not files.is_dir(Path(rec)):
         return None
     data = shards.open(rec)
     places = (np.arange(count) + shift) * len(data) / (count + shift)

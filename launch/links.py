@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from data_tools.common import files
 from data_tools.common.errors import one_line
 from launch import interfaces
 from launch.machine import existing
@@ -64,7 +65,7 @@ def shared_output(found: Findings, cfg: config.Config, place: runtime.Runtime) -
         except OSError as error:
             failure = one_line(error)
     failure = collectives.gather_objects(failure, place.group)[0]
-    seen = collectives.gather_objects(os.path.exists(path), place.group)
+    seen = collectives.gather_objects(files.exists(path), place.group)
     if place.rank == 0:
         with contextlib.suppress(OSError):
             os.remove(path)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from data_tools.common import files
 from data_tools.common.errors import one_line
 from data_tools.union import open_all
 from launch import interfaces
@@ -69,9 +70,9 @@ def _code() -> str:
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     digest = hashlib.sha256()
     for package in ("recognition", "data_tools", "eval", "launch"):
-        for directory, names, files in sorted(os.walk(os.path.join(root, package))):
+        for directory, names, found in sorted(os.walk(os.path.join(root, package))):
             names.sort()
-            for name in sorted(name for name in files if name.endswith(".py")):
+            for name in sorted(name for name in found if name.endswith(".py")):
                 with open(os.path.join(directory, name), "rb") as file:
                     digest.update(file.read())
     return digest.hexdigest()[:12]
@@ -82,7 +83,7 @@ def _limits(facts: dict[str, Any], processes: int) -> dict[str, Any]:
     if files < min(hard, 4096):
         facts["warnings"].append(f"{files} file descriptors: ulimit -n {min(hard, 65536)} first")
     memory = None
-    if os.path.isdir("/dev/shm"):
+    if files.is_dir("/dev/shm"):
         memory = shutil.disk_usage("/dev/shm").free
         if memory < _LEAST_SHM * processes:
             facts["warnings"].append(
@@ -124,7 +125,7 @@ def _checkpoint_bytes(cfg: config.Config) -> int:
 def existing(path: str) -> str:
     """The nearest directory above a path that is there."""
     path = os.path.abspath(path)
-    while not os.path.isdir(path):
+    while not files.is_dir(path):
         path = os.path.dirname(path)
     return path
 

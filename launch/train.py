@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 
+from data_tools.common import files
 from data_tools.common.errors import USER_ERRORS, one_line
 from launch import preflight
 from recognition import build, config, failures, runtime, stop, trainer, watchdog
@@ -118,7 +119,7 @@ def _without_missing_targets(cfg: config.Config, overrides: list[str]) -> config
     there = [
         name
         for name in cfg.val_targets
-        if any(os.path.isfile(f"{rec}/{name}.bin") for rec in cfg.recs)
+        if any(files.is_file(f"{rec}/{name}.bin") for rec in cfg.recs)
     ]
     for name in sorted(set(cfg.val_targets) - set(there)):
         if os.environ.get("RANK", "0") == "0":

@@ -332,7 +332,7 @@ def network_of(state: Mapping[str, Tensor], source: str) -> str:
 
 def _write(state: Mapping[str, Tensor], out: Path, facts: dict[str, str]) -> None:
     """Complete or not at all."""
-    if not out.parent.is_dir():
+    if not files.is_dir(out.parent):
         raise UserError(f"{out}: there is no directory {out.parent}, make it first")
     tensors = {name: value.clone(memory_format=torch.contiguous_format)
                for name, value in state.items()}  # fmt: skip

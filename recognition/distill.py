@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from data_tools.common import arrays
+from data_tools.common import arrays, files
 from data_tools.common.errors import UserError
 from eval.embed_onnx import OnnxEmbedder
 from recognition import checkpoint, collectives
@@ -48,7 +48,7 @@ def open_teacher(
             f"teacher={path}: a file of weights does not say of which network: a run directory, "
             "an .onnx or an .npy is taken"
         )
-    if not Path(path).exists():
+    if not files.exists(Path(path)):
         raise FileNotFoundError(f"teacher={path}: no such run directory, .onnx or .npy file")
     teacher: Teacher
     if path.endswith(".onnx"):

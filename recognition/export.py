@@ -109,8 +109,8 @@ def export_onnx(
     images = noise_images() if example_images is None else check_examples(example_images)
     if precision == "int8" and calibration_images is None:
         raise UserError("int8 needs real images to set the ranges of its activations")
-    if path.is_dir() or not path.parent.is_dir():
-        reason = "is a directory" if path.is_dir() else f"{path.parent} is not a directory"
+    if files.is_dir(path) or not files.is_dir(path.parent):
+        reason = "is a directory" if files.is_dir(path) else f"{path.parent} is not a directory"
         raise OSError(f"cannot write {path}: {reason}")
 
     def prepare(pixels: Images) -> np.ndarray:

@@ -6,11 +6,12 @@ Letters: B rows of the global batch, n classes of a piece, K sub-centres, D embe
 from __future__ import annotations
 
 import functools
-import os
 import re
 
 import torch
 from torch import Tensor
+
+from data_tools.common import files
 
 # On a GPU the products [B, n] pass through its memory in any case: pieces are large, so that few
 # kernels are launched.
@@ -44,7 +45,7 @@ def size_for(
 def l2_bytes() -> int:
     """Second-level cache of a core; 1 MiB where the system does not say."""
     path = "/sys/devices/system/cpu/cpu0/cache/index2/size"
-    if os.path.exists(path):
+    if files.exists(path):
         with open(path) as file:
             found = re.fullmatch(r"(\d+)([KM])", file.read().strip())
         if found:

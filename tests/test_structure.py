@@ -218,3 +218,18 @@ def test_the_reference_imports_nothing_of_ours():
 def test_losses_know_no_process_group():
     for path in (ROOT / "recognition" / "losses").glob("*.py"):
         assert "torch.distributed" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_absence_is_asked_in_one_way(path):
+    """os.path.exists and its kin read an I/O error as absence (pathlib's too, since Python 3.13)."""
+    if path == ROOT / "data_tools" / "common" / "files.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        owner, name = ast.unparse(node.func.value), node.func.attr
+        of_path = owner == "os.path" and name in ("exists", "isfile", "isdir")
+        of_pathlib = name in ("exists", "is_file", "is_dir") and not node.args
+        entry = owner in ("entry", "e")  # an os.DirEntry, whose is_dir() raises
+        assert not (of_path or (of_pathlib and not entry)), f"{ids(path)}:{node.lineno}"

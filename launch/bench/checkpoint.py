@@ -19,6 +19,7 @@ import time
 
 import torch
 
+from data_tools.common import files
 from recognition import checkpoint, collectives, runtime
 from recognition.backbones import BACKBONES
 from recognition.head import PartialFC
@@ -96,7 +97,7 @@ def measure(directory: str, gib: float, rounds: int, here: runtime.Runtime) -> d
             stall = time.perf_counter() - started
             done = os.path.join(os.path.dirname(path), f"step-{2 * round_ + 1}")
             busy = []
-            while not os.path.isdir(done):
+            while not files.is_dir(done):
                 busy.append(step(a))
             background = time.perf_counter() - started
             if failure := beside.finish():

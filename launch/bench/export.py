@@ -31,6 +31,7 @@ import onnxruntime
 import torch
 from torch import nn
 
+from data_tools.common import files
 from data_tools.common.errors import USER_ERRORS, one_line
 from data_tools.decode import decode
 from eval import drop, lfw
@@ -148,7 +149,7 @@ def measure(
 
 def _faces(directory: Path) -> tuple[np.ndarray, np.ndarray]:
     """(images [n, 112, 112, 3], whom each shows [n]) of directory/<identity>/*."""
-    paths = sorted(path for path in directory.glob("*/*") if path.is_file())
+    paths = sorted(path for path in directory.glob("*/*") if files.is_file(path))
     if not paths:
         raise FileNotFoundError(f"no faces at {directory}/<identity>/")
     names = [path.parent.name for path in paths]

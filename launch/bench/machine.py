@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from data_tools.common import files
+
 
 def machine(device: torch.device) -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
+    if files.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             named = re.search(r"^model name\s*: (.*)$", file.read(), re.MULTILINE)
         processor = named[1] if named else processor

@@ -23,6 +23,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from data_tools.common import files
+
 _ROOT = Path(__file__).resolve().parents[2]
 _PEER = _ROOT / ".venv-peers" / "bin" / "python"
 _PER_PERSON = 50
@@ -65,7 +67,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    if not _PEER.exists():
+    if not files.exists(_PEER):
         raise SystemExit(f"no MXNet at {_PEER}: make .venv-peers/.installed")
     work = args.work.resolve()
     work.mkdir(parents=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_tools import shards
-from data_tools.common import arrays
+from data_tools.common import arrays, files
 from data_tools.common.errors import UserError
 from data_tools.decode import decode_any_size, is_image, resized
 from data_tools.image_size import check_size
@@ -111,24 +111,24 @@ def open_faces(path: str | Path, resize: bool = False) -> Faces:
         FileNotFoundError, ValueError: none of these, or it is damaged.
     """
     path = Path(path)
-    if path.is_file() and path.suffix == ".bin":
+    if files.is_file(path) and path.suffix == ".bin":
         pairs = lfw.load_bin(path)
         same = np.repeat(np.asarray(pairs.issame), 2)
         labels = np.where(same, np.arange(len(same)) // 2, _NO_ONE)
         return Faces(str(path), labels, pairs.encoded.__getitem__, resize=resize)
-    if not path.is_dir():
+    if not files.is_dir(path):
         raise FileNotFoundError(f"{path}: no shards, no .bin and no folder of images")
-    if (path / "index.json").is_file() or find_rec(path):
+    if files.is_file(path / "index.json") or find_rec(path):
         data = shards.open(path)
         return Faces(str(path), np.asarray(data.labels), lambda i: data[i][1], _names(data), resize)
-    files = sorted(file for file in path.rglob("*") if is_image(file.name) and file.is_file())
-    if not files:
+    images = sorted(file for file in path.rglob("*") if is_image(file.name) and files.is_file(file))
+    if not images:
         raise UserError(f"{path} holds neither shards nor images")
-    people = [str(file.parent.relative_to(path)) for file in files]
+    people = [str(file.parent.relative_to(path)) for file in images]
     if len(set(people)) == 1:  # a folder of images alone: each its own
-        people = [str(file.relative_to(path)) for file in files]
+        people = [str(file.relative_to(path)) for file in images]
     names, labels = np.unique(people, return_inverse=True)
-    return Faces(str(path), labels, lambda i: files[i].read_bytes(), names.tolist(), resize)
+    return Faces(str(path), labels, lambda i: images[i].read_bytes(), names.tolist(), resize)
 
 
 def _names(data: shards.Shards) -> Sequence[str]:

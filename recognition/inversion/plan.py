@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from eval.embed import TorchEmbedder, open_embedder
 from recognition import checkpoint
@@ -117,7 +118,7 @@ def closed_set(args: argparse.Namespace, settings: Settings) -> Plan:
         ValueError: no head, a class that it does not have, data of other labels.
     """
     embedder = network_of(args.run)
-    if not Path(args.run).is_dir():
+    if not files.is_dir(Path(args.run)):
         raise UserError(f"{args.run} has no head: invert embeddings (--embeddings, --images)")
     head = head_facts(args.run, args.head)
     ids = choose(args.ids, args.count, np.arange(head["num_classes"]), settings.seed, "class")

@@ -82,9 +82,11 @@ def check_settings(out: Path, facts: Mapping[str, Any]) -> None:
     """Raises: ValueError where `out` holds other things, or was made for other facts, naming
     them."""
     path = out / "settings.json"
-    if not path.is_file():
+    if not files.is_file(path):
         others = (
-            sorted(p.name for p in out.iterdir() if not _is_ours(p.name)) if out.is_dir() else []
+            sorted(p.name for p in out.iterdir() if not _is_ours(p.name))
+            if files.is_dir(out)
+            else []
         )
         if others:
             raise UserError(
@@ -243,7 +245,7 @@ def terms_of(out: Path, count: int) -> dict[str, float]:
 
 def _done_by(out: Path, number: int) -> int | None:
     """Of how many processes the run was that made this batch; None: it is not done."""
-    return _what_was_done(out, number)["world"] if _done(out, number).is_file() else None
+    return _what_was_done(out, number)["world"] if files.is_file(_done(out, number)) else None
 
 
 def _what_was_done(out: Path, number: int) -> dict[str, Any]:
