@@ -312,8 +312,8 @@ def _open_packed(path: Path) -> Shards:
         record_files.append(RecordFile(rec))
         if record_files[-1].size != shard["bytes"]:
             raise UserError(
-                f"{rec}: {record_files[-1].size} bytes, but {INDEX} says {shard['bytes']}: the copy "
-                f"is incomplete, or the file was changed"
+                f"{rec}: {record_files[-1].size} bytes, but {INDEX} says {shard['bytes']}: the "
+                f"copy is incomplete, or the file was changed"
             )
     offsets, labels = (
         load_column(path / index[column]["file"], index["images"])

@@ -34,7 +34,7 @@ def write(
     records, config = [], None
     if run_dir is not None:
         records = read_metrics(Path(run_dir) / "metrics.jsonl")
-        if (Path(run_dir) / "config.json").is_file():
+        if files.is_file(Path(run_dir) / "config.json"):
             config = json.loads((Path(run_dir) / "config.json").read_text())
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     content = {

@@ -127,7 +127,7 @@ def summary(report: dict[str, Any]) -> str:
 def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Export as the arguments say; the report of export_onnx, also written to OUT.export.json."""
     check(args)
-    found = args.run if (Path(args.run) / "manifest.json").is_file() else newest(args.run)
+    found = args.run if files.is_file(Path(args.run) / "manifest.json") else newest(args.run)
     module, config = load_backbone(found or args.run)
     rec = args.data or (config["rec"] if isinstance(config["rec"], str) else config["rec"][0])
     resize = args.resize or bool(config.get("resize"))

@@ -222,7 +222,7 @@ def test_losses_know_no_process_group():
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_absence_is_asked_in_one_way(path):
-    """os.path.exists and its kin read an I/O error as absence (pathlib's too, since Python 3.13)."""
+    """os.path.exists and its kin read an I/O error as absence; since Python 3.13 pathlib does."""
     if path == ROOT / "data_tools" / "common" / "files.py":
         return
     for node in ast.walk(ast.parse(path.read_text())):

@@ -170,7 +170,9 @@ def synthesise(
         if (
             left
             and by is not None
-            and not all((out / "images" / f"{names[int(i)]}.png").is_file() for i in work[number])
+            and not all(
+                files.is_file(out / "images" / f"{names[int(i)]}.png") for i in work[number]
+            )
         ):
             by = None  # an image was taken away
         if identity.in_step:
