@@ -1,4 +1,4 @@
-"""Copies of table rows between the host's memory and the device, behind the step's back.
+"""Copies of table rows between the host's memory and the device, beside the step.
 
 One thread and, on a GPU, one stream do them in the order in which they were asked for, so what is
 stored is stored before the rows are loaded again. Rows pass through two buffers of pinned memory,
@@ -20,29 +20,32 @@ from torch import Tensor
 
 BUFFER_BYTES = 32 << 20  # of each of the two
 
-Rows = slice | Tensor  # of a table on the host: a part of it, or int64 [n]
+TableRows = slice | Tensor  # of a table on the host: a part of it, or int64 [n]
 
 
-class Arrival:
-    """Copies that have been asked for."""
+class PendingCopy:
+    """A copy that has been queued."""
 
     def __init__(self, future: Future[torch.cuda.Event | None]) -> None:
         self._future = future
 
     def wait(self) -> None:
-        """Return when what follows on the device finds them done; raises what went wrong."""
+        """Make what is queued on the device from now on wait for the copy; raises its error."""
         event = self._future.result()
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
     def finish(self) -> None:
-        """Return when they are done."""
+        """Return when it is done; raises its error."""
         event = self._future.result()
         if event is not None:
             event.synchronize()
 
 
-class Lane:
+class CopyQueue:
+    """Copies in the order in which they are queued, each beginning after what the device has been
+    given so far."""
+
     def __init__(self, device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> None:
         is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_cuda else None
@@ -53,19 +56,21 @@ class Lane:
         ]
         self.rows_loaded = self.rows_stored = 0  # of "weight"
 
-    def load(self, tables: Mapping[str, Tensor], rows: Rows, into: Mapping[str, Tensor]) -> Arrival:
-        """Rows of tables on the host, each [n, numbers], to the device."""
-        return self._submit(self._load, tables, rows, into)
+    def load(
+        self, tables: Mapping[str, Tensor], rows: TableRows, into: Mapping[str, Tensor]
+    ) -> PendingCopy:
+        """Copy rows of tables on the host, each [n, numbers], to the device."""
+        return self._queue(self._load, tables, rows, into)
 
     def store(
-        self, tables: Mapping[str, Tensor], rows: Rows, source: Mapping[str, Tensor]
-    ) -> Arrival:
-        """Rows on the device, each [n, numbers], to those of the tables on the host."""
-        return self._submit(self._store, tables, rows, source)
+        self, tables: Mapping[str, Tensor], rows: TableRows, source: Mapping[str, Tensor]
+    ) -> PendingCopy:
+        """Copy rows on the device, each [n, numbers], to those of the tables on the host."""
+        return self._queue(self._store, tables, rows, source)
 
-    def _submit(self, copy: Callable[..., None], *arguments: Any) -> Arrival:
+    def _queue(self, copy: Callable[..., None], *arguments: Any) -> PendingCopy:
         ready = None if self._stream is None else torch.cuda.current_stream().record_event()
-        return Arrival(self._thread.submit(self._work, copy, ready, *arguments))
+        return PendingCopy(self._thread.submit(self._work, copy, ready, *arguments))
 
     @torch.no_grad()
     def _work(
@@ -80,7 +85,9 @@ class Lane:
             copy(*arguments)
             return stream.record_event()
 
-    def _load(self, tables: Mapping[str, Tensor], rows: Rows, into: Mapping[str, Tensor]) -> None:
+    def _load(
+        self, tables: Mapping[str, Tensor], rows: TableRows, into: Mapping[str, Tensor]
+    ) -> None:
         for name, target in into.items():
             for number, (start, stop) in enumerate(self._chunks(target)):
                 with self._buffers[number % 2].of(target[start:stop], self._stream) as part:
@@ -92,7 +99,7 @@ class Lane:
         self.rows_loaded += len(into["weight"]) if "weight" in into else 0
 
     def _store(
-        self, tables: Mapping[str, Tensor], rows: Rows, source: Mapping[str, Tensor]
+        self, tables: Mapping[str, Tensor], rows: TableRows, source: Mapping[str, Tensor]
     ) -> None:
         for name, new in source.items():
             chunks = self._chunks(new)

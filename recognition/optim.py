@@ -10,9 +10,8 @@ from torch import Tensor
 
 from data_tools.common.errors import UserError, UserKeyError, UserTypeError
 from recognition.head import PartialFC
-from recognition.pieces import piece_size
-from recognition.rows import take_off
-from recognition.tables import Tables
+from recognition.losses.chunks import chunk_size
+from recognition.rows import Tables, subtract_radial
 
 
 class _RowOptimizer:
@@ -93,7 +92,7 @@ class _RowOptimizer:
             found_inf, skipped = None, bool(found_inf)
         else:
             skipped = False
-        size, device = piece_size(0, sampled.like, self.head.num_subcenters), sampled.like.device
+        size, device = chunk_size(0, sampled.like, self.head.num_subcenters), sampled.like.device
         for start in range(0, 0 if skipped else len(gradient), size):
             where = slice(start, min(start + size, len(gradient)))
             grad = gradient[where].to(device)
@@ -119,7 +118,7 @@ class _RowOptimizer:
         """Update some rows of the weight and their state."""
         read = None
         if weight is not None:
-            take_off(grad, weight, radial)
+            subtract_radial(grad, weight, radial)
             read = weight.flatten(1)
         parts = tables.take(rows, read, found_inf)
         self._update_(grad.flatten(1), lr, self.weight_decay, **parts)

@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-_MASK = (1 << 64) - 1
-_DRAW = 1  # the purpose of this draw, so that no other shares its key
+from data_tools.common.draws import Purpose, hash_array, hash_words
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def shard_range(num_classes: int, world: int, rank: int) -> tuple[int, int]:
-    """The classes [start, stop) that `rank` holds; the first C mod W ranks hold one more."""
-    size, remainder = divmod(num_classes, world)
-    start = rank * size + min(rank, remainder)
-    return start, start + size + (rank < remainder)
+Index = TypeVar("Index", np.ndarray, "Tensor")
 
 
 class Sample(NamedTuple):
@@ -85,8 +82,8 @@ class Draw:
         self.num_classes = num_classes
         # The small term keeps 0.1 * 30 = 3.0000000000000004 from becoming four cells.
         self.num_cells = math.ceil(sample_rate * num_classes - 1e-9)  # of all ranks
-        self.key = hash_words(seed, _DRAW, step)
-        self.offset = hash_words(self.key, _MASK) % num_classes
+        self.key = hash_words(seed, Purpose.CLASSES, step)
+        self.offset = hash_words(self.key, -1) % num_classes
         # Runs of cells [first, last) whose picks are classes of this shard, and the shift from u
         # to class.
         self.runs = list(self._runs(*shard)) if self.num_cells else []
@@ -135,26 +132,10 @@ class Draw:
 
     def _pick(self, cell: np.ndarray) -> np.ndarray:
         """int64 rotated position picked in each cell [floor(k C / n), floor((k+1) C / n))."""
+        return self.pick(cell, (hash_array(self.key, cell) >> np.uint64(32)).astype(np.int64))
+
+    def pick(self, cell: Index, bits: Index) -> Index:
+        """The position that 32 random bits pick in each cell, all int64."""
         low = cell * self.num_classes // self.num_cells
         size = (cell + 1) * self.num_classes // self.num_cells - low
-        bits = _hash_array(self.key, cell) >> np.uint64(32)
-        return low + ((bits * size.astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
-
-
-def hash_words(*words: int) -> int:
-    """A 64-bit hash of integers (splitmix64 finaliser, chained): the key of a random draw."""
-    state = 0
-    for word in words:
-        state = (state ^ (word & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
-    return state
-
-
-def _hash_array(key: int, words: np.ndarray) -> np.ndarray:
-    """hash_words(key', word) for every word: uint64, wrapping arithmetic."""
-    state = (words.astype(np.uint64) ^ np.uint64(key)) + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return state ^ state >> np.uint64(31)
+        return low + (bits * size >> 32)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import recognition.head
 from recognition import collectives
 from recognition.head import PartialFC
-from recognition.losses import MARGINS, Margin
+from recognition.losses import MARGINS, Margin, reduction
 from tests import ranks, reference
 
 C, D = 103, 16  # C divides by no world size above 1
@@ -190,13 +190,14 @@ def averaged_gather(ctx, grad):
     return local / ctx.group.size(), *rest
 
 
-def reduced_share(ctx, grad):
-    grad = grad.clone()
-    dist.all_reduce(grad)
-    return grad, None
+def summed_reduction(ctx, grad_shared, grad_reduced):
+    grad_reduced = grad_reduced.clone()
+    dist.all_reduce(grad_reduced)
+    return _reduced_backward(ctx, grad_shared, grad_reduced)
 
 
 _gather_backward = collectives._GatherRows.backward
+_reduced_backward = reduction._ReducedLogits.backward
 
 # Where each is seen: a loss through the norm; a sum over the shards (the gradient of a shared
 # target cosine is already 0 on the ranks that do not hold the class, whatever a backward adds up).
@@ -204,8 +205,8 @@ MUTANTS = {
     "the norm's gradient flows on every rank": (
         "bynorm", recognition.head, "_gradient_where", lambda held, values: values,
     ),
-    "a shared value's backward adds up over the ranks": (
-        "uniface", collectives._Share, "backward", staticmethod(reduced_share),
+    "the backward of a sum over the shards adds up over the ranks": (
+        "uniface", reduction._ReducedLogits, "backward", staticmethod(summed_reduction),
     ),
     "the gather's backward averages": (
         "bynorm", collectives._GatherRows, "backward", staticmethod(averaged_gather),

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from recognition import config
 from recognition.head import Limits, PartialFC
-from recognition.lane import Lane
+from recognition.lane import CopyQueue
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
 from tests import ranks
@@ -139,14 +139,14 @@ def test_no_more_than_the_sampled_rows_are_on_the_device():
     drawn, loaded, stored = round(classes * sample_rate), [], []
     for step in range(5):
         x, labels = batch(step, 0, 1)
-        before = storage.lane.rows_loaded, storage.lane.rows_stored
+        before = storage.copies.rows_loaded, storage.copies.rows_stored
         head(x.requires_grad_(), labels).backward()
         sampled = len(head.sampled_classes)
         rows.step(0.1)
         storage.settle()
         storage._next.arrival.finish()
-        loaded.append(storage.lane.rows_loaded - before[0])
-        stored.append(storage.lane.rows_stored - before[1] - sampled)
+        loaded.append(storage.copies.rows_loaded - before[0])
+        stored.append(storage.copies.rows_stored - before[1] - sampled)
     assert loaded[0] >= 2 * drawn and max(loaded[1:]) <= drawn + B  # the next step's, and missed
     assert stored == [0] * 5
     # Two stages, of weight and momentum, with room for the missed classes of two such batches.
@@ -164,7 +164,7 @@ def test_of_all_rows_two_pieces_of_each_table_are_on_the_device():
         head(x.requires_grad_(), labels).backward()
         rows.step(0.1)
     assert head.storage.bytes_on_device() == 2 * 2 * 100 * D * 4
-    assert head.storage.lane.rows_loaded == 3 * 2 * 2000
+    assert head.storage.copies.rows_loaded == 3 * 2 * 2000
 
 
 def test_changes_from_outside_are_seen():
@@ -211,7 +211,7 @@ def test_the_state_dict_waits_for_the_copies():
     def step():
         x, labels = batch(0, 0, 1)
         head(x.requires_grad_(), labels).backward()
-        head.storage.lane._thread.submit(time.sleep, 0.2)  # the lane is behind
+        head.storage.copies._thread.submit(time.sleep, 0.2)  # the lane is behind
         rows.step(0.1)
 
     step()
@@ -240,7 +240,7 @@ def test_a_second_optimizer_is_not_mistaken_for_the_first():
 
 
 def test_a_failure_of_the_copies_is_the_steps():
-    lane = Lane(torch.device("cpu"))
+    lane = CopyQueue(torch.device("cpu"))
     table = torch.zeros(4, 2)
     arrival = lane.load({"weight": table}, torch.tensor([9]), {"weight": torch.zeros(1, 2)})
     with pytest.raises(IndexError):
@@ -249,7 +249,7 @@ def test_a_failure_of_the_copies_is_the_steps():
 
 @pytest.mark.parametrize("buffer_bytes", [12, 100, 1 << 20])
 def test_copies_pass_through_buffers_of_any_size(buffer_bytes):
-    lane = Lane(torch.device("cpu"), buffer_bytes)
+    lane = CopyQueue(torch.device("cpu"), buffer_bytes)
     table, there = torch.randn(50, 3), torch.zeros(7, 3)
     rows = torch.tensor([3, 9, 10, 11, 40, 41, 49])
     lane.load({"weight": table}, rows, {"weight": there}).wait()

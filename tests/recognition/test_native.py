@@ -18,7 +18,7 @@ import torch
 from recognition import passes
 from recognition.head import Limits, PartialFC
 from recognition.kernels import choice
-from recognition.kernels.native import NativeLogits
+from recognition.kernels.native import native_kernel
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
 from recognition.passes import NotBuilt, Passes
@@ -160,9 +160,9 @@ def test_fp32_gradients_are_as_near_to_the_truth_as_torchs():
     truth = reference.partial_fc(
         x, weight, labels, torch.arange(900), lambda *a: reference.cosface(*a, m=0.35)
     )
-    form = functools.partial(NativeLogits, PASSES[torch.float32])
+    form = functools.partial(native_kernel, PASSES[torch.float32])
     off = {}
-    for name, limits in (("plain", Limits(0, 130)), ("native", Limits(0, 130, logits=form))):
+    for name, limits in (("plain", Limits(0, 130)), ("native", Limits(0, 130, kernel=form))):
         head = PartialFC(MARGINS["cosface"](margin=0.35), 96, 900, limits=limits)
         head.weight.data.copy_(weight)
         own = x.float().requires_grad_()
@@ -190,7 +190,10 @@ def test_a_change_of_the_rows_between_forward_and_backward_is_found():
 
 def test_a_row_whose_norm_overflows_is_torchs():
     losses = []
-    for limits in (Limits(), Limits(logits=functools.partial(NativeLogits, PASSES[torch.float32]))):
+    for limits in (
+        Limits(),
+        Limits(kernel=functools.partial(native_kernel, PASSES[torch.float32])),
+    ):
         head = PartialFC(MARGINS["cosface"](), 16, 40, limits=limits)
         head.weight.data[0] = 1e19  # a target's
         losses.append(head(drawn(8, 16, dtype=torch.float32), torch.arange(8)).item())
@@ -200,7 +203,7 @@ def test_a_row_whose_norm_overflows_is_torchs():
 def test_rows_that_are_not_dense_are_refused():
     head = PartialFC(
         MARGINS["arcface"](), 8, 30,
-        limits=Limits(logits=functools.partial(NativeLogits, PASSES[torch.float32])),
+        limits=Limits(kernel=functools.partial(native_kernel, PASSES[torch.float32])),
     )  # fmt: skip
     head.weight.data = torch.randn(8, 30).T
     with pytest.raises(ValueError, match="make it contiguous"):
@@ -208,7 +211,7 @@ def test_rows_that_are_not_dense_are_refused():
 
 
 def test_rows_of_another_dtype_are_refused():
-    limits = Limits(logits=functools.partial(NativeLogits, PASSES[torch.float32]))
+    limits = Limits(kernel=functools.partial(native_kernel, PASSES[torch.float32]))
     head = PartialFC(MARGINS["arcface"](), 8, 30, limits=limits).double()
     with pytest.raises(TypeError, match="choose after moving the head"):
         head(torch.randn(4, 8), torch.arange(4))

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from recognition.head import Limits, PartialFC
-from recognition.kernels.fused import FusedLogits
-from recognition.kernels.native import NativeLogits
+from recognition.kernels.fused import fused_kernel
+from recognition.kernels.native import native_kernel
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
 from recognition.passes import NotBuilt, Passes
@@ -30,8 +30,8 @@ PATHS = {
 }
 try:
     passes = Passes(torch.float64)
-    native = functools.partial(NativeLogits, passes)
-    PATHS["native"] = ("device", Limits(1500, piece=7, logits=native, passes=passes))
+    native = functools.partial(native_kernel, passes)
+    PATHS["native"] = ("device", Limits(1500, piece=7, kernel=native, passes=passes))
 except NotBuilt:  # which test_native.py says
     passes, native = None, None
 if importlib.util.find_spec("triton") is not None:
@@ -39,7 +39,7 @@ if importlib.util.find_spec("triton") is not None:
 
     if programs.INTERPRETED:
         operations = programs.TritonOperations(programs.Blocks(16, 16, 4, 2))
-        fused = Limits(0, piece=7, logits=functools.partial(FusedLogits, operations))
+        fused = Limits(0, piece=7, kernel=functools.partial(fused_kernel, operations))
         PATHS["fused, in Triton's interpreter"] = ("device", fused)
         PATHS["fused, held by the host"] = ("host", fused)
 
