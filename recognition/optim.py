@@ -176,6 +176,7 @@ class _RowOptimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """State by global class id: `classes` int64 [C_r], and a row for each in the others, but
         for what a margin learns for the whole model."""
+        self.head.settle()
         classes = torch.arange(*self.head.shard, device=self.head.weight.device)
         return {"classes": classes, **self.state, **self.model_state}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import numpy as np
@@ -110,6 +111,7 @@ def test_a_step_skipped_on_the_device(sample_rate):
                 found = torch.tensor(float(step == 1))
                 rows._apply(sampled.tables, sampled.at(where), gradient[where], 0.1, found)
             head.storage.commit()
+        head.settle()
         ends.append([head.weight.detach(), *rows.state.values()])
     assert all(map(torch.equal, *ends))
 
@@ -128,6 +130,7 @@ def test_two_forwards_before_their_backwards_and_one_that_learns_nothing():
                 losses.append(head(x.requires_grad_(), labels))
             sum(losses).backward()
             rows.step(0.1)
+        head.settle()
         ends.append([head.weight.detach(), *rows.state.values()])
     assert all(map(torch.equal, *ends))
 
@@ -175,6 +178,7 @@ def test_changes_from_outside_are_seen():
         head(x.requires_grad_(), labels).backward()
         rows.step(0.1)
     other = make("device", sample_rate=0.3)
+    head.settle()
     with torch.no_grad():
         head.weight.mul_(2)
         other.weight.copy_(head.weight)
@@ -201,6 +205,21 @@ def test_a_backward_after_its_step_was_dropped_is_refused(sample_rate):
         rows.step(0.1)
     with pytest.raises(RuntimeError, match="changed between a forward and its backward"):
         late.backward()
+
+
+def test_the_weight_does_not_wait_for_the_copies_and_settle_does():
+    head = make("host")
+    rows, copied = RowSGD(head), threading.Event()
+    before = head.weight.detach().clone()
+    x, labels = batch(0, 0, 1)
+    head(x.requires_grad_(), labels).backward()
+    classes = head.sampled_classes
+    head.storage.copies._thread.submit(copied.wait, 60)  # holds up the copies behind it
+    rows.step(0.1)
+    assert torch.equal(head.weight, before)
+    copied.set()
+    head.settle()
+    assert (head.weight[classes] != before[classes]).any(1).all()
 
 
 def test_the_state_dict_waits_for_the_copies():

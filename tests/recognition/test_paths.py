@@ -110,6 +110,7 @@ def trained(optimizer, in_backward, margin, sample_rate, num_subcenters, storage
         assert len(head.sampled_classes) > 0
         rows.step(0.1)
         seen += [loss.detach(), local_x.grad]
+    head.settle()
     return [*seen, head.weight.detach(), *rows.state.values(), *rows.model_state.values()]
 
 
