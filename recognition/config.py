@@ -111,7 +111,7 @@ class Config:
     # host: class centres and their optimiser state in the host's memory, on the device only what a
     # step samples of them; for more classes than the device holds.
     head_storage: Literal["device", "host"] = "device"
-    # The backward updates the class rows piece by piece, so that no gradient of them exists. Not
+    # The backward updates the class rows chunk by chunk, so that no gradient of them exists. Not
     # with accumulation, fp16 or rollback; a non-finite step stops the run after it has moved rows.
     update_in_backward: bool = False
     compile: bool = False  # the backbone, by torch.compile: minutes at the start

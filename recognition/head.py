@@ -1,13 +1,14 @@
 """PartialFC: the classification layer, its classes sharded over the ranks and sampled each step.
 
-Letters: W ranks, b rows of this rank, B rows of all, D embedding, C classes, C_r of this rank,
-S sampled of this rank, K sub-centres.
+Letters, in all files of the head: W ranks, b rows of this rank, B rows of all, D embedding,
+C classes, C_r of this rank, S sampled of this rank, n of a chunk or of an update, K sub-centres,
+m targets: rows of the batch whose class is on this rank; k values of a class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -48,7 +49,7 @@ class Limits:
     """How the head computes: no number of it but roundings depends on these."""
 
     stored_bytes: int = 16 << 20  # of results that the forward keeps for the backward
-    piece: int | None = None  # classes of a piece of the reduction; None: from the cache
+    chunk_size: int | None = None  # classes of a chunk of the logits; None: from the cache
     dtype: torch.dtype | None = None  # of the GEMMs' inputs; sums and logits stay as the weight
     kernel: Kernel = plain_kernel  # or one of recognition/kernels
     passes: Passes | None = None  # compiled, for the update of the rows
@@ -110,7 +111,7 @@ class PartialFC(nn.Module):
         self.seed = seed
         self.step = 0
         self.limits = limits
-        self.sink: Sink | None = None  # takes the gradient piece by piece in the next backward
+        self.sink: Sink | None = None  # takes the gradient chunk by chunk in the next backward
         self.shard = rank_slice(num_classes, world, rank)
         rows = initial_rows(self.shard, num_subcenters, embedding_size, seed)
         weight = nn.Parameter(rows if num_subcenters > 1 else rows[:, 0])  # [C_r, (K,) D]
@@ -395,7 +396,7 @@ class PartialFC(nn.Module):
             to_device(labels.numpy()[chosen.owned] - self.shard[0], device),
             chosen.position.tolist(),
         )
-        size = self.piece_size(len(labels))
+        size = self.chunk_size(len(labels))
         chunks = Chunks(
             rows, targets, len(labels), size, stored_bytes, self._pool, self.limits.dtype
         )
@@ -404,18 +405,11 @@ class PartialFC(nn.Module):
     def _next_draw(self) -> Draw:
         return Draw(self.num_classes, self.shard, self.sample_rate, self.seed, self.step + 1)
 
-    @property
-    def piece(self) -> int | None:
-        """Classes of a piece of the reduction; None: as many as fit the cache."""
-        return self.limits.piece
-
-    @piece.setter
-    def piece(self, size: int | None) -> None:
-        self.limits = replace(self.limits, piece=size)
-
-    def piece_size(self, num_rows: int) -> int:
-        """Classes of a piece for a batch of B rows."""
-        return self.limits.piece or chunk_size(num_rows, self.storage.like, self.num_subcenters)
+    def chunk_size(self, num_rows: int) -> int:
+        """Classes of a chunk for a batch of B rows."""
+        return self.limits.chunk_size or chunk_size(
+            num_rows, self.storage.like, self.num_subcenters
+        )
 
     def extra_repr(self) -> str:
         return (

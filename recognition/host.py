@@ -5,36 +5,81 @@ With sample_rate < 1 the rows of a step are staged on the device with their stat
 while the step before is computed, for the draw is known beforehand; the batch's own classes that
 the draw missed when the batch comes. A row that the step before updates as well is copied from its
 stage, on the device, so that no number differs from DeviceStorage's. With sample_rate 1 all rows
-are streamed through the device in chunks.
-
-Letters: C_r classes of this rank, S sampled, K sub-centres, D embedding, n class rows of a chunk.
+are streamed through the device in chunks (lane.StreamedTables).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recognition.lane import CopyQueue, PendingCopy
+from recognition.lane import CopyQueue, PendingCopy, StreamedTables
 from recognition.rows import ClassRows, Pool, Sink, to_device
 from recognition.sampling import Draw, Sample
-from recognition.storage import MemoryTables
+from recognition.storage import MemoryTables, Storage
 
 
-class HostStorage:
+class Stage(MemoryTables):
+    """The rows of one step on the device: the drawn ones, ascending, and then those of the batches
+    that the draw missed, in the order in which they came."""
+
+    def __init__(
+        self,
+        draw: Draw,
+        drawn: np.ndarray,  # int64, ids on this rank
+        memory: dict[str, Tensor],  # [at least S, numbers of a row]
+        storage: HostStorage,
+    ) -> None:
+        self.draw, self.drawn, self.memory = draw, drawn, memory
+        self.missed = np.empty(0, np.int64)
+        self.arrival: PendingCopy | None = None  # of the drawn rows
+        self._storage, self._updates = storage, 0
+
+    @property
+    def like(self) -> Tensor:
+        return self._storage.like
+
+    def version(self) -> int:
+        return self._updates + self._storage.version()
+
+    def __len__(self) -> int:
+        return len(self.drawn) + len(self.missed)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {name: table[: len(self)] for name, table in self.memory.items()}
+
+    def changed(self) -> None:
+        self._updates += 1
+
+    def ids(self) -> np.ndarray:
+        return np.concatenate([self.drawn, self.missed])
+
+    def class_ids(self, rows: Tensor) -> Tensor:
+        return to_device(self.ids(), rows.device)[rows]
+
+    def find(self, classes: np.ndarray) -> np.ndarray:
+        """Their rows: int64, -1 for those that are not here."""
+        places = _find(self.drawn, classes)
+        order = np.argsort(self.missed)
+        among = _find(self.missed[order], classes)
+        later = among >= 0
+        places[later] = len(self.drawn) + order[among[later]]
+        return places
+
+
+class HostStorage(Storage):
     """Storage in the host's memory; copies to the device and back run beside the step."""
 
     moves_with_head = False
 
     def __init__(self, weight: nn.Parameter, num_subcenters: int) -> None:
-        self.parameter = weight  # [C_r, (K,) D]
+        self._weight = weight  # [C_r, (K,) D]
         self._shape = num_subcenters, weight.shape[-1]
-        self.like = weight.detach().new_empty(0, *self._shape)
-        self.state: dict[str, Tensor] = {}  # of the row optimiser, [C_r, ...]
+        self._like = weight.detach().new_empty(0, *self._shape)
+        self.state = {}
         self._copies: CopyQueue | None = None
         self._stream: StreamedTables | None = None
         self._current: Stage | None = None
@@ -47,8 +92,8 @@ class HostStorage:
     def move(self, like: Tensor) -> None:
         self.drop()
         self._free.clear()
-        self.parameter.data = self.parameter.data.to(like.dtype)
-        self.like = like.detach().new_empty(0, *self._shape)
+        self._weight.data = self._weight.data.to(like.dtype)
+        self._like = like.detach().new_empty(0, *self._shape)
         self._copies = None
 
     def attach(self, state: dict[str, Tensor]) -> None:
@@ -58,6 +103,14 @@ class HostStorage:
         self._version = self.version()
 
     @property
+    def parameter(self) -> nn.Parameter:
+        return self._weight
+
+    @property
+    def like(self) -> Tensor:
+        return self._like
+
+    @property
     def copies(self) -> CopyQueue:
         if self._copies is None:
             self._copies = CopyQueue(self.like.device)
@@ -65,7 +118,7 @@ class HostStorage:
 
     def tables(self) -> dict[str, Tensor]:
         """All rows, on the host: [C_r, numbers of a row]."""
-        held = {"weight": self.parameter.data} | self.state
+        held = {"weight": self._weight.data} | self.state
         return {name: table.data.flatten(1) for name, table in held.items()}
 
     def rows(
@@ -93,7 +146,7 @@ class HostStorage:
 
     def _all_rows(self, pool: Pool, sink: Sink | None) -> ClassRows:
         if self._stream is None:
-            self._stream = StreamedTables(self)
+            self._stream = StreamedTables(self._weight, self.tables(), self._like, self.copies)
         self._stream.begin()
         return ClassRows(self._stream, None, None, pool, sink)
 
@@ -132,7 +185,7 @@ class HostStorage:
 
     def version(self) -> int:
         """Another number after each change of the tables from outside."""
-        return sum(tensor._version for tensor in (self.parameter, *self.state.values()))
+        return sum(tensor._version for tensor in (self._weight, *self.state.values()))
 
     # --- The stages of sampled rows ---
 
@@ -227,176 +280,3 @@ def _find(ascending: np.ndarray, ids: np.ndarray) -> np.ndarray:
         return np.full(len(ids), -1)
     places = np.searchsorted(ascending, ids).clip(max=len(ascending) - 1)
     return np.where(ascending[places] == ids, places, -1)
-
-
-# --- Sampled rows ---------------------------------------------------------------------------------
-
-
-class Stage(MemoryTables):
-    """The rows of one step on the device: the drawn ones, ascending, and then those of the batches
-    that the draw missed, in the order in which they came."""
-
-    def __init__(
-        self,
-        draw: Draw,
-        drawn: np.ndarray,  # int64, ids on this rank
-        memory: dict[str, Tensor],  # [at least S, numbers of a row]
-        storage: HostStorage,
-    ) -> None:
-        self.draw, self.drawn, self.memory = draw, drawn, memory
-        self.missed = np.empty(0, np.int64)
-        self.arrival: PendingCopy | None = None  # of the drawn rows
-        self._storage, self._updates = storage, 0
-
-    @property
-    def like(self) -> Tensor:
-        return self._storage.like
-
-    def version(self) -> int:
-        return self._updates + self._storage.version()
-
-    def __len__(self) -> int:
-        return len(self.drawn) + len(self.missed)
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return {name: table[: len(self)] for name, table in self.memory.items()}
-
-    def changed(self) -> None:
-        self._updates += 1
-
-    def ids(self) -> np.ndarray:
-        return np.concatenate([self.drawn, self.missed])
-
-    def class_ids(self, rows: Tensor) -> Tensor:
-        return to_device(self.ids(), rows.device)[rows]
-
-    def find(self, classes: np.ndarray) -> np.ndarray:
-        """Their rows: int64, -1 for those that are not here."""
-        places = _find(self.drawn, classes)
-        order = np.argsort(self.missed)
-        among = _find(self.missed[order], classes)
-        later = among >= 0
-        places[later] = len(self.drawn) + order[among[later]]
-        return places
-
-
-# --- All rows -------------------------------------------------------------------------------------
-
-
-class _Held(NamedTuple):
-    where: slice
-    rows: Tensor  # [n, numbers of a row]
-    arrival: PendingCopy
-
-
-class StreamedTables:
-    """Tables on the host, read chunk by chunk through two memories of each on the device: while one
-    chunk is computed with, the next one is copied."""
-
-    def __init__(self, storage: HostStorage) -> None:
-        self._weight, self._copies, self.like = storage.parameter, storage.copies, storage.like
-        self._tables = storage.tables()
-        self._now: dict[str, _Held] = {}
-        self._ahead: dict[str, _Held] = {}
-        self._memory: dict[str, list[Tensor]] = {name: [] for name in self._tables}
-        self._stored: PendingCopy | None = None
-        self._updates = 0
-
-    @property
-    def gradient_like(self) -> Tensor:
-        return self._weight.detach().view(len(self), *self.like.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self._weight)
-
-    def version(self) -> int:
-        return self._updates + self._weight._version
-
-    def changed(self) -> None:
-        self._updates += 1
-
-    def class_ids(self, rows: Tensor) -> Tensor:
-        return rows
-
-    def find(self, classes: np.ndarray) -> np.ndarray:
-        return classes
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self._tables
-
-    def begin(self) -> None:
-        """To be called before a forward: chunks that were copied may have changed since."""
-        self._now.clear()
-        self._ahead.clear()
-
-    def settle(self) -> None:
-        """Return when the tables hold every update."""
-        if self._stored is not None:
-            self._stored.finish()
-
-    def bytes_on_device(self) -> int:
-        return sum(memory.nbytes for both in self._memory.values() for memory in both)
-
-    def read(self, rows: slice | Tensor) -> Tensor:
-        """The centres, until the next chunk is read."""
-        assert isinstance(rows, slice)
-        return self._read("weight", rows).unflatten(1, self.like.shape[1:])
-
-    def read_few(self, rows: Tensor, on_host: list[int]) -> Tensor:
-        self.settle()
-        few = self.gradient_like.index_select(0, torch.tensor(on_host, dtype=torch.int64))
-        return to_device(few.numpy(), rows.device)
-
-    def _read(self, name: str, where: slice) -> Tensor:
-        """Rows of a table [n, numbers of a row], until the next chunk of it is read."""
-        now = self._now.get(name)
-        if now is None or now.where != where:
-            now = self._ahead.pop(name, None)
-            if now is None or now.where != where:
-                if now is not None:
-                    now.arrival.finish()
-                now = self._ask(name, where)
-            now.arrival.wait()
-            self._now[name] = now
-            stop, size = where.stop, where.stop - where.start
-            if stop < len(self._tables[name]):
-                following = slice(stop, min(stop + size, len(self._tables[name])))
-                self._ahead[name] = self._ask(name, following)
-        return now.rows
-
-    def _ask(self, name: str, where: slice) -> _Held:
-        """Begin to copy a chunk into the memory that is not being computed with."""
-        num, both = where.stop - where.start, self._memory[name]
-        if not both or len(both[0]) < num:
-            self.settle()
-            numbers = self._tables[name].shape[1]
-            both[:] = [self.like.new_empty(num, numbers) for _ in range(2)]
-            self._now.pop(name, None)
-        both.reverse()
-        rows = both[0][:num]
-        return _Held(where, rows, self._copies.load(self._tables, where, {name: rows}))
-
-    def take(
-        self, rows: slice | Tensor, weight: Tensor | None, found_inf: Tensor | None
-    ) -> dict[str, Tensor]:
-        assert isinstance(rows, slice)
-        parts = {}
-        for name in self._tables:
-            if name == "weight" and weight is not None:
-                parts[name] = weight
-            else:
-                part = self._read(name, rows)
-                parts[name] = part if found_inf is None else part.clone()
-        return parts
-
-    def put(
-        self, rows: slice | Tensor, parts: Mapping[str, Tensor], found_inf: Tensor | None
-    ) -> None:
-        assert isinstance(rows, slice)
-        if found_inf is not None:
-            for name, new in parts.items():
-                old = self._read(name, rows)
-                old.copy_(torch.where(found_inf > 0, old, new))
-            parts = {name: self._read(name, rows) for name in parts}
-        self._updates += 1
-        self._stored = self._copies.store(self._tables, rows, parts)

@@ -4,8 +4,6 @@ One thread and, on a GPU, one stream do them in the order in which they were ask
 stored is stored before the rows are loaded again. Rows pass through two buffers of pinned memory,
 which is what makes a copy to a GPU asynchronous; the tables themselves need not be pinned. Where
 the device is the CPU, the same path runs without streams.
-
-Letters: n rows of a table or of a copy.
 """
 
 from __future__ import annotations
@@ -13,10 +11,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from recognition.rows import Tables, to_device
 
 BUFFER_BYTES = 32 << 20  # of each of the two
 
@@ -149,3 +149,122 @@ class _Buffer:
         if self._event is not None:
             self._event.synchronize()
             self._event = None
+
+
+class _Held(NamedTuple):
+    where: slice
+    rows: Tensor  # [n, numbers of a row]
+    arrival: PendingCopy
+
+
+class StreamedTables(Tables):
+    """Tables on the host, read chunk by chunk through two memories of each on the device: while one
+    chunk is computed with, the next one is copied."""
+
+    def __init__(
+        self,
+        weight: nn.Parameter,  # [C_r, (K,) D] on the host
+        tables: Mapping[str, Tensor],  # it and its state, each [C_r, numbers of a row]
+        like: Tensor,
+        copies: CopyQueue,
+    ) -> None:
+        self._weight, self._tables, self._like, self._copies = weight, tables, like, copies
+        self._now: dict[str, _Held] = {}
+        self._ahead: dict[str, _Held] = {}
+        self._memory: dict[str, list[Tensor]] = {name: [] for name in self._tables}
+        self._stored: PendingCopy | None = None
+        self._updates = 0
+
+    @property
+    def like(self) -> Tensor:
+        return self._like
+
+    @property
+    def gradient_like(self) -> Tensor:
+        return self._weight.detach().view(len(self), *self.like.shape[1:])
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self._tables
+
+    def version(self) -> int:
+        return self._updates + self._weight._version
+
+    def changed(self) -> None:
+        self._updates += 1
+
+    def begin(self) -> None:
+        """To be called before a forward: chunks that were copied may have changed since."""
+        self._now.clear()
+        self._ahead.clear()
+
+    def settle(self) -> None:
+        """Return when the tables hold every update."""
+        if self._stored is not None:
+            self._stored.finish()
+
+    def bytes_on_device(self) -> int:
+        return sum(memory.nbytes for both in self._memory.values() for memory in both)
+
+    def read(self, rows: slice | Tensor) -> Tensor:
+        """The centres, until the next chunk is read."""
+        assert isinstance(rows, slice)
+        return self._read("weight", rows).unflatten(1, self.like.shape[1:])
+
+    def read_few(self, rows: Tensor, on_host: list[int]) -> Tensor:
+        self.settle()
+        few = self.gradient_like.index_select(0, torch.tensor(on_host, dtype=torch.int64))
+        return to_device(few.numpy(), rows.device)
+
+    def _read(self, name: str, where: slice) -> Tensor:
+        """Rows of a table [n, numbers of a row], until the next chunk of it is read."""
+        now = self._now.get(name)
+        if now is None or now.where != where:
+            now = self._ahead.pop(name, None)
+            if now is None or now.where != where:
+                if now is not None:
+                    now.arrival.finish()
+                now = self._ask(name, where)
+            now.arrival.wait()
+            self._now[name] = now
+            stop, size = where.stop, where.stop - where.start
+            if stop < len(self._tables[name]):
+                following = slice(stop, min(stop + size, len(self._tables[name])))
+                self._ahead[name] = self._ask(name, following)
+        return now.rows
+
+    def _ask(self, name: str, where: slice) -> _Held:
+        """Begin to copy a chunk into the memory that is not being computed with."""
+        num, both = where.stop - where.start, self._memory[name]
+        if not both or len(both[0]) < num:
+            self.settle()
+            numbers = self._tables[name].shape[1]
+            both[:] = [self.like.new_empty(num, numbers) for _ in range(2)]
+            self._now.pop(name, None)
+        both.reverse()
+        rows = both[0][:num]
+        return _Held(where, rows, self._copies.load(self._tables, where, {name: rows}))
+
+    def take(
+        self, rows: slice | Tensor, weight: Tensor | None, found_inf: Tensor | None
+    ) -> dict[str, Tensor]:
+        assert isinstance(rows, slice)
+        parts = {}
+        for name in self._tables:
+            if name == "weight" and weight is not None:
+                parts[name] = weight
+            else:
+                part = self._read(name, rows)
+                parts[name] = part if found_inf is None else part.clone()
+        return parts
+
+    def put(
+        self, rows: slice | Tensor, parts: Mapping[str, Tensor], found_inf: Tensor | None
+    ) -> None:
+        assert isinstance(rows, slice)
+        if found_inf is not None:
+            for name, new in parts.items():
+                old = self._read(name, rows)
+                old.copy_(torch.where(found_inf > 0, old, new))
+            parts = {name: self._read(name, rows) for name in parts}
+        self._updates += 1
+        self._stored = self._copies.store(self._tables, rows, parts)

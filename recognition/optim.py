@@ -1,9 +1,8 @@
-"""The optimisers of the sampled class rows, and of what a margin learns.
-
-Letters: C_r classes of this rank, S sampled, K sub-centres, D embedding.
-"""
+"""The optimisers of the sampled class rows, and of what a margin learns."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ class _RowOptimizer:
 
     @torch.no_grad()
     def begin(self, lr: float) -> None:
-        """Let the next backward update the rows, piece by piece, so that no gradient of them
+        """Let the next backward update the rows, chunk by chunk, so that no gradient of them
         exists. step() then steps what the margin learns and ends the step.
 
         Raises:
@@ -52,16 +51,7 @@ class _RowOptimizer:
             raise RuntimeError("begin() comes before the forward whose backward updates the rows")
         self._check_state()
 
-        def update(
-            tables: Tables,
-            where: slice | Tensor,
-            grad: Tensor,
-            weight: Tensor,
-            radial: Tensor | None,
-        ) -> None:
-            self._apply(tables, where, grad, lr, weight=weight, radial=radial)
-
-        self.head.sink, self._begun = update, lr
+        self.head.sink, self._begun = functools.partial(self._apply, lr=lr), lr
 
     @torch.no_grad()
     def step(
@@ -98,7 +88,7 @@ class _RowOptimizer:
             grad = gradient[where].to(device)
             if grad_scale is not None:
                 grad = grad / grad_scale.to(grad.dtype)
-            self._apply(sampled.tables, sampled.at(where), grad, lr, found_inf)
+            self._apply(sampled.tables, sampled.at(where), grad, lr=lr, found_inf=found_inf)
         self.head.storage.commit()
         sampled.recycle()
         if skipped:
@@ -110,10 +100,11 @@ class _RowOptimizer:
         tables: Tables,
         rows: slice | Tensor,
         grad: Tensor,  # [n, K, D]
+        weight: Tensor | None = None,  # [n, K, D] these rows of it, where they have been read
+        radial: Tensor | None = None,  # [n * K] of it to be subtracted from the gradient
+        *,
         lr: float,
         found_inf: Tensor | None = None,
-        weight: Tensor | None = None,  # [n, K, D] these rows of it, where they have been read
-        radial: Tensor | None = None,  # [n * K] of it to be taken off the gradient
     ) -> None:
         """Update some rows of the weight and their state."""
         read = None
@@ -221,14 +212,15 @@ class RowSGD(_RowOptimizer):
         tables: Tables,
         rows: slice | Tensor,
         grad: Tensor,
-        lr: float,
-        found_inf: Tensor | None = None,
         weight: Tensor | None = None,
         radial: Tensor | None = None,
+        *,
+        lr: float,
+        found_inf: Tensor | None = None,
     ) -> None:
         passes = self.head.limits.passes
         if passes is None or found_inf is not None:
-            return super()._apply(tables, rows, grad, lr, found_inf, weight, radial)
+            return super()._apply(tables, rows, grad, weight, radial, lr=lr, found_inf=found_inf)
         numbers = lr, self.momentum, self.weight_decay
         if isinstance(rows, slice):
             parts = tables.take(rows, None if weight is None else weight.flatten(1), None)

@@ -3,8 +3,6 @@
 A centre is read with its norm, exponentials are made with their sums, and a row is updated where it
 stands, which torch must read, change and write in turn. The machine's C compiler builds it for the
 processor at hand when it is first asked for.
-
-Letters: B rows of the global batch, n classes of a piece, K sub-centres, D embedding.
 """
 
 from __future__ import annotations

@@ -2,58 +2,65 @@
 
 A forward reads the centres of its sampled classes chunk by chunk from tables, which the backward or
 the row optimiser updates; where the tables are held is behind the interface Tables.
-
-Letters: C_r classes of this rank, S sampled, K sub-centres, D embedding, n class rows of a chunk or
-of an update, m targets: rows of the batch whose class is on this rank.
 """
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-class Tables(Protocol):
+class Tables(ABC):
     """The class rows and their optimiser state, as a step reads and updates them.
 
-    storage.MemoryTables implements it in the memory of the device that computes, and
-    host.StreamedTables for tables in the host's memory, which pass through the device in chunks.
+    storage.MemoryTables holds them in the memory of the device that computes; lane.StreamedTables
+    in the host's, from which they pass through the device in chunks.
     """
 
     @property
+    @abstractmethod
     def like(self) -> Tensor:
         """A tensor [any, K, D] of the rows' dtype on the device that computes."""
 
     @property
     def gradient_like(self) -> Tensor:
         """A tensor [any, K, D] where the gradient of a sample is to be held."""
+        return self.like
 
-    def __len__(self) -> int: ...
+    @abstractmethod
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The whole rows as "weight", and the state by name: [any, numbers of a row]."""
 
+    def __len__(self) -> int:
+        return len(self.tensors()["weight"])
+
+    @abstractmethod
     def version(self) -> int:
         """Another number after each change of the rows."""
 
     def class_ids(self, rows: Tensor) -> Tensor:
         """int64 [n] the classes of this rank that some rows are of."""
+        return rows
 
     def find(self, classes: np.ndarray) -> np.ndarray:
         """int64 [n] the rows of some classes of this rank."""
+        return classes
 
+    @abstractmethod
     def read(self, rows: slice | Tensor) -> Tensor:
         """The centres [n, K, D] of some rows, a part of them or int64 [n]; not to be changed."""
 
     def read_few(self, rows: Tensor, on_host: list[int]) -> Tensor:
         """The centres [m, K, D] of targets. on_host: their places in the sample, which are the rows
         where all classes are sampled."""
+        return self.read(rows)
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The whole rows as "weight", and the state by name: [any, numbers of a row]."""
-
+    @abstractmethod
     def take(
         self, rows: slice | Tensor, weight: Tensor | None, found_inf: Tensor | None
     ) -> dict[str, Tensor]:
@@ -63,11 +70,13 @@ class Tables(Protocol):
         put() is to write nothing; None: it writes.
         """
 
+    @abstractmethod
     def put(
         self, rows: slice | Tensor, parts: Mapping[str, Tensor], found_inf: Tensor | None
     ) -> None:
         """What take() gave, changed."""
 
+    @abstractmethod
     def changed(self) -> None:
         """To be called after an update in place."""
 

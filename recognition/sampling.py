@@ -2,9 +2,6 @@
 
 No communication, no state: every function is determined by its arguments, so all ranks agree on the
 sample without a word between them, and it is the same at every number of ranks.
-
-Letters: W ranks, C classes, B rows of the global batch, S sampled classes on this rank,
-n cells of the draw, m rows of the batch whose class this rank holds.
 """
 
 from __future__ import annotations
@@ -93,8 +90,8 @@ class Draw:
         """At most two (the rotation wraps once), in the order of the class ids. Only the two cells
         at the ends of a run can reach over its border; their picks decide whether they belong."""
         wrap = min(max(self.offset, start), stop)
-        pieces = [(start, wrap, self.offset - self.num_classes), (wrap, stop, self.offset)]
-        for low, high, shift in pieces:
+        spans = [(start, wrap, self.offset - self.num_classes), (wrap, stop, self.offset)]
+        for low, high, shift in spans:
             if low == high:
                 continue
             first, last = (int(c) for c in self._cell_of(np.array([low - shift, high - 1 - shift])))

@@ -1,8 +1,4 @@
-"""What a head starts with, the checks of what it is given, and which sub-centres its rows use.
-
-Letters: C classes, C_r of this rank, K sub-centres, D embedding, b rows of this rank, m rows of the
-batch whose class is on this rank.
-"""
+"""What a head starts with, the checks of what it is given, and which sub-centres its rows use."""
 
 from __future__ import annotations
 

@@ -1,48 +1,39 @@
 """The class rows and their optimiser state in the memory of the device that computes.
 
 recognition/host.py holds them in the host's instead, behind the same interface.
-
-Letters: C_r classes of this rank, S sampled, K sub-centres, D embedding.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from data_tools.common.draws import hash_tensor
-from recognition.rows import ClassRows, Pool, Sink, to_device
+from recognition.rows import ClassRows, Pool, Sink, Tables, to_device
 from recognition.sampling import Draw, Sample
 
 
-class Storage(Protocol):
+class Storage(ABC):
     """Where a head holds its class rows and the state of their optimiser, between the steps."""
 
+    moves_with_head: bool  # head.to(device) moves the weight as it does any parameter
     state: dict[str, Tensor]  # of the row optimiser, by name: [C_r, ...]
 
     @property
+    @abstractmethod
     def parameter(self) -> nn.Parameter:
-        """The weight [C_r, (K,) D]; what it holds is current after settle()."""
+        """The weight [C_r, (K,) D]; it has every update after settle()."""
 
     @property
+    @abstractmethod
     def like(self) -> Tensor:
         """A tensor [any, K, D] of the rows' dtype on the device that computes."""
 
-    @property
-    def moves_with_head(self) -> bool:
-        """Whether head.to(device) moves the weight as it does any parameter."""
-
-    def move(self, like: Tensor) -> None:
-        """Compute on the device of `like` and in its dtype, where the weight does not move."""
-
-    def attach(self, state: dict[str, Tensor]) -> None:
-        """Hold the state of a row optimiser beside the rows."""
-
+    @abstractmethod
     def rows(
         self,
         sample: Sample,
@@ -53,48 +44,36 @@ class Storage(Protocol):
     ) -> ClassRows:
         """The class rows of a sample."""
 
+    def attach(self, state: dict[str, Tensor]) -> None:
+        """Hold the state of a row optimiser beside the rows."""
+        self.state = state
+
+    def move(self, like: Tensor) -> None:
+        """Compute on the device of `like` and in its dtype, where the weight does not move."""
+        return
+
     def commit(self) -> None:
         """To be called when the rows of a step are updated."""
+        return
 
     def settle(self) -> None:
-        """Return when the weight and the state hold every update."""
+        """Return when the weight and the state have every update."""
+        return
 
     def drop(self) -> None:
         """To be called before the weight or the state are changed from outside."""
+        return
 
 
-class MemoryTables:
+class MemoryTables(Tables):
     """Tables in the memory of the device that computes, updated in place."""
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        raise NotImplementedError
-
-    @property
-    def like(self) -> Tensor:
-        raise NotImplementedError
-
-    @property
-    def gradient_like(self) -> Tensor:
-        return self.like
-
-    def __len__(self) -> int:
-        return len(self.tensors()["weight"])
 
     def version(self) -> int:
         return self.tensors()["weight"]._version
 
-    def class_ids(self, rows: Tensor) -> Tensor:
-        return rows
-
-    def find(self, classes: np.ndarray) -> np.ndarray:
-        return classes
-
     def read(self, rows: slice | Tensor) -> Tensor:
         weight = self.tensors()["weight"].unflatten(1, self.like.shape[1:])
         return weight[rows] if isinstance(rows, slice) else weight.index_select(0, rows)
-
-    def read_few(self, rows: Tensor, on_host: list[int]) -> Tensor:
-        return self.read(rows)
 
     def take(
         self, rows: slice | Tensor, weight: Tensor | None, found_inf: Tensor | None
@@ -131,34 +110,28 @@ class MemoryTables:
         increment_version(list(self.tensors().values()))
 
 
-class DeviceStorage(MemoryTables):
+class DeviceStorage(MemoryTables, Storage):
+    """Storage in the memory of the device that computes, whose tables a step uses as they are."""
+
     moves_with_head = True
 
     def __init__(self, weight: nn.Parameter, num_subcenters: int) -> None:
-        self.parameter, self._num_subcenters = weight, num_subcenters  # [C_r, (K,) D]
-        self.state: dict[str, Tensor] = {}
+        self._weight, self._num_subcenters = weight, num_subcenters  # [C_r, (K,) D]
+        self.state = {}
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self._weight
 
     @property
     def like(self) -> Tensor:
-        weight = self.parameter.detach()
+        weight = self._weight.detach()
         return weight if self._num_subcenters > 1 else weight[:, None]
 
     def tensors(self) -> Mapping[str, Tensor]:
-        return {"weight": self.parameter.detach().flatten(1)} | {
+        return {"weight": self._weight.detach().flatten(1)} | {
             name: table.flatten(1) for name, table in self.state.items()
         }
-
-    def __len__(self) -> int:
-        return len(self.parameter)
-
-    def read(self, rows: slice | Tensor) -> Tensor:
-        return self.like[rows] if isinstance(rows, slice) else self.like.index_select(0, rows)
-
-    def move(self, like: Tensor) -> None:
-        pass
-
-    def attach(self, state: dict[str, Tensor]) -> None:
-        self.state = state
 
     def rows(
         self,
@@ -174,15 +147,6 @@ class DeviceStorage(MemoryTables):
             drawn = drawn_on(device, sample.draw) - shard[0]
             index = torch.cat([drawn, to_device(missed, device)])
         return ClassRows(self, index, missed, pool, sink)
-
-    def commit(self) -> None:
-        pass
-
-    def settle(self) -> None:
-        pass
-
-    def drop(self) -> None:
-        pass
 
 
 def drawn_on(device: torch.device, draw: Draw) -> Tensor:

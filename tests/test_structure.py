@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "recognition/sampling.py": [],
     "recognition/phases.py": [],
     "recognition/collectives.py": ["recognition.phases"],
-    "recognition/lane.py": [],
+    "recognition/lane.py": ["recognition.rows"],
     "recognition/rows.py": [],
     "recognition/storage.py": ["recognition.rows", "recognition.sampling"],
     "recognition/host.py": [

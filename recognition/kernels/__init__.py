@@ -1,6 +1,6 @@
 """Fused forms of the reduction over classes, behind the functions of losses/reduction.py.
 
-    fused.py       the reduction of piece after piece from four operations, and its backward
+    fused.py       the reduction of chunk after chunk from four operations, and its backward
     programs.py    those operations as Triton programs
     compiled.py    those operations by torch.compile, the rival
     native.py      on a CPU, the plain form over passes that the machine's compiler has built

@@ -206,7 +206,7 @@ def _trial(head: PartialFC, kernel: Kernel, num_rows: int) -> Callable:
     def step() -> None:
         rows = ClassRows(rows_of, index, None, pool)
         chunks = Chunks(
-            rows, targets, num_rows, head.piece_size(num_rows), head.limits.stored_bytes, pool,
+            rows, targets, num_rows, head.chunk_size(num_rows), head.limits.stored_bytes, pool,
             head.limits.dtype,
         )  # fmt: skip
         cosines = chunks.target_cosines(x)

@@ -9,8 +9,6 @@ pass takes the centres' through their normalisation.
 One program for the weights and both gradients would save the [B, n] of them, 6 bytes a logit,
 where the four products of D = 512 are 4096 operations a logit; but it needs a fifth product, or
 atomic sums that differ from run to run.
-
-Letters: B rows of the global batch, n classes of a chunk, D embedding.
 """
 
 from __future__ import annotations

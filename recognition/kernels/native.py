@@ -2,8 +2,6 @@
 
 The GEMMs stay the library's, and what the plain form keeps, computes again or leaves to autograd
 stays as it is; recognition/passes.py has the rest.
-
-Letters: B rows of the global batch, n classes of a chunk, D embedding.
 """
 
 from __future__ import annotations

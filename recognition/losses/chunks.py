@@ -2,9 +2,6 @@
 
 No tensor of all the shard's logits exists beyond a stated budget: the backward computes the
 products of a chunk again, or reads back those that the budget let the forward keep.
-
-Letters: B rows of the global batch, S sampled classes of this rank, n classes of a chunk,
-K sub-centres, D embedding, m rows of the batch whose class is on this rank.
 """
 
 from __future__ import annotations

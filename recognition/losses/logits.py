@@ -7,9 +7,6 @@ take the general way: cosines, their formula, and autograd through it, a chunk a
 
 Three interfaces say what may vary: a Reducer is one of these ways, a Kernel picks the way for a
 forward, and ChunkPasses is what the quick way does beside its GEMMs.
-
-Letters: B rows of the global batch, S sampled classes of this rank, n classes of a chunk,
-K sub-centres, D embedding, m rows of the batch whose class is on this rank.
 """
 
 from __future__ import annotations

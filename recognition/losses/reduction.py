@@ -2,9 +2,6 @@
 
 Its forward goes through the chunks of this rank's sampled classes and makes both collectives of the
 loss; its backward gets both gradients as arguments and walks the chunks once.
-
-Letters: W ranks, B rows of the global batch, D embedding, m rows of the batch whose class is on
-this rank, k values of a class.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def test_a_fused_form_equals_the_plain_one(wanted, sample_rate, threshold, dtype
     x, labels = batch()
     outcomes = []
     for fused in (False, True):
-        limits = Limits(piece=200, dtype=dtype) if fused else Limits()
+        limits = Limits(chunk_size=200, dtype=dtype) if fused else Limits()
         margin = MARGINS["cosface"](interclass_filtering_threshold=threshold)
         head = PartialFC(margin, D, C, sample_rate, seed=1, limits=limits)
         if fused:

@@ -26,7 +26,7 @@ def make(storage, case="arcface", sample_rate=0.3, num_subcenters=1, dtype=torch
     name, arguments = CASES[case]
     head = PartialFC(
         MARGINS[name](**arguments), D, C, sample_rate, num_subcenters, seed=5,
-        class_counts=np.arange(C) % 7 + 1, head_storage=storage, limits=Limits(1500, piece=7),
+        class_counts=np.arange(C) % 7 + 1, head_storage=storage, limits=Limits(1500, chunk_size=7),
     )  # fmt: skip
     return head.to(dtype)
 
@@ -109,7 +109,9 @@ def test_a_step_skipped_on_the_device(sample_rate):
             for start in range(0, len(gradient), 50):
                 where = slice(start, min(start + 50, len(gradient)))
                 found = torch.tensor(float(step == 1))
-                rows._apply(sampled.tables, sampled.at(where), gradient[where], 0.1, found)
+                rows._apply(
+                    sampled.tables, sampled.at(where), gradient[where], lr=0.1, found_inf=found
+                )
             head.storage.commit()
         head.settle()
         ends.append([head.weight.detach(), *rows.state.values()])
@@ -158,7 +160,7 @@ def test_no_more_than_the_sampled_rows_are_on_the_device():
 
 def test_of_all_rows_two_pieces_of_each_table_are_on_the_device():
     head = PartialFC(
-        MARGINS["cosface"](), D, 2000, head_storage="host", limits=Limits(0, piece=100)
+        MARGINS["cosface"](), D, 2000, head_storage="host", limits=Limits(0, chunk_size=100)
     )
     rows = RowSGD(head)
     for step in range(3):

@@ -131,7 +131,7 @@ def test_the_update_is_sgds(threads, dtype, momentum, centres, has_index, has_ra
 
 
 def trained(native_too, *arguments):
-    limits = Limits(1500, piece=7)
+    limits = Limits(1500, chunk_size=7)
     if native_too:
         limits = Limits(1500, 7, None, test_paths.native, test_paths.passes)
     return test_paths.trained(*arguments, limits)
