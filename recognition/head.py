@@ -25,7 +25,7 @@ from recognition.losses.chunks import Chunks, TargetCosines, Targets, chunk_size
 from recognition.losses.logits import Formula, Kernel, plain_kernel
 from recognition.losses.margin import Layer, Margin, Owned, Rows, Statistics
 from recognition.losses.reduction import full_precision, reduce_over_ranks, reduced_logits
-from recognition.passes import Passes
+from recognition.passes import CpuLibrary
 from recognition.rows import ClassRows, MicroSteps, Pool, Sink, to_device, unit
 from recognition.sampling import Draw, sample
 from recognition.start import (
@@ -52,7 +52,7 @@ class Limits:
     chunk_size: int | None = None  # classes of a chunk of the logits; None: from the cache
     dtype: torch.dtype | None = None  # of the GEMMs' inputs; sums and logits stay as the weight
     kernel: Kernel = plain_kernel  # or one of recognition/kernels
-    passes: Passes | None = None  # compiled, for the update of the rows
+    cpu_library: CpuLibrary | None = None  # compiled, for the update of the rows
 
 
 class PartialFC(nn.Module):

@@ -218,16 +218,16 @@ class RowSGD(_RowOptimizer):
         lr: float,
         found_inf: Tensor | None = None,
     ) -> None:
-        passes = self.head.limits.passes
-        if passes is None or found_inf is not None:
+        library = self.head.limits.cpu_library
+        if library is None or found_inf is not None:
             return super()._apply(tables, rows, grad, weight, radial, lr=lr, found_inf=found_inf)
         numbers = lr, self.momentum, self.weight_decay
         if isinstance(rows, slice):
             parts = tables.take(rows, None if weight is None else weight.flatten(1), None)
-            passes.sgd(parts, None, grad, radial, *numbers)
+            library.sgd(parts, None, grad, radial, *numbers)
             tables.put(rows, parts, None)
         else:  # where they stand, neither taken nor put
-            passes.sgd(tables.tensors(), rows, grad, radial, *numbers)
+            library.sgd(tables.tensors(), rows, grad, radial, *numbers)
             tables.changed()
 
     def _update_(self, grad: Tensor, lr: float, decay: float, **rows: Tensor) -> None:

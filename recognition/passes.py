@@ -38,7 +38,7 @@ class NotBuilt(Exception):
     """There is no program for this machine."""
 
 
-class Passes:
+class CpuLibrary:
     """The functions of passes.c for tensors of one dtype on the CPU.
 
     Raises:

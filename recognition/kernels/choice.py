@@ -26,7 +26,7 @@ from recognition.kernels.native import native_kernel
 from recognition.losses.chunks import Chunks, Targets
 from recognition.losses.logits import Formula, Kernel, plain_kernel
 from recognition.losses.margin import Rows
-from recognition.passes import NotBuilt, Passes
+from recognition.passes import CpuLibrary, NotBuilt
 from recognition.rows import ClassRows, Pool, unit
 from recognition.storage import DeviceStorage
 
@@ -85,18 +85,18 @@ def _native(wanted: str, head: PartialFC, known: str) -> Choice:
     num_sampled = head.num_classes * head.sample_rate / head.group.size()
     if wanted == "auto" and known != "native" and num_sampled < _WORTH_BUILDING:
         return Choice("plain", "")
-    passes, reason = None, "it is for CPUs"
+    library, reason = None, "it is for CPUs"
     if head.device.type == "cpu":
         try:
-            passes, reason = Passes(head.storage.like.dtype), "another rank cannot build it"
+            library, reason = CpuLibrary(head.storage.like.dtype), "another rank cannot build it"
         except NotBuilt as error:
             reason = str(error)
-    failed = torch.tensor([float(passes is None)], dtype=torch.float64)
+    failed = torch.tensor([float(library is None)], dtype=torch.float64)
     failed = collectives.largest_over_ranks(failed, head.group)  # which all ranks call
-    if passes is None or failed.item():
+    if library is None or failed.item():
         return Choice("plain", f"head_kernel={wanted}: the plain form is taken, {reason}")
-    kernel = functools.partial(native_kernel, passes)
-    head.limits = replace(head.limits, kernel=kernel, passes=passes)
+    kernel = functools.partial(native_kernel, library)
+    head.limits = replace(head.limits, kernel=kernel, cpu_library=library)
     return Choice("native", f"head_kernel={wanted}: native is taken, compiled for this processor")
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from recognition.losses.chunks import Chunk, Chunks, product
 from recognition.losses.logits import Formula, Reducer, reducer_of
-from recognition.passes import Passes
+from recognition.passes import CpuLibrary
 
 
-def native_kernel(library: Passes, chunks: Chunks, formula: Formula) -> Reducer:
+def native_kernel(library: CpuLibrary, chunks: Chunks, formula: Formula) -> Reducer:
     """A logits.Kernel once `library` is bound: margins that need their formula go by torch."""
     return reducer_of(chunks, formula, NativePasses(library, chunks))
 
@@ -22,7 +22,7 @@ def native_kernel(library: Passes, chunks: Chunks, formula: Formula) -> Reducer:
 class NativePasses:
     """See logits.ChunkPasses; memory that is kept holds scaled @ w, -inf for a row's own class."""
 
-    def __init__(self, library: Passes, chunks: Chunks) -> None:
+    def __init__(self, library: CpuLibrary, chunks: Chunks) -> None:
         self._library, self._chunks = library, chunks
         self._centres: Tensor | None = None  # [n, D]
 

@@ -21,12 +21,12 @@ from recognition.kernels import choice
 from recognition.kernels.native import native_kernel
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
-from recognition.passes import NotBuilt, Passes
+from recognition.passes import CpuLibrary, NotBuilt
 from tests import ranks, reference
 from tests.recognition import runs, test_paths
 
 try:
-    PASSES = {dtype: Passes(dtype) for dtype in (torch.float32, torch.float64)}
+    PASSES = {dtype: CpuLibrary(dtype) for dtype in (torch.float32, torch.float64)}
 except NotBuilt as error:
     pytest.skip(f"no program for this machine: {error}", allow_module_level=True)
 
@@ -177,7 +177,7 @@ def test_fp32_gradients_are_as_near_to_the_truth_as_torchs():
 
 
 def test_a_change_of_the_rows_between_forward_and_backward_is_found():
-    limits = Limits(passes=PASSES[torch.float32])
+    limits = Limits(cpu_library=PASSES[torch.float32])
     head = PartialFC(MARGINS["arcface"](), 8, 30, 0.5, limits=limits)
     rows, batch = RowSGD(head), (torch.randn(4, 8, requires_grad=True), torch.arange(4))
     head(*batch).backward()
@@ -230,7 +230,7 @@ def chosen(wanted, known="", worth=None, broken=(), compiler=None, dtype=torch.f
             patch.setenv("CC", compiler)
         head = PartialFC(MARGINS["arcface"](), 8, 300).to(dtype)
         found = choice.choose(wanted, head, 8, known)
-    assert (head.limits.passes is not None) is (found.form == "native")
+    assert (head.limits.cpu_library is not None) is (found.form == "native")
     head(torch.randn(8, 8, dtype=dtype), torch.arange(8)).backward()
     return found
 

@@ -14,7 +14,7 @@ from recognition.kernels.fused import fused_kernel
 from recognition.kernels.native import native_kernel
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
-from recognition.passes import NotBuilt, Passes
+from recognition.passes import CpuLibrary, NotBuilt
 from tests import ranks, reference
 from tests.recognition import test_head
 from tests.recognition.losses import test_sharding
@@ -29,9 +29,9 @@ PATHS = {
     "held by the host": ("host", Limits(1500, chunk_size=7)),
 }
 try:
-    passes = Passes(torch.float64)
+    passes = CpuLibrary(torch.float64)
     native = functools.partial(native_kernel, passes)
-    PATHS["native"] = ("device", Limits(1500, chunk_size=7, kernel=native, passes=passes))
+    PATHS["native"] = ("device", Limits(1500, chunk_size=7, kernel=native, cpu_library=passes))
 except NotBuilt:  # which test_native.py says
     passes, native = None, None
 if importlib.util.find_spec("triton") is not None:
