@@ -37,7 +37,7 @@ class NativePasses:
 
     def _products(self, chunk: Chunk, scaled: Tensor) -> tuple[Tensor, Tensor]:
         """scaled @ w [B, n], -inf where the class is the row's own, and the centres w [n, D]."""
-        weight, out = self._read(chunk), self._chunks.memory(chunk)
+        weight, out = self._read(chunk), self._chunks.memory.of(chunk)
         if not self._chunks.is_kept(chunk):
             product(scaled, self._chunks.narrow(weight).T, out)
             if chunk.own is not None:

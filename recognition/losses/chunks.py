@@ -58,6 +58,48 @@ class Chunk(NamedTuple):
     inverse: Tensor  # [n * K] of 1 / |w|, written by the first pass
 
 
+class ChunkMemory:
+    """Memory for the products of chunks: the first ones keep theirs until the backward is over, the
+    others share."""
+
+    def __init__(
+        self, like: Tensor, num_rows: int, columns: int, num: int, stored_bytes: int, pool: Pool
+    ) -> None:
+        self._like, self._num_rows, self._columns, self._pool = like, num_rows, columns, pool
+        chunk_bytes = max(num_rows * columns * like.element_size(), 1)
+        self._num_kept = min(stored_bytes // chunk_bytes, num)
+        self._kept: Tensor | None = None  # [chunks that are kept, B * columns]
+        self._shared: dict[bool, Tensor] = {}  # [B * columns]
+
+    def keeps(self, chunk: Chunk) -> bool:
+        return chunk.number < self._num_kept
+
+    def of(self, chunk: Chunk) -> Tensor:  # [B, n * K]
+        if not self.keeps(chunk):
+            return self._shared_by_all(chunk, is_spare=False)
+        if self._kept is None:
+            self._kept = self._pool.take(self._like, self._num_kept, self._num_rows * self._columns)
+        return self._view(self._kept[chunk.number], chunk)
+
+    def spare(self, chunk: Chunk) -> Tensor:
+        """[B, n * K] beside of(chunk), until the next chunk."""
+        return self._shared_by_all(chunk, is_spare=True)
+
+    def _shared_by_all(self, chunk: Chunk, is_spare: bool) -> Tensor:
+        if is_spare not in self._shared:
+            self._shared[is_spare] = self._like.new_empty(self._num_rows * self._columns)
+        return self._view(self._shared[is_spare], chunk)
+
+    def _view(self, memory: Tensor, chunk: Chunk) -> Tensor:
+        columns = len(chunk.inverse)
+        return memory[: self._num_rows * columns].view(self._num_rows, columns)
+
+    def release(self) -> None:
+        """The backward is over: nothing is kept."""
+        self._pool.give(self._kept)
+        self._kept, self._num_kept, self._shared = None, 0, {}
+
+
 class Chunks:
     """The chunks of one forward in order, their centres, and their products with the batch.
 
@@ -83,7 +125,7 @@ class Chunks:
         self.inverse = weight.new_empty(len(class_rows) * self.num_subcenters)  # 1 / |w|; [S * K]
         self._column = targets.place % size  # int64 [m] of each target in its chunk
         self._chunks = list(self._cut(size))
-        self._products = _Products(
+        self.memory = ChunkMemory(
             weight, num_rows, min(size, len(class_rows)) * self.num_subcenters,
             len(self._chunks), stored_bytes, pool,
         )  # fmt: skip
@@ -146,7 +188,7 @@ class Chunks:
         """x @ w_hat [B, n * K], and the centres w [n * K, D]; neither is to be changed beyond this
         pass. x: [B, D] narrow, unit rows or scaled ones, the same in every pass."""
         weight = self.read(chunk)
-        out = self.memory(chunk)
+        out = self.memory.of(chunk)
         if self.is_kept(chunk):
             return out, weight
         product(x, self.narrow(weight).T, out)
@@ -154,25 +196,9 @@ class Chunks:
             torch.reciprocal(_norm(weight), out=chunk.inverse)
         return out.mul_(chunk.inverse), weight
 
-    def memory(self, chunk: Chunk) -> Tensor:
-        """[B, n * K] for its products: kept until release(), or shared by the other chunks."""
-        return self._products.of(chunk.number, len(chunk.inverse))
-
-    def spare(self, chunk: Chunk) -> Tensor:
-        """[B, n * K] beside memory(chunk), shared by all chunks."""
-        return self._products.spare(1, len(chunk.inverse))
-
-    def will_keep(self, chunk: Chunk) -> bool:
-        """Whether memory(chunk) is read again in a later pass."""
-        return chunk.number < self._products.num_kept
-
     def is_kept(self, chunk: Chunk) -> bool:
-        """Whether memory(chunk) has the products of an earlier pass."""
-        return self.is_walked and self.will_keep(chunk)
-
-    def release(self) -> None:
-        """The backward is over: nothing is kept."""
-        self._products.release()
+        """Whether its memory has the products of an earlier pass."""
+        return self.is_walked and self.memory.keeps(chunk)
 
     def add_gradients(
         self,
@@ -195,35 +221,6 @@ class Chunks:
             radial.index_add_(0, column, own.radial[chunk.targets])
         radial.mul_(chunk.inverse).mul_(chunk.inverse)
         self.class_rows.add_gradient(chunk.where, grad, weight.view_as(grad), radial)
-
-
-class _Products:
-    """Memory for the products of chunks: the first `num_kept` have their own, the others share."""
-
-    def __init__(
-        self, like: Tensor, num_rows: int, columns: int, num: int, stored_bytes: int, pool: Pool
-    ) -> None:
-        self._like, self._num_rows, self._columns, self._pool = like, num_rows, columns, pool
-        chunk_bytes = max(num_rows * columns * like.element_size(), 1)
-        self.num_kept = min(stored_bytes // chunk_bytes, num)
-        self._kept: Tensor | None = None  # [num_kept, B * columns]
-        self._spares: dict[int, Tensor] = {}  # [B * columns]
-
-    def of(self, number: int, columns: int) -> Tensor:
-        if number >= self.num_kept:
-            return self.spare(0, columns)
-        if self._kept is None:
-            self._kept = self._pool.take(self._like, self.num_kept, self._num_rows * self._columns)
-        return self._kept[number, : self._num_rows * columns].view(self._num_rows, columns)
-
-    def spare(self, which: int, columns: int) -> Tensor:
-        if which not in self._spares:  # the first chunk is the largest
-            self._spares[which] = self._like.new_empty(self._num_rows * columns)
-        return self._spares[which][: self._num_rows * columns].view(self._num_rows, columns)
-
-    def release(self) -> None:
-        self._pool.give(self._kept)
-        self._kept, self.num_kept, self._spares = None, 0, {}
 
 
 # --- Products of narrow numbers with wide sums ----------------------------------------------------

@@ -122,7 +122,7 @@ class ExpSums:
             spread, weight, radial = self._passes.slopes(chunk, scaled, along)
             chunks.add_gradients(chunk, spread, weight, radial, pulling, total, targets)
         total.mul_(share[:, None]).index_add_(0, chunks.targets.row, targets.x)
-        chunks.release()
+        chunks.memory.release()
         return total, [None] * len(learned)
 
 
@@ -132,7 +132,7 @@ class TorchPasses:
 
     def sum_exp(self, chunk: Chunk, scaled: Tensor) -> Tensor:
         z, _ = self._chunks.cosines(chunk, scaled)
-        return self._exponentials(z, chunk, self._chunks.will_keep(chunk)).sum(1)
+        return self._exponentials(z, chunk, self._chunks.memory.keeps(chunk)).sum(1)
 
     def slopes(self, chunk: Chunk, scaled: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, weight = self._chunks.cosines(chunk, scaled)
@@ -142,7 +142,7 @@ class TorchPasses:
 
     def _exponentials(self, z: Tensor, chunk: Chunk, apart: bool) -> Tensor:
         """exp(z) [B, n], 0 where the class is the row's own. apart: z is still needed."""
-        e = torch.exp(z, out=self._chunks.spare(chunk)) if apart else z.exp_()
+        e = torch.exp(z, out=self._chunks.memory.spare(chunk)) if apart else z.exp_()
         if chunk.own is not None:
             e[chunk.own] = 0.0
         return e
@@ -201,7 +201,7 @@ class ThroughFormula:
             spread = torch.mul(spread, chunk.inverse, out=spread)
             chunks.add_gradients(chunk, spread, weight, radial, narrow, total, targets)
         total.index_add_(0, chunks.targets.row, targets.x)
-        chunks.release()
+        chunks.memory.release()
         return total, [*sums]
 
     def _through_formula(
