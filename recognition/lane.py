@@ -244,27 +244,19 @@ class StreamedTables(Tables):
         rows = both[0][:num]
         return _Held(where, rows, self._copies.load(self._tables, where, {name: rows}))
 
-    def take(
-        self, rows: slice | Tensor, weight: Tensor | None, found_inf: Tensor | None
-    ) -> dict[str, Tensor]:
+    @contextlib.contextmanager
+    def updating(
+        self, rows: slice | Tensor, weight: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> Iterator[dict[str, Tensor]]:
         assert isinstance(rows, slice)
-        parts = {}
-        for name in self._tables:
-            if name == "weight" and weight is not None:
-                parts[name] = weight
-            else:
-                part = self._read(name, rows)
-                parts[name] = part if found_inf is None else part.clone()
-        return parts
-
-    def put(
-        self, rows: slice | Tensor, parts: Mapping[str, Tensor], found_inf: Tensor | None
-    ) -> None:
-        assert isinstance(rows, slice)
+        parts = {} if weight is None else {"weight": weight}
+        for name in [name for name in self._tables if name not in parts]:
+            part = self._read(name, rows)
+            parts[name] = part if found_inf is None else part.clone()
+        yield parts
         if found_inf is not None:
             for name, new in parts.items():
                 old = self._read(name, rows)
-                old.copy_(torch.where(found_inf > 0, old, new))
-            parts = {name: self._read(name, rows) for name in parts}
-        self._updates += 1
+                parts[name] = old.copy_(torch.where(found_inf > 0, old, new))
+        self.changed()
         self._stored = self._copies.store(self._tables, rows, parts)

@@ -111,9 +111,8 @@ class _RowOptimizer:
         if weight is not None:
             subtract_radial(grad, weight, radial)
             read = weight.flatten(1)
-        parts = tables.take(rows, read, found_inf)
-        self._update_(grad.flatten(1), lr, self.weight_decay, **parts)
-        tables.put(rows, parts, found_inf)
+        with tables.updating(rows, read, found_inf) as parts:
+            self._update_(grad.flatten(1), lr, self.weight_decay, **parts)
 
     def _check_state(self) -> None:
         weight = self.head.storage.parameter
@@ -223,10 +222,10 @@ class RowSGD(_RowOptimizer):
             return super()._apply(tables, rows, grad, weight, radial, lr=lr, found_inf=found_inf)
         numbers = lr, self.momentum, self.weight_decay
         if isinstance(rows, slice):
-            parts = tables.take(rows, None if weight is None else weight.flatten(1), None)
-            library.sgd(parts, None, grad, radial, *numbers)
-            tables.put(rows, parts, None)
-        else:  # where they stand, neither taken nor put
+            read = None if weight is None else weight.flatten(1)
+            with tables.updating(rows, read) as parts:
+                library.sgd(parts, None, grad, radial, *numbers)
+        else:  # in place, without a copy
             library.sgd(tables.tensors(), rows, grad, radial, *numbers)
             tables.changed()
 

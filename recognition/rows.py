@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -61,20 +62,15 @@ class Tables(ABC):
         return self.read(rows)
 
     @abstractmethod
-    def take(
-        self, rows: slice | Tensor, weight: Tensor | None, found_inf: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Some rows of all tables, to be changed and put().
+    def updating(
+        self, rows: slice | Tensor, weight: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> AbstractContextManager[dict[str, Tensor]]:
+        """Some rows of all tables, by name [n, numbers of a row]; what the block makes of them in
+        place is in the tables afterwards.
 
-        weight: these rows of "weight", where they have been read already. found_inf: [] whether
-        put() is to write nothing; None: it writes.
+        weight: these rows of "weight", where they have been read already. found_inf: [] not 0 if
+        the tables are to stay as they are.
         """
-
-    @abstractmethod
-    def put(
-        self, rows: slice | Tensor, parts: Mapping[str, Tensor], found_inf: Tensor | None
-    ) -> None:
-        """What take() gave, changed."""
 
     @abstractmethod
     def changed(self) -> None:

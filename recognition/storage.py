@@ -5,8 +5,9 @@ recognition/host.py holds them in the host's instead, behind the same interface.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -75,23 +76,20 @@ class MemoryTables(Tables):
         weight = self.tensors()["weight"].unflatten(1, self.like.shape[1:])
         return weight[rows] if isinstance(rows, slice) else weight.index_select(0, rows)
 
-    def take(
-        self, rows: slice | Tensor, weight: Tensor | None, found_inf: Tensor | None
-    ) -> dict[str, Tensor]:
-        parts = {}
-        for name, table in self.tensors().items():
+    @contextlib.contextmanager
+    def updating(
+        self, rows: slice | Tensor, weight: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        tables, parts = self.tensors(), {}
+        for name, table in tables.items():
             if name == "weight" and weight is not None:
                 parts[name] = weight
             elif isinstance(rows, slice):
                 parts[name] = table[rows] if found_inf is None else table[rows].clone()
             else:
                 parts[name] = table.index_select(0, rows)
-        return parts
-
-    def put(
-        self, rows: slice | Tensor, parts: Mapping[str, Tensor], found_inf: Tensor | None
-    ) -> None:
-        for name, table in self.tensors().items():
+        yield parts
+        for name, table in tables.items():
             new = parts[name]
             if found_inf is not None:
                 new = torch.where(found_inf > 0, table[rows], new)

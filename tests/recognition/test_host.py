@@ -232,7 +232,7 @@ def test_the_state_dict_waits_for_the_copies():
     def step():
         x, labels = batch(0, 0, 1)
         head(x.requires_grad_(), labels).backward()
-        head.storage.copies._thread.submit(time.sleep, 0.2)  # the lane is behind
+        head.storage.copies._thread.submit(time.sleep, 0.2)  # the copies behind it wait
         rows.step(0.1)
 
     step()
