@@ -46,7 +46,7 @@ STORAGES: dict[str, Callable[[nn.Parameter, int], Storage]] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """How the head computes: no number of it but roundings depends on these."""
+    """How the head computes. None of these changes a result beyond rounding."""
 
     stored_bytes: int = 16 << 20  # of results that the forward keeps for the backward
     chunk_size: int | None = None  # classes of a chunk of the logits; None: from the cache
@@ -289,8 +289,8 @@ class PartialFC(nn.Module):
         return bool(self._micro_steps.open)
 
     def gradient_in_passing(self) -> Tensor | None:
-        """sampled_grad for a look at it within the step: its memory is used again afterwards. None
-        where the backward has updated the rows."""
+        """sampled_grad for use within the step, since its memory is reused afterwards; None where
+        the backward has updated the rows."""
         sampled = self._micro_steps.sampled()
         return None if sampled.sink is not None else self._as_weight(sampled.gradient())
 
@@ -301,7 +301,7 @@ class PartialFC(nn.Module):
         """The gradient of the loss with respect to what the margin learns, by name.
 
         For a number of each class, of this shard's; for one of the model, the same on all ranks:
-        one all-reduce for all of those. To be called by all ranks; a parameter without a gradient
+        one all-reduce for all of those. Every rank calls it; a parameter without a gradient
         has zeros.
         """
         margin, grads = self.margin, {}
@@ -330,7 +330,7 @@ class PartialFC(nn.Module):
         return sampled
 
     def drop_step(self) -> None:
-        """Forget the forwards since the last optimiser step, as if they had not been."""
+        """Forget the forwards since the last optimiser step, as if they had not happened."""
         self._micro_steps.clear()
         self.sink = None
         self._micro_step = 0
@@ -342,7 +342,7 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def end_epoch(self) -> Statistics:
-        """To be called by all ranks when an epoch of samples is over; what the log says of it."""
+        """Every rank calls this when an epoch of samples is over; it returns what to log of it."""
         statistics = self.margin.end_epoch(self._reduce_values)
         if self.votes is not None:
             most, every = self._reduce_values(dominant(self.votes), "sum").double().unbind()
@@ -352,7 +352,7 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def statistics(self) -> Statistics:
-        """What the log says of the loss; to be called by all ranks.
+        """What the log says of the loss; every rank calls it.
 
         cos_target and margin are means over the last batch: the cosine to the own class, and by how
         much the loss lowered it.
@@ -364,7 +364,7 @@ class PartialFC(nn.Module):
         return statistics
 
     def class_state(self) -> dict[str, Tensor]:
-        """What is held for each class beside its centres, by name: [C_r, ...]."""
+        """The state of each class beside its centres, by name: [C_r, ...]."""
         margin = {f"margin.{name}": getattr(self.margin, name) for name in self.margin.per_class}
         state = margin | ({} if self.votes is None else {"votes": self.votes})
         return {name: tensor.detach() for name, tensor in state.items()}

@@ -45,7 +45,7 @@ class _RowOptimizer:
         exists. step() then steps what the margin learns and ends the step.
 
         Raises:
-            RuntimeError: a forward of this step has been already.
+            RuntimeError: this step has had a forward already.
         """
         if self.head.has_begun:
             raise RuntimeError("begin() comes before the forward whose backward updates the rows")
@@ -152,7 +152,7 @@ class _RowOptimizer:
         margin.project()
 
     def _state_of(self, name: str) -> dict[str, Tensor]:
-        """Where the state of a parameter of the margin stands."""
+        """The dict that holds the state of a parameter of the margin."""
         return self.state if name in self.head.margin.per_class else self.model_state
 
     def _new_state(self, rows: Tensor) -> dict[str, Tensor]:

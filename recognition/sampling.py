@@ -1,7 +1,7 @@
 """Which classes a rank holds and which of them it samples this step: pure index arithmetic.
 
-No communication, no state: every function is determined by its arguments, so all ranks agree on the
-sample without a word between them, and it is the same at every number of ranks.
+Every function is determined by its arguments, so all ranks agree on the sample without
+communication, and it is the same at every number of ranks.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Draw:
         return self._pick(self._cell_of(u)) == u
 
     def places(self, classes: np.ndarray) -> np.ndarray:
-        """Where drawn classes of this rank stand in classes(); of others, any number."""
+        """The places in classes() of drawn classes of this rank; for others, any number."""
         if self.num_cells == 0:
             return np.zeros(len(classes), np.int64)
         cell = self._cell_of((classes - self.offset) % self.num_classes)

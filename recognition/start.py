@@ -30,7 +30,7 @@ def initial_rows(shard: tuple[int, int], num_subcenters: int, size: int, seed: i
 def check_layer(
     num_classes: int, world: int, sample_rate: float, embedding_size: int, num_subcenters: int
 ) -> None:
-    """Raises: ValueError for a head that cannot be."""
+    """Raises: ValueError for arguments that no head can have."""
     if not 0.0 <= sample_rate <= 1.0:
         raise UserError(f"sample_rate={sample_rate}: a share of the classes, 0 to 1")
     if num_classes < world:

@@ -7,7 +7,6 @@ products of a chunk again, or reads back those that the budget let the forward k
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data_tools.common.files import is_file
+from data_tools.common.text import read_text
 from recognition.rows import ClassRows, Pool
 
 # On a GPU the products [B, n] pass through its memory in any case: chunks are large, so that few
@@ -278,9 +279,8 @@ def size_for(
 def l2_bytes() -> int:
     """Second-level cache of a core; 1 MiB where the system does not say."""
     path = "/sys/devices/system/cpu/cpu0/cache/index2/size"
-    if os.path.exists(path):
-        with open(path) as file:
-            found = re.fullmatch(r"(\d+)([KM])", file.read().strip())
+    if is_file(path):
+        found = re.fullmatch(r"(\d+)([KM])", read_text(path).strip())
         if found:
             return int(found[1]) << {"K": 10, "M": 20}[found[2]]
     return _USUAL_L2
