@@ -35,7 +35,8 @@ def reduced_logits(
 ) -> tuple[Tensor, Tensor]:
     """The target cosine and the class values of every row, [B, 1 + k]; and the reduction [B] over
     all sampled classes but the row's own, as logits.Reducer states it. Both are the same on all
-    ranks.
+    ranks. Margin.negatives() sees target cosines and class values as constants, so no gradient
+    flows from the reduction into them.
 
     Forward: one all-reduce (sum) of B * (1 + k) elements, one all-gather of W * B elements or, for
     a "sigmoid" margin, one all-reduce of B. Backward: none; the gradient of a row's target cosine
