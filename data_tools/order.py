@@ -24,18 +24,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_tools.common.draws import GOLDEN, mix
 from data_tools.common.errors import UserError
 
 _ROUNDS = 8
 _OF_BLOCKS, _OF_WINDOW, _OF_OFFSET = 2, 3, 4  # purposes; 0 orders single images, 1 is augment.py's
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """A bijective hash of uint64 [n] -> uint64 [n]: the finaliser of SplitMix64, modulo 2^64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def keyed_hash(seed: int, purpose: int, x: np.ndarray) -> np.ndarray:
@@ -45,7 +38,7 @@ def keyed_hash(seed: int, purpose: int, x: np.ndarray) -> np.ndarray:
     """
     key = mix(np.array([seed % 2**64], np.uint64))
     key = mix(key ^ np.uint64(purpose))
-    return mix(key + (np.asarray(x).astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    return mix(key + (np.asarray(x).astype(np.uint64) + np.uint64(1)) * GOLDEN)
 
 
 class Blocks(NamedTuple):
@@ -149,7 +142,7 @@ def _feistel(x: np.ndarray, num_images: int, key: np.ndarray) -> np.ndarray:
     b = -(-num_images // a)
     left, right = np.divmod(x, np.uint64(b))  # [n] below a, [n] below b
     for step in range(_ROUNDS):
-        key = key + _GOLDEN
+        key = key + GOLDEN
         if step % 2 == 0:
             left = _add_modulo(left, mix(key ^ right), a)
         else:

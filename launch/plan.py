@@ -26,7 +26,7 @@ from launch.plan_backbone import backbone_bytes
 from recognition import config
 from recognition.config import Config
 from recognition.lane import BUFFER_BYTES
-from recognition.pieces import size_for
+from recognition.losses.chunks import size_for
 
 _FP32, _INT64 = 4, 8
 _GB = 1e9

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from data_tools import dali
+from data_tools.common.draws import Purpose, hash_words
 from data_tools.common.errors import UserError
 from data_tools.image_size import check_size
 from data_tools.loader import check_labels, make_order
@@ -46,12 +47,9 @@ from recognition.phases import Phases
 from recognition.precision import dtype_of, resolve
 from recognition.run_dir import commit, initial_weights
 from recognition.runtime import Runtime
-from recognition.sampling import hash_words
 from recognition.scaler import LossScaler
 from recognition.schedule import Schedule
 from recognition.spikes import SpikeGuard, Window, make_guard, skipped
-
-_NETWORK_KEY = 3  # the purpose of this draw, as in sampling.py
 
 
 @dataclass
@@ -133,7 +131,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     precision = resolve(cfg.precision, runtime.device)
     dtype = dtype_of(precision)
 
-    torch.manual_seed(hash_words(cfg.seed, _NETWORK_KEY) >> 1)  # the same network on every rank
+    torch.manual_seed(hash_words(cfg.seed, Purpose.NETWORK) >> 1)  # the same network on every rank
     backbone, said = _make_backbone(cfg), list[str]()
     for pairs in val_sets if cfg.resize else []:
         count = lfw.count_resized(pairs, cfg.resize)

@@ -147,12 +147,18 @@ def share(values: Tensor, group: ProcessGroup) -> Tensor:
     return _Share.apply(values, group)
 
 
-def merge_log_sum_exp(local: Tensor, group: ProcessGroup) -> Tensor:
-    """log(sum over ranks of exp(local)): [B] -> [B]; -inf (a rank without a class) is neutral.
+def merge_log_sum_exp(local: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """log(sum over ranks of exp(local)): [B] -> [B], and this rank's share of the sum [B], which is
+    the slope with respect to `local`; -inf (a rank without a class) is neutral. No gradient.
 
-    Forward: one all-gather of W * B elements. Backward: none; rank r's share is exp(lse_r - LSE).
+    One all-gather of W * B elements.
     """
-    return _MergeLogSumExp.apply(local, group)
+    every = local.new_empty(group.size(), *local.shape)
+    with _exchange(group):
+        _all_gather(every.flatten(), local.contiguous(), group=group)
+    total = torch.logsumexp(every, 0)
+    # -inf - -inf: no rank has a class for this row, nothing to share out.
+    return total, (local - total).exp_().nan_to_num_(0.0)
 
 
 class _GatherRows(Function):
@@ -189,24 +195,6 @@ class _Share(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None
-
-
-class _MergeLogSumExp(Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, group: ProcessGroup) -> Tensor:
-        every = local.new_empty(group.size(), *local.shape)
-        with _exchange(group):
-            _all_gather(every.flatten(), local.contiguous(), group=group)
-        total = torch.logsumexp(every, 0)
-        # -inf - -inf: no rank has a class for this row, nothing to share out.
-        ctx.save_for_backward((local - total).exp_().nan_to_num_(0.0))
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (share,) = ctx.saved_tensors
-        return grad * share, None
 
 
 def _counts(x: Tensor, rows_per_rank: Sequence[int] | None, group: ProcessGroup) -> list[int]:

@@ -1,13 +1,14 @@
 """PartialFC: the classification layer, its classes sharded over the ranks and sampled each step.
 
-Letters: W ranks, b rows of this rank, B rows of all, D embedding, C classes, C_r of this rank,
-S sampled of this rank, K sub-centres.
+Letters, in all files of the head: W ranks, b rows of this rank, B rows of all, D embedding,
+C classes, C_r of this rank, S sampled of this rank, n of a chunk or of an update, K sub-centres,
+m targets: rows of the batch whose class is on this rank; k values of a class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -15,44 +16,43 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from data_tools.common.draws import Purpose, hash_words
 from data_tools.common.errors import UserError
+from data_tools.order import rank_slice
 from recognition import collectives
 from recognition.host import HostStorage
-from recognition.losses.cutting import Targets
-from recognition.losses.logits import Logits
+from recognition.losses.chunks import Chunks, TargetCosines, Targets, chunk_size
+from recognition.losses.logits import Formula, Kernel, plain_kernel
 from recognition.losses.margin import Layer, Margin, Owned, Rows, Statistics
-from recognition.losses.reduction import (
-    full_precision,
-    gate,
-    log_sum_exp,
-    softplus_sum,
-    target_cosines,
+from recognition.losses.reduction import full_precision, reduce_over_ranks, reduced_logits
+from recognition.passes import CpuLibrary
+from recognition.rows import ClassRows, MicroSteps, Pool, Sink, to_device, unit
+from recognition.sampling import Draw, sample
+from recognition.start import (
+    Votes,
+    check_batch,
+    check_layer,
+    checked_counts,
+    dominant,
+    initial_rows,
 )
-from recognition.microsteps import MicroSteps
-from recognition.passes import Passes
-from recognition.pieces import piece_size
-from recognition.rows import Pool, SampledRows, Sink, to_device, unit
-from recognition.sampling import Draw, hash_words, sample, shard_range
-from recognition.start import check_batch, check_layer, checked_counts, initial_rows
-from recognition.storage import DeviceStorage
-from recognition.subcenters import Votes, dominant
+from recognition.storage import DeviceStorage, Storage
 
-STORAGES: dict[str, type[DeviceStorage] | type[HostStorage]] = {
+STORAGES: dict[str, Callable[[nn.Parameter, int], Storage]] = {
     "device": DeviceStorage,
     "host": HostStorage,
 }
-_MARGIN_KEY = 5  # of what a margin draws, as in sampling.py
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How the head computes: no number of it but roundings depends on these."""
+    """How the head computes. None of these changes a result beyond rounding."""
 
     stored_bytes: int = 16 << 20  # of results that the forward keeps for the backward
-    piece: int | None = None  # classes of a piece of the reduction; None: from the cache
+    chunk_size: int | None = None  # classes of a chunk of the logits; None: from the cache
     dtype: torch.dtype | None = None  # of the GEMMs' inputs; sums and logits stay as the weight
-    logits: Callable[..., Logits] = Logits  # or a fused form of recognition/kernels
-    passes: Passes | None = None  # compiled, for the update of the rows
+    kernel: Kernel = plain_kernel  # or one of recognition/kernels
+    cpu_library: CpuLibrary | None = None  # compiled, for the update of the rows
 
 
 class PartialFC(nn.Module):
@@ -111,14 +111,14 @@ class PartialFC(nn.Module):
         self.seed = seed
         self.step = 0
         self.limits = limits
-        self.sink: Sink | None = None  # takes the gradient piece by piece in the next backward
-        self.shard = shard_range(num_classes, world, rank)
+        self.sink: Sink | None = None  # takes the gradient chunk by chunk in the next backward
+        self.shard = rank_slice(num_classes, world, rank)
         rows = initial_rows(self.shard, num_subcenters, embedding_size, seed)
         weight = nn.Parameter(rows if num_subcenters > 1 else rows[:, 0])  # [C_r, (K,) D]
         self.weight = weight
         if head_storage not in STORAGES:
             raise UserError(f"{head_storage=}: one of {', '.join(STORAGES)}")
-        self.storage: DeviceStorage | HostStorage = STORAGES[head_storage](weight, num_subcenters)
+        self.storage: Storage = STORAGES[head_storage](weight, num_subcenters)
         if class_counts is not None:
             class_counts = checked_counts(class_counts, num_classes)
         margin.bind(
@@ -140,14 +140,13 @@ class PartialFC(nn.Module):
         """The device that computes; with head_storage="host", `weight` is in the host's memory."""
         return self.storage.like.device
 
-    def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        if name == "weight":  # whoever asks finds every update in it
-            self.storage.settle()
-        return value
+    def settle(self) -> None:
+        """Return when `weight` and the row optimiser's state hold every update: to be called before
+        they are read, because head_storage="host" stores updated rows in the background."""
+        self.storage.settle()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialFC:
-        if not isinstance(self.storage, HostStorage):
+        if self.storage.moves_with_head:
             return super()._apply(fn, recurse)
         weight = self._parameters.pop("weight")
         try:
@@ -158,7 +157,7 @@ class PartialFC(nn.Module):
         return self
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
-        self.storage.settle()
+        self.settle()
         super()._save_to_state_dict(*arguments)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
@@ -190,82 +189,82 @@ class PartialFC(nn.Module):
             return self._loss(x, labels, features)
 
     def _loss(self, x: Tensor, labels: Tensor, features: Tensor | None) -> Tensor:
-        logits, num_sampled = self._sample(labels)
-        targets = logits.targets
+        chunks, num_sampled = self._sample(labels)
+        targets = chunks.targets
         x, norm = unit(x)  # [B, D], [B, 1]
-        x = gate(x, self.storage.parameter, logits, self.margin)
-        cos_target, nearest = target_cosines(x, logits)
         held = torch.zeros_like(labels, dtype=torch.bool, device=x.device)
         held = held.index_fill_(0, targets.row, True)
-        shared = self._share(cos_target, targets)  # [B, 1 + k]
-        batch = Rows(
-            cos_target=shared[:, 0],
-            norm=_gradient_where(held, norm[:, 0]),
-            label=to_device(labels.numpy(), x.device),
-            class_values=shared[:, 1:],
-            key=hash_words(self.seed, _MARGIN_KEY, self.step, self._micro_step),
-        )
+        label = to_device(labels.numpy(), x.device)
+        key = hash_words(self.seed, Purpose.MARGIN, self.step, self._micro_step)
+        class_values = self.margin.class_values(targets.local_id)  # [m, k]
+        if class_values is None:
+            class_values = x.new_zeros(len(targets.row), 0)
         learning = self.training and torch.is_grad_enabled()
-        if learning:
-            self._observe(batch.constant(), x if features is None else unit(features)[0], targets)
-            if self.votes is not None:
-                self._votes.look(targets.local_id, nearest)
-            self._micro_step += 1
 
-        logits.batch, logits.centres = batch.constant(), self._own_centres(logits, len(x))
-        if learning and self.margin.needs_lse:
-            self._rescale(x.detach(), logits, num_sampled - 1)
-        logits.margin = self.margin.frozen()
+        def batch_of(shared: Tensor) -> Rows:
+            """What the margin sees of the batch, from what the ranks have shared."""
+            own_norm = _gradient_where(held, norm[:, 0])
+            return Rows(shared[:, 0], own_norm, label, shared[:, 1:], key)
+
+        def formula_of(shared: Tensor, cosines: TargetCosines) -> Formula:
+            """That of the other classes' logits, once the margin has observed the batch."""
+            batch = batch_of(shared).constant()
+            if learning:
+                observed = x.detach() if features is None else unit(features)[0]
+                self._observe(batch, observed, targets, cosines)
+            formula = Formula(self.margin.frozen(), batch, self._target_centres(chunks, len(x)))
+            if learning and self.margin.needs_lse:
+                return self._rescaled(x.detach(), chunks, formula, num_sampled - 1)
+            return formula
+
+        shared, reduced = reduced_logits(
+            x, self.storage.parameter, class_values,
+            [p for p in self.margin.parameters() if p.dim() == 0],
+            chunks, formula_of, self.limits.kernel, self.group,
+        )  # fmt: skip
+        batch = batch_of(shared)
         replaced = self.margin.target(batch)  # [B]
         self._last = batch.cos_target.detach(), replaced.detach()
         # A number that the margin learns is known to every rank, and its gradient must count once.
         target = _gradient_where(held, self.margin.scale * replaced)
-        loss = self._reduce(x, logits, target).mean()
+        loss = self._row_losses(target, reduced).mean()
         for term in (self.margin.regularizer(batch), self._class_regularizer()):
             if term is not None:
                 loss = loss + term
         return loss
 
-    def _reduce(self, x: Tensor, logits: Logits, target: Tensor) -> Tensor:  # [B]
-        """The loss of every row from the logits of its target and of the other classes."""
+    def _row_losses(self, target: Tensor, reduced: Tensor) -> Tensor:  # [B]
+        """From the logits of the rows' own classes and the reduction over the others."""
         zero = target.new_zeros(())
         if self.margin.reduction == "softmax":
-            lse = log_sum_exp(x, logits)
-            lse = collectives.merge_log_sum_exp(lse, self.group)
             # -log softmax of the target, log(1 + exp(lse - target)): never saturates.
-            return torch.logaddexp(lse - target, zero)
-        total = collectives.share(softplus_sum(x, logits), self.group)
+            return torch.logaddexp(reduced - target, zero)
         positive = self.margin.positive_weight * torch.logaddexp(-target, zero)
-        return positive + self.margin.negative_weight * total
+        return positive + self.margin.negative_weight * reduced
 
-    def _share(self, cos_target: Tensor, targets: Targets) -> Tensor:
-        """Target cosines and the margin's values of the classes, on every rank: [B, 1 + k]."""
-        values = self.margin.class_values(targets.local_id)  # [m, k]
-        if values is None:
-            return collectives.share(cos_target[:, None], self.group)
-        filled = values.new_zeros(len(cos_target), values.shape[1])
-        filled = filled.index_copy(0, targets.row, values)
-        return collectives.share(torch.cat([cos_target[:, None], filled], 1), self.group)
+    def _observe(self, batch: Rows, x: Tensor, targets: Targets, cosines: TargetCosines) -> None:
+        """A forward that learns: what follows from this batch is kept when the step is taken."""
+        self.margin.observe(batch, x, Owned(targets.row, targets.local_id))
+        if self.votes is not None:
+            self._votes.add(targets.local_id, cosines.nearest)
+        self._micro_step += 1
 
-    @torch.no_grad()
-    def _observe(self, batch: Rows, x: Tensor, targets: Targets) -> None:
-        self.margin.observe(batch, x.detach(), Owned(targets.row, targets.local_id))
-
-    @torch.no_grad()
-    def _own_centres(self, logits: Logits, num_rows: int) -> Tensor | None:
+    def _target_centres(self, chunks: Chunks, num_rows: int) -> Tensor | None:
         """Unit centre [B, D] of every row's class, if the margin wants it. One all-reduce."""
         if not self.margin.needs_centres:
             return None
-        centres, _ = unit(logits.owned()[:, 0])  # [m, D]
+        centres, _ = unit(chunks.target_centres[:, 0])  # [m, D]
         filled = centres.new_zeros(num_rows, self.embedding_size)
-        return collectives.share(filled.index_copy_(0, logits.targets.row, centres), self.group)
+        filled.index_copy_(0, chunks.targets.row, centres)
+        return collectives.sum_over_ranks(filled, self.group)
 
-    @torch.no_grad()
-    def _rescale(self, x: Tensor, logits: Logits, num_negatives: int) -> None:
-        """A first pass at the scale that the step began with, for the margin to choose its own."""
-        logits.margin = self.margin.frozen(committed=True)
-        lse = collectives.merge_log_sum_exp(log_sum_exp(x, logits), self.group)
-        self.margin.rescale(lse, logits.batch, num_negatives)
+    def _rescaled(self, x: Tensor, chunks: Chunks, formula: Formula, num_negatives: int) -> Formula:
+        """The formula after a first pass at the scale that the step began with, from which the
+        margin chooses its own."""
+        before = formula._replace(margin=self.margin.frozen(committed=True))
+        lse, _ = reduce_over_ranks(self.limits.kernel(chunks, before), before, x, self.group)
+        self.margin.rescale(lse, formula.batch, num_negatives)
+        return formula._replace(margin=self.margin.frozen())
 
     def _class_regularizer(self) -> Tensor | None:
         share = self.margin.class_regularizer()
@@ -290,8 +289,8 @@ class PartialFC(nn.Module):
         return bool(self._micro_steps.open)
 
     def gradient_in_passing(self) -> Tensor | None:
-        """sampled_grad for a look at it within the step: its memory is used again afterwards. None
-        where the backward has updated the rows."""
+        """sampled_grad for use within the step, since its memory is reused afterwards; None where
+        the backward has updated the rows."""
         sampled = self._micro_steps.sampled()
         return None if sampled.sink is not None else self._as_weight(sampled.gradient())
 
@@ -302,7 +301,7 @@ class PartialFC(nn.Module):
         """The gradient of the loss with respect to what the margin learns, by name.
 
         For a number of each class, of this shard's; for one of the model, the same on all ranks:
-        one all-reduce for all of those. To be called by all ranks; a parameter without a gradient
+        one all-reduce for all of those. Every rank calls it; a parameter without a gradient
         has zeros.
         """
         margin, grads = self.margin, {}
@@ -315,7 +314,7 @@ class PartialFC(nn.Module):
             grads |= dict(zip(shared, total.unbind(), strict=True))
         return grads
 
-    def end_step(self, found_inf: Tensor | None = None) -> SampledRows:
+    def end_step(self, found_inf: Tensor | None = None) -> ClassRows:
         """The rows of this optimiser step with their gradient; the next step draws anew.
 
         found_inf: [] not 0 if the step is skipped; what was seen in it is then dropped.
@@ -331,7 +330,7 @@ class PartialFC(nn.Module):
         return sampled
 
     def drop_step(self) -> None:
-        """Forget the forwards since the last optimiser step, as if they had not been."""
+        """Forget the forwards since the last optimiser step, as if they had not happened."""
         self._micro_steps.clear()
         self.sink = None
         self._micro_step = 0
@@ -343,7 +342,7 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def end_epoch(self) -> Statistics:
-        """To be called by all ranks when an epoch of samples is over; what the log says of it."""
+        """Every rank calls this when an epoch of samples is over; it returns what to log of it."""
         statistics = self.margin.end_epoch(self._reduce_values)
         if self.votes is not None:
             most, every = self._reduce_values(dominant(self.votes), "sum").double().unbind()
@@ -353,7 +352,7 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def statistics(self) -> Statistics:
-        """What the log says of the loss; to be called by all ranks.
+        """What the log says of the loss; every rank calls it.
 
         cos_target and margin are means over the last batch: the cosine to the own class, and by how
         much the loss lowered it.
@@ -365,7 +364,7 @@ class PartialFC(nn.Module):
         return statistics
 
     def class_state(self) -> dict[str, Tensor]:
-        """What is held for each class beside its centres, by name: [C_r, ...]."""
+        """The state of each class beside its centres, by name: [C_r, ...]."""
         margin = {f"margin.{name}": getattr(self.margin, name) for name in self.margin.per_class}
         state = margin | ({} if self.votes is None else {"votes": self.votes})
         return {name: tensor.detach() for name, tensor in state.items()}
@@ -380,8 +379,8 @@ class PartialFC(nn.Module):
         over_ranks = {"sum": collectives.sum_over_ranks, "max": collectives.largest_over_ranks}
         return over_ranks[operation](values, self.group)
 
-    def _sample(self, labels: Tensor) -> tuple[Logits, int]:
-        """What this forward's logits are computed from, and how many classes all ranks sample."""
+    def _sample(self, labels: Tensor) -> tuple[Chunks, int]:
+        """The chunks of this forward's sampled classes, and how many classes all ranks sample."""
         chosen = sample(
             labels.numpy(), self.num_classes, self.shard, self.sample_rate, self.seed, self.step
         )
@@ -397,27 +396,20 @@ class PartialFC(nn.Module):
             to_device(labels.numpy()[chosen.owned] - self.shard[0], device),
             chosen.position.tolist(),
         )
-        size = self.piece_size(len(labels))
-        logits = self.limits.logits(
+        size = self.chunk_size(len(labels))
+        chunks = Chunks(
             rows, targets, len(labels), size, stored_bytes, self._pool, self.limits.dtype
         )
-        return logits, chosen.total
+        return chunks, chosen.total
 
     def _next_draw(self) -> Draw:
         return Draw(self.num_classes, self.shard, self.sample_rate, self.seed, self.step + 1)
 
-    @property
-    def piece(self) -> int | None:
-        """Classes of a piece of the reduction; None: as many as fit the cache."""
-        return self.limits.piece
-
-    @piece.setter
-    def piece(self, size: int | None) -> None:
-        self.limits = replace(self.limits, piece=size)
-
-    def piece_size(self, num_rows: int) -> int:
-        """Classes of a piece for a batch of B rows."""
-        return self.limits.piece or piece_size(num_rows, self.storage.like, self.num_subcenters)
+    def chunk_size(self, num_rows: int) -> int:
+        """Classes of a chunk for a batch of B rows."""
+        return self.limits.chunk_size or chunk_size(
+            num_rows, self.storage.like, self.num_subcenters
+        )
 
     def extra_repr(self) -> str:
         return (

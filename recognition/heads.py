@@ -4,8 +4,6 @@ With a head for each set no image of one is ever compared with a class of anothe
 people who are in several sets, whose two classes one head would drive apart. The backbone learns
 from all: loss = sum over sets k of loss_weight_k * (n_k / n) * loss_k, with n_k of the n rows of a
 batch from set k, which is the mean over the rows where all weights are 1.
-
-Letters: W ranks, b rows of this rank, D embedding; heads and data sets count from 0.
 """
 
 from __future__ import annotations

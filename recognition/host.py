@@ -2,12 +2,10 @@
 the device, and nothing else, so that a device trains more classes than it could hold.
 
 With sample_rate < 1 the rows of a step are staged on the device with their state: the drawn ones
-while the step before is at work, for the draw is known beforehand; the batch's own classes that the
-draw missed when the batch comes. A row that the step before updates as well is taken over from
-there, on the device, so that no number differs from DeviceStorage's. With sample_rate 1 all rows
-pass through the device in pieces (recognition/streamed.py).
-
-Letters: C_r classes of this rank, S sampled, K sub-centres, D embedding.
+while the step before is computed, for the draw is known beforehand; the batch's own classes that
+the draw missed when the batch comes. A row that the step before updates as well is copied from its
+stage, on the device, so that no number differs from DeviceStorage's. With sample_rate 1 all rows
+are streamed through the device in chunks (lane.StreamedTables).
 """
 
 from __future__ import annotations
@@ -18,23 +16,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recognition.lane import Arrival, Lane
-from recognition.rows import Pool, SampledRows, Sink, to_device
+from recognition.lane import CopyQueue, PendingCopy, StreamedTables
+from recognition.rows import ClassRows, Pool, Sink, to_device
 from recognition.sampling import Draw, Sample
-from recognition.streamed import Pieces, StreamedRows
-from recognition.tables import Tables
+from recognition.storage import MemoryTables, Storage
 
 
-class Stage(Tables):
+class Stage(MemoryTables):
     """The rows of one step on the device: the drawn ones, ascending, and then those of the batches
     that the draw missed, in the order in which they came."""
 
-    def __init__(self, draw: Draw, drawn: np.ndarray, memory: dict[str, Tensor]) -> None:
-        self.draw, self.drawn = draw, drawn  # int64, ids on this rank
+    def __init__(
+        self,
+        draw: Draw,
+        drawn: np.ndarray,  # int64, ids on this rank
+        memory: dict[str, Tensor],  # [at least S, numbers of a row]
+        storage: HostStorage,
+    ) -> None:
+        self.draw, self.drawn, self.memory = draw, drawn, memory
         self.missed = np.empty(0, np.int64)
-        self.memory = memory  # [at least S, numbers of a row]
-        self.arrival: Arrival | None = None  # of the drawn rows
-        self.updates = 0
+        self.arrival: PendingCopy | None = None  # of the drawn rows
+        self._storage, self._updates = storage, 0
+
+    @property
+    def like(self) -> Tensor:
+        return self._storage.like
+
+    def version(self) -> int:
+        return self._updates + self._storage.version()
 
     def __len__(self) -> int:
         return len(self.drawn) + len(self.missed)
@@ -43,167 +52,140 @@ class Stage(Tables):
         return {name: table[: len(self)] for name, table in self.memory.items()}
 
     def changed(self) -> None:
-        self.updates += 1
+        self._updates += 1
 
     def ids(self) -> np.ndarray:
         return np.concatenate([self.drawn, self.missed])
 
-    def find(self, ids: np.ndarray) -> np.ndarray:
-        """Where some ids stand: int64, -1 for those that are not here."""
-        places = _find(self.drawn, ids)
+    def class_ids(self, rows: Tensor) -> Tensor:
+        return to_device(self.ids(), rows.device)[rows]
+
+    def find(self, classes: np.ndarray) -> np.ndarray:
+        """Their rows: int64, -1 for those that are not here."""
+        places = _find(self.drawn, classes)
         order = np.argsort(self.missed)
-        among = _find(self.missed[order], ids)
+        among = _find(self.missed[order], classes)
         later = among >= 0
         places[later] = len(self.drawn) + order[among[later]]
         return places
 
 
-class StagedRows(SampledRows):
-    """A sample of a stage: its weight is the stage's."""
+class HostStorage(Storage):
+    """Storage in the host's memory; copies to the device and back run beside the step."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        storage: HostStorage,
-        missed: np.ndarray,
-        pool: Pool,
-        sink: Sink | None,
-    ) -> None:
-        self._stage, self._storage, like = stage, storage, storage.like
-        weight = stage.tensors()["weight"].unflatten(1, like.shape[1:])
-        place = np.concatenate([np.arange(len(stage.drawn)), stage.find(missed)])
-        super().__init__(weight, stage, to_device(place, like.device), missed, pool, sink)
-        # A step of one forward has nothing else in the stage: its pieces need no index.
-        self._in_order = len(place) == len(stage) and bool((np.diff(place) == 1).all())
-
-    def _current_version(self) -> int:
-        return self._stage.updates + self._storage.version()
-
-    def ids(self) -> Tensor:
-        ids = np.concatenate([self._stage.drawn, self.missed])
-        return to_device(ids, self.weight.device)
-
-    def places(self, missed: np.ndarray) -> np.ndarray:
-        return self._stage.find(missed)
-
-    def at(self, where: slice) -> slice | Tensor:
-        return where if self._in_order else super().at(where)
-
-    def with_gradient(
-        self, grad: Tensor, index: Tensor | None = None, missed: np.ndarray | None = None
-    ) -> SampledRows:
-        rows = super().with_gradient(grad, index, missed)
-        assert isinstance(rows, StagedRows)
-        rows._in_order = self._in_order and index is None
-        return rows
-
-
-class HostStorage:
-    """DeviceStorage's methods over tables in the host's memory."""
+    moves_with_head = False
 
     def __init__(self, weight: nn.Parameter, num_subcenters: int) -> None:
-        self.parameter = weight  # [C_r, (K,) D]
+        self._weight = weight  # [C_r, (K,) D]
         self._shape = num_subcenters, weight.shape[-1]
-        self.like = weight.detach().new_empty(0, *self._shape)
-        self.state: dict[str, Tensor] = {}  # of the row optimiser, [C_r, ...]
-        self._lane: Lane | None = None
-        self._pieces: Pieces | None = None
+        self._like = weight.detach().new_empty(0, *self._shape)
+        self.state = {}
+        self._copies: CopyQueue | None = None
+        self._stream: StreamedTables | None = None
         self._current: Stage | None = None
         self._next: Stage | None = None
         self._previous: Stage | None = None  # its rows are being stored
-        self._stored: Arrival | None = None
+        self._stored: PendingCopy | None = None
         self._free: list[dict[str, Tensor]] = []
         self._version = -1  # of the tables as the stages know them
 
     def move(self, like: Tensor) -> None:
-        """Compute on the device of `like` and in its dtype; the tables stay on the host."""
         self.drop()
         self._free.clear()
-        self.parameter.data = self.parameter.data.to(like.dtype)
-        self.like = like.detach().new_empty(0, *self._shape)
-        self._lane = None
+        self._weight.data = self._weight.data.to(like.dtype)
+        self._like = like.detach().new_empty(0, *self._shape)
+        self._copies = None
 
     def attach(self, state: dict[str, Tensor]) -> None:
-        """Hold the state of a row optimiser beside the rows."""
         self.drop()
         self._free.clear()
         self.state = state
         self._version = self.version()
 
     @property
-    def lane(self) -> Lane:
-        if self._lane is None:
-            self._lane = Lane(self.like.device)
-        return self._lane
+    def parameter(self) -> nn.Parameter:
+        return self._weight
+
+    @property
+    def like(self) -> Tensor:
+        return self._like
+
+    @property
+    def copies(self) -> CopyQueue:
+        if self._copies is None:
+            self._copies = CopyQueue(self.like.device)
+        return self._copies
 
     def tables(self) -> dict[str, Tensor]:
         """All rows, on the host: [C_r, numbers of a row]."""
-        held = {"weight": self.parameter.data} | self.state
+        held = {"weight": self._weight.data} | self.state
         return {name: table.data.flatten(1) for name, table in held.items()}
 
     def rows(
         self,
-        chosen: Sample,
+        sample: Sample,
         shard: tuple[int, int],
-        following: Callable[[], Draw],
+        next_draw: Callable[[], Draw],
         pool: Pool,
         sink: Sink | None,
-    ) -> SampledRows:
-        """The rows of a sample. following: the draw of the next step."""
+    ) -> ClassRows:
         if self._version != self.version():
             self.drop()
-        if chosen.draw is None:
+        if sample.draw is None:
             return self._all_rows(pool, sink)
-        missed = chosen.missed - shard[0]
-        stage = self._stage_of(chosen.draw, shard, len(missed))
+        missed = sample.missed - shard[0]
+        stage = self._stage_of(sample.draw, shard, len(missed))
         self._add(stage, missed)
         if torch.is_grad_enabled() and self._next is None:
-            self._fetch_ahead(following(), shard, len(missed))
-        return StagedRows(stage, self, missed, pool, sink)
+            self._fetch_ahead(next_draw(), shard, len(missed))
+        place = np.concatenate([np.arange(len(stage.drawn)), stage.find(missed)])
+        # A step of one forward has nothing else in the stage: its chunks need no index.
+        is_in_order = len(place) == len(stage) and bool((np.diff(place) == 1).all())
+        index = to_device(place, self.like.device)
+        return ClassRows(stage, index, missed, pool, sink, is_in_order)
 
-    def _all_rows(self, pool: Pool, sink: Sink | None) -> SampledRows:
-        if self._pieces is None:
-            self._pieces = Pieces(self.lane, self.tables(), self.like)
-        self._pieces.begin()
-        return StreamedRows(self.parameter, self._pieces, pool, sink)
+    def _all_rows(self, pool: Pool, sink: Sink | None) -> ClassRows:
+        if self._stream is None:
+            self._stream = StreamedTables(self._weight, self.tables(), self._like, self.copies)
+        self._stream.begin()
+        return ClassRows(self._stream, None, None, pool, sink)
 
     def commit(self) -> None:
-        """The rows of a step are updated: begin to store them."""
+        """Begin to store the updated rows."""
         if (stage := self._current) is None:
             return
         ids = torch.from_numpy(stage.ids())
         self._release(self._previous)
-        self._stored = self.lane.store(self.tables(), ids, stage.tensors())
+        self._stored = self.copies.store(self.tables(), ids, stage.tensors())
         self._previous, self._current = stage, None
 
     def settle(self) -> None:
-        """Return when the tables hold every update."""
         if self._stored is not None:
             self._stored.finish()
-        if self._pieces is not None:
-            self._pieces.settle()
+        if self._stream is not None:
+            self._stream.settle()
 
     def drop(self) -> None:
-        """The tables are about to be changed from outside, or were: nothing of them is kept."""
+        """Keep nothing of the tables: they are about to be changed from outside, or were."""
         self.settle()
         if self._next is not None and self._next.arrival is not None:
             self._next.arrival.finish()
         for stage in (self._current, self._next, self._previous):
             self._release(stage)
-        if self._pieces is not None:
-            self._pieces.updates += 1
-        self._current = self._next = self._previous = self._stored = self._pieces = None
+        if self._stream is not None:
+            self._stream.changed()
+        self._current = self._next = self._previous = self._stored = self._stream = None
         self._version = self.version()
 
     def bytes_on_device(self) -> int:
         stages = [self._current, self._next, self._previous]
         held = [stage.memory for stage in stages if stage is not None] + self._free
         staged = sum(table.nbytes for memory in held for table in memory.values())
-        return staged + (0 if self._pieces is None else self._pieces.bytes_on_device())
+        return staged + (0 if self._stream is None else self._stream.bytes_on_device())
 
     def version(self) -> int:
         """Another number after each change of the tables from outside."""
-        return sum(tensor._version for tensor in (self.parameter, *self.state.values()))
+        return sum(tensor._version for tensor in (self._weight, *self.state.values()))
 
     # --- The stages of sampled rows ---
 
@@ -233,9 +215,9 @@ class HostStorage:
 
     def _begin(self, draw: Draw, shard: tuple[int, int], num_missed: int) -> Stage:
         drawn = draw.classes() - shard[0]
-        stage = Stage(draw, drawn, self._memory(len(drawn), num_missed))
+        stage = Stage(draw, drawn, self._memory(len(drawn), num_missed), self)
         target = {name: table[: len(drawn)] for name, table in stage.memory.items()}
-        stage.arrival = self.lane.load(self.tables(), torch.from_numpy(drawn), target)
+        stage.arrival = self.copies.load(self.tables(), torch.from_numpy(drawn), target)
         return stage
 
     def _add(self, stage: Stage, missed: np.ndarray) -> None:
@@ -260,7 +242,7 @@ class HostStorage:
         for name, table in self.tables().items():
             read = to_device(table.index_select(0, rows).numpy(), device)
             stage.memory[name].index_copy_(0, place, read)
-        self.lane.rows_loaded += len(elsewhere)
+        self.copies.rows_loaded += len(elsewhere)
         if self._previous is not None:
             self._take_over(stage, new, first, self._previous)
 

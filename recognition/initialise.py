@@ -53,6 +53,7 @@ def start_centres(
         FileNotFoundError: nothing at `source`.
     """
     start, stop = head.shard
+    head.settle()
     length = head.weight.norm(dim=-1, keepdim=True)  # [C_r, (K,) 1]
     if source == "features" or source.endswith(".onnx"):
         if label_map is not None:

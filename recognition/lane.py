@@ -1,11 +1,9 @@
-"""Copies of table rows between the host's memory and the device, behind the step's back.
+"""Copies of table rows between the host's memory and the device, beside the step.
 
 One thread and, on a GPU, one stream do them in the order in which they were asked for, so what is
 stored is stored before the rows are loaded again. Rows pass through two buffers of pinned memory,
 which is what makes a copy to a GPU asynchronous; the tables themselves need not be pinned. Where
 the device is the CPU, the same path runs without streams.
-
-Letters: n rows of a table or of a copy.
 """
 
 from __future__ import annotations
@@ -13,36 +11,41 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from recognition.rows import Tables, to_device
 
 BUFFER_BYTES = 32 << 20  # of each of the two
 
-Rows = slice | Tensor  # of a table on the host: a part of it, or int64 [n]
+TableRows = slice | Tensor  # of a table on the host: a part of it, or int64 [n]
 
 
-class Arrival:
-    """Copies that have been asked for."""
+class PendingCopy:
+    """A copy that has been queued."""
 
     def __init__(self, future: Future[torch.cuda.Event | None]) -> None:
         self._future = future
 
     def wait(self) -> None:
-        """Return when what follows on the device finds them done; raises what went wrong."""
+        """Make what is queued on the device from now on wait for the copy; raises its error."""
         event = self._future.result()
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
     def finish(self) -> None:
-        """Return when they are done."""
+        """Return when it is done; raises its error."""
         event = self._future.result()
         if event is not None:
             event.synchronize()
 
 
-class Lane:
+class CopyQueue:
+    """Copies in the order in which they are queued, each beginning after what the device has been
+    given so far."""
+
     def __init__(self, device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> None:
         is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_cuda else None
@@ -53,19 +56,21 @@ class Lane:
         ]
         self.rows_loaded = self.rows_stored = 0  # of "weight"
 
-    def load(self, tables: Mapping[str, Tensor], rows: Rows, into: Mapping[str, Tensor]) -> Arrival:
-        """Rows of tables on the host, each [n, numbers], to the device."""
-        return self._submit(self._load, tables, rows, into)
+    def load(
+        self, tables: Mapping[str, Tensor], rows: TableRows, into: Mapping[str, Tensor]
+    ) -> PendingCopy:
+        """Copy rows of tables on the host, each [n, numbers], to the device."""
+        return self._queue(self._load, tables, rows, into)
 
     def store(
-        self, tables: Mapping[str, Tensor], rows: Rows, source: Mapping[str, Tensor]
-    ) -> Arrival:
-        """Rows on the device, each [n, numbers], to those of the tables on the host."""
-        return self._submit(self._store, tables, rows, source)
+        self, tables: Mapping[str, Tensor], rows: TableRows, source: Mapping[str, Tensor]
+    ) -> PendingCopy:
+        """Copy rows on the device, each [n, numbers], to those of the tables on the host."""
+        return self._queue(self._store, tables, rows, source)
 
-    def _submit(self, copy: Callable[..., None], *arguments: Any) -> Arrival:
+    def _queue(self, copy: Callable[..., None], *arguments: Any) -> PendingCopy:
         ready = None if self._stream is None else torch.cuda.current_stream().record_event()
-        return Arrival(self._thread.submit(self._work, copy, ready, *arguments))
+        return PendingCopy(self._thread.submit(self._work, copy, ready, *arguments))
 
     @torch.no_grad()
     def _work(
@@ -80,7 +85,9 @@ class Lane:
             copy(*arguments)
             return stream.record_event()
 
-    def _load(self, tables: Mapping[str, Tensor], rows: Rows, into: Mapping[str, Tensor]) -> None:
+    def _load(
+        self, tables: Mapping[str, Tensor], rows: TableRows, into: Mapping[str, Tensor]
+    ) -> None:
         for name, target in into.items():
             for number, (start, stop) in enumerate(self._chunks(target)):
                 with self._buffers[number % 2].of(target[start:stop], self._stream) as part:
@@ -92,7 +99,7 @@ class Lane:
         self.rows_loaded += len(into["weight"]) if "weight" in into else 0
 
     def _store(
-        self, tables: Mapping[str, Tensor], rows: Rows, source: Mapping[str, Tensor]
+        self, tables: Mapping[str, Tensor], rows: TableRows, source: Mapping[str, Tensor]
     ) -> None:
         for name, new in source.items():
             chunks = self._chunks(new)
@@ -142,3 +149,114 @@ class _Buffer:
         if self._event is not None:
             self._event.synchronize()
             self._event = None
+
+
+class _Held(NamedTuple):
+    where: slice
+    rows: Tensor  # [n, numbers of a row]
+    arrival: PendingCopy
+
+
+class StreamedTables(Tables):
+    """Tables on the host, read chunk by chunk through two memories of each on the device: while one
+    chunk is computed with, the next one is copied."""
+
+    def __init__(
+        self,
+        weight: nn.Parameter,  # [C_r, (K,) D] on the host
+        tables: Mapping[str, Tensor],  # it and its state, each [C_r, numbers of a row]
+        like: Tensor,
+        copies: CopyQueue,
+    ) -> None:
+        self._weight, self._tables, self._like, self._copies = weight, tables, like, copies
+        self._now: dict[str, _Held] = {}
+        self._ahead: dict[str, _Held] = {}
+        self._memory: dict[str, list[Tensor]] = {name: [] for name in self._tables}
+        self._stored: PendingCopy | None = None
+        self._updates = 0
+
+    @property
+    def like(self) -> Tensor:
+        return self._like
+
+    @property
+    def gradient_like(self) -> Tensor:
+        return self._weight.detach().view(len(self), *self.like.shape[1:])
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self._tables
+
+    def version(self) -> int:
+        return self._updates + self._weight._version
+
+    def changed(self) -> None:
+        self._updates += 1
+
+    def begin(self) -> None:
+        """To be called before a forward: chunks that were copied may have changed since."""
+        self._now.clear()
+        self._ahead.clear()
+
+    def settle(self) -> None:
+        """Return when the tables hold every update."""
+        if self._stored is not None:
+            self._stored.finish()
+
+    def bytes_on_device(self) -> int:
+        return sum(memory.nbytes for both in self._memory.values() for memory in both)
+
+    def read(self, rows: slice | Tensor) -> Tensor:
+        """The centres, until the next chunk is read."""
+        assert isinstance(rows, slice)
+        return self._read("weight", rows).unflatten(1, self.like.shape[1:])
+
+    def read_few(self, rows: Tensor, on_host: list[int]) -> Tensor:
+        self.settle()
+        few = self.gradient_like.index_select(0, torch.tensor(on_host, dtype=torch.int64))
+        return to_device(few.numpy(), rows.device)
+
+    def _read(self, name: str, where: slice) -> Tensor:
+        """Rows of a table [n, numbers of a row], until the next chunk of it is read."""
+        now = self._now.get(name)
+        if now is None or now.where != where:
+            now = self._ahead.pop(name, None)
+            if now is None or now.where != where:
+                if now is not None:
+                    now.arrival.finish()
+                now = self._ask(name, where)
+            now.arrival.wait()
+            self._now[name] = now
+            stop, size = where.stop, where.stop - where.start
+            if stop < len(self._tables[name]):
+                following = slice(stop, min(stop + size, len(self._tables[name])))
+                self._ahead[name] = self._ask(name, following)
+        return now.rows
+
+    def _ask(self, name: str, where: slice) -> _Held:
+        """Begin to copy a chunk into the memory that is not being computed with."""
+        num, both = where.stop - where.start, self._memory[name]
+        if not both or len(both[0]) < num:
+            self.settle()
+            numbers = self._tables[name].shape[1]
+            both[:] = [self.like.new_empty(num, numbers) for _ in range(2)]
+            self._now.pop(name, None)
+        both.reverse()
+        rows = both[0][:num]
+        return _Held(where, rows, self._copies.load(self._tables, where, {name: rows}))
+
+    @contextlib.contextmanager
+    def updating(
+        self, rows: slice | Tensor, weight: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        assert isinstance(rows, slice)
+        parts = {} if weight is None else {"weight": weight}
+        for name in [name for name in self._tables if name not in parts]:
+            part = self._read(name, rows)
+            parts[name] = part if found_inf is None else part.clone()
+        yield parts
+        if found_inf is not None:
+            for name, new in parts.items():
+                old = self._read(name, rows)
+                parts[name] = old.copy_(torch.where(found_inf > 0, old, new))
+        self.changed()
+        self._stored = self._copies.store(self._tables, rows, parts)

@@ -1,18 +1,16 @@
-"""The optimisers of the sampled class rows, and of what a margin learns.
-
-Letters: C_r classes of this rank, S sampled, K sub-centres, D embedding.
-"""
+"""The optimisers of the sampled class rows, and of what a margin learns."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 from data_tools.common.errors import UserError, UserKeyError, UserTypeError
 from recognition.head import PartialFC
-from recognition.pieces import piece_size
-from recognition.rows import take_off
-from recognition.tables import Tables
+from recognition.losses.chunks import chunk_size
+from recognition.rows import Tables, subtract_radial
 
 
 class _RowOptimizer:
@@ -43,26 +41,17 @@ class _RowOptimizer:
 
     @torch.no_grad()
     def begin(self, lr: float) -> None:
-        """Let the next backward update the rows, piece by piece, so that no gradient of them
+        """Let the next backward update the rows, chunk by chunk, so that no gradient of them
         exists. step() then steps what the margin learns and ends the step.
 
         Raises:
-            RuntimeError: a forward of this step has been already.
+            RuntimeError: this step has had a forward already.
         """
         if self.head.has_begun:
             raise RuntimeError("begin() comes before the forward whose backward updates the rows")
         self._check_state()
 
-        def update(
-            tables: Tables,
-            where: slice | Tensor,
-            grad: Tensor,
-            weight: Tensor,
-            radial: Tensor | None,
-        ) -> None:
-            self._apply(tables, where, grad, lr, weight=weight, radial=radial)
-
-        self.head.sink, self._begun = update, lr
+        self.head.sink, self._begun = functools.partial(self._apply, lr=lr), lr
 
     @torch.no_grad()
     def step(
@@ -93,13 +82,13 @@ class _RowOptimizer:
             found_inf, skipped = None, bool(found_inf)
         else:
             skipped = False
-        size, device = piece_size(0, sampled.like, self.head.num_subcenters), sampled.like.device
+        size, device = chunk_size(0, sampled.like, self.head.num_subcenters), sampled.like.device
         for start in range(0, 0 if skipped else len(gradient), size):
             where = slice(start, min(start + size, len(gradient)))
             grad = gradient[where].to(device)
             if grad_scale is not None:
                 grad = grad / grad_scale.to(grad.dtype)
-            self._apply(sampled.tables, sampled.at(where), grad, lr, found_inf)
+            self._apply(sampled.tables, sampled.at(where), grad, lr=lr, found_inf=found_inf)
         self.head.storage.commit()
         sampled.recycle()
         if skipped:
@@ -111,19 +100,19 @@ class _RowOptimizer:
         tables: Tables,
         rows: slice | Tensor,
         grad: Tensor,  # [n, K, D]
+        weight: Tensor | None = None,  # [n, K, D] these rows of it, where they have been read
+        radial: Tensor | None = None,  # [n * K] of it to be subtracted from the gradient
+        *,
         lr: float,
         found_inf: Tensor | None = None,
-        weight: Tensor | None = None,  # [n, K, D] these rows of it, where they have been read
-        radial: Tensor | None = None,  # [n * K] of it to be taken off the gradient
     ) -> None:
         """Update some rows of the weight and their state."""
         read = None
         if weight is not None:
-            take_off(grad, weight, radial)
+            subtract_radial(grad, weight, radial)
             read = weight.flatten(1)
-        parts = tables.take(rows, read, found_inf)
-        self._update_(grad.flatten(1), lr, self.weight_decay, **parts)
-        tables.put(rows, parts, found_inf)
+        with tables.updating(rows, read, found_inf) as parts:
+            self._update_(grad.flatten(1), lr, self.weight_decay, **parts)
 
     def _check_state(self) -> None:
         weight = self.head.storage.parameter
@@ -163,7 +152,7 @@ class _RowOptimizer:
         margin.project()
 
     def _state_of(self, name: str) -> dict[str, Tensor]:
-        """Where the state of a parameter of the margin stands."""
+        """The dict that holds the state of a parameter of the margin."""
         return self.state if name in self.head.margin.per_class else self.model_state
 
     def _new_state(self, rows: Tensor) -> dict[str, Tensor]:
@@ -177,6 +166,7 @@ class _RowOptimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """State by global class id: `classes` int64 [C_r], and a row for each in the others, but
         for what a margin learns for the whole model."""
+        self.head.settle()
         classes = torch.arange(*self.head.shard, device=self.head.weight.device)
         return {"classes": classes, **self.state, **self.model_state}
 
@@ -221,21 +211,22 @@ class RowSGD(_RowOptimizer):
         tables: Tables,
         rows: slice | Tensor,
         grad: Tensor,
-        lr: float,
-        found_inf: Tensor | None = None,
         weight: Tensor | None = None,
         radial: Tensor | None = None,
+        *,
+        lr: float,
+        found_inf: Tensor | None = None,
     ) -> None:
-        passes = self.head.limits.passes
-        if passes is None or found_inf is not None:
-            return super()._apply(tables, rows, grad, lr, found_inf, weight, radial)
+        library = self.head.limits.cpu_library
+        if library is None or found_inf is not None:
+            return super()._apply(tables, rows, grad, weight, radial, lr=lr, found_inf=found_inf)
         numbers = lr, self.momentum, self.weight_decay
         if isinstance(rows, slice):
-            parts = tables.take(rows, None if weight is None else weight.flatten(1), None)
-            passes.sgd(parts, None, grad, radial, *numbers)
-            tables.put(rows, parts, None)
-        else:  # where they stand, neither taken nor put
-            passes.sgd(tables.tensors(), rows, grad, radial, *numbers)
+            read = None if weight is None else weight.flatten(1)
+            with tables.updating(rows, read) as parts:
+                library.sgd(parts, None, grad, radial, *numbers)
+        else:  # in place, without a copy
+            library.sgd(tables.tensors(), rows, grad, radial, *numbers)
             tables.changed()
 
     def _update_(self, grad: Tensor, lr: float, decay: float, **rows: Tensor) -> None:

@@ -1,10 +1,8 @@
 """What the head does in one pass over the CPU's memory where torch takes several: passes.c.
 
-A centre is read with its norm, exponentials are made with their sums, and a row is updated where it
-stands, which torch must read, change and write in turn. The machine's C compiler builds it for the
+A centre is read with its norm, exponentials are made with their sums, and a row is updated in
+place; torch reads, changes and writes each in turn. The machine's C compiler builds it for the
 processor at hand when it is first asked for.
-
-Letters: B rows of the global batch, n classes of a piece, K sub-centres, D embedding.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ class NotBuilt(Exception):
     """There is no program for this machine."""
 
 
-class Passes:
+class CpuLibrary:
     """The functions of passes.c for tensors of one dtype on the CPU.
 
     Raises:

@@ -1,29 +1,23 @@
 """Which classes a rank holds and which of them it samples this step: pure index arithmetic.
 
-No communication, no state: every function is determined by its arguments, so all ranks agree on the
-sample without a word between them, and it is the same at every number of ranks.
-
-Letters: W ranks, C classes, B rows of the global batch, S sampled classes on this rank,
-n cells of the draw, m rows of the batch whose class this rank holds.
+Every function is determined by its arguments, so all ranks agree on the sample without
+communication, and it is the same at every number of ranks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-_MASK = (1 << 64) - 1
-_DRAW = 1  # the purpose of this draw, so that no other shares its key
+from data_tools.common.draws import Purpose, hash_array, hash_words
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def shard_range(num_classes: int, world: int, rank: int) -> tuple[int, int]:
-    """The classes [start, stop) that `rank` holds; the first C mod W ranks hold one more."""
-    size, remainder = divmod(num_classes, world)
-    start = rank * size + min(rank, remainder)
-    return start, start + size + (rank < remainder)
+Index = TypeVar("Index", np.ndarray, "Tensor")
 
 
 class Sample(NamedTuple):
@@ -85,8 +79,8 @@ class Draw:
         self.num_classes = num_classes
         # The small term keeps 0.1 * 30 = 3.0000000000000004 from becoming four cells.
         self.num_cells = math.ceil(sample_rate * num_classes - 1e-9)  # of all ranks
-        self.key = hash_words(seed, _DRAW, step)
-        self.offset = hash_words(self.key, _MASK) % num_classes
+        self.key = hash_words(seed, Purpose.CLASSES, step)
+        self.offset = hash_words(self.key, -1) % num_classes
         # Runs of cells [first, last) whose picks are classes of this shard, and the shift from u
         # to class.
         self.runs = list(self._runs(*shard)) if self.num_cells else []
@@ -96,8 +90,8 @@ class Draw:
         """At most two (the rotation wraps once), in the order of the class ids. Only the two cells
         at the ends of a run can reach over its border; their picks decide whether they belong."""
         wrap = min(max(self.offset, start), stop)
-        pieces = [(start, wrap, self.offset - self.num_classes), (wrap, stop, self.offset)]
-        for low, high, shift in pieces:
+        spans = [(start, wrap, self.offset - self.num_classes), (wrap, stop, self.offset)]
+        for low, high, shift in spans:
             if low == high:
                 continue
             first, last = (int(c) for c in self._cell_of(np.array([low - shift, high - 1 - shift])))
@@ -118,7 +112,7 @@ class Draw:
         return self._pick(self._cell_of(u)) == u
 
     def places(self, classes: np.ndarray) -> np.ndarray:
-        """Where drawn classes of this rank stand in classes(); of others, any number."""
+        """The places in classes() of drawn classes of this rank; for others, any number."""
         if self.num_cells == 0:
             return np.zeros(len(classes), np.int64)
         cell = self._cell_of((classes - self.offset) % self.num_classes)
@@ -135,26 +129,10 @@ class Draw:
 
     def _pick(self, cell: np.ndarray) -> np.ndarray:
         """int64 rotated position picked in each cell [floor(k C / n), floor((k+1) C / n))."""
+        return self.pick(cell, (hash_array(self.key, cell) >> np.uint64(32)).astype(np.int64))
+
+    def pick(self, cell: Index, bits: Index) -> Index:
+        """The position that 32 random bits pick in each cell, all int64."""
         low = cell * self.num_classes // self.num_cells
         size = (cell + 1) * self.num_classes // self.num_cells - low
-        bits = _hash_array(self.key, cell) >> np.uint64(32)
-        return low + ((bits * size.astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
-
-
-def hash_words(*words: int) -> int:
-    """A 64-bit hash of integers (splitmix64 finaliser, chained): the key of a random draw."""
-    state = 0
-    for word in words:
-        state = (state ^ (word & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
-    return state
-
-
-def _hash_array(key: int, words: np.ndarray) -> np.ndarray:
-    """hash_words(key', word) for every word: uint64, wrapping arithmetic."""
-    state = (words.astype(np.uint64) ^ np.uint64(key)) + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return state ^ state >> np.uint64(31)
+        return low + (bits * size >> 32)

@@ -1,7 +1,4 @@
-"""What a head begins with, and the checks of what it is given.
-
-Letters: C classes, C_r of this rank, K sub-centres, D embedding, b rows of this rank.
-"""
+"""What a head starts with, the checks of what it is given, and which sub-centres its rows use."""
 
 from __future__ import annotations
 
@@ -9,11 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_tools.common.draws import Purpose, hash_words
 from data_tools.common.errors import UserError, UserTypeError
-from recognition.sampling import hash_words
 
 _INIT_STD = 0.01  # InsightFace's
-_INIT_KEY = 2  # the purpose of this draw; the others' are in sampling.py, build.py and trainer.py
 _INIT_BLOCK = 1024  # classes drawn by one generator, so that the start is the same at every W
 
 
@@ -23,7 +19,7 @@ def initial_rows(shard: tuple[int, int], num_subcenters: int, size: int, seed: i
     rows = torch.empty(stop - start, num_subcenters, size)
     for block in range(start // _INIT_BLOCK, -(-stop // _INIT_BLOCK)):
         low = block * _INIT_BLOCK
-        generator = torch.Generator().manual_seed(hash_words(seed, _INIT_KEY, block) >> 1)
+        generator = torch.Generator().manual_seed(hash_words(seed, Purpose.CENTRES, block) >> 1)
         drawn = torch.empty(_INIT_BLOCK, num_subcenters, size)
         drawn.normal_(0.0, _INIT_STD, generator=generator)
         first, last = max(start, low), min(stop, low + _INIT_BLOCK)
@@ -34,7 +30,7 @@ def initial_rows(shard: tuple[int, int], num_subcenters: int, size: int, seed: i
 def check_layer(
     num_classes: int, world: int, sample_rate: float, embedding_size: int, num_subcenters: int
 ) -> None:
-    """Raises: ValueError for a head that cannot be."""
+    """Raises: ValueError for arguments that no head can have."""
     if not 0.0 <= sample_rate <= 1.0:
         raise UserError(f"sample_rate={sample_rate}: a share of the classes, 0 to 1")
     if num_classes < world:
@@ -83,3 +79,31 @@ def check_batch(
             f"label {int(labels[row])} at row {row} is outside [0, {num_classes}): "
             "the labels do not fit num_classes"
         )
+
+
+class Votes:
+    """How many rows of an epoch were nearest to each sub-centre of their class: int64 [C_r, K],
+    which the head holds and saves with the classes. The rows of a step count once it is taken."""
+
+    def __init__(self) -> None:
+        self._nearest: list[tuple[Tensor, Tensor]] = []  # of this step: (local id, which), [m]
+
+    def add(self, local_id: Tensor, nearest: Tensor) -> None:
+        self._nearest.append((local_id, nearest))
+
+    def commit(self, counts: Tensor, found_inf: Tensor | None) -> None:
+        """found_inf: [] not 0 if the step is skipped."""
+        for local_id, nearest in self._nearest:
+            vote = torch.ones_like(nearest)
+            if found_inf is not None:
+                vote = torch.where(found_inf > 0, 0, vote)
+            counts.index_put_((local_id, nearest), vote, accumulate=True)
+        self._nearest = []
+
+    def drop(self) -> None:
+        self._nearest = []
+
+
+def dominant(counts: Tensor) -> Tensor:
+    """[2]: rows at the dominant sub-centre of their class, and all rows."""
+    return torch.stack([counts.max(1).values.sum(), counts.sum()])

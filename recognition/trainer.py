@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.augment import Probabilities
+from data_tools.common.draws import Purpose, hash_words
 from data_tools.dali import Dali
 from data_tools.loader import Batch, BatchSource, Loader, normalise
 from recognition import (
@@ -30,9 +31,6 @@ from recognition.overseer import Overseer
 from recognition.precision import autocast, dtype_of
 from recognition.profiling import traced
 from recognition.run_dir import owned, write_config
-from recognition.sampling import hash_words
-
-_DROPOUT_KEY = 4  # the purpose of this draw, as in sampling.py
 
 
 def train(state: TrainState) -> dict[str, Any]:
@@ -192,7 +190,7 @@ def _forward(
     """
     cfg, runtime = state.cfg, state.runtime
     # Dropout's draw is a function of its place in the run, not of what was drawn before it.
-    torch.manual_seed(hash_words(cfg.seed, _DROPOUT_KEY, state.step, micro, runtime.rank) >> 1)
+    torch.manual_seed(hash_words(cfg.seed, Purpose.DROPOUT, state.step, micro, runtime.rank) >> 1)
     pixels = batch.images.to(runtime.device, non_blocking=True)
     flip = batch.flip.to(runtime.device, non_blocking=True)
     pixels = normalise(pixels, flip, dtype_of(state.precision))

@@ -93,11 +93,11 @@ class Rival:
 
 
 class Floor:
-    """The GEMMs of a step of ours, at the shapes of its pieces, over a weight of its size."""
+    """The GEMMs of a step of ours, at the shapes of its chunks, over a weight of its size."""
 
     def __init__(self, ours: Ours, case: Case, device: torch.device) -> None:
         dtype = DTYPES[case.dtype] or torch.float32
-        self.size = ours.head.piece_size(case.batch)
+        self.size = ours.head.chunk_size(case.batch)
         self.num = round(len(ours.head.weight) * case.sample_rate)
         columns = self.num * case.batch * 4
         kept = min((case.stored_mib << 20) // max(columns, 1), 1)

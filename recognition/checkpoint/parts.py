@@ -30,6 +30,7 @@ class HeadParts:
 
     def rows(self) -> dict[str, Tensor]:
         """All that is held by class, [C_r, ...]: centres, optimiser state, loss state."""
+        self.head.settle()
         state = self.row_optimizer.state | self.head.class_state()
         return {"weight": self.head.weight.detach()} | state
 

@@ -95,6 +95,7 @@ def load_head(path: str, number: int, head: PartialFC) -> None:
         Damaged: something is not in it.
     """
     manifest = read_manifest(path)
+    head.settle()
     rows = {"weight": head.weight.detach()} | head.class_state()
     _read_rows(path, manifest, number, head.shard, rows)
     if state := head.model_state():

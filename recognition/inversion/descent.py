@@ -15,14 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from data_tools.common import files
+from data_tools.common.draws import Purpose, hash_words
 from data_tools.common.errors import UserError
 from recognition.backbones.input import INPUT_SIZE
 from recognition.inversion.identity import ClosedSet, Identity
 from recognition.inversion.prior import BnPrior, length, total_variation
 from recognition.inversion.settings import Settings
-from recognition.sampling import hash_words
 
-_START_KEY, _FLIP_KEY, _JITTER_KEY = 6, 7, 8  # the purposes of these draws, as in sampling.py
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's Adam names them
 
 Terms = dict[str, float]
@@ -42,7 +41,7 @@ class Batch:
     def start(cls, settings: Settings, number: int, ids: np.ndarray, device: torch.device) -> Batch:
         """Images ~ N(0, 1), a function of the seed and the batch's number."""
         generator = torch.Generator()
-        generator.manual_seed(hash_words(settings.seed, _START_KEY, number) >> 1)
+        generator.manual_seed(hash_words(settings.seed, Purpose.INVERSION_START, number) >> 1)
         images = torch.randn(len(ids), 3, INPUT_SIZE, INPUT_SIZE, generator=generator).to(device)
         return cls(number, ids, images, {name: torch.zeros_like(images) for name in _MOMENTS})
 
@@ -138,10 +137,10 @@ def descend(
 def _seen(x: Tensor, settings: Settings, batch: Batch) -> Tensor:
     """What the network is shown in this step: the images, mirrored or rolled where asked."""
     draw = (settings.seed, batch.number, batch.step)
-    if settings.flip and hash_words(_FLIP_KEY, *draw) & 1:
+    if settings.flip and hash_words(Purpose.INVERSION_FLIP, *draw) & 1:
         x = x.flip(3)
     if settings.jitter:
-        bits, span = hash_words(_JITTER_KEY, *draw), 2 * settings.jitter + 1
+        bits, span = hash_words(Purpose.INVERSION_JITTER, *draw), 2 * settings.jitter + 1
         down, right = bits % span - settings.jitter, (bits >> 32) % span - settings.jitter
         x = x.roll((down, right), (2, 3))
     return x

@@ -21,12 +21,13 @@ from recognition import collectives
 from recognition.config import Config
 from recognition.head import PartialFC
 from recognition.kernels.compiled import compiled_operations
-from recognition.kernels.fused import FusedLogits, why_not
-from recognition.kernels.native import NativeLogits
-from recognition.losses.cutting import Targets
-from recognition.losses.logits import Logits
-from recognition.passes import NotBuilt, Passes
-from recognition.rows import Pool, SampledRows, unit
+from recognition.kernels.fused import fused_kernel, why_not
+from recognition.kernels.native import native_kernel
+from recognition.losses.chunks import Chunks, Targets
+from recognition.losses.logits import Formula, Kernel, plain_kernel
+from recognition.losses.margin import Rows
+from recognition.passes import CpuLibrary, NotBuilt
+from recognition.rows import ClassRows, Pool, unit
 from recognition.storage import DeviceStorage
 
 _WARMUP, _STEPS = 2, 5
@@ -64,7 +65,7 @@ def choose(wanted: str, head: PartialFC, num_rows: int, known: str = "") -> Choi
     seconds = torch.tensor([spent for spent, _ in tried], dtype=torch.float64)
     seconds = collectives.largest_over_ranks(seconds, head.group)
     taken = forms[int(seconds.argmin())] if seconds.isfinite().any() else "plain"
-    head.limits = replace(head.limits, logits=make(taken))
+    head.limits = replace(head.limits, kernel=make(taken))
     figures = ", ".join(
         f"{form} {1e3 * spent:.2f} ms" if math.isfinite(spent) else f"{form} failed ({why})"
         for form, spent, (_, why) in zip(forms, seconds.tolist(), tried, strict=True)
@@ -104,18 +105,18 @@ def _native(wanted: str, head: PartialFC, known: str) -> Choice:
     num_sampled = head.num_classes * head.sample_rate / head.group.size()
     if wanted == "auto" and known != "native" and num_sampled < _WORTH_BUILDING:
         return Choice("plain", "")
-    passes, reason = None, "it is for CPUs"
+    library, reason = None, "it is for CPUs"
     if head.device.type == "cpu":
         try:
-            passes, reason = Passes(head.storage.like.dtype), "another rank cannot build it"
+            library, reason = CpuLibrary(head.storage.like.dtype), "another rank cannot build it"
         except NotBuilt as error:
             reason = str(error)
-    failed = torch.tensor([float(passes is None)], dtype=torch.float64)
+    failed = torch.tensor([float(library is None)], dtype=torch.float64)
     failed = collectives.largest_over_ranks(failed, head.group)  # which all ranks call
-    if passes is None or failed.item():
+    if library is None or failed.item():
         return Choice("plain", f"head_kernel={wanted}: the plain form is taken, {reason}")
-    logits = functools.partial(NativeLogits, passes)
-    head.limits = replace(head.limits, logits=logits, passes=passes)
+    kernel = functools.partial(native_kernel, library)
+    head.limits = replace(head.limits, kernel=kernel, cpu_library=library)
     return Choice("native", f"head_kernel={wanted}: native is taken, compiled for this processor")
 
 
@@ -132,16 +133,16 @@ def choose_all(
     ]
 
 
-def make(form: str) -> Callable[..., Logits]:
-    """What Limits.logits is to be for a form of this name."""
+def make(form: str) -> Kernel:
+    """What Limits.kernel is to be for a form of this name."""
     if form == "plain":
-        return Logits
+        return plain_kernel
     if form == "compiled":
-        return functools.partial(FusedLogits, compiled_operations())
+        return functools.partial(fused_kernel, compiled_operations())
     from recognition.kernels import programs  # Triton may be missing elsewhere
 
     blocks = {f"triton-{blocks}": blocks for blocks in programs.BLOCKS}
-    return functools.partial(FusedLogits, programs.TritonOperations(blocks[form]))
+    return functools.partial(fused_kernel, programs.TritonOperations(blocks[form]))
 
 
 def triton_forms(head: PartialFC) -> list[str]:
@@ -202,7 +203,7 @@ def _seconds(head: PartialFC, form: str, num_rows: int) -> tuple[float, str]:
 
 
 @torch.no_grad()
-def _trial(head: PartialFC, logits_of: Callable[..., Logits], num_rows: int) -> Callable:
+def _trial(head: PartialFC, kernel: Kernel, num_rows: int) -> Callable:
     """Forward and backward of the reduction over as many classes as a step has of this rank's, or
     fewer, of centres drawn for it: without a collective and without a trace in the head."""
     device, dtype = head.device, head.storage.like.dtype
@@ -219,19 +220,19 @@ def _trial(head: PartialFC, logits_of: Callable[..., Logits], num_rows: int) -> 
     targets = Targets(own, own, own, own.tolist())
     x, _ = unit(torch.randn(num_rows, head.embedding_size, generator=generator).to(device, dtype))
     push = torch.full((num_rows,), 1 / num_rows, dtype=dtype, device=device)
+    batch = Rows(push, push, torch.zeros_like(push, dtype=torch.int64), push[:, None])
     pool = Pool()
 
     def step() -> None:
-        rows = SampledRows(rows_of.like, rows_of, index, None, pool)
-        logits = logits_of(
-            rows, targets, num_rows, head.piece_size(num_rows), head.limits.stored_bytes, pool,
+        rows = ClassRows(rows_of, index, None, pool)
+        chunks = Chunks(
+            rows, targets, num_rows, head.chunk_size(num_rows), head.limits.stored_bytes, pool,
             head.limits.dtype,
         )  # fmt: skip
-        logits.margin = head.margin.frozen()
-        logits.target_cosines(x)
-        logits.log_sum_exp(x)
-        logits.push, logits.pull = push, -push
-        logits.backward(x, [])
+        cosines = chunks.target_cosines(x)
+        reducer = kernel(chunks, Formula(head.margin.frozen(), batch))
+        reducer.reduce(x)
+        reducer.gradients(x, cosines, -push[own], push, [])
         rows.recycle()
 
     return step

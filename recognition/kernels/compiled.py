@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from recognition.losses.products import product
+from recognition.losses.chunks import product
 from recognition.rows import unit
 
 

@@ -1,62 +1,61 @@
 """The plain form on a CPU with its passes over memory compiled for the processor at hand.
 
-The GEMMs stay the library's, and what the plain way keeps, computes again or leaves to autograd
+The GEMMs stay the library's, and what the plain form keeps, computes again or leaves to autograd
 stays as it is; recognition/passes.py has the rest.
-
-Letters: B rows of the global batch, n classes of a piece, D embedding.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from recognition.losses.cutting import Piece
-from recognition.losses.logits import Logits
-from recognition.losses.products import product
-from recognition.passes import Passes
+from recognition.losses.chunks import Chunk, Chunks, product
+from recognition.losses.logits import Formula, Reducer, reducer_of
+from recognition.passes import CpuLibrary
 
 
-class NativeLogits(Logits):
-    """Logits whose plain way goes through `passes`; others go through torch."""
+def native_kernel(library: CpuLibrary, chunks: Chunks, formula: Formula) -> Reducer:
+    """A logits.Kernel once `library` is bound: margins that need their formula go by torch."""
+    return reducer_of(chunks, formula, NativePasses(library, chunks))
 
-    def __init__(self, passes: Passes, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._passes = passes
-        self._centres_room: Tensor | None = None  # [n, D]
 
-    def _masses(self, piece: Piece, scaled: Tensor) -> Tensor:
-        z, _ = self._products(piece, scaled)
-        return self._passes.sum_exp(z, piece.inverse)
+class NativePasses:
+    """See logits.ChunkPasses; memory that is kept holds scaled @ w, -inf for a row's own class."""
 
-    def _slopes(self, piece: Piece, scaled: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z, weight = self._products(piece, scaled)
-        radial = self._passes.slopes(z, piece.inverse, along)
+    def __init__(self, library: CpuLibrary, chunks: Chunks) -> None:
+        self._library, self._chunks = library, chunks
+        self._centres: Tensor | None = None  # [n, D]
+
+    def sum_exp(self, chunk: Chunk, scaled: Tensor) -> Tensor:
+        z, _ = self._products(chunk, scaled)
+        return self._library.sum_exp(z, chunk.inverse)
+
+    def slopes(self, chunk: Chunk, scaled: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, weight = self._products(chunk, scaled)
+        radial = self._library.slopes(z, chunk.inverse, along)
         return z, weight, radial
 
-    def _products(self, piece: Piece, scaled: Tensor) -> tuple[Tensor, Tensor]:
+    def _products(self, chunk: Chunk, scaled: Tensor) -> tuple[Tensor, Tensor]:
         """scaled @ w [B, n], -inf where the class is the row's own, and the centres w [n, D]."""
-        weight, room = self._read_once(piece), self._room(piece, scaled)
-        if not (self._is_written and self._kept_here(piece)):
-            product(scaled, self._narrow(weight).T, room)
-            if piece.own is not None:
-                self._passes.leave_out(room, *piece.own)
-        return room, weight
+        weight, out = self._read(chunk), self._chunks.memory.of(chunk)
+        if not self._chunks.is_kept(chunk):
+            product(scaled, self._chunks.narrow(weight).T, out)
+            if chunk.own is not None:
+                self._library.leave_out(out, *chunk.own)
+        return out, weight
 
-    def _read_once(self, piece: Piece) -> Tensor:  # [n, D]
+    def _read(self, chunk: Chunk) -> Tensor:  # [n, D]
         """The centres; the first time leaves their norms."""
-        table, index = self.rows.source(piece.where)
-        table = table.flatten(0, 1)
+        table, index = self._chunks.class_rows.source(chunk.where)
+        table, is_walked = table.flatten(0, 1), self._chunks.is_walked
         if index is None:
-            if not self._has_inverse:
-                self._passes.read_rows(table, None, None, piece.inverse)
+            if not is_walked:
+                self._library.read_rows(table, None, None, chunk.inverse)
             return table
-        if self._centres_room is None:  # the first piece is the largest
-            self._centres_room = table.new_empty(piece.inverse.shape[0], table.shape[1])
-        out = self._centres_room[: piece.inverse.shape[0]]
-        if self._has_inverse:
+        if self._centres is None:  # the first chunk is the largest
+            self._centres = table.new_empty(chunk.inverse.shape[0], table.shape[1])
+        out = self._centres[: chunk.inverse.shape[0]]
+        if is_walked:
             return torch.index_select(table, 0, index, out=out)
-        self._passes.read_rows(table, index, out, piece.inverse)
+        self._library.read_rows(table, index, out, chunk.inverse)
         return out

@@ -1,8 +1,6 @@
 """The operations of fused.py as Triton programs, for GPUs of compute capability 8.0 and newer.
 
 TRITON_INTERPRET=1, set before this file is imported, runs them on the CPU, a thread at a time.
-
-Letters: B rows of the batch, n classes of a piece, D embedding.
 """
 
 from __future__ import annotations

@@ -26,9 +26,10 @@ from recognition.losses.margin import (
     Statistics,
     check_angle,
     check_range,
+    class_histogram,
+    class_mean,
     one_of,
 )
-from recognition.losses.statistics import class_histogram, class_mean
 
 
 class JAMsFace(AngularMargin):

@@ -1,6 +1,6 @@
 """Margins that are fixed numbers on the target angle: ArcFace, CosFace, the SphereFace family.
 
-Letters: B rows of the global batch, n classes of a piece; t angle in radians.
+Letters: B rows of the global batch, n classes of a chunk; t angle in radians.
 """
 
 from __future__ import annotations

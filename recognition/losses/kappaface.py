@@ -24,9 +24,10 @@ from recognition.losses.margin import (
     Statistics,
     check_angle,
     check_range,
+    class_histogram,
+    class_mean,
     one_of,
 )
-from recognition.losses.statistics import class_histogram, class_mean
 
 _SIZES = (1, 2, 5, 10, 20, 50, 100)  # classes of so many images and more, in the log
 _CHUNK = 1 << 15  # classes

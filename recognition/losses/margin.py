@@ -2,9 +2,9 @@
 
 A margin sees values, never a rank, a column or a process group. The head (recognition/head.py)
 gives it the cosine of every row to its own class, and the cosines of every row to the other
-classes in pieces, and turns what it answers into the loss over all sampled classes.
+classes in chunks, and turns what it answers into the loss over all sampled classes.
 
-Letters: B rows of the global batch, C classes, C_r of this shard, n of a piece, D embedding,
+Letters: B rows of the global batch, C classes, C_r of this shard, n of a chunk, D embedding,
 m rows of the batch whose class is in this shard, k values of a class.
 """
 
@@ -26,6 +26,8 @@ Overflow = Literal["none", "fallback", "easy"]
 
 # reduce(values, "sum" | "max"): the same over all shards.
 Reduce = Callable[[Tensor, str], Tensor]
+
+_BINS = 50  # of a histogram
 
 
 class Rows(NamedTuple):
@@ -279,3 +281,26 @@ def check_angle(name: str, angle: float) -> None:
 def check_range(name: str, value: float, low: float, high: float, what: str) -> None:
     if not low <= value <= high:
         raise UserError(f"{name}={value}: {what}, {low} to {high}")
+
+
+# --- What the log says of a value that every class has --------------------------------------------
+
+
+def class_mean(values: Tensor, reduce: Reduce) -> Tensor:  # [C_r] -> []
+    """The mean over the classes of all shards, float64."""
+    wide = values.double()
+    total, count = reduce(torch.stack([wide.sum(), wide.new_tensor(len(wide))]), "sum").unbind()
+    return total / count
+
+
+def class_histogram(values: Tensor, reduce: Reduce) -> Histogram:  # [C_r] ->
+    """How the classes of all shards spread between their smallest and largest value."""
+    wide = values.double()
+    nothing = wide.new_tensor([-torch.inf])
+    ends = torch.stack([torch.cat([wide, nothing]).max(), torch.cat([-wide, nothing]).max()])
+    high, low = reduce(ends, "max") * wide.new_tensor([1, -1])
+    width = torch.where(high > low, high - low, 1.0)  # all alike, or none
+    place = ((wide - low) / width * _BINS).long().clamp(0, _BINS - 1)
+    counts = wide.new_zeros(_BINS).index_add_(0, place, torch.ones_like(wide))
+    edges = low + width * torch.linspace(0, 1, _BINS + 1, dtype=wide.dtype, device=wide.device)
+    return Histogram(edges.nan_to_num(0.0, 0.0, 0.0), reduce(counts, "sum"))

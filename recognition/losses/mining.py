@@ -1,6 +1,6 @@
 """Losses that also change the negatives: re-weighted, margined, or both.
 
-Letters: B rows of the global batch, n classes of a piece; t angle in radians.
+Letters: B rows of the global batch, n classes of a chunk; t angle in radians.
 """
 
 from __future__ import annotations

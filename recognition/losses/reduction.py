@@ -1,55 +1,64 @@
-"""Cosines to the classes of a shard, reduced to one number per row, in pieces that fit a cache.
+"""One autograd function from unit rows to the target cosines and the reduced other logits.
 
-No tensor of all the shard's logits exists beyond a stated budget: the backward computes each piece
-again, three GEMMs after the forward's one, or reads back what the budget let it keep, two.
-
-Letters: B rows of the global batch, S sampled classes of this rank, n of a piece, K sub-centres,
-D embedding, m rows of the batch whose class is on this rank.
+Its forward goes through the chunks of this rank's sampled classes and makes both collectives of the
+loss; its backward gets both gradients as arguments and walks the chunks once.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from recognition.losses.logits import Logits
-from recognition.losses.margin import Margin
+from recognition import collectives
+from recognition.losses.chunks import Chunks, TargetCosines
+from recognition.losses.logits import Formula, Kernel, Reducer
+
+# From the target cosines and class values of the whole batch [B, 1 + k], and the target cosines of
+# this rank: the formula of the other classes' logits. It is called without gradient.
+FormulaOf = Callable[[Tensor, TargetCosines], Formula]
 
 
-def gate(x: Tensor, weight: Tensor, logits: Logits, margin: Margin) -> Tensor:
-    """x [B, D], unit rows, as the functions below want it.
+def reduced_logits(
+    x: Tensor,  # [B, D] unit rows
+    weight: Tensor,  # its gradient goes to chunks.class_rows; here it ties the result to the graph
+    class_values: Tensor,  # [m, k] the margin's values of the targets' classes
+    learned: Sequence[Tensor],  # [] each: numbers of the margin on which negatives() may depend
+    chunks: Chunks,
+    formula_of: FormulaOf,
+    kernel: Kernel,
+    group: collectives.ProcessGroup,
+) -> tuple[Tensor, Tensor]:
+    """The target cosine and the class values of every row, [B, 1 + k]; and the reduction [B] over
+    all sampled classes but the row's own, as logits.Reducer states it. Both are the same on all
+    ranks. Margin.negatives() sees target cosines and class values as constants, so no gradient
+    flows from the reduction into them.
 
-    Its backward is that of all of them: it runs when the gradients of their results are known, goes
-    through the pieces once and leaves the gradient of the centres in logits.rows; `weight` gets
-    none and only ties the result to the graph when x needs no gradient.
+    Forward: one all-reduce (sum) of B * (1 + k) elements, one all-gather of W * B elements or, for
+    a "sigmoid" margin, one all-reduce of B. Backward: none; the gradient of a row's target cosine
+    and class values counts on the rank that holds its class alone, and rank r's share of a
+    log-sum-exp is exp(lse_r - LSE).
     """
-    return _Gate.apply(x, weight, logits, *logits.learned(margin))
+    return _ReducedLogits.apply(
+        x, weight, class_values, chunks, formula_of, kernel, group, *learned
+    )
 
 
-def target_cosines(x: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
-    """Cosine of each row to its own class, the nearest of K sub-centres: [B], 0 if not held here;
-    and which sub-centre that is: int64 [m]. x: what gate() gave."""
-    return _TargetCosines.apply(x, logits)
+def reduce_over_ranks(
+    reducer: Reducer, formula: Formula, x: Tensor, group: collectives.ProcessGroup
+) -> tuple[Tensor, Tensor | float]:
+    """The reduction [B] over the classes of all ranks, and its slope with respect to this rank's.
 
-
-def log_sum_exp(x: Tensor, logits: Logits) -> Tensor:
-    """log(sum over the shard's sampled classes j != y of exp(scale * negatives(cos_j))): [B].
-
-    x: what gate() gave. -inf for a row without a negative here. One GEMM a piece, two with centres.
+    Forward: the second collective of reduced_logits(); no backward.
     """
-    return _Reduced.apply(x, logits, "softmax")
-
-
-def softplus_sum(x: Tensor, logits: Logits) -> Tensor:
-    """Sum over the shard's sampled classes j != y of log(1 + exp(scale * negatives(cos_j))): [B].
-
-    As log_sum_exp().
-    """
-    return _Reduced.apply(x, logits, "sigmoid")
+    local = reducer.reduce(x)
+    if formula.margin.reduction == "softmax":
+        return collectives.merge_log_sum_exp(local, group)
+    return collectives.sum_over_ranks(local, group), 1.0
 
 
 def full_precision(x: Tensor) -> torch.autocast:
@@ -57,46 +66,39 @@ def full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-class _Gate(Function):
+class _ReducedLogits(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, logits: Logits, *learned: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        class_values: Tensor,
+        chunks: Chunks,
+        formula_of: FormulaOf,
+        kernel: Kernel,
+        group: collectives.ProcessGroup,
+        *learned: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        own = chunks.target_cosines(x)
+        values = torch.cat([own.cos[:, None], class_values], 1)  # [m, 1 + k]
+        filled = values.new_zeros(len(x), values.shape[1])
+        filled.index_copy_(0, chunks.targets.row, values)
+        shared = collectives.sum_over_ranks(filled, group)  # [B, 1 + k]
+        formula = formula_of(shared, own)
+        reducer = kernel(chunks, formula)
+        reduced, slope = reduce_over_ranks(reducer, formula, x, group)  # [B]
         ctx.save_for_backward(x)
-        ctx.logits, ctx.learned = logits, learned
-        return x.view_as(x)
+        ctx.own, ctx.reducer, ctx.slope, ctx.learned = own, reducer, slope, list(learned)
+        ctx.target_row = chunks.targets.row
+        return shared, reduced
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # [B, D]
+    def backward(ctx: Any, grad_shared: Tensor, grad_reduced: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
+        held = grad_shared[ctx.target_row]  # [m, 1 + k]
         with full_precision(x):
-            grad_x, grads = ctx.logits.backward(x, list(ctx.learned))
-        return grad_x + grad, None, None, *grads
-
-
-class _TargetCosines(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
-        ctx.logits = logits
-        cos, nearest = logits.target_cosines(x)
-        ctx.mark_non_differentiable(nearest)
-        return cos, nearest
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[None, ...]:  # [B]
-        ctx.logits.pull = grad
-        return None, None
-
-
-class _Reduced(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, logits: Logits, kind: Literal["softmax", "sigmoid"]) -> Tensor:
-        ctx.logits = logits
-        logits.kind = kind
-        return logits.log_sum_exp(x) if kind == "softmax" else logits.softplus_sum(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # [B]
-        ctx.logits.push = grad
-        return None, None, None
+            grad_x, grads = ctx.reducer.gradients(
+                x, ctx.own, held[:, 0], grad_reduced * ctx.slope, ctx.learned
+            )
+        return grad_x, None, held[:, 1:], None, None, None, None, *grads

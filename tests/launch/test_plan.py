@@ -51,7 +51,7 @@ def test_the_heads_bytes_are_those_that_are_measured(size):
     there = sum(predicted.pop(part) + hosted.get(part, 0) for part in parts)
     assert there == pytest.approx(standing, rel=1e-6)
     if cfg.head_storage == "host":
-        head.storage.lane  # noqa: B018  its buffers are there before
+        head.storage.copies  # noqa: B018  its buffers are there before
     x, labels = torch.randn(batch, 128, requires_grad=True), torch.arange(batch)
     with torch.profiler.profile(profile_memory=True) as profile:
         if cfg.update_in_backward:

@@ -70,7 +70,7 @@ def test_a_fused_form_equals_the_plain_one(wanted, sample_rate, threshold, dtype
     x, labels = batch()
     outcomes = []
     for fused in (False, True):
-        limits = Limits(piece=200, dtype=dtype) if fused else Limits()
+        limits = Limits(chunk_size=200, dtype=dtype) if fused else Limits()
         margin = MARGINS["cosface"](interclass_filtering_threshold=threshold)
         head = PartialFC(margin, D, C, sample_rate, seed=1, limits=limits)
         if fused:
@@ -158,6 +158,7 @@ def test_rows_that_the_host_holds_train_the_same(case, sample_rate, optimizer):
                 labels = torch.randint(0, C, (B,), generator=generator)
                 head(x, labels).backward()
             rows.step(0.1, found_inf=torch.tensor(float(step == 2), device="cuda"))
+        head.settle()
         ends.append([head.weight.detach().cpu(), *(v.cpu() for v in rows.state.values())])
     for device, host in zip(*ends, strict=True):
         assert torch.equal(device, host)

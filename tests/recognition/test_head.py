@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 import recognition.head
 from recognition import collectives
-from recognition.head import PartialFC
-from recognition.losses import MARGINS, Margin
+from recognition.head import Limits, PartialFC
+from recognition.losses import MARGINS, Margin, reduction
 from tests import ranks, reference
 
 C, D = 103, 16  # C divides by no world size above 1
@@ -57,7 +57,9 @@ def draw(rows: list[int], num_subcenters: int = 1, owned_by_first: bool = False)
     return x, labels, weight
 
 
-def step(margin, arguments, rows, sample_rate, num_subcenters=1, owned_by_first=False, piece=None):
+def step(
+    margin, arguments, rows, sample_rate, num_subcenters=1, owned_by_first=False, chunk_size=None
+):
     """One rank's loss, gradient of its embeddings, sampled classes and their gradient."""
     x, labels, weight = draw(rows, num_subcenters, owned_by_first)
     rank = dist.get_rank()
@@ -68,8 +70,8 @@ def step(margin, arguments, rows, sample_rate, num_subcenters=1, owned_by_first=
         sample_rate,
         num_subcenters,
         seed=5,
+        limits=Limits(chunk_size=chunk_size),
     ).double()
-    head.piece = piece
     head.weight.data.copy_(weight[slice(*head.shard)])
     local = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
     local_x = x[local].clone().requires_grad_()
@@ -91,7 +93,7 @@ def check(world, case, sample_rate, rows=None, num_subcenters=1, **options):
     rows = rows or [12 // world] * world
     results = ranks.run(
         world, step, name.split("-")[0], arguments, rows, sample_rate, num_subcenters,
-        options.get("owned_by_first", False), options.get("piece"),
+        options.get("owned_by_first", False), options.get("chunk_size"),
     )  # fmt: skip
     x, labels, weight = draw(rows, num_subcenters, options.get("owned_by_first", False))
     classes = torch.cat([r[2] for r in results])
@@ -161,9 +163,9 @@ def test_interclass_filter(world):
     check(world, "cosface", 1.0, threshold=0.2)
 
 
-@pytest.mark.parametrize("piece", [1, 7, 26, 1000])
-def test_any_piece_size_gives_the_same(piece):
-    check(2, "arcface", 1.0, piece=piece)
+@pytest.mark.parametrize("chunk_size", [1, 7, 26, 1000])
+def test_any_chunk_size_gives_the_same(chunk_size):
+    check(2, "arcface", 1.0, chunk_size=chunk_size)
 
 
 def test_the_sample_is_the_same_at_every_world_size():
@@ -190,13 +192,14 @@ def averaged_gather(ctx, grad):
     return local / ctx.group.size(), *rest
 
 
-def reduced_share(ctx, grad):
-    grad = grad.clone()
-    dist.all_reduce(grad)
-    return grad, None
+def summed_reduction(ctx, grad_shared, grad_reduced):
+    grad_reduced = grad_reduced.clone()
+    dist.all_reduce(grad_reduced)
+    return _reduced_backward(ctx, grad_shared, grad_reduced)
 
 
 _gather_backward = collectives._GatherRows.backward
+_reduced_backward = reduction._ReducedLogits.backward
 
 # Where each is seen: a loss through the norm; a sum over the shards (the gradient of a shared
 # target cosine is already 0 on the ranks that do not hold the class, whatever a backward adds up).
@@ -204,8 +207,8 @@ MUTANTS = {
     "the norm's gradient flows on every rank": (
         "bynorm", recognition.head, "_gradient_where", lambda held, values: values,
     ),
-    "a shared value's backward adds up over the ranks": (
-        "uniface", collectives._Share, "backward", staticmethod(reduced_share),
+    "the backward of a sum over the shards adds up over the ranks": (
+        "uniface", reduction._ReducedLogits, "backward", staticmethod(summed_reduction),
     ),
     "the gather's backward averages": (
         "bynorm", collectives._GatherRows, "backward", staticmethod(averaged_gather),
@@ -347,7 +350,7 @@ def test_the_backward_uses_the_weights_of_its_forward():
 
 
 def test_no_memory_grows_with_batch_times_classes():
-    """Peak bytes of a step, less one gradient of the rows, at two class counts and one piece
+    """Peak bytes of a step, less one gradient of the rows, at two class counts and one chunk
     size."""
     beyond = [peak_beyond_the_rows(num_classes) for num_classes in (20_000, 80_000)]
     logits = 256 * (80_000 - 20_000) * 4  # what a [B, C] tensor would add
@@ -355,8 +358,8 @@ def test_no_memory_grows_with_batch_times_classes():
 
 
 def peak_beyond_the_rows(num_classes):
-    head = PartialFC(MARGINS["cosface"](), 64, num_classes, seed=1)
-    head.piece = 1000
+    limits = Limits(chunk_size=1000)
+    head = PartialFC(MARGINS["cosface"](), 64, num_classes, seed=1, limits=limits)
     x, labels = torch.randn(256, 64, requires_grad=True), torch.arange(256)
     with torch.profiler.profile(profile_memory=True, with_stack=False) as profile:
         head(x, labels).backward()

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from data_tools.common.draws import hash_words
 from data_tools.order import Order
 from recognition import config, heads
-from recognition.sampling import hash_words
 from tests import ranks
 from tests.recognition import runs
 from tests.recognition.test_trainer import largest_difference, refused, steps, two_sets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from recognition import config
 from recognition.head import Limits, PartialFC
-from recognition.lane import Lane
+from recognition.lane import CopyQueue
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
 from tests import ranks
@@ -25,7 +26,7 @@ def make(storage, case="arcface", sample_rate=0.3, num_subcenters=1, dtype=torch
     name, arguments = CASES[case]
     head = PartialFC(
         MARGINS[name](**arguments), D, C, sample_rate, num_subcenters, seed=5,
-        class_counts=np.arange(C) % 7 + 1, head_storage=storage, limits=Limits(1500, piece=7),
+        class_counts=np.arange(C) % 7 + 1, head_storage=storage, limits=Limits(1500, chunk_size=7),
     )  # fmt: skip
     return head.to(dtype)
 
@@ -108,8 +109,11 @@ def test_a_step_skipped_on_the_device(sample_rate):
             for start in range(0, len(gradient), 50):
                 where = slice(start, min(start + 50, len(gradient)))
                 found = torch.tensor(float(step == 1))
-                rows._apply(sampled.tables, sampled.at(where), gradient[where], 0.1, found)
+                rows._apply(
+                    sampled.tables, sampled.at(where), gradient[where], lr=0.1, found_inf=found
+                )
             head.storage.commit()
+        head.settle()
         ends.append([head.weight.detach(), *rows.state.values()])
     assert all(map(torch.equal, *ends))
 
@@ -128,6 +132,7 @@ def test_two_forwards_before_their_backwards_and_one_that_learns_nothing():
                 losses.append(head(x.requires_grad_(), labels))
             sum(losses).backward()
             rows.step(0.1)
+        head.settle()
         ends.append([head.weight.detach(), *rows.state.values()])
     assert all(map(torch.equal, *ends))
 
@@ -139,14 +144,14 @@ def test_no_more_than_the_sampled_rows_are_on_the_device():
     drawn, loaded, stored = round(classes * sample_rate), [], []
     for step in range(5):
         x, labels = batch(step, 0, 1)
-        before = storage.lane.rows_loaded, storage.lane.rows_stored
+        before = storage.copies.rows_loaded, storage.copies.rows_stored
         head(x.requires_grad_(), labels).backward()
         sampled = len(head.sampled_classes)
         rows.step(0.1)
         storage.settle()
         storage._next.arrival.finish()
-        loaded.append(storage.lane.rows_loaded - before[0])
-        stored.append(storage.lane.rows_stored - before[1] - sampled)
+        loaded.append(storage.copies.rows_loaded - before[0])
+        stored.append(storage.copies.rows_stored - before[1] - sampled)
     assert loaded[0] >= 2 * drawn and max(loaded[1:]) <= drawn + B  # the next step's, and missed
     assert stored == [0] * 5
     # Two stages, of weight and momentum, with room for the missed classes of two such batches.
@@ -155,7 +160,7 @@ def test_no_more_than_the_sampled_rows_are_on_the_device():
 
 def test_of_all_rows_two_pieces_of_each_table_are_on_the_device():
     head = PartialFC(
-        MARGINS["cosface"](), D, 2000, head_storage="host", limits=Limits(0, piece=100)
+        MARGINS["cosface"](), D, 2000, head_storage="host", limits=Limits(0, chunk_size=100)
     )
     rows = RowSGD(head)
     for step in range(3):
@@ -164,7 +169,7 @@ def test_of_all_rows_two_pieces_of_each_table_are_on_the_device():
         head(x.requires_grad_(), labels).backward()
         rows.step(0.1)
     assert head.storage.bytes_on_device() == 2 * 2 * 100 * D * 4
-    assert head.storage.lane.rows_loaded == 3 * 2 * 2000
+    assert head.storage.copies.rows_loaded == 3 * 2 * 2000
 
 
 def test_changes_from_outside_are_seen():
@@ -175,6 +180,7 @@ def test_changes_from_outside_are_seen():
         head(x.requires_grad_(), labels).backward()
         rows.step(0.1)
     other = make("device", sample_rate=0.3)
+    head.settle()
     with torch.no_grad():
         head.weight.mul_(2)
         other.weight.copy_(head.weight)
@@ -203,6 +209,21 @@ def test_a_backward_after_its_step_was_dropped_is_refused(sample_rate):
         late.backward()
 
 
+def test_the_weight_does_not_wait_for_the_copies_and_settle_does():
+    head = make("host")
+    rows, copied = RowSGD(head), threading.Event()
+    before = head.weight.detach().clone()
+    x, labels = batch(0, 0, 1)
+    head(x.requires_grad_(), labels).backward()
+    classes = head.sampled_classes
+    head.storage.copies._thread.submit(copied.wait, 60)  # holds up the copies behind it
+    rows.step(0.1)
+    assert torch.equal(head.weight, before)
+    copied.set()
+    head.settle()
+    assert (head.weight[classes] != before[classes]).any(1).all()
+
+
 def test_the_state_dict_waits_for_the_copies():
     head = make("host")
     rows = RowSGD(head)
@@ -211,7 +232,7 @@ def test_the_state_dict_waits_for_the_copies():
     def step():
         x, labels = batch(0, 0, 1)
         head(x.requires_grad_(), labels).backward()
-        head.storage.lane._thread.submit(time.sleep, 0.2)  # the lane is behind
+        head.storage.copies._thread.submit(time.sleep, 0.2)  # the copies behind it wait
         rows.step(0.1)
 
     step()
@@ -240,7 +261,7 @@ def test_a_second_optimizer_is_not_mistaken_for_the_first():
 
 
 def test_a_failure_of_the_copies_is_the_steps():
-    lane = Lane(torch.device("cpu"))
+    lane = CopyQueue(torch.device("cpu"))
     table = torch.zeros(4, 2)
     arrival = lane.load({"weight": table}, torch.tensor([9]), {"weight": torch.zeros(1, 2)})
     with pytest.raises(IndexError):
@@ -249,7 +270,7 @@ def test_a_failure_of_the_copies_is_the_steps():
 
 @pytest.mark.parametrize("buffer_bytes", [12, 100, 1 << 20])
 def test_copies_pass_through_buffers_of_any_size(buffer_bytes):
-    lane = Lane(torch.device("cpu"), buffer_bytes)
+    lane = CopyQueue(torch.device("cpu"), buffer_bytes)
     table, there = torch.randn(50, 3), torch.zeros(7, 3)
     rows = torch.tensor([3, 9, 10, 11, 40, 41, 49])
     lane.load({"weight": table}, rows, {"weight": there}).wait()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from recognition.head import Limits, PartialFC
 from recognition.kernels import choice
 from recognition.kernels.compiled import TorchOperations
-from recognition.kernels.fused import FusedLogits
+from recognition.kernels.fused import fused_kernel
 from recognition.losses import MARGINS
 from tests import ranks, reference
 from tests.recognition import runs
@@ -38,7 +38,7 @@ FORMS = {
 def limits_of(form, dtype=None, piece=None):
     if form == "plain":
         return Limits(0, piece, dtype)
-    return Limits(0, piece, dtype, functools.partial(FusedLogits, FORMS[form]))
+    return Limits(0, piece, dtype, functools.partial(fused_kernel, FORMS[form]))
 
 
 def drawn(num_rows, num_classes, size):

@@ -18,15 +18,15 @@ import torch
 from recognition import passes
 from recognition.head import Limits, PartialFC
 from recognition.kernels import choice
-from recognition.kernels.native import NativeLogits
+from recognition.kernels.native import native_kernel
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
-from recognition.passes import NotBuilt, Passes
+from recognition.passes import CpuLibrary, NotBuilt
 from tests import ranks, reference
 from tests.recognition import runs, test_paths
 
 try:
-    PASSES = {dtype: Passes(dtype) for dtype in (torch.float32, torch.float64)}
+    PASSES = {dtype: CpuLibrary(dtype) for dtype in (torch.float32, torch.float64)}
 except NotBuilt as error:
     pytest.skip(f"no program for this machine: {error}", allow_module_level=True)
 
@@ -131,7 +131,7 @@ def test_the_update_is_sgds(threads, dtype, momentum, centres, has_index, has_ra
 
 
 def trained(native_too, *arguments):
-    limits = Limits(1500, piece=7)
+    limits = Limits(1500, chunk_size=7)
     if native_too:
         limits = Limits(1500, 7, None, test_paths.native, test_paths.passes)
     return test_paths.trained(*arguments, limits)
@@ -160,9 +160,9 @@ def test_fp32_gradients_are_as_near_to_the_truth_as_torchs():
     truth = reference.partial_fc(
         x, weight, labels, torch.arange(900), lambda *a: reference.cosface(*a, m=0.35)
     )
-    form = functools.partial(NativeLogits, PASSES[torch.float32])
+    form = functools.partial(native_kernel, PASSES[torch.float32])
     off = {}
-    for name, limits in (("plain", Limits(0, 130)), ("native", Limits(0, 130, logits=form))):
+    for name, limits in (("plain", Limits(0, 130)), ("native", Limits(0, 130, kernel=form))):
         head = PartialFC(MARGINS["cosface"](margin=0.35), 96, 900, limits=limits)
         head.weight.data.copy_(weight)
         own = x.float().requires_grad_()
@@ -177,7 +177,7 @@ def test_fp32_gradients_are_as_near_to_the_truth_as_torchs():
 
 
 def test_a_change_of_the_rows_between_forward_and_backward_is_found():
-    limits = Limits(passes=PASSES[torch.float32])
+    limits = Limits(cpu_library=PASSES[torch.float32])
     head = PartialFC(MARGINS["arcface"](), 8, 30, 0.5, limits=limits)
     rows, batch = RowSGD(head), (torch.randn(4, 8, requires_grad=True), torch.arange(4))
     head(*batch).backward()
@@ -190,7 +190,10 @@ def test_a_change_of_the_rows_between_forward_and_backward_is_found():
 
 def test_a_row_whose_norm_overflows_is_torchs():
     losses = []
-    for limits in (Limits(), Limits(logits=functools.partial(NativeLogits, PASSES[torch.float32]))):
+    for limits in (
+        Limits(),
+        Limits(kernel=functools.partial(native_kernel, PASSES[torch.float32])),
+    ):
         head = PartialFC(MARGINS["cosface"](), 16, 40, limits=limits)
         head.weight.data[0] = 1e19  # a target's
         losses.append(head(drawn(8, 16, dtype=torch.float32), torch.arange(8)).item())
@@ -200,7 +203,7 @@ def test_a_row_whose_norm_overflows_is_torchs():
 def test_rows_that_are_not_dense_are_refused():
     head = PartialFC(
         MARGINS["arcface"](), 8, 30,
-        limits=Limits(logits=functools.partial(NativeLogits, PASSES[torch.float32])),
+        limits=Limits(kernel=functools.partial(native_kernel, PASSES[torch.float32])),
     )  # fmt: skip
     head.weight.data = torch.randn(8, 30).T
     with pytest.raises(ValueError, match="make it contiguous"):
@@ -208,7 +211,7 @@ def test_rows_that_are_not_dense_are_refused():
 
 
 def test_rows_of_another_dtype_are_refused():
-    limits = Limits(logits=functools.partial(NativeLogits, PASSES[torch.float32]))
+    limits = Limits(kernel=functools.partial(native_kernel, PASSES[torch.float32]))
     head = PartialFC(MARGINS["arcface"](), 8, 30, limits=limits).double()
     with pytest.raises(TypeError, match="choose after moving the head"):
         head(torch.randn(4, 8), torch.arange(4))
@@ -227,7 +230,7 @@ def chosen(wanted, known="", worth=None, broken=(), compiler=None, dtype=torch.f
             patch.setenv("CC", compiler)
         head = PartialFC(MARGINS["arcface"](), 8, 300).to(dtype)
         found = choice.choose(wanted, head, 8, known)
-    assert (head.limits.passes is not None) is (found.form == "native")
+    assert (head.limits.cpu_library is not None) is (found.form == "native")
     head(torch.randn(8, 8, dtype=dtype), torch.arange(8)).backward()
     return found
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from recognition.head import Limits, PartialFC
-from recognition.kernels.fused import FusedLogits
-from recognition.kernels.native import NativeLogits
+from recognition.kernels.fused import fused_kernel
+from recognition.kernels.native import native_kernel
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
-from recognition.passes import NotBuilt, Passes
+from recognition.passes import CpuLibrary, NotBuilt
 from tests import ranks, reference
 from tests.recognition import test_head
 from tests.recognition.losses import test_sharding
@@ -23,15 +23,15 @@ from tests.recognition.losses.cases import CASES
 # Bytes are those of fp64: a piece of 7 classes and 12 rows takes 672.
 PATHS = {
     "computed again": ("device", Limits(0)),
-    "computed again in small pieces": ("device", Limits(0, piece=7)),
-    "kept": ("device", Limits(1 << 20, piece=7)),
-    "kept in part": ("device", Limits(1500, piece=7)),
-    "held by the host": ("host", Limits(1500, piece=7)),
+    "computed again in small pieces": ("device", Limits(0, chunk_size=7)),
+    "kept": ("device", Limits(1 << 20, chunk_size=7)),
+    "kept in part": ("device", Limits(1500, chunk_size=7)),
+    "held by the host": ("host", Limits(1500, chunk_size=7)),
 }
 try:
-    passes = Passes(torch.float64)
-    native = functools.partial(NativeLogits, passes)
-    PATHS["native"] = ("device", Limits(1500, piece=7, logits=native, passes=passes))
+    passes = CpuLibrary(torch.float64)
+    native = functools.partial(native_kernel, passes)
+    PATHS["native"] = ("device", Limits(1500, chunk_size=7, kernel=native, cpu_library=passes))
 except NotBuilt:  # which test_native.py says
     passes, native = None, None
 if importlib.util.find_spec("triton") is not None:
@@ -39,7 +39,7 @@ if importlib.util.find_spec("triton") is not None:
 
     if programs.INTERPRETED:
         operations = programs.TritonOperations(programs.Blocks(16, 16, 4, 2))
-        fused = Limits(0, piece=7, logits=functools.partial(FusedLogits, operations))
+        fused = Limits(0, chunk_size=7, kernel=functools.partial(fused_kernel, operations))
         PATHS["fused, in Triton's interpreter"] = ("device", fused)
         PATHS["fused, held by the host"] = ("host", fused)
 
@@ -93,7 +93,7 @@ def trained(optimizer, in_backward, margin, sample_rate, num_subcenters, storage
     rank, world = dist.get_rank(), dist.get_world_size()
     head = PartialFC(
         MARGINS[margin](), D, C, sample_rate, num_subcenters, seed=5, head_storage=storage,
-        limits=limits or Limits(1500, piece=7),
+        limits=limits or Limits(1500, chunk_size=7),
     ).double()  # fmt: skip
     rows = optimizer(head)
     seen = []
@@ -110,6 +110,7 @@ def trained(optimizer, in_backward, margin, sample_rate, num_subcenters, storage
         assert len(head.sampled_classes) > 0
         rows.step(0.1)
         seen += [loss.detach(), local_x.grad]
+    head.settle()
     return [*seen, head.weight.detach(), *rows.state.values(), *rows.model_state.values()]
 
 
@@ -164,7 +165,7 @@ def test_what_needs_the_gradient_is_refused():
 
 def test_no_gradient_of_the_rows_exists():
     """Peak bytes of forward and backward beyond what is there: less than the rows take."""
-    head = PartialFC(MARGINS["cosface"](), 64, 40_000, seed=1, limits=Limits(0, piece=500))
+    head = PartialFC(MARGINS["cosface"](), 64, 40_000, seed=1, limits=Limits(0, chunk_size=500))
     rows = RowSGD(head)
     x, labels = torch.randn(64, 64, requires_grad=True), torch.arange(64)
     rows.begin(0.1)

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from recognition.rows import drawn_by_torch
-from recognition.sampling import Draw, hash_words, sample, shard_range
+from data_tools.common.draws import hash_words
+from data_tools.order import rank_slice
+from recognition.sampling import Draw, sample
+from recognition.storage import drawn_by_torch
 
 
 def drawn(num_classes, rate, step, world=1, labels=()):
     """Global ids of all ranks' samples, in rank order."""
     parts = []
     for rank in range(world):
-        shard = shard_range(num_classes, world, rank)
+        shard = rank_slice(num_classes, world, rank)
         got = sample(np.array(labels, np.int64), num_classes, shard, rate, 7, step)
         parts.append(np.arange(*shard) if got.classes is None else got.classes)
     return np.concatenate(parts)
@@ -24,7 +26,7 @@ def drawn(num_classes, rate, step, world=1, labels=()):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 103])
 def test_shards_cover_the_classes_and_differ_by_one_at_most(world):
-    shards = [shard_range(103, world, rank) for rank in range(world)]
+    shards = [rank_slice(103, world, rank) for rank in range(world)]
     assert [s for s, _ in shards[1:]] == [e for _, e in shards[:-1]]
     assert (shards[0][0], shards[-1][1]) == (0, 103)
     sizes = [e - s for s, e in shards]
@@ -46,7 +48,7 @@ def test_every_world_size_draws_the_same(num_classes, rate):
 def test_rows_point_at_their_class():
     labels = np.random.default_rng(0).integers(0, 1000, 64)
     for rank in range(3):
-        shard = shard_range(1000, 3, rank)
+        shard = rank_slice(1000, 3, rank)
         got = sample(labels, 1000, shard, 0.1, 1, 2)
         assert (got.classes[got.position] == labels[got.owned]).all()
         mine = (labels >= shard[0]) & (labels < shard[1])
@@ -109,7 +111,7 @@ def test_every_step_and_seed_draws_afresh():
 
 def test_large_class_counts_do_not_overflow():
     num_classes = 100_000_000
-    shard = shard_range(num_classes, 1024, 1023)
+    shard = rank_slice(num_classes, 1024, 1023)
     got = sample(np.array([num_classes - 1, 0]), num_classes, shard, 0.1, 1, 5)
     assert len(got.classes) == pytest.approx(0.1 * num_classes / 1024, rel=0.01)
     assert got.classes.min() >= shard[0] and got.classes.max() < shard[1]
@@ -127,6 +129,6 @@ def test_the_gpus_draw_is_the_hosts(num_classes, rate):
     """In torch's int64, whose shifts are arithmetic: computed here on the CPU."""
     for step in range(20):
         for rank in range(3):
-            draw = Draw(num_classes, shard_range(num_classes, 3, rank), rate, 7, step)
+            draw = Draw(num_classes, rank_slice(num_classes, 3, rank), rate, 7, step)
             device = torch.device("cpu")
             assert drawn_by_torch(device, draw).tolist() == draw.classes().tolist()

@@ -11,7 +11,7 @@ import torch
 
 from data_tools import shards
 from recognition import build, config, trainer, verification
-from recognition.rows import SampledRows
+from recognition.rows import ClassRows
 from tests import ranks
 from tests.conftest import command
 from tests.recognition import runs
@@ -233,7 +233,7 @@ def take_step_with_overflow_on_rank_1(state, batches):
     with pytest.MonkeyPatch.context() as patch:
         if state.runtime.rank == 1:
             infinite = lambda rows, *_: rows.gradient().fill_(torch.inf)  # noqa: E731
-            patch.setattr(SampledRows, "add_gradient", infinite)
+            patch.setattr(ClassRows, "add_gradient", infinite)
         trainer.take_step(state, batches)
 
 
