@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from eval.images import Files, five_points, read_landmarks
 
@@ -114,7 +115,7 @@ def read_faces(
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with files.naming(path), open(path, encoding="utf-8-sig", newline="") as file:
         delimiter = None
         try:
             for number, line in enumerate(file, 1):
