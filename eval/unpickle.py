@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from data_tools.common import content
+from data_tools.common import content, files
 from data_tools.common.errors import UserError
 
 _ALLOWED = (
@@ -171,7 +171,7 @@ def load(path: str | Path) -> object:
             file and the forbidden global.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
+    with files.naming(path), open(path, "rb") as file:
         if file.seek(0, 2) == 0:
             raise UserError(f"{path}: an empty file, not a pickle")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:

@@ -74,7 +74,7 @@ def one_of_a_kind(recorded: list[Call], seen: set[tuple[str, str]]) -> list[Posi
             chosen += [fails, last]
         else:
             chosen.append(last if number % 2 and key[0] in CHANGES else fails)
-    seen |= found.keys()
+    seen.update(found)
     return chosen
 
 

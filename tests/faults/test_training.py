@@ -32,7 +32,6 @@ class Training:
 
     def __init__(self, worker: Worker, faces: pathlib.Path, directory: pathlib.Path) -> None:
         self.worker, self.directory = worker, directory
-        self.had = 0  # step of the newest checkpoint before the fault
         shutil.rmtree(worker.root)
         worker.root.mkdir()
         assert worker.run("pack", "pack", faces, worker.root / "set", "--shards", 2).code == 0
@@ -50,10 +49,10 @@ class Training:
 
     def scene(self, name: str) -> Scene:
         self.steps = 1 if name == "new" else 3
+        self.had = 0 if name == "new" else 2  # step of the newest checkpoint before the fault
         self._start()
-        if name != "new":
-            self.train(2)
-            self.had = 2
+        if self.had:
+            self.train(self.had)
         template = self.directory / name.replace(" ", "-")
         shutil.copytree(self.worker.root, template)
         self.train(self.steps)

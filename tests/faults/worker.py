@@ -31,14 +31,19 @@ import eval.report
 import eval.verify
 import launch.train
 import recognition.checkpoint.__main__
+from data_tools.common.errors import USER_ERRORS, one_line
 from recognition import build, config, runtime, saving
 
 
 def save_again(arguments: list[str]) -> int:
     """Resume a run and save the step that it resumed from once more."""
     cfg = config.load(arguments[0], arguments[1:])
-    with runtime.start(cfg.collective_timeout) as place:
-        saving.save_here(build.build(cfg, place))
+    try:
+        with runtime.start(cfg.collective_timeout) as place:
+            saving.save_here(build.build(cfg, place))
+    except USER_ERRORS as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
