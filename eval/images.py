@@ -127,8 +127,11 @@ class Files:
 
     def _read(self, i: int) -> tuple[str, bytes]:
         path = os.path.join(self.root, self.paths[i])
-        with open(path, "rb") as file:
-            return path, file.read()
+        try:
+            with open(path, "rb") as file:
+                return path, file.read()
+        except OSError as error:  # that of a read names no file
+            raise OSError(error.errno, error.strerror, path) from error
 
     @cached_property
     def _scanned(self) -> list[tuple[bytes, bool]]:
