@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools import relabel, shards
-from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.decisions import before_cleaning, write_decision
 from data_tools.features import Features
@@ -34,11 +33,9 @@ class Centres:
     def __init__(self, run: Path, head: int = 0) -> None:
         from recognition import checkpoint  # torch: seconds to import
 
-        found = run if files.is_file(run / "manifest.json") else checkpoint.newest(str(run))
-        if found is None:
-            raise FileNotFoundError(f"{run}: neither a checkpoint nor a run directory with one")
+        found = checkpoint.find(str(run))
         self.path = Path(found)
-        manifest = checkpoint.read_manifest(str(found))
+        manifest = checkpoint.read_manifest(found)
         if not 0 <= head < len(manifest["heads"]):
             heads = count(len(manifest["heads"]), "head")
             raise UserError(f"--head {head}: {found} has {heads}, counted from 0")

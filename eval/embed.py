@@ -80,10 +80,8 @@ def open_embedder(
 
 
 def _from_run(path: Path) -> tuple[nn.Module, dict[str, object], str]:
-    module, config = checkpoint.load_backbone(str(path))
-    whole = path / "manifest.json"
-    found = str(path) if files.is_file(whole) else checkpoint.newest(str(path))
-    assert found is not None
+    found = checkpoint.find(str(path))  # once: another may be the newest a moment later
+    module, config = checkpoint.load_backbone(found)
     manifest = checkpoint.read_manifest(found)
     facts = {
         "path": str(path),

@@ -19,7 +19,7 @@ from eval.align import TEMPLATE
 from eval.embed import TorchEmbedder
 from eval.embed_onnx import OnnxEmbedder
 from recognition.agreement import LIMITS, ExportError, Limits
-from recognition.checkpoint import load_backbone, newest, read_manifest
+from recognition.checkpoint import find, load_backbone, read_manifest
 from recognition.export import Bake, Images, export_onnx
 from recognition.onnx_precision import NUM_CALIBRATION, PRECISIONS
 
@@ -127,8 +127,8 @@ def summary(report: dict[str, Any]) -> str:
 def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Export as the arguments say; the report of export_onnx, also written to OUT.export.json."""
     check(args)
-    found = args.run if files.is_file(Path(args.run) / "manifest.json") else newest(args.run)
-    module, config = load_backbone(found or args.run)
+    found = find(args.run)
+    module, config = load_backbone(found)
     rec = args.data or (config["rec"] if isinstance(config["rec"], str) else config["rec"][0])
     resize = args.resize or bool(config.get("resize"))
     calibration = None

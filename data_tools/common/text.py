@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
+from data_tools.common.files import naming
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -59,11 +60,11 @@ def numbered_lines(
 
     Raises: as read_text.
     """
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         if file.read(2) in _UTF16:
             raise UserError(f"{os.fspath(path)} is UTF-16 text: save it as UTF-8")
     try:
-        with open(path, encoding="utf-8-sig", errors=errors) as lines:  # CRLF and CR end one too
+        with naming(path), open(path, encoding="utf-8-sig", errors=errors) as lines:  # any line end
             for number, line in enumerate(lines, 1):
                 if line := line.rstrip():
                     yield number, line
