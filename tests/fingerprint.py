@@ -1,7 +1,7 @@
 """A fingerprint of what the product computes, to show that a refactor changed nothing.
 
     python tests/fingerprint.py before.json               record (some minutes on two cores)
-    python tests/fingerprint.py after.json --only resume  record the cases whose name contains this
+    python tests/fingerprint.py after.json --only resume  record the cases whose name this finds
     python tests/fingerprint.py --compare before.json after.json
 
 It packs a small set, trains about sixty tiny runs on 1, 2 and 4 processes, exports, evaluates and
@@ -21,6 +21,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import socket
@@ -389,7 +390,7 @@ class Recorder:
         self.found: dict[str, Any] = {}
 
     def wanted(self, name: str) -> bool:
-        return self.only in name
+        return re.search(self.only, name) is not None
 
     def call(self, name: str, *command: str, reads: Callable[[], Any] | None = None) -> None:
         """Run a command; record its exit code, its last JSON line and what `reads` returns."""
@@ -736,7 +737,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", nargs="?", type=Path, metavar="OUT.json")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose name it finds")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"))
     args = parser.parse_args()
     if args.compare:
