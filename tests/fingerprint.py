@@ -15,6 +15,7 @@ The processes are started once. Each runs the commands in itself, as `python -m`
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import importlib
 import inspect
@@ -41,6 +42,10 @@ EXPORT = str(ROOT / "launch" / "export.py")
 _SECONDS = 600  # until a command counts as hung
 # Keys of JSON output that hold times, places or versions.
 _VARYING = {
+    "sha256",
+    "bytes",
+    "fingerprint",
+    "training_index_sha256",
     "images_per_second",
     "seconds",
     "time",
@@ -637,7 +642,7 @@ def _signature(value: Any) -> str:
         parameter.replace(annotation=inspect.Parameter.empty)
         for parameter in inspect.signature(value).parameters.values()
     ]
-    return str(inspect.Signature(kept))
+    return re.sub(r"<class '[\w.]*?(\w+)'>", r"<class \1>", str(inspect.Signature(kept)))
 
 
 def names() -> dict[str, str]:
@@ -748,12 +753,18 @@ def main() -> int:
     if args.out is None:
         parser.error("say where to write: OUT.json")
     os.environ["OMP_NUM_THREADS"] = "1"
-    with tempfile.TemporaryDirectory() as directory:
-        workers = Workers(4, directory)
+    # Always the same directory: an index of shards holds the path that it was packed from.
+    directory = Path(tempfile.gettempdir()).resolve() / f"arcline-fingerprint-{os.getuid()}"
+    with open(f"{directory}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second fingerprint waits for the first
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        workers = Workers(4, str(directory))
         try:
-            found = record(Path(directory).resolve(), workers, args.only)
+            found = record(directory, workers, args.only)
         finally:
             workers.close()
+            shutil.rmtree(directory, ignore_errors=True)
     args.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     print(f"{args.out}: {len(found)} cases")
     return 0
