@@ -4,12 +4,8 @@ BIN := .venv/bin
 DATA ?=
 OUT ?= $(if $(DATA),demo-$(notdir $(DATA:%/=%)),demo)
 
-<<<<<<< HEAD
-.PHONY: help setup demo test test-long test-peers lint docs clean
-=======
-.PHONY: help setup demo test test-long test-peers lint house fingerprint clean
+.PHONY: help setup demo test test-long test-peers lint docs house fingerprint clean
 FILE ?= fingerprint.json
->>>>>>> edcd190 (A fingerprint of behaviour and the measures of the house: make fingerprint, make house)
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -53,7 +49,6 @@ test-peers: .venv/.test .venv-peers/.installed .venv-strangers/.installed  ## re
 lint: .venv/.test  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-<<<<<<< HEAD
 .venv-docs/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install mkdocs==1.6.1 mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8"
@@ -62,13 +57,12 @@ lint: .venv/.test  ## style and types
 docs: .venv/.test .venv-docs/.installed  ## build the documentation's site in build/site, strictly
 	$(BIN)/python docs/generate.py --check
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
-=======
+
 house:  ## the measures of the code: lines, files a folder, import circles, longest functions
 	@$(BIN)/python tests/house.py
 
 fingerprint: .venv/.test  ## numbers and hashes of some hundred tiny runs and commands  (FILE=OUT.json)
 	$(BIN)/python tests/fingerprint.py $(FILE)
->>>>>>> edcd190 (A fingerprint of behaviour and the measures of the house: make fingerprint, make house)
 
 clean:  ## remove the environments and caches, not the runs
 	rm -rf .venv .venv-peers .venv-strangers .venv-docs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
