@@ -2,21 +2,11 @@
 
 import sys
 
-from data_tools import (
-    commands,
-    embed,
-    inspect,
-    merge,
-    overlap,
-    pack_command,
-    pairs,
-    purify,
-    relabel_command,
-    synthetic,
-    unpack,
-    verify,
-    view,
-)
+from data_tools.clean import embed, merge, overlap, purify, relabel_command
+from data_tools.common import cli
+from data_tools.inspect import inspect, unpack, verify, view
+from data_tools.pack import pack_command, pairs
+from data_tools.synthetic import generate
 
 _COMMANDS = {
     "pack": (pack_command, "pack images into shards"),
@@ -30,13 +20,13 @@ _COMMANDS = {
     "overlap": (overlap, "find what training and test set share"),
     "merge": (merge, "propose labels to join and to cut"),
     "relabel": (relabel_command, "put a decision of cleaning in force"),
-    "synthesize": (synthetic, "draw faces of generated identities"),
+    "synthesize": (generate, "draw faces of generated identities"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code, as `commands.main`."""
-    return commands.main("data_tools", "Data of face sets.", _COMMANDS, argv)
+    return cli.main("data_tools", "Data of face sets.", _COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,15 @@ import numpy as np
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
-from data_tools.journal import Journal, WrittenShard, is_of_plan, num_finished, remove_journal
-from data_tools.partial import (
+from data_tools.common.journal import (
+    Journal,
+    WrittenShard,
+    is_of_plan,
+    num_finished,
+    remove_journal,
+)
+from data_tools.common.messages import count
+from data_tools.common.partial_directory import (
     MARKER,
     PartialDirectory,
     check_ours,
@@ -25,7 +32,6 @@ from data_tools.partial import (
 from data_tools.recordio import LABEL_AT, Header, Writer
 from data_tools.relabel import NAME as RELABEL
 from data_tools.shards import FORMAT, INDEX, VERSION, read_index
-from data_tools.wording import count
 
 _REPLACED = ".replaced"
 _SUFFIXES = ("rec", "idx")

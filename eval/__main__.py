@@ -2,18 +2,18 @@
 
 import sys
 
-from data_tools import commands
-from eval import (
+from data_tools.common import cli
+from eval.protocols import (
     identify_command,
     ijb_command,
     ijbs,
     lfw_command,
     pairs_command,
-    report_command,
     rfw,
     thresholds_command,
     tinyface,
 )
+from eval.report import report_command
 
 _COMMANDS = {
     "lfw": (lfw_command, "verify pairs: LFW, CFP-FP, AgeDB-30, CALFW, CPLFW, any .bin or list"),
@@ -30,7 +30,7 @@ _COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code, as `commands.main`."""
-    return commands.main("eval", "Evaluate a network.", _COMMANDS, argv)
+    return cli.main("eval", "Evaluate a network.", _COMMANDS, argv)
 
 
 if __name__ == "__main__":

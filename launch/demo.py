@@ -22,8 +22,8 @@ import torch
 
 from data_tools.common import files
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
-from data_tools.pairs import PAIRS_STEP
-from data_tools.sources import is_image
+from data_tools.pack.pairs import PAIRS_STEP
+from data_tools.sources.source import is_image
 
 _ROOT = Path(__file__).resolve().parents[1]
 _IDENTITIES, _IMAGES = 1000, 20  # generated

@@ -12,16 +12,17 @@ from rich.console import Console
 
 from data_tools import shards
 from data_tools.common import files
+from data_tools.common.decode import decode
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
-from data_tools.decode import decode
-from eval import drop, lfw, results, session, thresholds_command
-from eval.align import TEMPLATE
-from eval.embed import TorchEmbedder
-from eval.embed_onnx import OnnxEmbedder
-from recognition.agreement import LIMITS, ExportError, Limits
+from data_tools.common.template import TEMPLATE
+from eval.embedders.embed import TorchEmbedder
+from eval.embedders.embed_onnx import OnnxEmbedder
+from eval.protocols import drop, lfw, session, thresholds_command
+from eval.report import results
 from recognition.checkpoint import find, load_backbone, read_manifest
-from recognition.export import Bake, Images, export_onnx
-from recognition.onnx_precision import NUM_CALIBRATION, PRECISIONS
+from recognition.export.parity import LIMITS, ExportError, Limits
+from recognition.export.quantise import NUM_CALIBRATION, PRECISIONS
+from recognition.export.to_onnx import Bake, Images, export_onnx
 
 NUM_EXAMPLES = 32
 MOST_PAIRS = 1000
@@ -184,7 +185,8 @@ def lost_on(
     pairs: lfw.PairSet, module: Any, path: Path, bake: Bake, limits: Limits,
     max_drop: float | None, say: Callable[[str], None], resize: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """eval.drop.compare of the network and its file. Raises: ExportError beyond the limits."""
+    """eval.protocols.drop.compare of the network and its file. Raises: ExportError beyond the
+    limits."""
     if pairs.issame.all() or not pairs.issame.any():
         raise UserError(
             f"{pairs.name}: its {len(pairs.issame)} pairs are all of one kind, which shows no "

@@ -18,9 +18,11 @@ import sys
 import time
 
 from data_tools.common.errors import USER_ERRORS, one_line
-from launch import links, machine
-from recognition import collectives, config, failures, runtime
-from recognition.collectives import LostContact
+from launch.preflight_checks import links, machine
+from recognition import config
+from recognition.distributed import collectives, runtime
+from recognition.distributed.collectives import LostContact
+from recognition.run import failures
 
 
 def check(cfg: config.Config, place: runtime.Runtime, seconds: float) -> links.Findings:

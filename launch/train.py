@@ -24,9 +24,11 @@ import sys
 from data_tools.common import files
 from data_tools.common.errors import USER_ERRORS, one_line
 from launch import preflight
-from recognition import build, config, failures, runtime, stop, trainer, watchdog
+from recognition import config
 from recognition.backbones import BACKBONES
+from recognition.distributed import preemption, runtime, watchdog
 from recognition.losses import MARGINS
+from recognition.run import build, failures, trainer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         "recognition/config.py says what each key means and its default."
     )
     args = parser.parse_args(arguments)
-    stop.end_now_on_request()
+    preemption.end_now_on_request()
     faulthandler.enable()  # a shard cut short under a run ends it by SIGBUS
     try:
         return _run(args)
@@ -79,11 +81,11 @@ def _run(args: argparse.Namespace) -> int:
             raise SystemExit(_recorded(error, output, line=lost)) from None
         try:
             results = trainer.train(state)
-        except stop.Stopped as stopped:
+        except preemption.Stopped as stopped:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun may pass it on only now
             if state.runtime.rank == 0:
                 print(stopped, flush=True)
-            return stop.leave(stopped)
+            return preemption.leave(stopped)
         except ConnectionError as error:
             raise SystemExit(_recorded(error, output, line=True)) from None
         except (FloatingPointError, *USER_ERRORS) as error:

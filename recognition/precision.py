@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from recognition.runtime import bf16_is_fast
+from recognition.distributed.runtime import bf16_is_fast
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -43,6 +43,8 @@ _SECONDS = 600  # until a command counts as hung
 # Keys of JSON output that hold times, places or versions.
 _VARYING = {
     "sha256",
+    "of",
+    "network",
     "bytes",
     "fingerprint",
     "training_index_sha256",

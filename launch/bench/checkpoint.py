@@ -20,8 +20,9 @@ import time
 import torch
 
 from data_tools.common import files
-from recognition import checkpoint, collectives, runtime
+from recognition import checkpoint
 from recognition.backbones import BACKBONES
+from recognition.distributed import collectives, runtime
 from recognition.head import PartialFC
 from recognition.losses import MARGINS
 from recognition.optim import RowSGD

@@ -201,16 +201,16 @@ def _extraction(what: tuple[str, int]) -> dict[str, Any]:
     """The rate of images through `extract`, decoding and all, over that of the bare forward."""
     import torch
 
-    from data_tools import synthetic
-    from eval import extract
-    from eval.embed import TorchEmbedder
-    from eval.images import Encoded
+    from data_tools.synthetic import generate
+    from eval.embedders import extract
+    from eval.embedders.embed import TorchEmbedder
+    from eval.embedders.images import Encoded
     from recognition.backbones import BACKBONES
 
     network, num = what
     module = BACKBONES[network](embedding_size=DIM).eval()
     embedder = TorchEmbedder(module, {"path": network}, "none", 64)
-    images = Encoded("bench", [synthetic.encode(0, k // 8, k % 8) for k in range(num)])
+    images = Encoded("bench", [generate.encode(0, k // 8, k % 8) for k in range(num)])
     x = embedder.prepare(np.stack([images[i] for i in range(64)]))
     shares, rates = [], []
     for _ in range(5):

@@ -20,11 +20,11 @@ import time
 import matplotlib
 import torch
 
-from launch.bench.machine import machine
+from launch.bench.hardware import machine
 from launch.bench.processes import slowest, together
 from launch.bench.sides import Case, Ours, batch_of
-from recognition import collectives
-from recognition.run_dir import commit
+from recognition.distributed import collectives
+from recognition.run.run_dir import commit
 
 _FIRST, _CLASSES, _BATCH, _WORLD = 25_000, 100_000, 256, 2
 

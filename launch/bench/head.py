@@ -38,12 +38,12 @@ from typing import Any, NamedTuple
 import torch
 
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
-from launch.bench.machine import machine
+from launch.bench.hardware import machine
 from launch.bench.memory import read_peak, reset_peak
 from launch.bench.processes import slowest, together
 from launch.bench.sides import DTYPES, Case, Floor, Ours, Rival, Storage, Unavailable, batch_of
-from recognition import collectives
-from recognition.run_dir import commit
+from recognition.distributed import collectives
+from recognition.run.run_dir import commit
 
 _MEMORY_STEPS = 2
 _SHARE = 0.9  # of free memory that a case may take

@@ -39,12 +39,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from data_tools import order, shards
-from data_tools.augment import Probabilities
+from data_tools import shards
+from data_tools.common.decode import _FLAGS
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
-from data_tools.dali import Dali
-from data_tools.decode import _FLAGS
-from data_tools.loader import Loader, normalise
+from data_tools.load import order
+from data_tools.load.augment import Probabilities
+from data_tools.load.dali import Dali
+from data_tools.load.loader import Loader, normalise
 
 _BATCH = 128  # images
 _WARM_UP = 10  # batches: more than any of them holds ready
@@ -279,7 +280,7 @@ def opened(images: int) -> dict:
 
 
 def _open_and_draw(root: Path) -> int:
-    from data_tools.loader import Stream
+    from data_tools.load.loader import Stream
 
     before = _memory()
     began = time.perf_counter()

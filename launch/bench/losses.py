@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 from data_tools.common.errors import USER_ERRORS, UserError, UserKeyError, one_line
-from launch.bench.machine import machine
+from launch.bench.hardware import machine
 from launch.bench.processes import slowest
-from recognition import collectives, runtime
+from recognition.distributed import collectives, runtime
 from recognition.head import PartialFC
+from recognition.head.class_rows import unit
 from recognition.losses import MARGINS, make_margin
 from recognition.optim import RowSGD
-from recognition.rows import unit
-from recognition.run_dir import commit
+from recognition.run.run_dir import commit
 
 _SEED = 1
 _LR = 0.01

@@ -16,7 +16,7 @@ import torch.distributed.nn  # noqa: F401  before there is a group: runtime.py s
 import torch.multiprocessing as mp
 from torch.distributed import ProcessGroup
 
-from recognition import collectives
+from recognition.distributed import collectives
 
 
 def together(world: int, device: str, function: Callable, *arguments: Any) -> Any:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from launch.bench.standard_head import DenseHead
-from recognition.head import Limits, PartialFC
-from recognition.kernels.choice import choose
+from recognition.head import PartialFC
+from recognition.head.kernels.autotune import choose
+from recognition.head.partial_fc import Limits
 from recognition.losses import MARGINS
 from recognition.optim import RowSGD
 

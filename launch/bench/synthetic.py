@@ -10,7 +10,7 @@ import argparse
 import json
 import time
 
-from data_tools.synthetic import encode
+from data_tools.synthetic.generate import encode
 
 _PER_IDENTITY = 25
 

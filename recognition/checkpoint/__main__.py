@@ -2,7 +2,7 @@
 
 import sys
 
-from data_tools import commands
+from data_tools.common import cli
 from recognition.checkpoint import export_command, inspect_command, merge_command, verify_command
 
 _COMMANDS = {
@@ -15,7 +15,7 @@ _COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code, as `commands.main`."""
-    return commands.main("recognition.checkpoint", "Checkpoints of runs.", _COMMANDS, argv)
+    return cli.main("recognition.checkpoint", "Checkpoints of runs.", _COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data_tools.common import files
-from data_tools.partial import PartialDirectory
+from data_tools.common.partial_directory import PartialDirectory
 from recognition.checkpoint import tensors
 from recognition.checkpoint.directory import Damaged, RowFile, find, older, read_manifest
 

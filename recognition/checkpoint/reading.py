@@ -18,7 +18,7 @@ from recognition.checkpoint.directory import Damaged, all_rows, read_manifest
 from recognition.checkpoint.optimizer import load_optimizer
 from recognition.checkpoint.parts import MAY_LACK, HeadParts, Parts
 from recognition.checkpoint.tensors import problem, readable
-from recognition.collectives import together
+from recognition.distributed.collectives import together
 from recognition.head import PartialFC
 
 

@@ -32,7 +32,7 @@ from recognition.checkpoint.writing import (
     reports,
     write_files,
 )
-from recognition.collectives import gather_through_store, together
+from recognition.distributed.collectives import gather_through_store, together
 
 _COPYING = 2  # threads
 _PIECE = 16 << 20  # elements that one of them copies at a time

@@ -2,7 +2,7 @@
 
 import sys
 
-from data_tools import commands
+from data_tools.common import cli
 from recognition.inversion import privacy_command, synthesise_command
 
 _COMMANDS = {
@@ -16,9 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] not in (*_COMMANDS, "-h", "--help"):
         argv = ["synthesise", *argv]
-    return commands.main(
-        "recognition.inversion", "Faces out of a trained network.", _COMMANDS, argv
-    )
+    return cli.main("recognition.inversion", "Faces out of a trained network.", _COMMANDS, argv)
 
 
 if __name__ == "__main__":

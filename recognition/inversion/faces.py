@@ -13,11 +13,11 @@ import numpy as np
 
 from data_tools import shards
 from data_tools.common import arrays, files
+from data_tools.common.decode import decode_any_size, is_image, resized
 from data_tools.common.errors import UserError
-from data_tools.decode import decode_any_size, is_image, resized
-from data_tools.image_size import check_size
+from data_tools.common.image_size import check_size
 from data_tools.insightface import find_rec
-from eval import lfw
+from eval.protocols import lfw
 from recognition.backbones.input import INPUT_SIZE
 
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 RGB [n, 112, 112, 3] -> [n, D]

@@ -18,9 +18,9 @@ from torch.distributed import ProcessGroup
 
 from data_tools.common.errors import UserError
 from data_tools.union import open_all
-from recognition import checkpoint, config, heads
+from recognition import checkpoint, config
 from recognition.checkpoint.reading import load_head
-from recognition.head import PartialFC
+from recognition.head import PartialFC, multi_head
 
 
 class Identity(Protocol):
@@ -119,7 +119,7 @@ def frozen_head(path: str, group: ProcessGroup, number: int = 0) -> PartialFC:
     cfg = dataclasses.replace(
         cfg, sample_rate=1.0, num_subcenters=facts["num_subcenters"], head_storage="device"
     )
-    head = heads.make_head(cfg, facts["num_classes"], counts, group, cfg.seed)
+    head = multi_head.make_head(cfg, facts["num_classes"], counts, group, cfg.seed)
     checkpoint.verify(place, group)
     load_head(place, number, head)
     return head.eval().requires_grad_(False)
@@ -131,7 +131,7 @@ def _class_counts(cfg: config.Config, num_classes: int, number: int) -> np.ndarr
         data = open_all(cfg.rec)
         counts = np.bincount(data.labels, minlength=data.num_classes)
         if cfg.rec_heads:
-            firsts = heads.first_classes(data)
+            firsts = multi_head.first_classes(data)
             counts = counts[firsts[number] : firsts[number + 1]]
     except (OSError, ValueError, IndexError):
         return None  # a margin that needs them says so

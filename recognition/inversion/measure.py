@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.embed import open_embedder
+from eval.embedders.embed import open_embedder
 from recognition.inversion import faces, metrics, pictures
 from recognition.inversion.plan import Plan
 from recognition.inversion.prior import BnPrior

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.embed import Embedder, open_embedder
+from eval.embedders.embed import Embedder, open_embedder
 from recognition.inversion import metrics
 from recognition.inversion.measure import made_of
 from recognition.inversion.plan import Plan

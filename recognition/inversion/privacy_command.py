@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Invert, measure, write report.json; None in other processes than the first."""
-    from recognition import runtime
+    from recognition.distributed import runtime
     from recognition.inversion import measure, privacy, work
 
     settings, every = knobs.of_arguments(args), plans.every_of(args)

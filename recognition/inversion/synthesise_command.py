@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Make the images, measure them, write report.json; None in other processes than the first."""
-    from recognition import runtime
+    from recognition.distributed import runtime
     from recognition.inversion import measure, pictures, work
 
     settings, every = knobs.of_arguments(args), plans.every_of(args)

@@ -32,13 +32,13 @@ from torch import nn
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
-from recognition import collectives
+from recognition.distributed import collectives
+from recognition.distributed.runtime import Runtime
 from recognition.inversion import pictures
 from recognition.inversion.descent import Batch, Terms, descend
 from recognition.inversion.identity import ClosedSet, Identity
 from recognition.inversion.settings import Settings
-from recognition.run_dir import owned
-from recognition.runtime import Runtime
+from recognition.run.run_dir import owned
 
 _OURS = {".lock", "images", "state", "progress"}  # before settings.json
 

@@ -1,6 +1,7 @@
 """What a margin loss is: a small formula on cosines, and the little state that some of them keep.
 
-A margin sees values, never a rank, a column or a process group. The head (recognition/head.py)
+A margin sees values, never a rank, a column or a process group. The head
+(recognition/head/partial_fc.py)
 gives it the cosine of every row to its own class, and the cosines of every row to the other
 classes in chunks, and turns what it answers into the loss over all sampled classes.
 

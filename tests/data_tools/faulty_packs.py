@@ -15,8 +15,8 @@ import traceback
 from pathlib import Path
 
 from data_tools import shards
-from data_tools.pack import pack
-from data_tools.pack_options import Options
+from data_tools.pack.pack import pack
+from data_tools.pack.pack_options import Options
 
 _READ = (errno.ESTALE, errno.EIO)
 _WRITE = (errno.ENOSPC, errno.EIO)

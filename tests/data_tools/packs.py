@@ -20,7 +20,8 @@ def by_identity(data):
 
 def start_pack(source, out, *arguments, before=None):
     program = (  # processes, for few images as well
-        "import sys; from data_tools import __main__, parallel; parallel.ITEMS_PER_WORKER = 1; "
+        "import sys; from data_tools import __main__; from data_tools.common import parallel; "
+        "parallel.ITEMS_PER_WORKER = 1; "
         "sys.exit(__main__.main())"
     )
     command = [sys.executable, "-c", program, "pack", str(source), str(out), *arguments]

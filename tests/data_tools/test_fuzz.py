@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_tools import shards
-from data_tools.archives import ArchiveSource
-from data_tools.lists import ListSource
 from data_tools.recordio import Header, IndexedReader, RecordFile, Writer, frame, pack_record
-from eval.lfw import load_bin
+from data_tools.sources.archives import ArchiveSource
+from data_tools.sources.lst import ListSource
+from eval.protocols.lfw import load_bin
 from tests.real import REAL, ROOT
 
 MAGIC = bytes.fromhex("0a23d7ce")

@@ -57,7 +57,8 @@ def test_a_hard_limit_that_is_too_low_is_named_with_the_remedy(many):
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_verify_needs_few_files_at_once(many, workers):
     program = (
-        "import sys; from data_tools import __main__, parallel; parallel.ITEMS_PER_WORKER = 1; "
+        "import sys; from data_tools import __main__; from data_tools.common import parallel; "
+        "parallel.ITEMS_PER_WORKER = 1; "
         "sys.exit(__main__.main())"
     )
     done = limited(LIMIT, "-c", program, "verify", str(many), "--workers", workers)

@@ -8,13 +8,13 @@ import pytest
 
 from data_tools import shards
 from data_tools.__main__ import main
-from data_tools.pack import pack
-from data_tools.pack_options import Options
-from data_tools.partial import MARKER
+from data_tools.common.partial_directory import MARKER
+from data_tools.pack.pack import pack
+from data_tools.pack.pack_options import Options
 from data_tools.recordio import Header, Writer
+from tests.data_tools.pack.test_pack_killed import kill_after, slow_source, wait_for
 from tests.data_tools.packs import contents, start_pack
 from tests.data_tools.samples import encoded
-from tests.data_tools.test_pack_killed import kill_after, slow_source, wait_for
 
 __all__ = ["slow_source"]  # a fixture
 

@@ -11,12 +11,12 @@ from onnx import TensorProto, helper
 
 from data_tools import shards
 from data_tools.__main__ import main
-from data_tools.decode import MAX_PIXELS, decode_any_size
-from data_tools.image_file import judge
-from data_tools.pack import pack
-from data_tools.pack_options import Options
-from data_tools.packing import plan
-from data_tools.sources import open_source
+from data_tools.common.decode import MAX_PIXELS, decode_any_size
+from data_tools.common.image_file import judge
+from data_tools.pack.pack import pack
+from data_tools.pack.pack_job import plan
+from data_tools.pack.pack_options import Options
+from data_tools.sources.source import open_source
 from tests.data_tools.samples import encoded, folder
 from tests.real import real
 

@@ -11,12 +11,12 @@ import pytest
 
 from data_tools import shards
 from data_tools.__main__ import main
-from data_tools.decode import decode
-from data_tools.pack import pack
-from data_tools.pack_options import Options, Sources
+from data_tools.common.decode import decode
+from data_tools.pack.pack import pack
+from data_tools.pack.pack_options import Options, Sources
 from data_tools.recordio import Header, IndexedReader, Writer
+from tests.data_tools.common.test_decode import exif
 from tests.data_tools.samples import encoded, folder
-from tests.data_tools.test_decode import exif
 from tests.real import REAL, ROOT, real
 
 PEER = ROOT / ".venv-peers" / "bin" / "python"

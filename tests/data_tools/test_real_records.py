@@ -10,8 +10,8 @@ import pytest
 
 from data_tools import shards
 from data_tools.__main__ import main
-from data_tools.pack import pack
-from data_tools.pack_options import Options, Sources
+from data_tools.pack.pack import pack
+from data_tools.pack.pack_options import Options, Sources
 from tests.real import ROOT, real
 
 LONDON = [f"london/{name}" for name in ("recbuilder", "face2rec2", "seq")]

@@ -8,8 +8,9 @@ import threading
 import numpy as np
 import pytest
 
-from data_tools import insightface, shards, verify
-from data_tools.partial import MARKER, mark
+from data_tools import insightface, shards
+from data_tools.common.partial_directory import MARKER, mark
+from data_tools.inspect import verify
 from data_tools.recordio import Header, Writer
 from data_tools.shard_writer import ShardWriter, write_shard
 from tests.real import real

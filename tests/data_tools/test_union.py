@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools import order, shards
-from data_tools.dali import Dali
-from data_tools.loader import Loader
-from data_tools.order import Blocks, Order
-from data_tools.pack import pack
-from data_tools.pack_options import Options
-from data_tools.read_ahead import ReadAhead, file_stretches
+from data_tools import shards
+from data_tools.load import order
+from data_tools.load.dali import Dali
+from data_tools.load.loader import Loader
+from data_tools.load.order import Blocks, Order
+from data_tools.load.read_ahead import ReadAhead, file_stretches
+from data_tools.pack.pack import pack
+from data_tools.pack.pack_options import Options
 from data_tools.union import open_all
 from tests.data_tools.samples import folder
 

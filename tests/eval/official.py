@@ -1,15 +1,15 @@
 """Generated benchmarks in their official formats, small: the real ones may not be passed on.
 
-Faces are drawn by data_tools.synthetic; a loose crop is a face turned, scaled and moved, with the
-five points where they went.
+Faces are drawn by data_tools.synthetic.generate; a loose crop is a face turned, scaled and moved,
+with the five points where they went.
 """
 
 import cv2
 import numpy as np
 from scipy.io import savemat
 
-from data_tools import synthetic
-from eval.align import TEMPLATE
+from data_tools.common.template import TEMPLATE
+from data_tools.synthetic import generate
 
 
 def jpeg(pixels):
@@ -18,7 +18,7 @@ def jpeg(pixels):
 
 def face(person, image):
     """uint8 RGB [112, 112, 3]."""
-    return synthetic.render(7, person, image)
+    return generate.render(7, person, image)
 
 
 def loose(pixels, rng):

@@ -14,11 +14,12 @@ import pytest
 from rich.console import Console
 
 from eval import __main__ as cli
-from eval import tables, verification
-from eval.lfw_command import table
-from eval.session import run_dir
+from eval import verification
+from eval.protocols.lfw_command import table
+from eval.protocols.session import run_dir
+from eval.report import tables
+from tests.eval.embedders.test_embed import channel_means, make_run
 from tests.eval.made import run_directory, tinted
-from tests.eval.test_embed import channel_means, make_run
 
 
 @pytest.fixture

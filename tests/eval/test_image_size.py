@@ -9,14 +9,14 @@ import pytest
 
 from data_tools import __main__ as data_tools
 from data_tools import shards
-from data_tools.loader import Loader
+from data_tools.load.loader import Loader
 from data_tools.recordio import Header, Writer
 from eval import __main__ as cli
-from eval import drop, lfw
-from eval.images import Encoded, Files
+from eval.embedders.images import Encoded, Files
+from eval.protocols import drop, lfw
 from recognition.inversion.faces import open_faces
+from tests.eval.embedders.test_embed import channel_means
 from tests.eval.made import tinted
-from tests.eval.test_embed import channel_means
 
 PHOTOGRAPH = 250  # pixels: LFW's own
 FAULT = "250x250 pixels, not 112x112"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_tools.common.errors import USER_ERRORS
-from eval import results
+from eval.report import results
 from tests.faults import positions
 from tests.faults.judging import Fault, Scene, assert_survived, recorded
 from tests.faults.shim import ROOT, Worker

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from data_tools import partial
+from data_tools.common import partial_directory
 from tests.faults import positions
 from tests.faults.judging import (
     Fault,
@@ -125,7 +125,7 @@ def _whole_part(found: dict[str, bytes]) -> dict[str, bytes]:
     return {
         path: content
         for path, content in found.items()
-        if path != partial.MARKER and not path.startswith("journal/")
+        if path != partial_directory.MARKER and not path.startswith("journal/")
     }
 
 

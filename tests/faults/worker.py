@@ -18,21 +18,23 @@ import time
 import traceback
 
 import torch
-import torch.distributed.nn  # before _dynamo, as recognition/runtime.py says
+import torch.distributed.nn  # before _dynamo, as recognition/distributed/runtime.py says
 
 import torch._dynamo  # isort: skip  DistributedDataParallel imports it: seconds
 
 import data_tools.__main__
 import eval.__main__
-import eval.embed
-import eval.extract
-import eval.figures
-import eval.report
-import eval.verify
+import eval.embedders.embed
+import eval.embedders.extract
+import eval.protocols.score_pairs
+import eval.report.figures
+import eval.report.page
 import launch.train
 import recognition.checkpoint.__main__
 from data_tools.common.errors import USER_ERRORS, one_line
-from recognition import build, config, runtime, saving
+from recognition import config
+from recognition.distributed import runtime
+from recognition.run import build, saving
 
 
 def save_again(arguments: list[str]) -> int:
@@ -61,7 +63,7 @@ def main() -> None:
     torch.set_num_threads(1)
     saving._LAST_WAITS = (0.01, 0.02)  # seconds; a fault of one call has passed by then
     # Drawing opens no file and takes seconds.
-    eval.figures._svg = lambda figure, label: "<svg></svg>"
+    eval.report.figures._svg = lambda figure, label: "<svg></svg>"
     gc.freeze()  # a collection in a child would copy the parent's pages
     print("ready", flush=True)
     for line in sys.stdin:

@@ -6,7 +6,7 @@ import pathlib
 
 import safetensors.torch
 
-from recognition import replicas
+from recognition.distributed import replica_check
 from tests.launch.processes import records, verified
 
 IMAGES = 128  # of shards_dir
@@ -44,7 +44,7 @@ def assert_same_numbers(
 
 def assert_every_image_once_an_epoch(output: pathlib.Path, last: int, batch: int) -> None:
     """In the epochs up to step `last`."""
-    steps = replicas.samples_of(str(output))
+    steps = replica_check.samples_of(str(output))
     assert list(steps)[:last] == list(range(1, last + 1))
     epoch = IMAGES // batch  # steps
     for first in range(1, last + 2 - epoch, epoch):

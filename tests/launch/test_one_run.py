@@ -14,7 +14,7 @@ from tests.no_flock import without_flock
 
 _PACKING = """
 import pathlib, sys
-from data_tools.partial import PartialDirectory
+from data_tools.common.partial_directory import PartialDirectory
 with PartialDirectory(pathlib.Path(sys.argv[1])) as aside:
     (aside.path / "mine").write_text("")
     print("held", flush=True)

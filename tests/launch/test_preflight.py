@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from launch import interfaces, links, machine
+from launch.preflight_checks import interfaces, links, machine
 from recognition import config
 from tests.conftest import command, run
 from tests.launch.processes import TINY

@@ -162,7 +162,7 @@ def test_a_bug_keeps_its_traceback_and_leaves_it_in_the_run_directory(shards_dir
     """A RuntimeError with gloo in its text, at world size 1: an error like any other."""
     bug = (
         "import sys, torch\n"
-        "from recognition import trainer\n"
+        "from recognition.run import trainer\n"
         "def broken(state, batch):\n"
         "    raise RuntimeError('/data/igloo/weights: nccl')\n"
         "trainer.take_step = broken\n"

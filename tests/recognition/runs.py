@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from recognition import build, checkpoint, config, saving, trainer
-from recognition.logger import Logger
-from recognition.runtime import Runtime
+from recognition import checkpoint, config
+from recognition.distributed.runtime import Runtime
+from recognition.run import build, saving, trainer
+from recognition.run.logger import Logger
 
 BASE = {
     "network": "mbf_tiny",

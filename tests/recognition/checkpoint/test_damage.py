@@ -10,8 +10,9 @@ import pathlib
 import pytest
 import torch
 
-from recognition import build, checkpoint, config
+from recognition import checkpoint, config
 from recognition.checkpoint import directory
+from recognition.run import build
 from tests import ranks
 from tests.recognition import runs
 

@@ -12,8 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from recognition import build, config
+from recognition import config
 from recognition.checkpoint import directory
+from recognition.run import build
 from tests import ranks
 from tests.recognition import runs
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from recognition import checkpoint, class_rows
+from recognition import checkpoint
 from recognition.backbones import BACKBONES
 from recognition.checkpoint import directory, export_command, inspect_command
 from recognition.head import PartialFC
 from recognition.losses import make_margin
 from recognition.optim import RowAdamW, RowSGD
+from recognition.weights import saved_rows
 from tests import ranks
 from tests.recognition import runs
 
@@ -111,11 +112,11 @@ def test_centres_of_several_heads_start_one(tmp_path):
     """In the order of the sets; of other shapes they are no one head."""
     alike = [HEADS[0], ("cosface", 13, RowSGD, 1)]
     path = ranks.run(2, saved, str(tmp_path / "alike"), alike)[0]
-    rows = class_rows.open_rows(path)[np.arange(24)]
+    rows = saved_rows.open_rows(path)[np.arange(24)]
     assert rows[:, 0].tolist() == [*range(11), *range(1000, 1013)]
     path = ranks.run(1, saved, str(tmp_path / "others"))[0]
     with pytest.raises(ValueError, match=r"several shapes: \[11, 8\], \[13, 3, 8\]"):
-        class_rows.open_rows(path)
+        saved_rows.open_rows(path)
 
 
 def test_the_losses_of_several_heads_are_told(tmp_path):

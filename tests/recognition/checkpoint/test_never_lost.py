@@ -11,8 +11,10 @@ import signal
 import pytest
 import torch
 
-from recognition import build, checkpoint, config, ending, stop, trainer
+from recognition import checkpoint, config
 from recognition.checkpoint import directory, writing
+from recognition.distributed import preemption
+from recognition.run import build, early_stop, trainer
 from tests import ranks
 from tests.recognition import runs
 
@@ -155,17 +157,17 @@ def test_no_step_is_written_over_by_a_run_that_did_not_load_it(keys):
 
 def stop_in_verification(keys):
     """A run that hears SIGTERM in its next verification after the first step."""
-    plain = ending.verify
+    plain = early_stop.verify
 
     def verify(state, *arguments):
         if state.step:
-            raise stop.Interrupted(signal.SIGTERM)
+            raise preemption.Interrupted(signal.SIGTERM)
         return plain(state, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ending, "verify", verify)
+        patch.setattr(early_stop, "verify", verify)
         state = build.build(config.make(runs.BASE | keys), runs.here())
-        with pytest.raises(stop.Stopped):
+        with pytest.raises(preemption.Stopped):
             trainer.train(state)
     return state.step
 
@@ -193,7 +195,7 @@ def test_a_run_stopped_in_an_owed_verification_does_not_save_again(
 
 
 def ranks_alone():
-    from recognition import collectives
+    from recognition.distributed import collectives
 
     return collectives.world_group()
 

@@ -6,9 +6,10 @@ import os
 
 import pytest
 
-from recognition import build, config
+from recognition import config
 from recognition.checkpoint import Keep
 from recognition.checkpoint.retention import superfluous
+from recognition.run import build
 from tests import ranks
 from tests.recognition import runs
 
@@ -72,7 +73,7 @@ def test_the_best_and_every_third(shards_dir, tmp_path, monkeypatch):
 
 def run_with_scores(keys, scores):
     """A run whose verification sets give `scores` one after the other."""
-    from eval import lfw
+    from eval.protocols import lfw
 
     given = iter(scores)
     with pytest.MonkeyPatch.context() as patch:

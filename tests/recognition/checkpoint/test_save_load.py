@@ -10,7 +10,8 @@ import signal
 import pytest
 import torch
 
-from recognition import build, checkpoint, config, run_dir, saving
+from recognition import checkpoint, config
+from recognition.run import build, run_dir, saving
 from tests import ranks
 from tests.conftest import command
 from tests.recognition import runs

@@ -17,9 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recognition import build, checkpoint, config, saving, trainer
+from recognition import checkpoint, config
 from recognition.checkpoint import tensors, writing
-from recognition.logger import Logger
+from recognition.run import build, saving, trainer
+from recognition.run.logger import Logger
 from tests import ranks
 from tests.recognition import runs
 
@@ -248,9 +249,11 @@ def no_directory(keys):
 
 _KILLED = """
 import os, sys
-from recognition import build, collectives, config, saving
+from recognition.run import build, saving
+from recognition.distributed import collectives
+from recognition import config
 from recognition.checkpoint import writing
-from recognition.runtime import Runtime
+from recognition.distributed.runtime import Runtime
 import torch
 keys, moment = eval(sys.argv[1]), sys.argv[2]
 alone = Runtime(torch.device("cpu"), collectives.world_group(), 0, 1)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from recognition import build, checkpoint, collectives, config, saving, trainer
-from recognition.runtime import Runtime
+from recognition import checkpoint, config
+from recognition.distributed import collectives
+from recognition.distributed.runtime import Runtime
+from recognition.run import build, saving, trainer
 from tests import ranks
 from tests.recognition import runs
 

@@ -1,0 +1,1 @@
+"""Cleaning: features, duplicates, wrong labels, overlap with test sets."""

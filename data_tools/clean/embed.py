@@ -1,0 +1,133 @@
+"""`embed`: the features of a data set, by a run directory or an ONNX file.
+
+Written in blocks; started again, it makes what is missing. Several processes share the blocks:
+under torchrun by rank, or each with --part I/N. Images that a relabel index drops
+are embedded as well.
+"""
+
+import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_tools import shards
+from data_tools.clean import features
+from data_tools.common import files
+from data_tools.common.decode import decode, pixels_of
+from data_tools.common.errors import UserError
+from data_tools.common.image_size import check_size
+from data_tools.common.messages import count
+from data_tools.common.parallel import Advance, run_tasks
+
+if TYPE_CHECKING:
+    from eval.embedders.embed import Embedder
+
+_CHUNK = 256  # images decoded at a time
+_SIZE = 112  # pixels
+
+
+def embed(
+    data: shards.Shards,
+    embedder: "Embedder",
+    out: Path,
+    block: int,
+    part: tuple[int, int],
+    resize: bool = False,
+) -> tuple[int, int]:
+    """Make the missing blocks of this part; (how many were made, how many images were resized).
+
+    Raises: FileExistsError if `out` holds features of another set or network.
+    """
+    facts = {key: value for key, value in embedder.facts.items() if key != "path"}
+    size = embedder(np.zeros((1, 112, 112, 3), np.uint8)).shape[1]
+    index = {
+        "of": data.fingerprint, "images": len(data), "size": int(size), "block": block,
+        "network": facts, **({"resize": True} if resize else {}),
+    }  # fmt: skip
+    files.make_private(out)
+    if files.is_file(out / features.INDEX):
+        there = features.read_index(out)
+        if differ := [k for k in {**there, **index} if there.get(k) != index.get(k)]:
+            raise FileExistsError(
+                f"{out} holds features of another {', '.join(differ)}: choose another directory"
+            )
+    elif any(out.iterdir()):
+        raise FileExistsError(f"{out} holds something else: choose another directory")
+    else:
+        features.write_index(out, index)
+    todo = [
+        (start, stop)
+        for b, (start, stop) in enumerate(features.blocks(len(data), block))
+        if b % part[1] == part[0] and not files.is_file(features.block_path(out, start, stop))
+    ]
+
+    others: list[int] = []  # images that were resized; threads append to it
+
+    def pixels(i: int) -> np.ndarray:
+        where, encoded = f"{data.where(i)}, image {i}", data[i][1]
+        if resize and check_size(*pixels_of(encoded, where), _SIZE, where, resize):
+            others.append(i)
+        return decode(encoded, _SIZE, where, resize)
+
+    def make(task: tuple[int, int], advance: Advance) -> None:
+        start, stop = task
+        rows = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for first in range(start, stop, _CHUNK):
+                ids = range(first, min(first + _CHUNK, stop))
+                rows.append(embedder(np.stack(list(pool.map(pixels, ids)))))
+                advance(len(ids))
+        features.write_block(out, start, stop, np.concatenate(rows))
+
+    run_tasks(make, todo, 1, sum(stop - start for start, stop in todo), "embedding")
+    return len(todo), len(others)
+
+
+def _part(text: str | None) -> tuple[int, int]:
+    """This process's number and how many there are."""
+    if text is None:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
+        raise UserError(f"--part {text}: say I/N, I from 0 to N - 1")
+    return int(number), int(of)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="a data set directory")
+    parser.add_argument("network", type=Path, help="a run or checkpoint directory, or an ONNX file")
+    parser.add_argument("out", type=Path, help="directory of the features")
+    parser.add_argument("--block", type=int, default=65536, help="images a file (65536)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at once (64)")
+    parser.add_argument(
+        "--resize", action="store_true", help="the faces are aligned at another size: resize them"
+    )
+    parser.add_argument("--part", metavar="I/N", help="make every N-th block from I on (all)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from eval.embedders.embed import open_embedder  # torch and ONNX Runtime: seconds to import
+
+    if args.block < 1 or args.batch_size < 1:
+        raise UserError("--block and --batch-size must be 1 or more")
+    data = shards.open(args.path, shards.NO_RELABEL)
+    part = _part(args.part)
+    embedder = open_embedder(args.network, args.batch_size)
+    made, resized = embed(data, embedder, args.out, args.block, part, args.resize)
+    missing = [
+        start
+        for start, stop in features.blocks(len(data), args.block)
+        if not files.is_file(features.block_path(args.out, start, stop))
+    ]
+    print(
+        f"{args.out}: {count(len(data), 'image')}, {count(made, 'block')} made, "
+        f"{len(missing)} left to other parts"
+        + (f", {count(resized, 'image')} resized" if args.resize else "")
+    )
+    return {
+        "path": str(args.out), "images": len(data), "made": made, "missing": len(missing),
+        **({"resized": resized} if args.resize else {}),
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Loading for training: the order of samples, decoding, augmentation."""

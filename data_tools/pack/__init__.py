@@ -1,0 +1,1 @@
+"""Packing: images of any source into shards and verification sets."""

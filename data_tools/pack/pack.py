@@ -1,0 +1,159 @@
+"""Images -> shards. The same source and options give the same bytes, at any number of workers.
+
+What is done, in order, stands in pack_command.py.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools import shards
+from data_tools.common import files
+from data_tools.common.errors import UserError
+from data_tools.common.image_table import Names
+from data_tools.common.landmarks import LandmarkFile
+from data_tools.pack.pack_job import Packing, plan
+from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options, Sources
+from data_tools.shard_writer import ShardWriter, tidy
+from data_tools.sources.folders import same_person_text
+from data_tools.sources.lst import ListSource
+from data_tools.sources.source import Source
+
+
+def pack(
+    paths: Path | Sources, out: Path, options: Options, workers: int = 1, overwrite: bool = False
+) -> dict[str, Any]:
+    """Pack a source into the data set directory `out` and describe it.
+
+    An `out` packed before from the same, unchanged source with the same options is left as it is
+    (`status` is then "reused"); one whose pack was killed is continued ("resumed").
+
+    Raises: ValueError, FileNotFoundError for a source that cannot be packed; FileExistsError if
+    `out` holds something else; OSError if a disk is full or fails. `out` is then as it was.
+    """
+    started = time.monotonic()
+    asked = paths if isinstance(paths, Sources) else Sources([paths])
+    for path in asked.paths:
+        _check_apart(path, out)
+    source = asked.open()
+    if asked.nested and (text := same_person_text(source.identities)):
+        print(f"warning: {text}", file=sys.stderr)
+    options, parts = plan(source, options)
+    recorded = options.recorded()
+    if not overwrite and _is_packed(source, out, recorded):
+        tidy(out)
+        return _summary(out, shards.read_index(out), "reused", time.monotonic() - started)
+    if options.hold_out and any(path.stem == HELD_OUT for path in source.bins):
+        raise UserError(f"{asked} already holds {HELD_OUT}.bin: pack without --hold-out")
+    points, unused = _points(source, options)
+    with ShardWriter(out, overwrite, {**_describe(source), **recorded}) as writer:
+        packing = Packing(source, points, options, parts, writer.partial, writer.journal, workers)
+        about = packing.run()
+        about["source"] = {"path": str(_where(asked)), **_describe(source)}
+        about["options"] = recorded
+        if unused:
+            about["landmarks_unused"] = unused
+        names = [source.identities[k] for k in packing.trained]
+        index = writer.finish(packing.written, names, (options.size, options.size), about)
+    status = "resumed" if packing.reused else "packed"
+    return _summary(out, index, status, time.monotonic() - started)
+
+
+def _points(source: Source, options: Options) -> tuple[np.ndarray | None, int]:
+    """Landmarks float32 [N, 5, 2] to align by, NaN where unknown; lines of the file without use."""
+    unaligned = isinstance(source, ListSource) and bool(source.unaligned.any())
+    if not options.align:
+        if unaligned and isinstance(source, ListSource):
+            raise UserError(
+                f"{source.path}: {int(source.unaligned.sum())} of its images are not aligned yet "
+                f"(0 in the first column): say --align"
+            )
+        return None, 0
+    if options.landmarks:
+        names = Names.of(source.name(i) for i in range(len(source)))
+        points, unused = LandmarkFile(options.landmarks).points_of(names)
+        if np.isnan(points).all():
+            raise UserError(
+                f"--landmarks {options.landmarks}: names no image of {source.path}, whose first is "
+                f"{os.fsdecode(source.name(0))!r}"
+            )
+        return points, unused
+    if isinstance(source, ListSource) and source.landmarks is not None:
+        own = source.landmarks.reshape(-1, 2, 5).transpose(0, 2, 1)
+        return np.ascontiguousarray(own), 0
+    if not options.detector:
+        raise UserError("--align needs five points: give --landmarks FILE or --detector FILE.onnx")
+    return None, 0
+
+
+def _where(asked: Sources) -> str:
+    return ", ".join(str(path.resolve()) for path in asked.paths)
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    one, other = source.resolve(), out.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise UserError(f"{source} and {out} contain one another: keep source and output apart")
+
+
+def _is_packed(source: Source, out: Path, recorded: dict[str, Any]) -> bool:
+    """Whether `out` is this source packed with these options.
+
+    Raises: FileExistsError saying in what it differs; ValueError if it is damaged.
+    """
+    if not files.is_file(out / shards.INDEX):
+        return False
+    index = shards.read_index(out)
+    was = {**index["source"], **index["options"]}
+    now = {**_describe(source), **recorded}
+    changed = [
+        f"{key} {was.get(key)} -> {now.get(key)}"
+        for key in sorted(now.keys() | was.keys() - {"path"})
+        if was.get(key) != now.get(key)
+    ]
+    if changed:
+        raise FileExistsError(
+            f"{out} was packed from something else or otherwise ({', '.join(changed)}); "
+            f"--overwrite replaces it"
+        )
+    shards.open(out)  # whole, as far as a look can tell
+    return True
+
+
+def _describe(source: Source) -> dict[str, Any]:
+    return {
+        "kind": source.kind,
+        "images": len(source),
+        "identities": len(source.identities),
+        "sha256": source.sha256,
+    }
+
+
+def _summary(out: Path, index: dict[str, Any], status: str, seconds: float) -> dict[str, Any]:
+    held_out = index.get("held_out", {})
+    optional = {
+        **{key: index["skipped"].get(key) for key in ("without_face", "other_size")},
+        **{key: index.get(key) for key in ("several_faces", SPLIT, "landmarks_unused", "notes")},
+    }
+    return {
+        "status": status,
+        "path": str(out),
+        "images": index["images"],
+        "classes": index["classes"],
+        "shards": len(index["shards"]),
+        "bytes": sum(shard["bytes"] for shard in index["shards"]),
+        "skipped": index["skipped"]["count"],
+        "empty_identities": len(index["empty_identities"]),
+        "resized": index["resized"],
+        "held_out_identities": held_out.get("identities", 0),
+        "pairs_asked": held_out.get("pairs_asked", 0),
+        "pairs_made": held_out.get("pairs", 0),
+        "verification": [entry["file"] for entry in index["verification"]],
+        "left_out": index.get("left_out", {}),
+        **{key: value for key, value in optional.items() if value is not None},
+        "seconds": round(seconds, 3),
+    }

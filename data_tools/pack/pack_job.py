@@ -1,0 +1,268 @@
+"""The work of `pack` between an opened source and the index of its shards."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.common import files
+from data_tools.common.errors import UserError
+from data_tools.common.image_size import is_size_fault
+from data_tools.common.journal import Finished, Journal, WrittenShard
+from data_tools.common.messages import count
+from data_tools.common.parallel import Advance, Tasks, run_tasks
+from data_tools.pack.conversion import Pointed, convert_all
+from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options
+from data_tools.pack.pairs import PAIRS_STEP, PairOptions, check_possible, make_pairs, most_pairs
+from data_tools.pack.split import Parts, choose
+from data_tools.shard_writer import renumber, write_index, write_shard
+from data_tools.sources.source import Images, Source
+
+IMAGES_PER_SHARD = 1000  # at least, where nobody asks for a number of shards
+MOST_SHARDS = 8  # where nobody asks for more
+Skipped = list[tuple[str, str]]  # (where, why)
+_ONE_FIELD = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})  # a name may hold them
+
+
+def plan(source: Source, options: Options) -> tuple[Options, Parts]:
+    """The options with the number of shards that fits, and what becomes of each image.
+
+    It looks at the listing only, and finds all that can be known from it: nothing that is on the
+    disk need be touched for options that cannot be met.
+
+    Raises: UserError if too little would be left to train on, to fill the shards or for a pair.
+    """
+    try:
+        parts = choose(source.labels, len(source.identities), options.choice())
+    except ValueError as error:
+        raise UserError(f"{source.path}: {error}{_reasons(source.skipped)}") from error
+    if len(parts.held):
+        labels = source.labels[np.isin(source.labels, parts.held)]
+        _check_pairs(options, labels)
+    if options.shards is None:
+        fitting = len(parts.images) // IMAGES_PER_SHARD
+        options = replace(options, shards=min(max(fitting, 1), MOST_SHARDS))
+    assert options.shards is not None
+    if len(parts.images) < options.shards:
+        raise UserError(
+            f"{count(len(parts.images), 'image')} cannot fill {options.shards} shards: ask for "
+            f"fewer"
+        )
+    return options, parts
+
+
+def _check_pairs(options: Options, labels: np.ndarray) -> None:
+    try:
+        check_possible(labels, max(most_pairs(labels), PAIRS_STEP))
+    except ValueError as error:
+        raise UserError(f"--hold-out {options.hold_out}: {error}") from error
+
+
+def _reasons(skipped: Skipped) -> str:
+    return "".join(f"; {where}: {why}" for where, why in skipped[:3])
+
+
+class Packing:
+    """A source's images, written as shards, verification pairs and what is set aside."""
+
+    def __init__(
+        self,
+        source: Source,
+        points: np.ndarray | None,  # float32 [N, 5, 2]
+        options: Options,
+        parts: Parts,  # as plan() says, and the options
+        directory: Path,
+        journal: Journal,
+        workers: int,
+    ) -> None:
+        self.source, self.options, self.directory = source, options, directory
+        self._points, self._journal, self._workers = points, journal, workers
+        self._parts = parts
+        self.skipped: Skipped = list(source.skipped)
+        self.resized = self.readable = 0
+        self.several = 0  # images in which the detector found more than one face
+        self.reused = 0  # shards that an interrupted pack had finished
+        self.written: list[WrittenShard] = []
+        self.trained = np.empty(0, np.int64)  # identity of each class
+
+    def run(self) -> dict[str, Any]:
+        """Writes everything but the index; what the index says of it."""
+        source, options, parts = self.source, self.options, self._parts
+        assert options.shards is not None
+        about: dict[str, Any] = {}
+        empty = [parts.without]
+        if len(parts.held):
+            about["held_out"], unreadable = self._hold_out(parts.held)
+            empty.append(unreadable)
+        if len(parts.aside_images):
+            about[SPLIT] = self._set_aside(parts)
+        self.written = self._write(parts.images, parts.trained, self.directory, options.shards, "")
+        self._check_readable(parts.trained)
+        self.trained, lost = self._drop_empty(parts.trained)
+        empty.append(lost)
+        about["resized"] = {"count": self.resized, "of": self.readable}
+        for path in source.bins:
+            shutil.copyfile(path, self.directory / path.name)
+        about["skipped"] = self._list_skipped()
+        if options.detector:
+            about["several_faces"] = self.several
+        about["empty_identities"] = [
+            source.identities[k] for k in np.sort(np.concatenate(empty)).tolist()
+        ]
+        about["too_few_images"] = {"identities": len(parts.few)}
+        about["beyond_max_images"] = parts.over
+        about["ignored_files"] = source.ignored
+        if source.left_out:
+            about["left_out"] = source.left_out
+        if source.notes:
+            about["notes"] = source.notes
+        return about
+
+    def _images(self, indices: np.ndarray) -> Images:
+        chosen = self.source.select(indices)
+        return chosen if self._points is None else Pointed(chosen, self._points[indices])
+
+    def _hold_out(self, held: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+        """The verification set of these identities written; those of them without an image."""
+        options, labels = self.options, self.source.labels
+        chosen = np.flatnonzero(np.isin(labels, held))
+        pair_options = PairOptions(options.pairs, options.seed, options.conversion(), fewer=True)
+        path = self.directory / f"{HELD_OUT}.bin"
+        try:
+            (made,) = run_tasks(
+                lambda images, advance: make_pairs(
+                    images, labels[chosen], path, pair_options, self.skipped, advance
+                ),
+                [self._images(chosen)],
+                workers=1,
+                total=len(chosen),
+                title="held out",
+            )
+        except ValueError as error:
+            raise UserError(f"--hold-out {options.hold_out}: {error}") from error
+        self.resized += made["resized"]
+        self.readable += made["readable"]
+        self.several += made.pop("several_faces")
+        unreadable = np.setdiff1d(held, made.pop("readable_identities"))
+        names = b"".join(os.fsencode(self.source.identities[k]) + b"\n" for k in held)
+        files.write_bytes(self.directory / f"{HELD_OUT}.txt", names)
+        asked = {"pairs_asked": options.pairs}
+        made = {**made, **asked, "identities": len(held), "names": f"{HELD_OUT}.txt"}
+        return made, unreadable
+
+    def _set_aside(self, parts: Parts) -> dict[str, Any]:
+        """The second set, complete in its own directory."""
+        directory = self.directory / SPLIT
+        directory.mkdir(exist_ok=True)
+        assert self.options.shards is not None
+        fitting = max(1, len(parts.aside_images) // IMAGES_PER_SHARD)
+        num_shards = min(self.options.shards, fitting)
+        written = self._write(parts.aside_images, parts.aside, directory, num_shards, f"{SPLIT}-")
+        names = [self.source.identities[k] for k in parts.aside]
+        size = (self.options.size, self.options.size)
+        index = write_index(directory, written, names, size, {"split": self.options.split})
+        return {"directory": SPLIT, "images": index["images"], "identities": len(names)}
+
+    def _write(
+        self,
+        images: np.ndarray,  # of the source
+        identities: np.ndarray,  # identity of each class
+        directory: Path,
+        num_shards: int,
+        prefix: str,
+    ) -> list[WrittenShard]:
+        """These images in shards, shuffled; their counts join skipped, resized, readable."""
+        class_of = np.full(len(self.source.identities), -1, np.int64)
+        class_of[identities] = np.arange(len(identities))
+        shuffled = np.random.default_rng([self.options.seed, 0]).permutation(images)
+        cuts = np.array_split(shuffled, num_shards)
+        names = [f"{prefix}train-{s:05d}-of-{num_shards:05d}" for s in range(num_shards)]
+        found = {name: self._journal.find(name) for name in names} if not prefix else {}
+        finished = {name: shard for name, shard in found.items() if shard is not None}
+        self.reused += len(finished)
+        left = [
+            (name, some) for name, some in zip(names, cuts, strict=True) if name not in finished
+        ]
+        journal = None if prefix else self._journal
+        tasks = Tasks(
+            len(left),
+            (
+                (
+                    self._images(some), class_of[self.source.labels[some]], directory, name,
+                    self.options.conversion(), journal,
+                )
+                for name, some in left
+            ),
+        )  # fmt: skip
+        total = sum(len(some) for _, some in left)
+        made = run_tasks(_write_one, tasks, self._workers, total, "images")
+        finished |= {name: shard for (name, _), shard in zip(left, made, strict=True)}
+        for name in names:
+            shard, resized, faults, several = finished[name]
+            self.skipped += faults
+            self.resized += resized
+            self.several += several
+            self.readable += len(shard.labels)
+        return [finished[name].shard for name in names]
+
+    def _check_readable(self, trained: np.ndarray) -> None:
+        labels = np.concatenate([shard.labels for shard in self.written])
+        readable = len(np.unique(labels))
+        if readable < 2:
+            raise UserError(
+                f"{self.source.path}: {readable} of {len(trained)} identities have a readable "
+                f"image; 2 to train on are needed{_reasons(self.skipped)}"
+            )
+        for shard in self.written:
+            if not len(shard.labels):
+                raise UserError(
+                    f"no image of {shard.entry['name']} can be read: ask for fewer shards"
+                    f"{_reasons(self.skipped)}"
+                )
+
+    def _drop_empty(self, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Classes none of whose images could be read leave no gap in the numbers."""
+        sizes = sum(np.bincount(shard.labels, minlength=len(trained)) for shard in self.written)
+        has = np.asarray(sizes) > 0
+        if not has.all():
+            new_class = np.cumsum(has) - 1
+            self.written = [renumber(self.directory, shard, new_class) for shard in self.written]
+        return trained[has], trained[~has]
+
+    def _list_skipped(self) -> dict[str, Any]:
+        if not self.skipped:
+            return {"count": 0}
+        lines = b"".join(
+            os.fsencode(f"{where.translate(_ONE_FIELD)}\t{why.translate(_ONE_FIELD)}\n")
+            for where, why in self.skipped
+        )
+        files.write_bytes(self.directory / "skipped.txt", lines)
+        no_face = sum(why in ("no face found", "no landmarks") for _, why in self.skipped)
+        without = {"without_face": no_face} if self.options.align else {}
+        if other_size := sum(is_size_fault(why) for _, why in self.skipped):
+            without["other_size"] = other_size
+        return {"count": len(self.skipped), "file": "skipped.txt", **without}
+
+
+def _write_one(task: tuple, advance: Advance) -> Finished:
+    """The shard written, and recorded in the journal."""
+    images, labels, directory, name, conversion, journal = task
+    skipped: Skipped = []
+    resized = several = 0
+
+    def labelled() -> Iterator[tuple[int, bytes]]:
+        nonlocal resized, several
+        for done in convert_all(images, conversion, skipped, advance):
+            resized += done.resized
+            several += done.faces > 1
+            yield int(labels[done.i]), done.encoded
+
+    shard = write_shard(directory, name, labelled())
+    finished = Finished(shard, resized, skipped, several)
+    if journal is not None:
+        journal.add(finished)
+    return finished

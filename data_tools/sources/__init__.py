@@ -1,0 +1,1 @@
+"""What can be packed: folders, lists, archives, record files, shards."""

@@ -1,0 +1,1 @@
+"""Generated identities: drawn faces for the demo and for tests."""

@@ -1,0 +1,1 @@
+"""Networks as functions from faces to embeddings, and what they read."""

@@ -1,0 +1,121 @@
+"""What a network expects of its input, where that is known from, and how a mistake in it shows.
+
+A number without its contract cannot be reproduced: channel order and scaling vary between
+published networks, and a wrong one costs some points without any error.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.common.errors import UserError
+
+SIZES = {(112, 112): slice(0, 112), (112, 96): slice(8, 104)}  # (height, width): kept columns
+ORDERS = ("RGB", "BGR")
+
+
+class InputContract(NamedTuple):
+    """Pixels 0..255 become (pixel - mean) / std, in this channel order.
+
+    112 x 96 are the 112 x 112 faces without eight columns on either side, which is SphereFace's
+    template: its x are the ArcFace template's less 8.
+    """
+
+    height: int = 112  # pixels
+    width: int = 112
+    color_order: str = "RGB"
+    mean: float = 127.5
+    std: float = 127.5
+
+    @classmethod
+    def from_metadata(cls, entries: Mapping[str, str]) -> "InputContract":
+        """The contract in an ONNX file that recognition.export.to_onnx wrote.
+
+        Raises:
+            ValueError: an entry is absent or says nothing that can be followed.
+        """
+        try:
+            height, width = (int(side) for side in entries["input_size"].split(","))
+            order, mean, std = entries["color_order"], float(entries["mean"]), float(entries["std"])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"metadata of the input: {error!r} in {dict(entries)}") from error
+        return cls(height, width, order, mean, std).checked(f"metadata of the input {entries}")
+
+    def changed(self, changes: Mapping[str, Any], source: str) -> "InputContract":
+        """With some entries replaced.
+
+        Raises:
+            ValueError: an unknown entry or a value that cannot be followed, naming `source`.
+        """
+        for name in changes:
+            if name not in self._fields:
+                near = difflib.get_close_matches(name, self._fields, 1)
+                hint = f"; did you mean {near[0]}?" if near else f"; known: {list(self._fields)}"
+                raise UserError(f"{source}: unknown entry {name!r}{hint}")
+        for name, value in changes.items():
+            wanted = str if name == "color_order" else int | float
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                raise UserError(f"{source}: {name} is {value!r}")
+        return self._replace(**changes).checked(source)
+
+    def checked(self, source: str) -> "InputContract":
+        numbers = np.isfinite([self.mean, self.std]).all() and self.std > 0
+        if self.color_order not in ORDERS or not numbers:
+            raise UserError(f"{source} cannot be followed: {self.text()}")
+        if (self.height, self.width) not in SIZES:
+            raise UserError(f"{source}: images of {self.height} x {self.width} cannot be made; "
+                             "112 x 112 and 112 x 96 can")  # fmt: skip
+        return self
+
+    def text(self) -> str:
+        return (
+            f"{self.color_order}, {self.height} x {self.width}, "
+            f"(pixel - {self.mean:g}) / {self.std:g}"
+        )
+
+    def prepare(self, images: NDArray[np.uint8], dtype: Any = np.float32) -> NDArray:
+        """uint8 RGB [n, 112, 112, 3] -> contiguous floats [n, 3, height, width] for the network."""
+        x = images[:, :, SIZES[self.height, self.width]]
+        if self.color_order == "BGR":
+            x = x[..., ::-1]
+        floats = np.empty((len(x), 3, self.height, self.width), dtype=np.float32)
+        np.subtract(x.transpose(0, 3, 1, 2), np.float32(self.mean), out=floats)
+        floats /= np.float32(self.std)
+        return floats.astype(dtype, copy=False)
+
+    def alternatives(self) -> dict[str, "InputContract"]:
+        """Other contracts that people mistake for this one, by what is changed."""
+        order = ORDERS[1 - ORDERS.index(self.color_order)]
+        scaled = self.std > 1
+        other = self._replace(mean=0.0, std=1.0) if scaled else self._replace(mean=127.5, std=127.5)
+        return {
+            f"--color-order {order}": self._replace(color_order=order),
+            f"--mean {other.mean:g} --std {other.std:g}": other,
+        }
+
+
+def sidecar(model: Path) -> Path:
+    """Where the contract of a foreign model is looked for: NAME.contract.json beside NAME.onnx."""
+    return model.with_suffix(".contract.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The entries of a contract file, for `InputContract.changed`.
+
+    Raises:
+        ValueError: not a JSON object.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a JSON object is expected, such as "
+                         '{"color_order": "BGR", "mean": 127.5, "std": 128}')  # fmt: skip
+    return content

@@ -1,0 +1,179 @@
+"""Networks as functions from aligned faces to embeddings: a run, a backbone file, or any ONNX.
+
+Letters: n images of a call, D embedding size.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from data_tools.common import files
+from data_tools.common.errors import UserError
+from eval.embedders.contract import InputContract, read_json, sidecar
+from eval.embedders.embed_onnx import OnnxEmbedder
+from recognition import checkpoint
+from recognition.backbones import BACKBONES
+from recognition.run.run_dir import initial_weights
+from recognition.weights.foreign import WEIGHT_FILES
+
+
+class Embedder(Protocol):
+    facts: dict[str, object]  # what a report says of the network
+    digest: str  # sha256 of the weights
+    contract: InputContract
+
+    def prepare(self, images: NDArray[np.uint8]) -> Any:
+        """uint8 RGB [n, 112, 112, 3] -> what `forward` takes; any thread may call it."""
+
+    def forward(self, prepared: Any) -> NDArray[np.float32]:
+        """-> embeddings [n, D], not normalised."""
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 RGB [n, 112, 112, 3], any n >= 1 -> embeddings [n, D], not normalised."""
+
+    def with_contract(self, contract: InputContract) -> "Embedder":
+        """The same network fed otherwise."""
+
+
+def open_embedder(
+    path: str | Path,
+    batch_size: int = 64,
+    changes: Mapping[str, Any] | None = None,
+    contract_file: str | Path | None = None,
+) -> Embedder:
+    """The network at `path`: a run or checkpoint directory, published weights, or an .onnx.
+
+    batch_size: images that the network sees at once. The input contract of a backbone file or a
+    foreign ONNX is, the first that speaks: `changes` (flags), contract_file, NAME.contract.json
+    beside the model, the ONNX metadata of our export, InsightFace's convention.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`, or a directory without a checkpoint.
+        ValueError: not a network for faces of 112 x 112 or 112 x 96, or a contract that cannot be.
+    """
+    path = Path(path)
+    stated: dict[str, Any] = {}
+    source = "the flags"
+    beside = Path(contract_file) if contract_file else sidecar(path)
+    if contract_file or files.is_file(beside):
+        stated, source = read_json(beside), str(beside)
+    if changes:
+        stated, source = stated | dict(changes), f"{source} and the flags" if stated else source
+    if files.is_dir(path):
+        if stated:
+            raise UserError(f"{path}: the input of a run is known (RGB, (pixel - 127.5) / 127.5): "
+                             f"{source} must not state another")  # fmt: skip
+        return TorchEmbedder(*_from_run(path), batch_size)
+    if not files.is_file(path):
+        raise FileNotFoundError(f"no run directory, backbone file or .onnx file at {path}")
+    if path.suffix in WEIGHT_FILES:
+        contract = InputContract().changed(stated, source)
+        return TorchEmbedder(*_from_weights(path), batch_size, contract)
+    return OnnxEmbedder(path, batch_size, stated, source)
+
+
+def _from_run(path: Path) -> tuple[nn.Module, dict[str, object], str]:
+    found = checkpoint.find(str(path))  # once: another may be the newest a moment later
+    module, config = checkpoint.load_backbone(found)
+    manifest = checkpoint.read_manifest(found)
+    facts = {
+        "path": str(path),
+        "network": config["network"],
+        "embedding_size": config["embedding_size"],
+        "step": manifest["step"],
+    }
+    return module, facts, manifest["files"]["model.safetensors"]["sha256"]
+
+
+def _from_weights(path: Path) -> tuple[nn.Module, dict[str, object], str]:
+    try:
+        state = initial_weights(str(path))
+    except Exception as error:  # damaged bytes can fail anywhere in torch's reader
+        raise UserError(f"{path} is not a backbone: {error}") from error
+    name, size = _network_of({key: tuple(value.shape) for key, value in state.items()}, path)
+    module = BACKBONES[name](embedding_size=size)
+    checkpoint.load_state(module, state, str(path))
+    facts = {"path": str(path), "network": name, "embedding_size": size}
+    return module.float().eval(), facts, _sha256(path)
+
+
+def _network_of(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[str, int]:
+    """(name, embedding size) of the network whose tensors have these names and shapes."""
+    sizes = sorted({shape[0] for shape in shapes.values() if len(shape) == 2})  # linear layers
+    for name, build in BACKBONES.items():
+        for size in sizes:
+            with torch.device("meta"):
+                state = build(embedding_size=size).state_dict()
+            wanted = {key: tuple(value.shape) for key, value in state.items()}
+            counters = {key for key in wanted if key.endswith("num_batches_tracked")}
+            if {**{key: () for key in counters}, **shapes} == wanted:
+                return name, size
+    raise UserError(
+        f"{path}: its {len(shapes)} tensors ({', '.join([*shapes][:8])} ...) are those of none of "
+        f"{', '.join(BACKBONES)}; export the network to ONNX to evaluate it"
+    )
+
+
+class TorchEmbedder:
+    """A backbone in fp32, on this process's GPU where there is one."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        facts: dict[str, object],
+        digest: str,
+        batch_size: int = 64,
+        contract: InputContract | None = None,
+    ) -> None:
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        self.module = module.to(self.device)
+        self.digest, self.batch_size = digest, batch_size
+        self.contract = contract or InputContract()
+        if (self.contract.height, self.contract.width) != (112, 112):
+            raise UserError(f"{facts['path']}: our backbones take 112 x 112 images")
+        self.facts = facts | {
+            "sha256": digest,
+            "input": self.contract._asdict(),
+            "runtime": f"torch {torch.__version__} on {self.device.type}",
+        }
+
+    def with_contract(self, contract: InputContract) -> "TorchEmbedder":
+        return TorchEmbedder(self.module, self.facts, self.digest, self.batch_size, contract)
+
+    def prepare(self, images: NDArray[np.uint8]) -> torch.Tensor:
+        if self.contract.color_order == "BGR":
+            images = images[..., ::-1]
+        x = torch.from_numpy(np.ascontiguousarray(images))
+        return self._floats(x) if self.device.type == "cpu" else x.pin_memory()
+
+    def _floats(self, x: torch.Tensor) -> torch.Tensor:
+        # As the training loader and InsightFace's torch scripts: ((x / 255) - 0.5) / 0.5.
+        x = x.permute(0, 3, 1, 2).float()  # [n, 3, 112, 112]
+        return x.div_(255).sub_(self.contract.mean / 255).div_(self.contract.std / 255)
+
+    @torch.inference_mode()
+    def forward(self, prepared: torch.Tensor) -> NDArray[np.float32]:
+        parts = []
+        for x in prepared.split(self.batch_size):
+            if self.device.type != "cpu":
+                x = self._floats(x.to(self.device, non_blocking=True))
+            parts.append(self.module(x).float().cpu())
+        return torch.cat(parts).numpy()
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self.forward(self.prepare(images))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Evaluation protocols, and the commands that run them."""

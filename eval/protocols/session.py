@@ -1,0 +1,209 @@
+"""What every evaluation command shares: its arguments, the network, progress, where results go."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data_tools.common import files
+
+if TYPE_CHECKING:  # torch is loaded by Session: --help and mistakes answer at once
+    from eval.embedders.embed import Embedder
+    from eval.embedders.extract import Features
+    from eval.embedders.images import ImageSet
+    from eval.report.results import Result
+
+NOWHERE = "none"  # of --cache and --results
+MODEL_HELP = (
+    "run directory, one of its checkpoint directories, a backbone file (.pt, .pth, .safetensors), "
+    "or a recognition .onnx"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default 64")
+    parser.add_argument(
+        "--threads", type=positive, default=0, metavar="N",
+        help="that decode images ahead of the network; default: half the cores, at most 16",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-flip", dest="flip", action="store_false",
+        help="embed the image alone; default: e(image) + e(mirror image)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resize", action="store_true",
+        help="images without landmarks are aligned faces of another size than the network's: "
+        "resize them, counted in the result; default: such an image is an error",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache", metavar="DIR|none", default=None,
+        help="embeddings are kept there, by model, images and contract; default "
+        "$ARCLINE_CACHE or ~/.cache/arcline/embeddings",
+    )  # fmt: skip
+    parser.add_argument(
+        "--results", metavar="DIR|none", type=Path,
+        help="keep the result there for `report`; default: eval/ in the run directory that the "
+        "model lies in, nowhere for others",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-pictures", dest="pictures", action="store_false",
+        help="keep no pictures of the hardest pairs in the result",
+    )  # fmt: skip
+    group = parser.add_argument_group("the input of a foreign network (ours are known)")
+    group.add_argument("--color-order", choices=["RGB", "BGR"])
+    group.add_argument(
+        "--mean", type=float, metavar="X", help="(pixel - mean) / std, pixels 0..255"
+    )
+    group.add_argument("--std", type=float, metavar="X")
+    group.add_argument(
+        "--contract", metavar="FILE.json", type=Path,
+        help='{"color_order": "BGR", "mean": 127.5, "std": 128}; default: NAME.contract.json '
+        "beside the model, else its metadata, else InsightFace's RGB, 127.5, 127.5",
+    )  # fmt: skip
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def run_dir(model: Path) -> Path | None:
+    """The run directory around a model: itself, that of its ONNX file or of its checkpoint."""
+    around = (model, *model.resolve().parents[:2])
+    return next((path for path in around if files.is_file(path / "metrics.jsonl")), None)
+
+
+def results_dir(model: Path, given: Path | None) -> Path | None:
+    if given is not None and str(given) == NOWHERE:
+        return None
+    around = run_dir(model)
+    return given or (around / "eval" if around else None)
+
+
+class Session:
+    """The network of a command and everything around it.
+
+    Raises:
+        ValueError, OSError: the model or its contract is not what it must be.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from eval.embedders.embed import open_embedder
+        from eval.embedders.extract import Place
+
+        self.args = args
+        self.place = Place.of_environment()
+        changes = {
+            name: getattr(args, name)
+            for name in ("color_order", "mean", "std")
+            if getattr(args, name) is not None
+        }
+        self.embedder: Embedder = open_embedder(args.model, args.batch_size, changes, args.contract)
+        self.cache = _cache_dir(args.cache)
+        self.console = Console(stderr=args.json)
+        self.saved: list[str] = []
+        self.warnings: list[str] = []
+        if note := self.embedder.facts.get("note"):
+            self.warn(f"{args.model}: {note}")
+        self.resized: dict[str, dict[str, int]] = {}  # by set: how many images of how many
+
+    @property
+    def is_first(self) -> bool:
+        """Only the first process goes on after the embeddings are there."""
+        return self.place.rank == 0
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+        if self.is_first:
+            print(f"warning: {text}", file=sys.stderr)
+
+    def features(
+        self, images: "ImageSet", flip: bool | None = None, embedder: "Embedder | None" = None,
+        alone: bool = False,
+    ) -> "Features | None":  # fmt: skip
+        """The embeddings of a set, with a progress bar; None in other processes than the first.
+
+        embedder: another than the session's. alone: this process computes all of them.
+        """
+        from eval.embedders.extract import Place, extract
+
+        count = 0 if alone else images.num_resized()  # first: it refuses images of another size
+        if self.args.resize and not alone:
+            self.resized[images.name] = {"count": count, "of": len(images)}
+            if count:
+                self.warn(f"{images.name}: {count} of {len(images)} images were not 112x112 and "
+                          "were resized (--resize)")  # fmt: skip
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("images"), TimeRemainingColumn(),
+        )  # fmt: skip
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, disable=not self.is_first) as progress:
+            task = progress.add_task(images.name, total=len(images))
+            return extract(
+                embedder or self.embedder, images, self.args.flip if flip is None else flip,
+                self.cache, self.args.batch_size, self.args.threads,
+                Place() if alone else self.place,
+                lambda n: progress.advance(task, n),
+            )  # fmt: skip
+
+    def contract(self, images: "ImageSet", **more: object) -> dict[str, object]:
+        """Under what the numbers hold: written into every result."""
+        from eval.report.results import ALONE, FLIP_SUM
+
+        return {
+            "input": self.embedder.contract.text(),
+            "alignment": images.alignment,
+            "flip": FLIP_SUM if self.args.flip or self.adds_mirror() else ALONE,
+            **more,
+        }
+
+    def adds_mirror(self) -> bool:
+        """Whether the network itself adds the mirror image: our export with --flip-sum."""
+        from eval.report.results import FLIP_SUM
+
+        metadata = self.embedder.facts.get("metadata")
+        return isinstance(metadata, dict) and FLIP_SUM in str(metadata.get("embedding", ""))
+
+    def save(self, result: "Result") -> None:
+        from eval.report.results import save
+
+        result.facts["warnings"] = list(self.warnings)
+        if self.resized:
+            result.facts["resized"] = dict(self.resized)
+        directory = results_dir(Path(self.args.model), self.args.results)
+        if directory is not None:
+            self.saved.append(str(save(directory, result)))
+
+    def pictures(self, images: "ImageSet", numbers: NDArray) -> dict[str, NDArray]:
+        """{"pictures": uint8 [.., 112, 112, 3]} of the images, for a result; {} if not wanted."""
+        import numpy as np
+
+        if not self.args.pictures:
+            return {}
+        flat = np.stack([images[int(i)] for i in numbers.ravel()])
+        return {"pictures": flat.reshape(*numbers.shape, *flat.shape[1:])}
+
+    def output(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """What --json prints."""
+        whole = {"model": self.embedder.facts, **results, "warnings": self.warnings}
+        whole |= {"resized": self.resized} if self.resized else {}
+        return whole | ({"saved": self.saved} if self.saved else {})
+
+
+def _cache_dir(given: str | None) -> Path | None:
+    if given == NOWHERE:
+        return None
+    default = os.environ.get("ARCLINE_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "arcline", "embeddings"
+    )
+    return Path(given or default)

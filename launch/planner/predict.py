@@ -1,0 +1,226 @@
+"""What a run will need, before it is started: bytes per GPU by part, bytes on the wire per step.
+
+    python -m launch.plan launch/configs/wf42m_r100_cosface_pfc02.py --gpus 64 --memory 80
+    python -m launch.plan RECIPE --gpus 8 --memory 24 --classes 10000000 sample_rate=0.1
+
+Predicted, not measured: sums over what the head, the backbone and the optimisers hold
+(tests/launch/planner/test_predict.py compares them with measured bytes), the activations as
+autograd keeps
+them for the backward. The libraries' own memory (CUDA context, cuDNN, nccl) is not in it: keep some
+GB free. Not in it either: what a loss keeps of each class (KappaFace's sums are as large as the
+centres), its slow copy of the network, a teacher. rec_heads are planned as one head over all
+classes. Time on the wire is bytes over --bandwidth, no overlap, no latency.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from typing import Any, NamedTuple
+
+from data_tools.common.errors import USER_ERRORS, UserError, one_line
+from data_tools.union import open_all
+from launch.planner.advice import advice
+from launch.planner.backbone_memory import backbone_bytes
+from recognition import config
+from recognition.config import Config
+from recognition.head.async_copy import BUFFER_BYTES
+from recognition.head.chunks import size_for
+
+_FP32, _INT64 = 4, 8
+_GB = 1e9
+
+
+class Plan(NamedTuple):
+    gpu: dict[str, float]  # bytes per GPU, by part
+    wire: dict[str, float]  # bytes that a GPU sends per step, by collective
+    host: dict[str, float]  # bytes per process in the host's memory, by part (head_storage=host)
+    bus: float  # bytes between it and its GPU per step
+
+    @property
+    def total(self) -> float:
+        return sum(self.gpu.values())
+
+
+def plan(cfg: Config, num_classes: int, gpus: int, is_cuda: bool = True) -> Plan:
+    """What each of `gpus` processes holds and sends."""
+    batch = cfg.global_batch(gpus) // cfg.accumulation  # rows of a micro-step over all
+    backbone = backbone_bytes(cfg, math.ceil(batch / gpus))
+    return Plan(
+        head_bytes(cfg, num_classes, gpus, batch, is_cuda) | backbone,
+        _wire(cfg, batch, gpus, backbone["backbone: weights"]),
+        *host_bytes(cfg, num_classes, gpus, batch),
+    )
+
+
+def head_bytes(
+    cfg: Config, num_classes: int, gpus: int, batch: int, is_cuda: bool = True
+) -> dict[str, float]:
+    """Bytes of the head on one process; `batch` rows over all."""
+    size, columns = cfg.embedding_size, cfg.num_subcenters
+    local, missed, sampled, row, state = _rows(cfg, num_classes, gpus, batch)
+    piece = min(size_for(batch, size, columns, _FP32, is_cuda), sampled)
+    piece_bytes = max(batch * piece * columns * _FP32, 1)
+    stored = cfg.head_stored_mib * 2**20 // piece_bytes * piece_bytes
+    on_host, is_sampled = cfg.head_storage == "host", cfg.sample_rate < 1
+    # A sample's rows and state are copied, and AdamW takes memory for its deviation and its step.
+    # The update after the backward goes in larger pieces.
+    is_copied = is_sampled and not on_host
+    updating = (state if is_copied else 0) + (2 * row if cfg.optimizer == "adamw" else 0)
+    at_work = row + (row if is_copied else 0) + (updating if cfg.update_in_backward else 0)
+    whole = min(sampled, size_for(0, size, columns, _FP32, is_cuda))
+    updated = (row if is_copied else 0) + updating
+    staged = 0.0
+    if on_host:  # two stages of sampled rows; or two pieces of all rows, those of the update larger
+        pieces = piece if cfg.update_in_backward else whole
+        staged = 2 * (sampled + missed if is_sampled else pieces) * (row + state)
+    gradient = 0.0 if cfg.update_in_backward else sampled * row
+    logits = batch * sampled * columns * _FP32
+    # [B, n * K] at once: cosines and exponentials, one less where all are kept; of sub-centres also
+    # eight [B, n], of the nearest, its int64 place, and the formula with its gradient.
+    products = 2 + (8 / columns if columns > 1 else 0) - (stored >= logits)
+    index = 2 * _INT64 if cfg.sample_rate < 1 else 0
+    return {
+        "classes: weights": 0 if on_host else local * row,
+        "classes: optimiser state": 0 if on_host else local * state,
+        "classes: rows on their way": staged,
+        "classes: sub-centre votes": local * columns * _INT64 if columns > 1 else 0,
+        "classes: gradient": 0 if on_host and not is_sampled else gradient,
+        "classes: indices and norms": sampled * (index + columns * _FP32),
+        "logits kept": min(stored, logits),
+        "logits or update of a piece": max(
+            products * piece_bytes + piece * at_work,
+            0 if cfg.update_in_backward else whole * updated,
+        ),
+        "gathered embeddings": 8 * batch * size * _FP32 + batch * _INT64,
+    }
+
+
+def host_bytes(
+    cfg: Config, num_classes: int, gpus: int, batch: int
+) -> tuple[dict[str, float], float]:
+    """Bytes of the head in the host's memory for one process, and those that pass between the two
+    in a step."""
+    if cfg.head_storage == "device":
+        return {}, 0.0
+    local, _, sampled, row, state = _rows(cfg, num_classes, gpus, batch)
+    held = {
+        "classes: weights": local * row,
+        "classes: optimiser state": local * state,
+        "copies' buffers": 2.0 * BUFFER_BYTES,
+    }
+    moved = 2 * (row + state)
+    if cfg.sample_rate == 1:  # the weights come twice or thrice, the gradient goes and comes
+        moved += row
+        if not cfg.update_in_backward:
+            held["classes: gradient"] = local * row
+            moved += 2 * row * cfg.accumulation + row
+        moved += 2 * row * (cfg.accumulation - 1)
+    return held, sampled * moved
+
+
+def _rows(
+    cfg: Config, num_classes: int, gpus: int, batch: int
+) -> tuple[int, float, float, int, int]:
+    """Of one process: classes, those of a batch that the draw misses, classes of a sample; bytes of
+    a class's centres and of their optimiser state."""
+    local = math.ceil(num_classes / gpus)
+    row = cfg.num_subcenters * cfg.embedding_size * _FP32
+    missed = (1 - cfg.sample_rate) * batch / gpus  # each on the one rank that holds its class
+    sampled = min(cfg.sample_rate * local + missed, local)
+    return local, missed, sampled, row, 2 * row + _FP32 if cfg.optimizer == "adamw" else row
+
+
+def _wire(cfg: Config, batch: int, gpus: int, weights: float) -> dict[str, float]:
+    """Bytes that one GPU sends in a step, by rings: (W - 1) / W of the whole for a gather or a
+    scatter, twice that for a sum."""
+    ring = (gpus - 1) / gpus * cfg.accumulation
+    size = cfg.embedding_size * _FP32
+    gradients = weights / 2 if cfg.gradient_compression == "bf16" else weights
+    return {
+        "gather of embeddings and labels": ring * batch * (size + _INT64),
+        "sum of target cosines": 2 * ring * batch * _FP32,
+        "merge of log-sum-exps": ring * gpus * batch * _FP32,
+        "scatter of their gradients": ring * batch * size,
+        "sum of the backbone's gradients": 2 * (gpus - 1) / gpus * gradients,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("recipe", help="a Python file that defines `config`")
+    add("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
+    add("--gpus", type=int, required=True, metavar="N", help="processes in all, one a GPU")
+    add("--memory", type=float, metavar="GB", help="of one GPU; says what fits")
+    add("--classes", type=int, metavar="C", help="instead of those of rec")
+    add("--bandwidth", type=float, default=25.0, metavar="GB/S", help="of a GPU; %(default)s")
+    add("--json", action="store_true", help="one JSON line last")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        for option in ("gpus", "memory", "classes", "bandwidth"):
+            number = getattr(args, option)
+            if number is not None and not number > 0:
+                raise UserError(f"--{option} {number:g}: a number above 0")
+        unread = [] if args.classes is None else ["rec=-"]  # then a recipe needs no data
+        cfg = config.load(args.recipe, [*args.overrides, *unread])
+        num_classes = args.classes or cfg.num_classes or _count(cfg)
+        if num_classes < args.gpus:
+            raise UserError(f"--gpus {args.gpus}: 1 to {num_classes}, the number of classes")
+        found = plan(cfg, num_classes, args.gpus)
+        hints = advice(
+            cfg, args.gpus, (args.memory or math.inf) * _GB,
+            lambda one, gpus: plan(one, num_classes, gpus).total,
+        )  # fmt: skip
+    except USER_ERRORS as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    report = _report(found, num_classes, args, hints)
+    if args.json:
+        print(json.dumps(report))
+    return 0
+
+
+def _count(cfg: Config) -> int:
+    try:
+        return open_all(cfg.rec).num_classes
+    except OSError as error:
+        raise OSError(f"{error}; --classes C plans without the data") from error
+
+
+def _report(
+    found: Plan, num_classes: int, args: argparse.Namespace, hints: list[str]
+) -> dict[str, Any]:
+    print(f"{num_classes} classes on {args.gpus} GPUs, predicted, of each GPU:")
+    for part, size in sorted(found.gpu.items(), key=lambda entry: -entry[1]):
+        print(f"  {size / _GB:9.3f} GB  {part}")
+    print(f"  {found.total / _GB:9.3f} GB  in all")
+    sent = sum(found.wire.values())
+    print(f"sent in a step: {sent / _GB:.3f} GB, {1e3 * sent / args.bandwidth / _GB:.1f} ms at "
+          f"{args.bandwidth:g} GB/s")  # fmt: skip
+    for part, size in found.wire.items():
+        print(f"  {size / 1e6:9.3f} MB  {part}")
+    if found.host:
+        print(f"in the host's memory, for each GPU: {sum(found.host.values()) / _GB:.3f} GB; "
+              f"between the two in a step: {found.bus / _GB:.3f} GB")  # fmt: skip
+    fits = None
+    if args.memory is not None:
+        fits = not hints
+        verdict = "fits" if fits else "does not fit"
+        would = "" if fits else "; would fit with: " + "; or ".join(hints)
+        print(f"{verdict} into {args.memory:g} GB{would}")
+    return {
+        "classes": num_classes, "gpus": args.gpus, "bytes": found.gpu, "total": found.total,
+        "wire_bytes": found.wire, "wire_seconds": sent / args.bandwidth / _GB, "fits": fits,
+        "advice": hints, "host_bytes": found.host, "bus_bytes": found.bus,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What preflight checks: the machine, its links, its interfaces."""

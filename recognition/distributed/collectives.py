@@ -1,0 +1,474 @@
+"""Every collective of training, each with its backward stated. No other file calls one.
+
+One rule explains all gradients here: the loss is the mean over the global batch and is computed
+alike on every rank; DistributedDataParallel averages the backbone's gradients. So the gather's
+backward multiplies by W, and the gradient of the class rows, which live on one rank only, is
+never scaled.
+
+Letters: W ranks, b rows of this rank, B rows of all ranks, D embedding.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.distributed import DistError, ProcessGroup
+
+from data_tools.common.errors import UserError
+from recognition.distributed.step_timer import communication
+
+# torch 2.13 renamed both; the old names warn there, the new ones are absent before.
+_all_gather: Callable = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
+
+
+_POLL_SECONDS = (0.01, 0.2)  # between two looks into the store: first, and most
+_PATIENT_TIMES = 10  # the group's time-out: the watchdog's limit for what may take long
+
+
+class LostContact(RuntimeError):
+    """A collective failed because another rank cannot be reached any more. Its __cause__ is the
+    library's error."""
+
+
+@contextlib.contextmanager
+def _naming_loss(group: ProcessGroup) -> Iterator[None]:
+    """Errors of the library inside the body leave as LostContact.
+
+    gloo raises a bare RuntimeError (torch 2.13), nccl and the store a DistError. At world size 1
+    there is nobody to lose, so an error stays what it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if group.size() == 1 or not (type(error) is RuntimeError or isinstance(error, DistError)):
+            raise
+        raise LostContact(str(error)) from error
+
+
+@contextlib.contextmanager
+def _exchange(group: ProcessGroup) -> Iterator[None]:
+    """Around a collective: the phases count it as communication, its errors are LostContact."""
+    with communication(), _naming_loss(group):
+        yield
+
+
+def world_group() -> ProcessGroup:
+    """The default process group; a group of this process alone where none was initialised."""
+    return dist.distributed_c10d._get_default_group() if dist.is_initialized() else _lone_group()
+
+
+@functools.cache
+def _lone_group() -> ProcessGroup:
+    atexit.register(_lone_group.cache_clear)  # its threads must end before the interpreter does
+    store = dist.HashStore()
+    group = dist.ProcessGroup(store, 0, 1)
+    backend = dist.ProcessGroupGloo(store, 0, 1, timedelta(minutes=5))
+    for device in ("cpu", "cuda"):
+        group._register_backend(torch.device(device), dist.ProcessGroup.BackendType.GLOO, backend)
+    return group
+
+
+# --- The head -------------------------------------------------------------------------------------
+
+
+def gather_batch(
+    local_x: Tensor,  # [b, D]
+    labels: Tensor,  # int64 [b]
+    rows_per_rank: Sequence[int] | None,
+    group: ProcessGroup,
+    dtype: torch.dtype,  # of the result and of the gradient's sum
+    sent_dtype: torch.dtype | None = None,  # embeddings travel in it; None: their own, or `dtype`
+) -> tuple[Tensor, Tensor]:
+    """The embeddings and labels of all ranks, in rank order: [B, D], and int64 [B] on the host.
+
+    Forward: one all-gather of B * (D * itemsize + 8) bytes, the labels packed beside the rows;
+    two where the labels lie in host memory and the embeddings do not, so that the GPU need not wait
+    for the host. Backward: one reduce-scatter (sum), times W, of B * D elements of `dtype`.
+    rows_per_rank: b of every rank; None means that all are equal. Ranks with fewer rows are padded.
+    """
+    counts = _counts(local_x, rows_per_rank, group)
+    own = local_x.dtype if local_x.dtype.itemsize < dtype.itemsize else dtype
+    sent = local_x.detach().to(sent_dtype or own).contiguous()
+    if labels.device == sent.device:
+        packed = torch.cat([_as_bytes(labels[:, None].contiguous()), _as_bytes(sent)], 1)
+        every = _gather(packed, counts, group)
+        x = _from_bytes(every[:, 8:], sent.dtype)
+        all_labels = _from_bytes(every[:, :8], torch.int64)[:, 0].cpu()
+    else:
+        x = _gather(sent, counts, group)
+        all_labels = _gather(labels, counts, group).cpu()
+    return _GatherRows.apply(local_x, x.to(dtype), counts, group), all_labels
+
+
+def _as_bytes(rows: Tensor) -> Tensor:  # [b, n] -> uint8 [b, n * itemsize]
+    return rows.view(torch.uint8).view(len(rows), rows.shape[1] * rows.element_size())
+
+
+def _from_bytes(packed: Tensor, dtype: torch.dtype) -> Tensor:  # uint8 [b, n * itemsize] -> [b, n]
+    # Flat first: the stride of a lone row, which is not copied, need not be a multiple of itemsize.
+    return packed.reshape(-1).view(dtype).view(len(packed), packed.shape[1] // dtype.itemsize)
+
+
+def gather_rows(
+    local_x: Tensor, rows_per_rank: Sequence[int] | None, group: ProcessGroup
+) -> Tensor:
+    """The embeddings of all ranks: [b, D] -> [B, D], in rank order.
+
+    Forward: one all-gather. Backward: one reduce-scatter (sum), times W. Bytes: B * D elements
+    each way.
+    """
+    counts = _counts(local_x, rows_per_rank, group)
+    return _GatherRows.apply(local_x, _gather(local_x, counts, group), counts, group)
+
+
+def share(values: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over the ranks, known to all: values that one rank holds and that are zeros
+    elsewhere, or every rank's part of a sum.
+
+    Forward: one all-reduce (sum) of all its elements. Backward: none; the gradient passes
+    unchanged, so it reaches the graph of the rank that holds the value and dies in the zeros of
+    the others.
+    """
+    return _Share.apply(values, group)
+
+
+def merge_log_sum_exp(local: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """log(sum over ranks of exp(local)): [B] -> [B], and this rank's share of the sum [B], which is
+    the slope with respect to `local`; -inf (a rank without a class) is neutral. No gradient.
+
+    One all-gather of W * B elements.
+    """
+    every = local.new_empty(group.size(), *local.shape)
+    with _exchange(group):
+        _all_gather(every.flatten(), local.contiguous(), group=group)
+    total = torch.logsumexp(every, 0)
+    # -inf - -inf: no rank has a class for this row, nothing to share out.
+    return total, (local - total).exp_().nan_to_num_(0.0)
+
+
+class _GatherRows(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, local_x: Tensor, gathered: Tensor, counts: Sequence[int], group: ProcessGroup
+    ) -> Tensor:
+        ctx.counts, ctx.group, ctx.dtype = counts, group, local_x.dtype
+        return gathered.view_as(gathered)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        counts, rank, world = ctx.counts, ctx.group.rank(), ctx.group.size()
+        most = max(counts)
+        padded = grad.contiguous()
+        if min(counts) < most:
+            padded = grad.new_zeros(world, most, *grad.shape[1:])
+            for source, rows in zip(padded, grad.split(counts), strict=True):
+                source[: len(rows)] = rows
+            padded = padded.flatten(0, 1)
+        local = padded.new_empty(most, *grad.shape[1:])
+        with _exchange(ctx.group):
+            _reduce_scatter(local, padded, group=ctx.group)
+        return (local[: counts[rank]] * world).to(ctx.dtype), None, None, None
+
+
+class _Share(Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: ProcessGroup) -> Tensor:
+        return sum_over_ranks(values, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None
+
+
+def _counts(x: Tensor, rows_per_rank: Sequence[int] | None, group: ProcessGroup) -> list[int]:
+    counts = [len(x)] * group.size() if rows_per_rank is None else [int(n) for n in rows_per_rank]
+    if len(counts) != group.size() or counts[group.rank()] != len(x):
+        raise UserError(
+            f"rows_per_rank={counts} does not describe this batch: {group.size()} ranks, "
+            f"{len(x)} rows on rank {group.rank()}"
+        )
+    return counts
+
+
+def _gather(local: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    most = max(counts)
+    padded = local.detach().contiguous()
+    if len(local) < most:
+        padded = torch.cat([padded, padded.new_zeros(most - len(local), *local.shape[1:])])
+    every = padded.new_empty(group.size() * most, *local.shape[1:])
+    with _exchange(group):
+        _all_gather(every, padded, group=group)
+    if min(counts) == most:
+        return every
+    return torch.cat([rows[:n] for rows, n in zip(every.split(most), counts, strict=True)])
+
+
+# --- The backbone ---------------------------------------------------------------------------------
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the rows of all ranks, of any number per rank, on the CPU too.
+
+    Equal to torch's BatchNorm on the concatenated batch. Forward: one all-gather of 2 * channels
+    + 1 statistics per rank. Backward: one all-reduce of 2 * channels sums. In eval mode: none.
+    """
+
+    group: ProcessGroup
+
+    @classmethod
+    def convert(cls, module: nn.Module, group: ProcessGroup) -> nn.Module:
+        """`module` with every BatchNorm replaced; names, parameters and buffers stay the same."""
+        for name, child in module.named_children():
+            setattr(module, name, cls.convert(child, group))
+        if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            return module
+        new = cls(module.num_features, module.eps, module.momentum, module.affine)
+        new._parameters, new._buffers = module._parameters, module._buffers
+        new.training, new.group = module.training, group
+        return new
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:  # [b, channels, ...]
+        if not self.training:
+            return super().forward(input)
+        output, mean, var, count = _SyncBatchNorm.apply(
+            input, self.weight, self.bias, self.eps, self.group
+        )
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        assert self.running_mean is not None and self.running_var is not None
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = var * (count / (count - 1).clamp_min(1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return output
+
+
+class _SyncBatchNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: ProcessGroup
+    ) -> tuple[Tensor, ...]:
+        dims = [0, *range(2, x.dim())]
+        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        local_var, local_mean = torch.var_mean(wide, dims, correction=0)  # [channels]
+        count = local_mean.new_full((1,), x.numel() // x.shape[1])
+        local = torch.cat([local_mean, local_var, count])
+        every = local.new_empty(group.size() * len(local))
+        with _exchange(group):
+            _all_gather(every, local, group=group)
+        means, variances, counts = every.view(group.size(), -1).split([x.shape[1]] * 2 + [1], dim=1)
+        total = counts.sum()
+        mean = (means * counts).sum(0) / total
+        var = ((variances + (means - mean).square()) * counts).sum(0) / total
+        inverse_std = (var + eps).rsqrt()
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        scale = inverse_std * weight
+        output = wide * scale.view(shape) + (bias - mean * scale).view(shape)
+        ctx.save_for_backward(x, weight, mean, inverse_std, total)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean, var, total)
+        return output.to(x.dtype), mean, var, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse_std, total = ctx.saved_tensors
+        dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+        wide = grad.to(mean.dtype)
+        unit = (x.to(mean.dtype) - mean.view(shape)) * inverse_std.view(shape)
+        local = torch.stack([wide.sum(dims), (wide * unit).sum(dims)])  # [2, channels]
+        sums = sum_over_ranks(local, ctx.group)
+        from_mean, from_var = (sums / total).unbind()
+        grad_x = wide - from_mean.view(shape) - unit * from_var.view(shape)
+        grad_x *= (inverse_std * weight).view(shape)
+        # Weight and bias see this rank's rows only: DistributedDataParallel averages them over the
+        # ranks, and the gather's factor W makes that the sum.
+        return grad_x.to(x.dtype), local[1].to(weight.dtype), local[0].to(weight.dtype), None, None
+
+
+# --- The loop -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def average_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Replace each tensor by its mean over the ranks. One all-reduce of all their elements."""
+    if tensors:
+        flat = torch.cat([t.flatten() for t in tensors])
+        with _exchange(group):
+            dist.all_reduce(flat, group=group)
+        flat /= group.size()
+        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def largest_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
+    """The maximum over the ranks, the same on all: how ranks agree on what one may decide alone."""
+    largest = values.detach().clone()
+    with _exchange(group):
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return largest
+
+
+def start_largest(value: int, group: ProcessGroup) -> Callable[[], int]:
+    """The maximum over the ranks, asked for now and fetched by calling what comes back: nobody
+    waits in between. One all-reduce of 8 bytes in the host's memory, behind the caller's back."""
+    largest = torch.tensor(value)
+    with _naming_loss(group):
+        work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=group, async_op=True)
+
+    def fetch() -> int:
+        with _naming_loss(group):
+            work.wait()
+        return int(largest)
+
+    return fetch
+
+
+def sum_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over the ranks, the same on all, without gradient. One all-reduce."""
+    total = values.detach().clone(memory_format=torch.contiguous_format)
+    with _exchange(group):
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def gather_objects(value: object, group: ProcessGroup) -> list:
+    """Every rank's value, small and picklable, in rank order. Ranks trust each other."""
+    if group.size() == 1:
+        return [value]
+    values: list = [None] * group.size()
+    with _naming_loss(group):
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+class _Agreement:
+    """One exchange of values through the store in which the ranks met; no collective is in flight,
+    so the ranks may arrive minutes apart."""
+
+    _numbers: ClassVar[dict[str, int]] = {}  # by group: how many there have been
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group, name = group, group.group_name
+        self._number = self._numbers.get(name, 0)
+        self._numbers[name] = self._number + 1
+        # Of its own: a look must not wait behind a request that the library has under way.
+        self._store = dist.distributed_c10d._get_process_group_store(group).clone()  # type: ignore[attr-defined]
+        backend = group._get_backend(torch.device("cpu"))
+        timeout: timedelta = backend.options._timeout  # type: ignore[attr-defined]
+        self._seconds = _PATIENT_TIMES * timeout.total_seconds()
+
+    def leave(self, value: object, failure: str | None = None) -> None:
+        """This rank's value; or why it will not come back to the group."""
+        self._store.set(self._key(self._number, self._group.rank()), pickle.dumps((value, failure)))
+
+    def collect(self) -> list:
+        """The values of all ranks, in rank order."""
+        values = []
+        for rank in range(self._group.size()):
+            value, failure = pickle.loads(self._wait_for(rank))
+            if failure is not None:
+                raise LostContact(f"rank {rank} has failed: {failure}")
+            values.append(value)
+        if self._number > 0:  # all ranks have come here, so all have read the one before
+            self._store.delete_key(self._key(self._number - 1, self._group.rank()))
+        return values
+
+    def _wait_for(self, rank: int) -> bytes:
+        deadline, (pause, longest) = time.monotonic() + self._seconds, _POLL_SECONDS
+        key = self._key(self._number, rank)
+        while not self._store.check([key]):
+            if time.monotonic() > deadline:
+                raise LostContact(f"rank {rank} has not come within {self._seconds:.0f} s")
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+        return self._store.get(key)
+
+    def _key(self, number: int, rank: int) -> str:
+        return f"agreement-{number}/{rank}"
+
+
+def gather_through_store(action: Callable[[], object], group: ProcessGroup) -> list:
+    """What `action` returns on every rank, in rank order. For what waits for a disk: gather_objects
+    would end the run after the group's own time-out, this waits ten times as long.
+
+    Raises:
+        LostContact: the action has failed on another rank, which has left; or the store is gone;
+            or a rank has not come in time.
+    """
+    if group.size() == 1:
+        return [action()]
+    with _naming_loss(group):
+        agreement = _Agreement(group)
+    try:
+        value = action()
+    except Exception as error:
+        with contextlib.suppress(RuntimeError):  # the action's error is the one to tell
+            agreement.leave(None, f"{type(error).__name__}: {error}")
+        raise
+    with _naming_loss(group):
+        agreement.leave(value)
+        return agreement.collect()
+
+
+def gather_parts(local: Tensor, rows_per_rank: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Rows of all ranks, [n_r, ...] -> [sum n_r, ...], without gradient. One all-gather."""
+    return _gather(local, rows_per_rank, group)
+
+
+def together(group: ProcessGroup, what: str, action: Callable[[], Any]) -> list:
+    """Every rank's result of `action`, in rank order. The ranks wait for one another through the
+    store: an action mostly waits for a disk, which may be slow for one rank alone.
+
+    Raises:
+        OSError: on every rank alike, if it raised one on any; the message names the ranks.
+    """
+
+    def attempt() -> tuple[Any, str | None]:
+        try:
+            return action(), None
+        except OSError as error:
+            return None, f"rank {group.rank()}: {error}"
+
+    outcomes = gather_through_store(attempt, group)
+    failures = [failure for _, failure in outcomes if failure]
+    if failures:
+        raise OSError(f"cannot {what}: " + "; ".join(failures))
+    return [result for result, _ in outcomes]
+
+
+def check_same(group: ProcessGroup, **facts: Any) -> None:
+    """Refuse ranks that would train on other data or from another step.
+
+    Raises:
+        ValueError: on every rank alike, with the first fact that differs.
+    """
+    everywhere = gather_through_store(lambda: facts, group)
+    for name in facts:
+        values = [there[name] for there in everywhere]
+        other = next((r for r, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise UserError(
+                f"the ranks do not see the same: {name} is {values[0]} on rank 0 and "
+                f"{values[other]} on rank {other}. rec and output must be alike on every machine"
+            )

@@ -1,0 +1,94 @@
+"""debug=true: what every rank holds alike is compared, and which images it trained on is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from data_tools.load.loader import Batch
+from recognition.distributed import collectives
+
+
+def check_equal(tensors: Mapping[str, Tensor], group: ProcessGroup, step: int) -> None:
+    """Compare the bits of each tensor over the ranks. One gather of 4 bytes for each name.
+
+    Raises:
+        RuntimeError: on every rank alike, naming the tensors and the ranks that are not with most.
+    """
+    own = torch.tensor([_crc32(tensor) for tensor in tensors.values()], dtype=torch.int64)
+    every = collectives.gather_parts(own[None], [1] * group.size(), group)  # [W, names]
+    found = []
+    for name, sums in zip(tensors, every.T.tolist(), strict=True):
+        most = Counter(sums).most_common(1)[0][0]
+        apart = [rank for rank, value in enumerate(sums) if value != most]
+        if apart:
+            found.append(f"{name} on rank {', '.join(map(str, apart))}")
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise RuntimeError(
+            f"after step {step} the ranks do not hold the same: {'; '.join(found[:5])}{more}. No "
+            "step from the last good checkpoint on can be trusted"
+        )
+
+
+def _crc32(tensor: Tensor) -> int:
+    held = tensor.detach().cpu().contiguous()
+    return zlib.crc32(held.reshape(-1).view(torch.uint8).numpy().data) if held.numel() else 0
+
+
+class SampleRecord:
+    """samples/<start>-rank-<r>.jsonl of the run directory: which images this rank trained on.
+
+    start: rank 0's clock when the processes started, in ns: steps that are done again after a
+    resume stand in the files of the later start.
+    """
+
+    def __init__(self, run_dir: str, group: ProcessGroup) -> None:
+        directory = os.path.join(run_dir, "samples")
+        os.makedirs(directory, exist_ok=True)
+        earlier = [
+            int(name.partition("-")[0]) + 1 for name in os.listdir(directory) if "-rank-" in name
+        ]
+        now = max(earlier, default=0), time.time_ns()  # the clock may have been set back
+        start = collectives.gather_objects(max(now), group)[0]
+        path = os.path.join(directory, f"{start:020d}-rank-{group.rank()}.jsonl")
+        self._file = open(path, "w", encoding="utf-8", buffering=1)
+
+    def note(self, step: int, ids: np.ndarray) -> None:
+        """The images of a micro-step of the step that follows `step` completed ones."""
+        self._file.write(json.dumps([step + 1, ids.tolist()]) + "\n")
+
+    def of(self, batches: Iterator[Batch], step: Callable[[], int]) -> Iterator[Batch]:
+        """The batches, each noted as it is handed out; step() is the number of completed ones."""
+        for batch in batches:
+            self.note(step(), batch.ids)
+            yield batch
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def samples_of(run_dir: str) -> dict[int, list[int]]:
+    """The ids that each step trained on, on all ranks, as noted at the last start that did it."""
+    found: dict[int, tuple[int, list[int]]] = {}
+    directory = os.path.join(run_dir, "samples")
+    for name in sorted(os.listdir(directory)):  # earlier starts first
+        start = int(name.partition("-")[0])
+        with open(os.path.join(directory, name), encoding="utf-8") as lines:
+            for line in lines:
+                if not line.endswith("\n"):
+                    break  # killed in the middle of it
+                step, ids = json.loads(line)
+                if found.get(step, (0, []))[0] != start:
+                    found[step] = (start, [])
+                found[step][1].extend(ids)
+    return {step: ids for step, (_, ids) in sorted(found.items())}

@@ -1,0 +1,1 @@
+"""A trained backbone as an ONNX file, checked against torch."""

@@ -1,0 +1,1 @@
+"""A run: its state, the training loop, and all that surrounds a step."""

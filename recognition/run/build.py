@@ -1,0 +1,366 @@
+"""What a run is made of: build(cfg, runtime) puts data, network, head and optimisers together."""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW, Optimizer
+
+from data_tools.common.draws import Purpose, hash_words
+from data_tools.common.errors import UserError
+from data_tools.common.image_size import check_size
+from data_tools.load import dali
+from data_tools.load.loader import check_labels, make_order
+from data_tools.load.order import Blocks, Order
+from data_tools.shards import FORMAT, Shards
+from data_tools.union import Union, open_all
+from eval.protocols import lfw
+from recognition import checkpoint
+from recognition.backbones import make_backbone
+from recognition.backbones.input import INPUT_SIZE
+from recognition.config import Config
+from recognition.distributed import collectives
+from recognition.distributed.runtime import Runtime
+from recognition.distributed.step_timer import Phases
+from recognition.head import PartialFC, multi_head
+from recognition.head.kernels.autotune import choose_all
+from recognition.loss_scale import LossScaler
+from recognition.optim import RowAdamW, RowSGD
+from recognition.precision import dtype_of, resolve
+from recognition.run import changes, elastic, resume
+from recognition.run.embedding import embed
+from recognition.run.nonfinite import FiniteGuard, SkippingStep
+from recognition.run.run_dir import commit, initial_weights
+from recognition.run.schedule import Schedule
+from recognition.run.spikes import SpikeGuard, Window, make_guard, skipped
+from recognition.weights import distill, head_init, saved_rows
+from recognition.weights.freezing import freeze, train_mode
+
+
+@dataclass
+class TrainState:
+    """A run in progress. `step` and `samples_seen` say where; the rest is what moves."""
+
+    cfg: Config
+    runtime: Runtime
+    data: Shards | Union
+    order: Order
+    val_sets: list[lfw.PairSet]
+    precision: str
+    model: DistributedDataParallel
+    parts: checkpoint.Parts
+    schedule: Schedule | elastic.RescaledSchedule
+    guard: FiniteGuard
+    facts: dict[str, Any]  # what config.json says beside the configuration
+    saved_by: int | None = None  # ranks that wrote the checkpoint it continues from
+    loaded_step: int | None = None  # of that checkpoint
+    resized: str = ""  # what follows another number of processes
+    said: list[str] = field(default_factory=list)  # lines for the start of the log
+    owes_verification: bool = False  # of the step that it continues after
+    changes: list[str] = field(default_factory=list)  # against the run that saved it
+    set_aside: list[str] = field(default_factory=list)  # damaged checkpoints, what was wrong
+    spikes: SpikeGuard | None = None
+    skipped: list[Window] = field(default_factory=list)  # samples left out after spikes
+    step: int = 0  # completed optimiser steps
+    samples_seen: int = 0
+    teacher: distill.Teacher | None = None
+    head_losses: torch.Tensor | None = None  # [heads] of the last step, without their weights
+    phases: Phases = field(init=False)  # of the steps' time
+    step_backbone: SkippingStep = field(init=False)  # by parts.optimizer
+
+    def __post_init__(self) -> None:
+        self.step_backbone = SkippingStep(self.parts.optimizer, self.runtime.device)
+        self.phases = Phases(self.runtime.device)
+        first = next(p for p in self.parts.backbone.parameters() if p.requires_grad)
+        # The last gradient that the backward finds: what follows is the end of its exchange.
+        # Of the phases alone: what a hook holds is out of the collector's sight.
+        enter = self.phases.enter
+        first.register_post_accumulate_grad_hook(lambda _: enter("communication"))
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.parts.backbone
+
+    @property
+    def head(self) -> PartialFC:
+        """The head, where there is one."""
+        return self.parts.head
+
+
+def build(cfg: Config, runtime: Runtime) -> TrainState:
+    """Data, network, head and optimisers, at the start of the run or at the checkpoint it resumes.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: a mistake in the configuration or the data.
+    """
+    if cfg.loader == "dali":
+        dali.check_installed()
+    resumed_from, set_aside = resume.choose(cfg, runtime)
+    manifest = checkpoint.read_manifest_of_run(resumed_from) if resumed_from else None
+    plan = elastic.plan(cfg, manifest, runtime.world)
+    cfg = plan.cfg
+    data = open_all(cfg.rec)
+    blocks = Blocks(cfg.shuffle_block, cfg.shuffle_window) if cfg.shuffle_block else None
+    order = make_order(data, cfg.seed, multi_head.shares(cfg, data), blocks)
+    multi_head.check_rows(cfg, order, runtime.world)
+    labels_crc32 = zlib.crc32(np.ascontiguousarray(data.labels).data)
+    collectives.check_same(
+        runtime.group,
+        val_targets=cfg.val_targets,
+        num_images=data.num_images,
+        num_classes=data.num_classes,
+        labels_crc32=labels_crc32,
+    )
+    _check_counts(cfg, data, runtime.world)
+    val_sets = [_load_val_set(data, name, cfg.resize) for name in cfg.val_targets]
+    precision = resolve(cfg.precision, runtime.device)
+    dtype = dtype_of(precision)
+
+    torch.manual_seed(hash_words(cfg.seed, Purpose.NETWORK) >> 1)  # the same network on every rank
+    backbone, said = _make_backbone(cfg), list[str]()
+    for pairs in val_sets if cfg.resize else []:
+        count = lfw.count_resized(pairs, cfg.resize)
+        said.append(f"{pairs.name}.bin: {count} of {len(pairs.encoded)} images are resized")
+    if cfg.init_from and resumed_from is None:
+        order_of = None if cfg.init_color_order == "auto" else cfg.init_color_order
+        weights = initial_weights(cfg.init_from, order_of)
+        checkpoint.load_state(backbone, weights, cfg.init_from)
+        said.append(f"init_from={cfg.init_from}: {len(weights)} tensors of the network are taken")
+    if cfg.freeze:
+        freeze(backbone, cfg.freeze)
+    if cfg.sync_bn:
+        backbone = collectives.SyncBatchNorm.convert(backbone, runtime.group)
+    train_mode(backbone)
+    backbone = backbone.to(runtime.device, dtype)
+    backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = _distribute(cfg, backbone, runtime)
+    own_heads = [
+        head.to(runtime.device, dtype) for head in multi_head.make_heads(cfg, data, runtime.group)
+    ]
+    said_before = manifest["config"].get("head_forms") if manifest else None
+    choices = choose_all(cfg, own_heads, runtime.world, said_before)
+    optimizer = _make_optimizer(cfg, backbone)
+    scaler = LossScaler(runtime.device) if precision == "fp16" else None
+    encoder = None
+    if multi_head.encoder_momentum(own_heads) is not None:
+        encoder = _make_backbone(cfg).to(runtime.device, dtype).eval().requires_grad_(False)
+        encoder.load_state_dict(backbone.state_dict())
+    head_parts = [checkpoint.HeadParts(head, _row_optimizer(cfg, head)) for head in own_heads]
+    parts = checkpoint.Parts(backbone, optimizer, head_parts, scaler, encoder)
+    schedule = _make_schedule(plan.first(), len(data), runtime.world)
+    state = TrainState(
+        cfg, runtime, data, order, val_sets, precision, model, parts,
+        schedule,
+        FiniteGuard(runtime.group, runtime.device),
+        facts={
+            "commit": commit(), "world": runtime.world, "precision": precision,
+            "num_classes": data.num_classes, "num_image": data.num_images,
+            "labels_crc32": labels_crc32, "data_sha256": _hashes(data), **plan.facts(),
+            "head_forms": [choice.form for choice in choices],
+        },
+        said=said + [choice.said for choice in choices if choice.said],
+        set_aside=set_aside,
+        spikes=make_guard(cfg, runtime.group, runtime.device),
+        skipped=skipped(cfg.output, None),
+    )  # fmt: skip
+    if cfg.teacher is not None:
+        state.teacher = distill.open_teacher(
+            cfg.teacher, cfg.embedding_size, len(data), runtime.device, precision
+        )
+        state.said.append(
+            f"teacher={cfg.teacher}: {cfg.teacher_loss} loss, teacher_weight={cfg.teacher_weight:g}"
+        )
+    if resumed_from is None and cfg.init_head is not None:
+        _start_centres(state)
+    elif resumed_from is None:
+        state.said.append(f"all {data.num_classes} class centres start at random")
+    if resumed_from is not None:
+        manifest = checkpoint.load(resumed_from, parts)
+        state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
+        state.saved_by, state.loaded_step = manifest["world"], manifest["step"]
+        state.skipped = skipped(cfg.output, manifest)
+        if state.spikes is not None and manifest.get("spikes"):
+            state.spikes.load(manifest["spikes"])
+        state.changes = changes.listed(manifest["config"], cfg, state.facts, resumed_from)
+        due = state.step % cfg.verify_every == 0 and not manifest.get("metrics", True)
+        pending = manifest.get(checkpoint.PENDING, False)
+        state.owes_verification = bool(val_sets) and (due or pending)
+        state.schedule = plan.schedule(schedule, state.step, state.samples_seen)
+        state.resized = plan.said
+        if manifest["global_batch"] != cfg.global_batch(runtime.world):
+            batch = cfg.global_batch(runtime.world)
+            state.changes.append(f"global batch {manifest['global_batch']} -> {batch}")
+        changes.refuse_ignored(state, manifest["config"], resumed_from)
+    return state
+
+
+def _hashes(data: Shards | Union) -> list[dict[str, str]]:
+    """What the run trains on, noted now: later the directory may hold another set."""
+    return [
+        {
+            "name": one.path.name,
+            "sha256": one.sha256,
+            "of": "index.json" if one.index["format"] == FORMAT else "labels and offsets",
+        }
+        for one in (data.sets if isinstance(data, Union) else [data])
+    ]
+
+
+def _start_centres(state: TrainState) -> None:
+    """The class centres as init_head says, on every rank its own."""
+    cfg, runtime = state.cfg, state.runtime
+    if len(state.parts.heads) > 1:
+        raise UserError("init_head fills one head: a run of several heads starts from new centres")
+    assert cfg.init_head is not None
+
+    source = str(cfg.init_head)
+    saved_rows.verify(source, runtime.group)
+
+    def fill() -> int:
+        state.backbone.eval()
+        try:
+            return head_init.start_centres(
+                state.head, source, cfg.init_label_map, state.data,
+                lambda images: embed(state.backbone, images, state.precision, runtime.device),
+                cfg.resize,
+            )  # fmt: skip
+        except ValueError as error:  # perhaps of this rank's images alone
+            raise OSError(str(error)) from error
+
+    filled = collectives.together(runtime.group, "start the class centres", fill)
+    train_mode(state.backbone)
+    state.facts["centres_started"] = sum(filled)
+    others = state.data.num_classes - sum(filled)
+    state.said.append(
+        f"init_head={source}: {sum(filled)} class centres start from {head_init.origin(source)}"
+        + f"; the other {others} at random" * bool(others)
+    )
+
+
+def _make_backbone(cfg: Config) -> nn.Module:
+    return make_backbone(cfg.network, cfg.embedding_size, cfg.network_args)
+
+
+def _distribute(cfg: Config, backbone: nn.Module, runtime: Runtime) -> DistributedDataParallel:
+    """The backbone under DDP, its buckets in their final order.
+
+    DDP reorders its buckets after the first backward, and the order of a sum over three or more
+    ranks follows. One backward before the first step lets a resumed run add in the order of the
+    unbroken one.
+    """
+    if cfg.compile:
+        backbone.compile()  # in place: its parameters keep their names
+    ids = [runtime.device.index] if runtime.device.type == "cuda" else None
+    known = inspect.signature(DistributedDataParallel).parameters
+    new_name = "forward_sync_buffers" in known  # torch 2.13 renamed it
+    buffers: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+    model = DistributedDataParallel(
+        backbone,
+        device_ids=ids,
+        process_group=runtime.group,
+        gradient_as_bucket_view=True,
+        **buffers,
+    )
+    if cfg.gradient_compression == "bf16":
+        # Under its own name DDP takes the hook for nccl alone; gloo sums bf16 too.
+        model.register_comm_hook(
+            runtime.group, lambda group, bucket: bf16_compress_hook(group, bucket)
+        )
+    before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    parameter = next(backbone.parameters())
+    model(
+        torch.zeros(2, 3, 112, 112, dtype=parameter.dtype, device=runtime.device)
+    ).sum().backward()
+    model.zero_grad(set_to_none=True)
+    for name, buffer in backbone.named_buffers():
+        buffer.copy_(before[name])
+    return model
+
+
+def _make_optimizer(cfg: Config, backbone: nn.Module) -> Optimizer:
+    parameters = [p for p in backbone.parameters() if p.requires_grad]
+    if cfg.optimizer == "adamw":
+        return AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = SGD(
+        parameters, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=True
+    )
+    # torch's fused step allocates a momentum unwritten and leaves it so if it is told to skip.
+    for parameter in parameters if cfg.momentum else []:
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def _row_optimizer(cfg: Config, head: PartialFC) -> RowSGD | RowAdamW:
+    if cfg.optimizer == "adamw":
+        return RowAdamW(head, weight_decay=cfg.weight_decay)
+    return RowSGD(head, cfg.momentum, cfg.weight_decay)
+
+
+def _make_schedule(cfg: Config, num_images: int, world: int) -> Schedule:
+    steps_per_epoch = num_images / cfg.global_batch(world)
+    return Schedule(
+        cfg.schedule,
+        cfg.lr,
+        total_steps=cfg.total_steps(num_images, world),
+        warmup_steps=round(cfg.warmup_epochs * steps_per_epoch),
+        power=cfg.lr_power,
+        milestones=[round(epoch * steps_per_epoch) for epoch in cfg.lr_milestones],
+        gamma=cfg.lr_gamma,
+    )
+
+
+def _load_val_set(data: Shards | Union, name: str, resize: bool) -> lfw.PairSet:
+    pairs = lfw.load_bin(data.bin_path(name.removesuffix(".bin")))
+    same = int(pairs.issame.sum())
+    if len(pairs.issame) < 10 or same in (0, len(pairs.issame)):
+        raise UserError(
+            f"{name}.bin has {same} pairs of one person and {len(pairs.issame) - same} of two: ten "
+            "folds need ten pairs, and pairs of both kinds"
+        )
+    lfw.count_resized(pairs, resize)  # now, and not after the first steps
+    return pairs
+
+
+def _check_keep_best(cfg: Config) -> None:
+    if cfg.keep_best is None:
+        return
+    if cfg.keep_best not in cfg.val_targets:
+        raise UserError(
+            f"keep_best={cfg.keep_best} is none of val_targets={','.join(cfg.val_targets)}"
+        )
+    if cfg.checkpoint_every % cfg.verify_every:
+        raise UserError(
+            f"keep_best={cfg.keep_best} wants every checkpoint verified: checkpoint_every="
+            f"{cfg.checkpoint_every} must be a multiple of verify_every={cfg.verify_every}"
+        )
+
+
+def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
+    for name, said, true in [
+        ("num_classes", cfg.num_classes, data.num_classes),
+        ("num_image", cfg.num_image, data.num_images),
+    ]:
+        if said is not None and said != true:
+            raise UserError(f"{name}={said}, but {cfg.rec} has {true}: leave {name} out")
+    # A share of a batch may be a row more or less from step to step.
+    least = cfg.global_batch(world) // (world * cfg.accumulation) - len(
+        cfg.rec_shares or cfg.rec_heads
+    )
+    if least < 2:
+        raise UserError(
+            f"a global batch of {cfg.global_batch(world)} over {world} processes and "
+            f"{cfg.accumulation} micro-steps leaves {least} images for one: BatchNorm needs 2"
+        )
+    _check_keep_best(cfg)
+    check_labels(data)
+    if data.image_size is not None:
+        height, width = data.image_size
+        check_size(width, height, INPUT_SIZE, f"the images of {cfg.rec}", cfg.resize)

@@ -1,0 +1,121 @@
+"""What a run says of itself: once at its start, and at each log step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from typing import Any
+
+from torch import Tensor
+
+from recognition import config
+from recognition.checkpoint.directory import directory_of
+from recognition.head import multi_head
+from recognition.run import progress, sanity
+from recognition.run.build import TrainState
+from recognition.run.logger import Logger, as_numbers, histograms
+
+_LEAST_SCALE = 2.0**-14  # of fp16; below it nothing is left of the gradient
+
+
+def announce(state: TrainState, logger: Logger) -> None:
+    cfg, runtime = state.cfg, state.runtime
+    losses = " + ".join(config.of_head(cfg, k).margin for k in range(len(cfg.rec_heads)))
+    logger.say(
+        f"{cfg.network} + {losses or cfg.margin} on {state.data.path}: {len(state.data)} images, "
+        f"{state.data.num_classes} classes; {runtime.world} x {runtime.device.type}, "
+        f"{state.precision}, batch {cfg.global_batch(runtime.world)}, "
+        f"{state.schedule.total_steps} steps -> {cfg.output}"
+    )
+    if state.precision == "fp16" and runtime.device.type == "cpu":
+        logger.say("warning: fp16 takes a CPU many times fp32's time: use precision=bf16 or fp32")
+    for line in [*state.said, *(sanity.lines(state) if runtime.rank == 0 else [])]:
+        logger.say(line)
+    for damage in state.set_aside:
+        record = {"step": state.step, "damaged_checkpoint": damage}
+        logger.record(record, f"warning: {damage}; going on from step {state.step}")
+    if state.step >= state.schedule.total_steps:
+        changes = f"; with changes: {', '.join(state.changes)}" if state.changes else ""
+        total = state.schedule.total_steps
+        logger.say(f"already complete: {state.step} of {total} steps{changes}")
+    elif state.saved_by is not None:
+        if state.resized:
+            logger.say(state.resized)
+        logger.say(f"continues after step {state.step}: {_continuation(state)}")
+
+
+def what_comes_next(state: TrainState, logger: Logger) -> None:
+    """Where the trained model is, and the two commands that most people type next."""
+    output = state.cfg.output
+    found = []
+    for name in state.cfg.val_targets:
+        with contextlib.suppress(OSError):  # it was there at the start
+            found.append(state.data.bin_path(name.removesuffix(".bin")))
+    bins = " ".join(shlex.quote(str(path)) for path in found) or "lfw.bin"
+    logger.say(
+        f"the model is in {directory_of(output, state.step)}; next:\n"
+        f"  python -m eval lfw {shlex.quote(output)} {bins}\n"
+        f"  python launch/export.py {shlex.quote(output)} "
+        f"{shlex.quote(os.path.join(output, 'model.onnx'))}"
+    )
+
+
+def _continuation(state: TrainState) -> str:
+    """In what sense a resumed run is the one that was saved."""
+    processes = f"saved by {state.saved_by} processes"
+    if state.changes:
+        return f"{processes}, with changes: {', '.join(state.changes)}"
+    if state.saved_by == state.runtime.world:
+        return f"{processes}, on the CPU bit for bit as if it had not stopped"
+    if state.cfg.sync_bn:
+        return f"{processes}, the same samples, classes and statistics: the same curve to rounding"
+    return (
+        f"{processes}, the same samples and classes; BatchNorm takes its statistics per process, "
+        "so the curve is another one of the same kind (sync_bn=true makes them one)"
+    )
+
+
+def log_step(
+    state: TrainState, logger: Logger, loss: Tensor, grad_norm: Tensor, watch: progress.Stopwatch
+) -> None:
+    cfg = state.cfg
+    global_batch = cfg.global_batch(state.runtime.world)
+    of_head = {
+        name: part.head.statistics()
+        for name, part in zip(multi_head.head_names(cfg), state.parts.heads, strict=True)
+    }
+    reading = watch.read(state.step)
+    record: dict[str, Any] = {
+        "step": state.step,
+        "epoch": state.samples_seen / len(state.data),
+        "loss": loss.item(),
+        "lr": state.schedule.lr_at(state.step - 1),
+        **progress.speed(reading, global_batch),
+        "seconds": progress.where_time_went(state.phases, reading[0]),
+        "grad_norm": grad_norm.item(),
+    }
+    if cfg.rec_heads:
+        assert state.head_losses is not None
+        losses = dict(zip(of_head, state.head_losses.tolist(), strict=True))
+        record["heads"] = {n: {"loss": losses[n], **as_numbers(x)} for n, x in of_head.items()}
+    else:
+        record["head"] = as_numbers(of_head[""])
+    if cfg.rec_shares or cfg.rec_heads:  # how often each set has been seen by now
+        seen = zip(cfg.recs, state.order.count(state.samples_seen), state.order.sizes, strict=True)
+        record["set_epoch"] = {rec: count / size for rec, count, size in seen}
+    if state.parts.scaler is not None:
+        record["loss_scale"] = state.parts.scaler.scale.item()
+        record["skipped_steps"] = int(state.parts.scaler.skipped.item())
+        if record["loss_scale"] < _LEAST_SCALE:
+            raise FloatingPointError(
+                f"the fp16 loss scale fell to {record['loss_scale']:.1e} by step {state.step}: "
+                "every step overflows. Use precision=bf16 or fp32, or lower lr"
+            )
+    line = progress.line(record, state.schedule.total_steps, global_batch)
+    pictures = {
+        f"{head and f'{head}/'}{name}": histogram
+        for head, statistics in of_head.items()
+        for name, histogram in histograms(statistics).items()
+    }
+    logger.record(record, line, pictures)

@@ -1,0 +1,122 @@
+"""The guard against inf and nan: found on the device, agreed over the ranks, named on the host."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from recognition.distributed.collectives import gather_objects, largest_over_ranks
+
+
+class FiniteGuard:
+    """Looks at the tensors of each step. A step with a non-finite one is to be skipped by all
+    ranks; raise_if_found() then stops the run with their names."""
+
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+        self._group = group
+        self._found = torch.zeros((), device=device)  # 1.0 from the first bad step on
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._flags: Tensor | None = None  # bool [number of names], of the first bad step
+        self._names: list[str] = []
+
+    @torch.no_grad()
+    def look(
+        self, tensors: Mapping[str, Tensor], step: int, tolerated: Mapping[str, Tensor]
+    ) -> Tensor:
+        """1.0 if any tensor on any rank is not finite, else 0.0: float32 [], equal on all ranks.
+
+        No host synchronisation; one all-reduce of two numbers. `tolerated` tensors count for the
+        answer but not for raise_if_found(): fp16 gradients overflow now and then. The names must be
+        the same at every step.
+        """
+        device = self._found.device
+        flags, tolerated_flags = _non_finite(tensors, device), _non_finite(tolerated, device)
+        local = torch.stack([flags.any(), tolerated_flags.any()]).float()
+        worst = largest_over_ranks(local, self._group)  # [2]
+        if self._flags is None:
+            self._names, self._flags = list(tensors), torch.zeros_like(flags)
+        assert self._names == list(tensors), "the names of the looked-at tensors have changed"
+        first = (self._found == 0) & (worst[0] > 0)
+        self._flags = torch.where(first, flags, self._flags)
+        self._step = torch.where(first, step, self._step)
+        self._found = torch.maximum(self._found, worst[0])
+        return worst.max()
+
+    def raise_if_found(self) -> None:
+        """One host synchronisation.
+
+        Raises:
+            FloatingPointError: on every rank, naming step, ranks and tensors.
+        """
+        if not self._found.item() or self._flags is None:
+            return
+        bad = [name for name, flag in zip(self._names, self._flags.tolist(), strict=True) if flag]
+        places = [
+            f"rank {rank}: {', '.join(names[:3])}"
+            + (f" and {len(names) - 3} more" * (len(names) > 3))
+            for rank, names in enumerate(gather_objects(bad, self._group))
+            if names
+        ]
+        raise FloatingPointError(
+            f"non-finite values in step {int(self._step)}, which was not applied; "
+            + "; ".join(places)
+            + ". Lower lr, lengthen warmup_epochs, or look at the data of that step"
+        )
+
+
+class SkippingStep:
+    """The step of a torch optimiser, left out by the flag that the ranks agreed on.
+
+    torch's fused optimisers read the flag on the device, without a host synchronisation. Whether
+    this one does is tried once, on a parameter of its own; for any other the host reads the flag.
+    """
+
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+        self._optimizer = optimizer
+        self.on_device = _honours_found_inf(optimizer, device)
+
+    def __call__(self, found_inf: Tensor) -> None:  # [] not 0: leave the step out
+        if self.on_device:
+            _set_found_inf(self._optimizer, found_inf)
+        elif found_inf.item():
+            return
+        self._optimizer.step()
+
+
+def _honours_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
+    """Whether an optimiser of this type and options leaves a step out if it is told to."""
+    first = next(p for group in optimizer.param_groups for p in group["params"])
+    parameter = nn.Parameter(torch.ones(2, device=device, dtype=first.dtype))
+    taken = inspect.signature(type(optimizer)).parameters
+    options = {name: value for name, value in optimizer.defaults.items() if name in taken}
+    try:
+        probe = type(optimizer)([parameter], **options | {"lr": 1.0})
+        parameter.grad = torch.ones_like(parameter)
+        _set_found_inf(probe, torch.ones((), device=device))
+        probe.step()
+    except Exception:  # each has its own way of refusing the flag
+        return False
+    return bool((parameter == 1).all())
+
+
+def _set_found_inf(optimizer: Optimizer, found_inf: Tensor) -> None:
+    setattr(optimizer, "found_inf", found_inf)  # noqa: B010  (torch's name, in no stub)
+
+
+def _non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """Which tensors hold an inf or a nan: bool [number of tensors]; an empty one does not."""
+    filled = [tensor.detach().flatten() for tensor in tensors.values() if tensor.numel()]
+    norms = iter(torch._foreach_norm(filled, torch.inf) if filled else [])
+    nothing = torch.zeros((), device=device)
+    # Of class rows in host memory the gradient is there too.
+    worst = [
+        next(norms).float().to(device) if tensor.numel() else nothing for tensor in tensors.values()
+    ]
+    if not worst:
+        return torch.zeros(0, dtype=torch.bool, device=device)
+    return ~torch.stack(worst).isfinite()

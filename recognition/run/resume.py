@@ -1,0 +1,144 @@
+"""Where a run goes on: the checkpoint that all ranks agree on and that is what was written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from recognition import checkpoint
+from recognition.config import Config
+from recognition.distributed import collectives
+from recognition.distributed.runtime import Runtime
+from recognition.run.run_dir import check_ours, owned
+
+
+def choose(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
+    """The verified checkpoint that this run continues from, None for a new run; and what was wrong
+    with those that were set aside on the way.
+
+    With resume=auto a damaged checkpoint is renamed to step-N.damaged and the one before it is
+    taken: nobody has to come for it. One that resume= names is not.
+
+    Raises:
+        FileNotFoundError: resume= names no checkpoint.
+        FileExistsError: a new run is asked for where one lies already; or the output holds files
+            of something else.
+        Damaged: the checkpoint that resume= names, with the file and the checkpoint before it; or,
+            with resume=auto, every one that there is.
+        ValueError: the ranks do not see the same checkpoints.
+        OSError: a checkpoint cannot be read.
+    """
+    _alike(runtime, lambda: check_ours(cfg.output) if runtime.rank == 0 else None)
+    if cfg.resume == "auto":
+        return newest_good(cfg, runtime)
+    path = _alike(runtime, lambda: _named(cfg))
+    collectives.check_same(runtime.group, resumed_from=path and os.path.basename(path))
+    if path is not None:
+        try:
+            checkpoint.verify(path, runtime.group)
+        except checkpoint.Damaged as error:
+            raise checkpoint.Damaged(f"{error}{checkpoint.older(path)}") from error
+    return path, []
+
+
+def newest_good(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
+    """The newest checkpoint of the run that is what was written, None where there is none; and what
+    was wrong with newer ones, which are renamed.
+
+    A complete one that a killed save did not rename is given its name.
+
+    Raises:
+        Damaged: there are checkpoints, and none is what was written; they stay as they are.
+        ValueError: the ranks do not see the same checkpoints.
+        OSError: one cannot be read; or another run holds the output.
+    """
+    found = _listed(cfg, runtime)
+    wrong: list[tuple[str, str]] = []
+    good = None
+    for path in found:
+        try:
+            checkpoint.verify(path, runtime.group)
+        except checkpoint.Damaged as error:
+            wrong.append((path, str(error)))
+        else:
+            good = path
+            break
+    if good is None:
+        _refuse_none(cfg, [why for _, why in wrong])
+        return None, []
+    if not wrong and good == checkpoint.final_name(good):
+        return good, []
+
+    def rename() -> tuple[list[str], str]:
+        if runtime.rank != 0:
+            return [], ""
+        with owned(cfg.output):  # no other run may be writing there
+            aside = [os.path.basename(checkpoint.set_aside(path)) for path, _ in wrong]
+            return aside, checkpoint.take(good)
+
+    aside, taken = collectives.together(runtime.group, "set the checkpoint aside", rename)[0]
+    said = [f"{why}; it is now {name}" for (_, why), name in zip(wrong, aside, strict=True)]
+    return taken, said
+
+
+def _listed(cfg: Config, runtime: Runtime) -> list[str]:
+    """What may be checkpoints of the run, the newest first, alike on all ranks."""
+    own = _alike(runtime, lambda: checkpoint.copies(cfg.output))
+    collectives.check_same(runtime.group, resumed_from=[os.path.basename(path) for path in own])
+    return own
+
+
+def _refuse_none(cfg: Config, wrong: list[str]) -> None:
+    """Raises: Damaged, if there were checkpoints: to start anew is then for a person to decide."""
+    known = [f"{path} was set aside" for path in checkpoint.named_damaged(cfg.output)]
+    if wrong or known:
+        raise checkpoint.Damaged(
+            f"{cfg.output} holds no checkpoint to continue from: {'; '.join(wrong + known)}. Put a "
+            "good copy in its place; or start anew with resume=none and another output="
+        )
+
+
+def _named(cfg: Config) -> str | None:
+    """The checkpoint directory that resume= names, None for a new run.
+
+    Raises:
+        FileNotFoundError, FileExistsError: as choose().
+    """
+    if cfg.resume is None:
+        if checkpoint.copies(cfg.output) or checkpoint.named_damaged(cfg.output):
+            raise FileExistsError(
+                f"{cfg.output} holds a run already: choose another output=, or resume=auto"
+            )
+        return None
+    try:
+        found = checkpoint.find(cfg.resume)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"resume={cfg.resume}: no complete checkpoint there") from None
+    own = checkpoint.newest(cfg.output)
+    if own and not os.path.samefile(own, found):
+        raise FileExistsError(
+            f"{cfg.output} holds {os.path.basename(own)} already, which resume={cfg.resume} would "
+            "leave behind: resume=auto continues it; or choose another output="
+        )
+    return found
+
+
+def _alike(runtime: Runtime, action: Callable[[], Any]) -> Any:
+    """This rank's result of `action`.
+
+    Raises:
+        OSError: this rank's own, or that of the first rank that has one.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except OSError as error:
+        failure = error
+    said = failure and f"rank {runtime.rank}: {failure}"
+    others = [text for text in collectives.gather_objects(said, runtime.group) if text]
+    if failure is not None:
+        raise failure
+    if others:
+        raise OSError(others[0])
+    return result

@@ -1,0 +1,145 @@
+"""A run directory around training: what to start from, who writes there, what was asked."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from data_tools.common import files, locks
+from data_tools.common.errors import UserError
+from recognition import checkpoint
+from recognition.config import Config
+from recognition.weights import foreign as convert
+
+_SOURCE_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def initial_weights(path: str, color_order: str | None = None) -> Mapping[str, Tensor]:
+    """The backbone's state to start from: a run or checkpoint directory, or a published file.
+
+    color_order: of a file's training images, where it is not the one that its kind has.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: the file holds something else than tensors by name.
+    """
+    if files.is_dir(path):
+        return checkpoint.load_backbone(path)[0].state_dict()
+    if not files.is_file(path):
+        raise FileNotFoundError(f"init_from={path}: no such file or directory")
+    try:
+        return convert.read_weights(path, color_order)
+    except ValueError as error:
+        raise UserError(f"init_from: {error}") from error
+
+
+@contextlib.contextmanager
+def owned(output: str) -> Iterator[None]:
+    """Hold the run directory: two runs at once would overwrite one another's files.
+
+    Raises:
+        OSError: another process holds it; the message names its host and process id.
+    """
+    os.makedirs(output, exist_ok=True)
+    busy = f"{output} is in use by another run"
+    with locks.hold(os.path.join(output, ".lock"), busy):
+        yield
+
+
+def check_ours(output: str) -> None:
+    """Refuse a directory where a run would write over files of something else.
+
+    Raises:
+        FileExistsError: naming them.
+        OSError: they cannot be read.
+    """
+    there = [name for name in _WRITTEN if files.exists(os.path.join(output, name))]
+    foreign = [name for name in there if not _WRITTEN[name](_start_of(output, name))]
+    if not foreign and "config.json" not in there and not _has_checkpoints(output):
+        # Files like ours, with nothing beside them that says that they are.
+        foreign = [name for name in there if _start_of(output, name)]
+        foreign += [name for name in _DIRECTORIES if files.names(os.path.join(output, name))]
+    if foreign:
+        raise FileExistsError(
+            f"output={output} holds {', '.join(foreign)}, not written by a run of ours, and a run "
+            "would write over it: choose another output=, or move it away"
+        )
+
+
+def _start_of(output: str, name: str) -> bytes:
+    """What a file begins with."""
+    path = os.path.join(output, name)
+    with files.naming(path), open(path, "rb") as file:
+        return file.read(_START_BYTES)
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _is_config(start: bytes) -> bool:
+    return not start or {"rec", "network", "margin", "output"} <= set(_object(start) or {})
+
+
+def _is_metrics(start: bytes) -> bool:
+    line, newline, _ = start.partition(b"\n")
+    if not newline:  # of a run that was killed at its first record
+        return b'{"step"'.startswith(line[:7])
+    return "step" in (_object(line) or {})
+
+
+def _is_note(start: bytes) -> bool:
+    return not start or {"step", "signal"} <= set(_object(start) or {})
+
+
+def _is_list(start: bytes) -> bool:
+    return start[:1] in (b"", b"[")
+
+
+_START_BYTES = 1 << 20
+# What a run writes over, and whether it was a run's before; an empty file is nobody's.
+_WRITTEN: dict[str, Callable[[bytes], bool]] = {
+    "config.json": _is_config,
+    "metrics.jsonl": _is_metrics,
+    "stopped.json": _is_note,
+    "skipped.json": _is_list,
+}
+_DIRECTORIES = ("checkpoints",)
+
+
+def _has_checkpoints(output: str) -> bool:
+    """Whether there is a checkpoint of ours, whole, damaged or half written."""
+    return bool(checkpoint.newest(output) or checkpoint.named_damaged(output))
+
+
+def write_config(cfg: Config, facts: Mapping[str, Any]) -> None:
+    """config.json of the run: every key as resolved, and `facts` (world, precision, data...)."""
+    os.makedirs(cfg.output, exist_ok=True)
+    path = os.path.join(cfg.output, "config.json")
+    text = json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1)
+    if files.exists(path) and files.read_bytes(path) == text.encode():
+        return  # a restart needs no room on a full disk
+    files.write_text(path, text)
+
+
+def commit() -> str | None:
+    """The git commit of the code that runs, with '+' after it where files differ from it."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+            cwd=_SOURCE_DIR, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,90 @@
+"""What watches over the loop: stop requests, the watchdog, the comparisons of debug=true."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from data_tools.load.loader import Batch
+from recognition import checkpoint
+from recognition.distributed import replica_check, runtime
+from recognition.distributed.preemption import SIGNALS, Interrupted, StopRequest
+from recognition.distributed.watchdog import Watchdog, hearing
+from recognition.run.build import TrainState
+
+
+class Overseer:
+    """Around each step: before_step(), the step, after_step()."""
+
+    def __init__(self, state: TrainState) -> None:
+        cfg, place = state.cfg, state.runtime
+        self._state = state
+        self._stop = StopRequest(place.group)
+        self._watchdog = Watchdog(
+            runtime.store(), place.rank, place.world, cfg.collective_timeout, cfg.output
+        )
+        self._record: replica_check.SampleRecord | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Overseer]:
+        """Watch while the body runs.
+
+        Raises:
+            ConnectionError: the body failed because other ranks are gone; it says what is known
+                of the first cause.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._watchdog)
+            stack.enter_context(self._stop.listening())
+            stack.enter_context(hearing(self._watchdog, SIGNALS))
+            if self._state.cfg.debug:
+                self._record = replica_check.SampleRecord(self._state.cfg.output, self._stop.group)
+                stack.callback(self._record.close)
+            yield self
+
+    def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; under debug=true their ids are noted."""
+        if self._record is None:
+            return batches
+        return self._record.of(batches, lambda: self._state.step)
+
+    def before_step(self) -> None:
+        self._stop.ask()
+
+    def after_step(self) -> signal.Signals | None:
+        """The signal on which all ranks end now, the same on all; usually none."""
+        state = self._state
+        self._watchdog.beat(state.step)
+        if state.cfg.debug and state.step % state.cfg.debug_every == 0:
+            replica_check.check_equal(_replicated(state), self._stop.group, state.step)
+        return self._stop.answer()
+
+    def turn(self) -> None:
+        """Between the parts of what is no step, of which all ranks have as many: it moves, too.
+
+        Raises:
+            Interrupted: on every rank alike; a signal asks the run to end.
+        """
+        self._watchdog.beat(self._state.step)
+        self._stop.ask()
+        if (heard := self._stop.answer()) is not None:
+            raise Interrupted(heard)
+
+    def patience(self) -> contextlib.AbstractContextManager[None]:
+        """Around what may take long and has no parts."""
+        return self._watchdog.patience()
+
+
+def _replicated(state: TrainState) -> dict[str, Tensor]:
+    """What every rank holds alike, by the names of the checkpoint."""
+    parts = state.parts
+    tensors = dict(parts.backbone.state_dict())
+    tensors |= checkpoint.optimizer_tensors(parts.backbone, parts.optimizer, parts.scaler)
+    for prefix, head in parts.named_heads():
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in head.margin().items()}
+    if parts.encoder is not None:
+        tensors |= {f"encoder.{name}": x for name, x in parts.encoder.state_dict().items()}
+    return tensors

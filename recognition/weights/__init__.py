@@ -1,0 +1,1 @@
+"""Weights from elsewhere: foreign formats, head initialisation, teachers."""
