@@ -93,7 +93,6 @@ UPWARD = {
     ("eval/embedders/embed.py", "recognition.checkpoint"),
     ("eval/embedders/embed.py", "recognition.run"),
     ("eval/embedders/embed.py", "recognition.weights"),
-    ("eval/report/tables.py", "eval.protocols"),
 }
 
 NUMPY_ONLY = [

@@ -19,7 +19,6 @@ from eval.report.results import Result
 
 CHECKED = 150  # pairs of each kind on which another input contract is tried
 INTERVAL_FARS = (1e-4, 1e-3)
-UNEVEN = 1.5  # same to different pairs, or the reverse: beyond it the accuracy misleads
 THRESHOLD_UNIT = "squared L2 distance of unit embeddings, 0 to 4; accept where it is below"
 ACCURACY = (
     "ten contiguous folds; same where the squared distance is strictly below the threshold; of "
@@ -89,10 +88,6 @@ def _intervals(
     }
 
 
-def is_uneven(num_same: int, num_different: int) -> bool:
-    return max(num_same, num_different) > UNEVEN * min(num_same, num_different)
-
-
 def set_warning(pairs: Pairs) -> str:
     """What makes the accuracy of this set another than it seems, in one line; empty if nothing."""
     num_same = int(pairs.issame.sum())
@@ -105,7 +100,7 @@ def set_warning(pairs: Pairs) -> str:
             f"{counts} that remain make other folds than the protocol's, so the accuracy compares "
             "with no published one"
         )
-    if is_uneven(num_same, num_different):
+    if results.is_uneven(num_same, num_different):
         about = "they are uneven" if pairs.missing else counts
         parts.append(f"{about}: the accuracy favours one answer, see the balanced accuracy")
     if pairs.missing:

@@ -37,6 +37,8 @@ CURVE_POINTS = 1500
 BINS = 120
 REJECT_FAR = 1e-3  # at whose threshold errors are counted while images of low norm are rejected
 
+UNEVEN = 1.5  # same to different pairs, or the reverse: beyond it the accuracy misleads
+
 
 class Result(NamedTuple):
     facts: dict[str, Any]  # of the JSON
@@ -235,3 +237,7 @@ def thinned(points: roc.Curve) -> tuple[NDArray, NDArray, NDArray]:
         chosen = np.unique(np.clip(chosen, 0, last))
     fp, tp, threshold = (np.asarray(part)[chosen] for part in points)
     return fp / points.num_different, tp / points.num_same, threshold.astype(np.float64)
+
+
+def is_uneven(num_same: int, num_different: int) -> bool:
+    return max(num_same, num_different) > UNEVEN * min(num_same, num_different)

@@ -9,8 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table as RichTable
 
-from eval.protocols.score_pairs import is_uneven
-from eval.report.results import Result
+from eval.report.results import Result, is_uneven
 
 Table = tuple[str, list[str], list[list[str]]]
 
