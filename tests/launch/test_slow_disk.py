@@ -34,7 +34,10 @@ def preloaded(tmp_path_factory) -> str:
 
 
 def test_a_linux_that_ties_no_process_to_its_launcher_is_said(preloaded):
-    code = "from recognition.distributed import runtime\nwith runtime.start() as here: print(here.world)"
+    code = (
+        "from recognition.distributed import runtime\n"
+        "with runtime.start() as here: print(here.world)"
+    )
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--no-python", sys.executable]
     done = run(
         *torchrun, "-c", code, env={**os.environ, "LD_PRELOAD": preloaded, "NO_PDEATHSIG": "1"}
