@@ -41,7 +41,8 @@ _AREA = -1  # among DALI's own numbers of interpolations
 
 def check_installed() -> None:
     """Raises: ValueError saying how to install DALI, where it is missing."""
-    if importlib.util.find_spec("nvidia.dali") is None:
+    # find_spec of a submodule imports its package, which fails where nothing of nvidia's is there.
+    if not (importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")):
         raise UserError(
             f"loader=dali needs DALI, which is not installed: pip install {REQUIREMENT} (Linux), "
             "or choose loader=cpu"

@@ -142,7 +142,7 @@ def _wire(cfg: Config, batch: int, gpus: int, weights: float) -> dict[str, float
     return {
         "gather of embeddings and labels": ring * batch * (size + _INT64),
         "sum of target cosines": 2 * ring * batch * _FP32,
-        "merge of log-sum-exps": ring * gpus * batch * _FP32,
+        "merge of log-sum-exps": 2 * 2 * ring * batch * _FP32,  # a maximum and a sum
         "scatter of their gradients": ring * batch * size,
         "sum of the backbone's gradients": 2 * (gpus - 1) / gpus * gradients,
     }

@@ -49,7 +49,10 @@ class CopyQueue:
     def __init__(self, device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> None:
         is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if is_cuda else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="class-rows")
+        # A thread begins on GPU 0 and would open a context there, whatever the process's own is.
+        self._thread = ThreadPoolExecutor(
+            1, "class-rows", initializer=lambda: torch.cuda.set_device(device) if is_cuda else None
+        )
         self._buffers = [
             _Buffer(torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=is_cuda))
             for _ in range(2)

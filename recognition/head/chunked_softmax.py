@@ -144,7 +144,7 @@ class TorchPasses:
         """exp(z) [B, n], 0 where the class is the row's own. apart: z is still needed."""
         e = torch.exp(z, out=self._chunks.memory.spare(chunk)) if apart else z.exp_()
         if chunk.own is not None:
-            e[chunk.own] = 0.0
+            e.index_put_(chunk.own, e.new_zeros(()))  # a Python number would wait for the device
         return e
 
 
@@ -217,7 +217,7 @@ class ThroughFormula:
         else:
             slope = torch.sigmoid(z.detach()).mul_(share[:, None])
         if chunk.own is not None:
-            slope[chunk.own] = 0.0
+            slope.index_put_(chunk.own, slope.new_zeros(()))
         grad, *parts = torch.autograd.grad(z, [nearest_cos, *learned], slope, allow_unused=True)
         if nearest is None:
             return grad, parts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -99,9 +101,10 @@ def share():
 
 
 def test_merge_log_sum_exp():
-    """Row 1 has classes on rank 1 only, row 2 on none."""
+    """Row 1 has classes on rank 1 only, row 2 on none; row 3 is not a number on rank 0."""
     results = ranks.run(2, merge)
     inputs = torch.tensor([r[0] for r in results]).requires_grad_()
+    assert all(torch.tensor(r[1]).isnan().tolist() == [False] * 3 + [True] for r in results)
     expected = torch.logsumexp(inputs, 0)
     expected[:2].sum().backward()
     for rank, (_, merged, grad) in enumerate(results):
@@ -112,7 +115,7 @@ def test_merge_log_sum_exp():
 
 def merge():
     minus = float("-inf")
-    values = [[60.0, minus, minus], [58.5, -70.0, minus]][dist.get_rank()]
+    values = [[60.0, minus, minus, math.nan], [58.5, -70.0, minus, 1.0]][dist.get_rank()]
     merged, share = collectives.merge_log_sum_exp(torch.tensor(values), dist.group.WORLD)
     return values, merged.tolist(), share.tolist()
 
