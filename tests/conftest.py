@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import ranks
+from tests.faults import shim
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported anywhere
@@ -38,6 +39,12 @@ def shards_dir(tmp_path_factory):
         "--hold-out", 4, "--pairs", 40,
     )  # fmt: skip
     return root / "shards"
+
+
+@pytest.fixture(scope="session")
+def faults_library(tmp_path_factory):
+    """The preloaded library that makes file-system calls fail."""
+    return shim.build(tmp_path_factory.mktemp("library"))
 
 
 def command(*arguments: object, **options) -> subprocess.CompletedProcess:

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from data_tools.common.files import naming
 from recognition.checkpoint.directory import Damaged, missing
 
 _CHUNK = 16 << 20  # bytes
@@ -35,12 +36,17 @@ def write(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     disk begin before all is written.
 
     Raises:
-        OSError: it could not be written.
+        OSError: it could not be written; the error names it.
     """
     # The widest first: then each starts at a multiple of its own width.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     sha256 = hashlib.sha256()
-    with open(path, "wb") as file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as disk:
+    with (
+        naming(path),
+        open(path, "wb") as file,
+        ThreadPoolExecutor(1) as hashing,
+        ThreadPoolExecutor(1) as disk,
+    ):
         begun = []
         for i, chunk in enumerate(itertools.chain([_header(ordered)], _chunks(ordered)), 1):
             begun.append(hashing.submit(sha256.update, chunk))

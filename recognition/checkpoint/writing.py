@@ -96,7 +96,7 @@ def write_files(partial: str, rank: int, held: Mapping[str, Mapping[str, Tensor]
         )
     entries = {n: tensors.write(os.path.join(partial, n), own) for n, own in held.items()}
     name = _report(partial, rank)
-    with open(name + ".new", "w", encoding="utf-8") as file:
+    with files.naming(name), open(name + ".new", "w", encoding="utf-8") as file:
         json.dump(entries, file)
     os.rename(name + ".new", name)
     return entries

@@ -26,8 +26,8 @@ def faults_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def faults_worker(faults_dir):
-    worker = Worker(faults_dir)
+def faults_worker(faults_library, faults_dir):
+    worker = Worker(faults_library, faults_dir)
     yield worker
     worker.close()
 

@@ -30,6 +30,7 @@ ERRORS = {
     "rmdir": (errno.EIO,),
     "chmod": (errno.EPERM,),
     "flock": (errno.ENOLCK, errno.EIO),
+    "pdeathsig": (errno.EPERM,),
 }
 # After which the state on the disk is another one: a kill there is a fault of its own.
 CHANGES = {"create", "write", "truncate", "fsync", "mkdir", "rename", "link", "unlink", "rmdir"}

@@ -6,7 +6,11 @@
 //
 //   FAULTS_LOG=FILE        append a line "OPERATION<tab>PATH" for each call, before it is made
 //   FAULTS_POSITION=TEXT   "ACTION:VALUE:OPERATION:OCCURRENCE:PATH": do something at that call:
-//                          e: fail with errno VALUE, s: sleep VALUE ms, k: SIGKILL after the call
+//                          e: fail with errno VALUE, s: sleep VALUE ms, k: SIGKILL after the call.
+//                          OCCURRENCE 0 means every such call; * in PATH stands for anything
+//   FAULTS_RANK=N          FAULTS_POSITION is meant for the process whose RANK is N
+//
+// In the log, a line "!OPERATION<tab>PATH" follows where it happens, and "~..." after a sleep.
 //
 // Paths are relative to FAULTS_ROOT. The process id, and numbers of nine and more digits (times,
 // thread ids), are written as # so that a path is the same in every run.
@@ -16,6 +20,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <fnmatch.h>
 #include <limits.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -25,6 +30,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -40,7 +46,7 @@ static int log_file = -1;
 
 static struct {
   char action, operation[16], path[PATH_MAX];
-  int value;
+  int value, always;
   atomic_int left;  // matching calls until it happens; 0: nothing is armed, or it has happened
 } position;
 
@@ -134,13 +140,15 @@ static int consider(const char *operation, const char *path) {
   if ((log_file < 0 && position.left <= 0) || !below_root(path, relative, sizeof relative)) return 0;
   note("", operation, relative);
   if (position.left <= 0 || strcmp(position.operation, operation) ||
-      strcmp(position.path, relative) || atomic_fetch_sub(&position.left, 1) != 1)
+      fnmatch(position.path, relative, 0) ||
+      (!position.always && atomic_fetch_sub(&position.left, 1) != 1))
     return 0;
   note("!", operation, relative);
   if (position.action == 'e') return position.value;
   if (position.action == 's') {
     struct timespec duration = {position.value / 1000, position.value % 1000 * 1000000L};
     nanosleep(&duration, 0);
+    note("~", operation, relative);
   }
   kill_after_call = position.action == 'k';
   return 0;
@@ -342,6 +350,18 @@ int unlinkat(int directory, const char *path, int flags) {
   FAIL_OR(-1, int, real(directory, path, flags));
 }
 
+// Of the process, not of a path: it counts as one on the root.
+int prctl(int option, ...) {
+  REAL(int, "prctl", int, unsigned long, unsigned long, unsigned long, unsigned long);
+  va_list more;
+  va_start(more, option);
+  unsigned long a = va_arg(more, unsigned long), b = va_arg(more, unsigned long);
+  unsigned long c = va_arg(more, unsigned long), d = va_arg(more, unsigned long);
+  va_end(more);
+  int failure = option == PR_SET_PDEATHSIG ? at_path("pdeathsig", AT_FDCWD, root) : 0;
+  FAIL_OR(-1, int, real(option, a, b, c, d));
+}
+
 // --- Switching it on ------------------------------------------------------------------------------
 
 // Returns 1 if the text is a position; "" switches the fault off.
@@ -352,7 +372,8 @@ int faults_arm(const char *text) {
   if (sscanf(text, "%c:%d:%15[^:]:%d:%4095[^\n]", &position.action, &position.value, position.operation,
              &occurrence, position.path) != 5)
     return 0;
-  position.left = occurrence;
+  position.always = !occurrence;
+  position.left = occurrence ? occurrence : 1;
   return 1;
 }
 
@@ -370,5 +391,7 @@ __attribute__((constructor)) static void begin(void) {
   snprintf(root, sizeof root, "%s", text);
   root_length = strlen(root);
   if ((text = getenv("FAULTS_LOG"))) faults_log(text);
+  const char *only = getenv("FAULTS_RANK"), *rank = getenv("RANK");
+  if (only && (!rank || strcmp(only, rank))) return;
   if ((text = getenv("FAULTS_POSITION"))) faults_arm(text);
 }

@@ -20,7 +20,7 @@ _SECONDS = 60.0  # after which a run counts as hung
 
 
 class Call(NamedTuple):
-    """The n-th call of an operation on a path, n from 1."""
+    """The n-th call of an operation on a path, n from 1; 0 where every one is meant."""
 
     operation: str
     path: str  # below the root
@@ -66,15 +66,34 @@ def build(directory: pathlib.Path) -> pathlib.Path:
     return library
 
 
+def environment(
+    library: pathlib.Path, root: pathlib.Path, position: Position, **further: str
+) -> dict[str, str]:
+    """What a process needs in its environment to have a fault below `root`.
+
+    position: occurrence 0 means every such call, and * in the path stands for anything.
+    further: FAULTS_LOG, FAULTS_RANK.
+    """
+    return {
+        "LD_PRELOAD": str(library), "FAULTS_ROOT": str(root), "FAULTS_POSITION": position.text(),
+        **further,
+    }  # fmt: skip
+
+
+def without_flock(library: pathlib.Path, root: pathlib.Path, error: int) -> dict[str, str]:
+    """As environment(): flock fails with this errno, as on a file system without locks."""
+    return environment(library, root, Position(Call("flock", "*", 0), "e", error))
+
+
 class Worker:
     """The process that runs commands, and the directory whose paths it watches."""
 
-    def __init__(self, directory: pathlib.Path) -> None:
+    def __init__(self, library: pathlib.Path, directory: pathlib.Path) -> None:
         self.root = directory / "root"
         self.root.mkdir()
         self._said, self._log = directory / "said", directory / "log"
         environment = {
-            **os.environ, "LD_PRELOAD": str(build(directory)), "FAULTS_ROOT": str(self.root),
+            **os.environ, "LD_PRELOAD": str(library), "FAULTS_ROOT": str(self.root),
             "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200",
         }  # fmt: skip
         self._process = subprocess.Popen(
@@ -102,7 +121,7 @@ class Worker:
         code = json.loads(self._process.stdout.readline())["code"]
         lines = self._log.read_text().splitlines() if logged and self._log.exists() else []
         at = next((i for i, line in enumerate(lines) if line.startswith("!")), None)
-        calls = _numbered([line for line in lines if not line.startswith("!")])
+        calls = _numbered([line for line in lines if not line.startswith(("!", "~"))])
         said = self._said.read_text(errors="replace")
         before = calls[: max(at - 1, 0)] if at is not None else calls
         return Outcome(code, said, calls, at is not None, before)

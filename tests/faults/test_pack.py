@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pathlib
 import re
 import shutil
@@ -17,13 +18,14 @@ from tests.faults.judging import (
     below,
     differences,
     files,
+    prepare,
     recorded,
 )
-from tests.faults.shim import Position, Worker
+from tests.faults.shim import Call, Position, Worker
 
 SHARDS = 3
 OPTIONS = ["--shards", SHARDS, "--workers", 1, "--hold-out", 2, "--pairs", 20]
-SCENES = ("resumed", "new", "replaced")
+SCENES = ("resumed", "new", "replaced", "replaced and resumed")
 
 
 class Pack:
@@ -32,25 +34,29 @@ class Pack:
     def __init__(self, worker: Worker, faces: pathlib.Path, directory: pathlib.Path) -> None:
         self.worker, self.out = worker, worker.root / "set"
         self.faces, self.directory = faces, directory
-        self.arguments: list[object] = ["pack", worker.root / "faces", self.out, *OPTIONS]
-        self.expected = self._whole(self.arguments)
-        self.former: dict[str, bytes] | None = None  # of the set that is to be replaced
+        self.plain: list[object] = ["pack", worker.root / "faces", self.out, *OPTIONS]
+        self.expected = self._whole(self.plain)
 
     def scene(self, name: str) -> Scene:
         self._start()
-        if name == "resumed":  # killed when two shards were finished
+        self.former: dict[str, bytes] | None = None  # of the set that is to be replaced
+        self.arguments = self.plain
+        if "replaced" in name:
+            self.arguments = [*self.plain, "--overwrite"]
+            self.former = self._whole([*self.plain, "--seed", 1])
+        if "resumed" in name:  # killed when two shards were finished
+            before = self.directory / "before"
+            shutil.copytree(self.worker.root, before)
             kill = next(
                 Position(call, "k", 0)
                 for call in self.worker.run("pack", *self.arguments, record=True).calls
                 if call.operation == "rename" and _finished(call.path) == 1
             )
-            self._start()
+            shutil.rmtree(self.worker.root)
+            shutil.move(before, self.worker.root)
             self.worker.run("pack", *self.arguments, position=kill)
-            assert (self.worker.root / "set.partial").is_dir() and not self.out.exists()
-        elif name == "replaced":
-            self.former = self._whole([*self.arguments, "--seed", 1])
-            self.arguments.append("--overwrite")
-        template = self.directory / name
+            assert self._place(_name(1), complete=False)
+        template = self.directory / name.replace(" ", "-")
         shutil.copytree(self.worker.root, template)
         return Scene("pack", self.arguments, template, self.judge)
 
@@ -65,9 +71,10 @@ class Pack:
         if self.former and self.former not in (now, replaced):
             if now != self.expected:
                 wrong.append("the former set is gone before the new one has its name")
+        complete = now == self.expected
         kept = {}
         for shard in self._finished_before(fault):
-            place = self._place(shard)
+            place = self._place(shard, complete)
             if place is None:
                 wrong.append(f"finished shard {shard} is gone")
             else:
@@ -80,7 +87,7 @@ class Pack:
         now = below(files(self.worker.root), "set")
         if differences(now, self.expected):
             wrong.append(f"after the next run {differences(now, self.expected)} differ")
-        if now not in ({}, self.expected) or self.former is None:
+        if self.former is None or not complete:  # --overwrite packs a complete set again
             for shard, identity in kept.items():
                 if _identity(self.out / f"{shard}.rec") != identity:
                     wrong.append(f"finished shard {shard} was written again")
@@ -94,7 +101,7 @@ class Pack:
         """Shards that were in the journal when the fault came."""
         position, (*_, made_before) = fault.position, fault.outcome
         calls = [*made_before, position.call] if position.action == "k" else made_before
-        names = {f"train-{n:05d}-of-{SHARDS:05d}" for n in range(SHARDS)}
+        names = {_name(number) for number in range(SHARDS)}
         if any(call.operation == "rmdir" and call.path.endswith("journal") for call in calls):
             return set()  # the set was whole then
         there = {
@@ -103,11 +110,11 @@ class Pack:
         there |= {call.path for call in calls if call.operation == "rename"}
         return {name for name in names for path in there if _is_entry(path, name)}
 
-    def _place(self, shard: str) -> pathlib.Path | None:
-        for directory in ("set.partial", "set"):
-            if (path := self.worker.root / directory / f"{shard}.rec").exists():
-                return path
-        return None
+    def _place(self, shard: str, complete: bool) -> pathlib.Path | None:
+        """Where a finished shard lies; a set that is not the new one has others."""
+        directory = "set" if complete else "set.partial"
+        path = self.worker.root / directory / f"{shard}.rec"
+        return path if path.exists() else None
 
     def _start(self) -> None:
         shutil.rmtree(self.worker.root)
@@ -118,6 +125,10 @@ class Pack:
         self._start()
         assert self.worker.run("pack", *arguments).code == 0
         return below(files(self.worker.root), "set")
+
+
+def _name(shard: int) -> str:
+    return f"train-{shard:05d}-of-{SHARDS:05d}"
 
 
 def _whole_part(found: dict[str, bytes]) -> dict[str, bytes]:
@@ -155,6 +166,19 @@ def test_a_fault_of_each_kind(faults_worker, pack):
         scene = pack.scene(name)
         chosen = positions.one_of_a_kind(recorded(faults_worker, scene), seen)
         assert_survived(faults_worker, scene, chosen)
+
+
+def test_a_full_disk_says_how_to_go_on(faults_worker, pack):
+    scene = pack.scene("resumed")
+    prepare(faults_worker, scene)
+    full = Position(Call("create", f"set.partial/{_name(2)}.rec", 1), "e", errno.ENOSPC)
+    outcome = faults_worker.run(scene.command, *scene.arguments, position=full)
+    assert outcome.code == 1 and re.search(
+        r"No space left on device: '\S*set\.partial/train-00002-of-00003\.rec'; 2 of 3 shards that "
+        r"are finished are kept in \S*set\.partial: the same command goes on from there; to start "
+        r"afresh, remove that directory$",
+        outcome.said,
+    )
 
 
 @pytest.mark.long

@@ -23,8 +23,10 @@ from tests.faults.judging import (
 )
 from tests.faults.shim import ROOT, Worker
 
-# A save and a load, a save of a step that is there already, and a start from nothing.
-SCENES = ("resumed", "saved again", "new")
+# A save and a load, a save of a step that is there already, a start from nothing, and starts from
+# the network of another run and from a file of weights.
+SCENES = ("resumed", "saved again", "new", "from a run", "from a file")
+_SOURCES = {"from a run": "former", "from a file": "released/model.safetensors"}
 
 
 class Training:
@@ -37,6 +39,7 @@ class Training:
         assert worker.run("pack", "pack", faces, worker.root / "set", "--shards", 2).code == 0
         self.packed = directory / "set"
         shutil.copytree(worker.root / "set", self.packed)
+        self.source: str | None = None  # what init_from= names, below the root
 
     def arguments(self, steps: int) -> list[object]:
         root = self.worker.root
@@ -45,11 +48,14 @@ class Training:
             f"output={root / 'run'}", "val_targets=", "embedding_size=16", "log_every=1",
             "num_workers=1", "preflight_seconds=0", "global_batch_size=4", "checkpoint_every=1",
             "keep_checkpoints=2", "head_kernel=plain", f"max_steps={steps}",
+            *([f"init_from={root / self.source}"] if self.source else []),
         ]  # fmt: skip
 
     def scene(self, name: str) -> Scene:
-        self.steps = 1 if name == "new" else 3
-        self.had = 0 if name == "new" else 2  # step of the newest checkpoint before the fault
+        starts = name == "new" or name in _SOURCES
+        self.steps = 1 if starts else 3
+        self.had = 0 if starts else 2  # step of the newest checkpoint before the fault
+        self.source = _SOURCES.get(name)
         self._start()
         if self.had:
             self.train(self.had)
@@ -69,6 +75,8 @@ class Training:
         wrong = self._wrong_checkpoints(fault)
         if self.had and re.search(r"^step [12]/", fault.outcome.said, re.MULTILINE):
             wrong.append("a step that is saved was done again")
+        if self.source and below(fault.after, "former") != below(fault.before, "former"):
+            wrong.append("the run that this one starts from has changed")
         metrics = fault.before.get("run/metrics.jsonl", b"")
         if not fault.after.get("run/metrics.jsonl", b"").startswith(metrics):
             wrong.append("metrics.jsonl has lost what it had")
@@ -115,6 +123,15 @@ class Training:
         shutil.rmtree(self.worker.root)
         self.worker.root.mkdir()
         shutil.copytree(self.packed, self.worker.root / "set")
+        if self.source:
+            source, self.source = self.source, None
+            self.train(2)
+            (self.worker.root / "run").rename(self.worker.root / "former")
+            made = self.worker.run(
+                "checkpoint", "export", self.worker.root / "former", self.worker.root / "released"
+            )
+            assert made.code == 0, made.said
+            self.source = source
 
 
 @pytest.fixture

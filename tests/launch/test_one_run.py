@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 
+from tests.faults.shim import without_flock
 from tests.launch.processes import ROOT, TINY, last_step, wait
-from tests.no_flock import without_flock
 
 _PACKING = """
 import pathlib, sys
@@ -24,9 +24,9 @@ with PartialDirectory(pathlib.Path(sys.argv[1])) as aside:
 """
 
 
-def test_a_second_training_ends_and_the_first_goes_on(shards_dir, tmp_path):
+def test_a_second_training_ends_and_the_first_goes_on(faults_library, shards_dir, tmp_path):
     output = tmp_path / "r"
-    environment = os.environ | without_flock(tmp_path, errno.ENOLCK)
+    environment = os.environ | without_flock(faults_library, tmp_path, errno.ENOLCK)
     command = [
         sys.executable, "launch/train.py", *TINY, f"output={output}", f"rec={shards_dir}",
         "global_batch_size=12", "max_steps=100000",
@@ -53,9 +53,9 @@ def test_a_second_training_ends_and_the_first_goes_on(shards_dir, tmp_path):
     assert not (output / ".lock.holder").exists()
 
 
-def test_a_second_pack_ends_and_the_first_goes_on(tmp_path):
+def test_a_second_pack_ends_and_the_first_goes_on(faults_library, tmp_path):
     """Whatever is made aside: here generated faces, over what another process is making."""
-    environment = os.environ | without_flock(tmp_path, errno.ENOLCK)
+    environment = os.environ | without_flock(faults_library, tmp_path, errno.ENOLCK)
     out = tmp_path / "made" / "faces"
     first = subprocess.Popen(
         [sys.executable, "-c", _PACKING, str(out)], cwd=ROOT, env=environment, text=True,

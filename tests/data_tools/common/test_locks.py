@@ -15,7 +15,7 @@ import sys
 import pytest
 
 from data_tools.common import locks
-from tests.no_flock import without_flock
+from tests.faults.shim import without_flock
 
 ROOT = pathlib.Path(__file__).parents[3]
 _HOLDER = """
@@ -30,11 +30,11 @@ _KINDS = ["flock", "ENOLCK", "ENOSYS", "EOPNOTSUPP"]
 
 
 @pytest.fixture(params=_KINDS)
-def environment(request, tmp_path_factory):
+def environment(request, faults_library, tmp_path):
     """What the processes of a test find: flock, or one of the ways in which it is missing."""
     if request.param == "flock":
         return {}
-    return without_flock(tmp_path_factory.mktemp("shim"), getattr(errno, request.param))
+    return without_flock(faults_library, tmp_path, getattr(errno, request.param))
 
 
 @contextlib.contextmanager
@@ -97,8 +97,8 @@ def of_another_machine(path, beat=0):
     (path.parent / f"{path.name}.holder").write_text(json.dumps(record | {"beat": beat}))
 
 
-def test_a_holder_of_another_machine_without_a_heartbeat_is_stale(tmp_path):
-    environment = without_flock(tmp_path, errno.ENOLCK)
+def test_a_holder_of_another_machine_without_a_heartbeat_is_stale(faults_library, tmp_path):
+    environment = without_flock(faults_library, tmp_path, errno.ENOLCK)
     (tmp_path / "run").mkdir()
     path = tmp_path / "run" / ".lock"
     of_another_machine(path)
@@ -117,8 +117,8 @@ def test_a_heartbeat_of_another_machine_is_believed_by_one_that_has_flock(tmp_pa
     assert (tmp_path / ".lock.holder").exists()
 
 
-def test_a_holder_that_was_taken_for_dead_ends(tmp_path):
-    environment = without_flock(tmp_path, errno.ENOLCK)
+def test_a_holder_that_was_taken_for_dead_ends(faults_library, tmp_path):
+    environment = without_flock(faults_library, tmp_path, errno.ENOLCK)
     path = tmp_path / ".lock"
     with holder(path, environment) as process:
         assert process.stdout.readline() == "held\n"
@@ -128,17 +128,17 @@ def test_a_holder_that_was_taken_for_dead_ends(tmp_path):
         assert "this process ends" in process.stderr.read()
 
 
-def test_without_any_lock_there_is_a_warning(tmp_path):
+def test_without_any_lock_there_is_a_warning(faults_library, tmp_path):
     """The name of the second lock file is longer than a file system takes."""
-    environment = without_flock(tmp_path, errno.ENOLCK)
+    environment = without_flock(faults_library, tmp_path, errno.ENOLCK)
     with holder(tmp_path / ("x" * 255), environment) as process:
         assert process.stdout.readline() == "held\n"
         _, err, code = end(process)
         assert code == 0 and "has no locks" in err and "no other process writes here" in err
 
 
-def test_another_error_of_flock_is_an_error(tmp_path):
-    environment = without_flock(tmp_path, errno.EIO)
+def test_another_error_of_flock_is_an_error(faults_library, tmp_path):
+    environment = without_flock(faults_library, tmp_path, errno.EIO)
     with holder(tmp_path / ".lock", environment) as process:
         _, err, code = end(process)
         assert code == 1 and "Input/output error" in err and ".lock" in err
