@@ -232,7 +232,7 @@ def _start_centres(state: TrainState) -> None:
                 lambda images: embed(state.backbone, images, state.precision, runtime.device),
                 cfg.resize,
             )  # fmt: skip
-        except ValueError as error:  # perhaps of this rank's images alone
+        except UserError as error:  # perhaps of this rank's images alone
             raise OSError(str(error)) from error
 
     filled = collectives.together(runtime.group, "start the class centres", fill)

@@ -71,7 +71,7 @@ def _score(state: TrainState, pairs: lfw.PairSet, turn: Callable[[], None]) -> d
     try:
         where = f"{pairs.name}.bin, counted from image {start}:"
         local = lfw.embed(forward, pairs.encoded[start:stop], _BATCH, where, state.cfg.resize)
-    except ValueError as error:
+    except UserError as error:
         failure = f"rank {rank}: {error}"
     for _ in range(left):  # of those that have more images, or could read theirs
         turn()
