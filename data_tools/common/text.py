@@ -1,7 +1,9 @@
 """One opener for every text file that a user gives: lists, landmarks, pairs, indices."""
 
+import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
@@ -46,6 +48,24 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     while lines and not lines[-1]:
         lines.pop()
     return lines
+
+
+def read_json(path: str | os.PathLike[str], remedy: str = "") -> Any:
+    """The content of a JSON file.
+
+    remedy: what to do about a damaged one, for the message.
+
+    Raises:
+        UserError: not JSON, or nested too deeply; it names the file. As read_text.
+        OSError: it cannot be read.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        what = "it is empty" if not text.strip() else str(error)
+        after = f"; {remedy}" if remedy else ""
+        raise UserError(f"{os.fspath(path)} is not JSON: {what}{after}") from error
 
 
 def numbered_lines(

@@ -32,6 +32,7 @@ from torch import nn
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
+from data_tools.common.text import read_json as read_json_file
 from recognition.distributed import collectives
 from recognition.distributed.runtime import Runtime
 from recognition.inversion import pictures
@@ -69,10 +70,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """What write_json wrote. Raises: ValueError naming a damaged file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): remove it and start again") from error
+    content = read_json_file(path, "it is damaged: remove it and start again")
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged (no object): remove it and start again")
     return content
