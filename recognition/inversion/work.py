@@ -39,7 +39,7 @@ from recognition.inversion import pictures
 from recognition.inversion.descent import Batch, Terms, descend
 from recognition.inversion.identity import ClosedSet, Identity
 from recognition.inversion.settings import Settings
-from recognition.run.run_dir import owned
+from recognition.run.run_dir import OWNED_SECONDS, owned
 
 _OURS = {".lock", "images", "state", "progress"}  # before settings.json
 
@@ -141,7 +141,7 @@ def directory(out: Path, facts: Mapping[str, Any], runtime: Runtime) -> Iterator
                     files.make_private(out / name)
                 write_json(out / "settings.json", facts)
 
-        collectives.together(runtime.group, f"use {out}", take)
+        collectives.together(runtime.group, f"use {out}", take, OWNED_SECONDS)
         yield
 
 
