@@ -12,6 +12,12 @@ from data_tools.common.files import naming
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
+def refuse_utf16(start: bytes, name: str) -> None:
+    """Raises: UserError naming the file that starts with these bytes, if they say UTF-16."""
+    if start.startswith(_UTF16):
+        raise UserError(f"{name} is UTF-16 text: save it as UTF-8")
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a file, with "\\n" line ends; a UTF-8 byte order mark is left out.
 
@@ -26,8 +32,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 def decode(content: bytes, name: str) -> str:
     """As read_text, of bytes that come from `name`."""
-    if content.startswith(_UTF16):
-        raise UserError(f"{name} is UTF-16 text: save it as UTF-8")
+    refuse_utf16(content, name)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -81,8 +86,7 @@ def numbered_lines(
     Raises: as read_text.
     """
     with naming(path), open(path, "rb") as file:
-        if file.read(2) in _UTF16:
-            raise UserError(f"{os.fspath(path)} is UTF-16 text: save it as UTF-8")
+        refuse_utf16(file.read(2), os.fspath(path))
     try:
         with naming(path), open(path, encoding="utf-8-sig", errors=errors) as lines:  # any line end
             for number, line in enumerate(lines, 1):
