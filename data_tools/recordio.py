@@ -29,6 +29,7 @@ import numpy as np
 from data_tools.common import content
 from data_tools.common.errors import UserError, UserKeyError
 from data_tools.common.files import explaining_too_many, make_room, naming
+from data_tools.common.text import refuse_utf16
 
 MAGIC = 0xCED7230A
 MAX_RECORD = (1 << 29) - 1  # bytes: the length field has 29 bits
@@ -413,7 +414,9 @@ def read_idx(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     blocks = [np.empty(0, np.int64)]
     done, lines = 0, 0  # bytes and lines parsed
     with open(path, "rb") as file:
-        if file.read(len(_MARK)) != _MARK:
+        start = file.read(len(_MARK))
+        refuse_utf16(start, str(path))
+        if start != _MARK:
             file.seek(0)
         while block := file.read(_IDX_BLOCK):
             block += file.readline()

@@ -16,7 +16,6 @@ import bisect
 import functools
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from data_tools import insightface
 from data_tools import relabel as relabelling
 from data_tools.common import arrays, files
 from data_tools.common.errors import UserError
-from data_tools.common.files import read_bytes
+from data_tools.common.text import read_json
 from data_tools.recordio import Header, RecordFile
 
 FORMAT = "arcline-shards"
@@ -277,10 +276,7 @@ def _cleaned(data: Shards, place: Path) -> Shards:
 def read_index(path: Path) -> dict[str, Any]:
     """The checked index.json of a directory. Raises: ValueError naming the file and the fault."""
     place = path / INDEX
-    try:
-        index = json.loads(read_bytes(place))
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON: {error}") from error
+    index = read_json(place)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise UserError(f"{place}: not the index of a data set: its format is not {FORMAT!r}")
     if index.get("version") != VERSION:

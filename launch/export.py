@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -132,6 +133,13 @@ def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     module, config = load_backbone(found)
     rec = args.data or (config["rec"] if isinstance(config["rec"], str) else config["rec"][0])
     resize = args.resize or bool(config.get("resize"))
+    if not files.is_dir(rec):
+        relative = "" if Path(rec).is_absolute() else f" below {Path.cwd()}"
+        print(
+            f"warning: the run's data, {rec}, are not here{relative}: no image and no pair of them "
+            "is compared. Name their directory by --data DIR",
+            file=sys.stderr,
+        )
     calibration = None
     if args.precision == "int8":
         calibration = images_of(rec, NUM_CALIBRATION, 0.0, resize)
@@ -276,7 +284,7 @@ def _weights(checkpoint: str, run: Path, bake: Bake) -> dict[str, str]:
         print(
             f"warning: {thresholds_command.FILE} is of {chosen['contract'].get('flip')}, the file "
             f"gives {gives}: the thresholds are left out; choose them by `python -m eval "
-            f"thresholds {run}{' --flip-sum' if bake.flip_sum else ''}`",
+            f"thresholds {shlex.quote(str(run))}{' --flip-sum' if bake.flip_sum else ''}`",
             file=sys.stderr,
         )
         chosen = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import math
 import os
 import runpy
@@ -331,10 +330,7 @@ def load(path: str, overrides: Sequence[str] = (), safe: bool = False) -> Config
 
 
 def _read_json(path: str) -> object:
-    try:
-        return json.loads(text.read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    return text.read_json(path)
 
 
 def _run_recipe(path: str) -> object:

@@ -18,8 +18,10 @@ import numpy as np
 
 from data_tools.common import arrays, files
 from data_tools.common.errors import UserError
+from data_tools.common.text import read_json
 
 INDEX = "features.json"
+_INDEX_KEYS = {"of", "images", "size", "block", "network"}
 
 
 class Features:
@@ -71,13 +73,15 @@ class Features:
 
 def read_index(directory: Path) -> dict[str, Any]:
     try:
-        index = json.loads((directory / INDEX).read_bytes())
-        assert {"of", "images", "size", "block", "network"} <= index.keys()
+        index = read_json(directory / INDEX)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{directory}: no {INDEX}: no directory that embed made") from error
-    except (ValueError, AssertionError, AttributeError) as error:
-        raise UserError(f"{directory / INDEX} is damaged: {error}") from error
-    return index
+    absent = sorted(_INDEX_KEYS - index.keys()) if isinstance(index, dict) else sorted(_INDEX_KEYS)
+    if absent:
+        raise UserError(
+            f"{directory / INDEX} is damaged, it lacks {', '.join(absent)}: embed again"
+        )
+    return dict(index)
 
 
 def blocks(num_images: int, block: int) -> Iterator[tuple[int, int]]:

@@ -54,7 +54,8 @@ def load_hashed(path: str | os.PathLike[str], mmap: bool = False, check: bool = 
     if check:
         _check(path)
     array = load_npy(path, mmap)
-    assert isinstance(array, np.ndarray)
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} is an .npz by its content: one array is wanted, .npy")
     return array
 
 

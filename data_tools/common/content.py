@@ -26,6 +26,7 @@ _KINDS = (
 _IMAGES = ((b"\xff\xd8\xff", "a JPEG image"), (b"\x89PNG\r\n", "a PNG image"))
 _PICKLES = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 _HEAD = 1024  # bytes looked at
+_READABLE = {"a zip archive": ".zip", "a tar archive": ".tar"}  # archives that pack reads
 
 
 def described(head: bytes) -> str | None:
@@ -86,7 +87,12 @@ def hint(path: str | os.PathLike[str], expected: str = "") -> str:
     Raises: OSError: as of_file().
     """
     what = of_file(path)
-    return f"; it is {what}" if what and not (expected and expected in what) else ""
+    if not what or (expected and expected in what):
+        return ""
+    for kind, ending in _READABLE.items():
+        if expected in _READABLE and what.startswith(kind):  # as it is, under its own name
+            what = f"{kind}: give it the ending {ending}"
+    return f"; it is {what}"
 
 
 def _zipped(path: Path) -> list[str]:

@@ -64,9 +64,9 @@ def repeated(names: Names) -> list[tuple[int, int]]:
     return sorted(zip(order[at].tolist(), order[at + 1].tolist(), strict=True))
 
 
-def back_slashes(number: int, path: object) -> str:
+def back_slashes(number: int, path: object, what: str = "paths") -> str:
     """What to say of paths that were written with back slashes."""
-    return f"{path}: the back slashes in {number} of its paths are read as slashes"
+    return f"{path}: the back slashes in {number} of its {what} are read as slashes"
 
 
 def number_by_name(names: list[bytes], labels: np.ndarray) -> tuple[list[bytes], np.ndarray]:

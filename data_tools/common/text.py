@@ -1,13 +1,21 @@
 """One opener for every text file that a user gives: lists, landmarks, pairs, indices."""
 
+import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.common.files import naming
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def refuse_utf16(start: bytes, name: str) -> None:
+    """Raises: UserError naming the file that starts with these bytes, if they say UTF-16."""
+    if start.startswith(_UTF16):
+        raise UserError(f"{name} is UTF-16 text: save it as UTF-8")
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -24,8 +32,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 def decode(content: bytes, name: str) -> str:
     """As read_text, of bytes that come from `name`."""
-    if content.startswith(_UTF16):
-        raise UserError(f"{name} is UTF-16 text: save it as UTF-8")
+    refuse_utf16(content, name)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -48,6 +55,24 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     return lines
 
 
+def read_json(path: str | os.PathLike[str], remedy: str = "") -> Any:
+    """The content of a JSON file.
+
+    remedy: what to do about a damaged one, for the message.
+
+    Raises:
+        UserError: not JSON, or nested too deeply; it names the file. As read_text.
+        OSError: it cannot be read.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        what = "it is empty" if not text.strip() else str(error)
+        after = f"; {remedy}" if remedy else ""
+        raise UserError(f"{os.fspath(path)} is not JSON: {what}{after}") from error
+
+
 def numbered_lines(
     path: str | os.PathLike[str], errors: str = "strict"
 ) -> Iterator[tuple[int, str]]:
@@ -61,8 +86,7 @@ def numbered_lines(
     Raises: as read_text.
     """
     with naming(path), open(path, "rb") as file:
-        if file.read(2) in _UTF16:
-            raise UserError(f"{os.fspath(path)} is UTF-16 text: save it as UTF-8")
+        refuse_utf16(file.read(2), os.fspath(path))
     try:
         with naming(path), open(path, encoding="utf-8-sig", errors=errors) as lines:  # any line end
             for number, line in enumerate(lines, 1):

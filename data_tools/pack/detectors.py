@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 
-from data_tools.common import files
+from data_tools.common import content, files
 from data_tools.common.errors import UserError
 
 DETECT_SIDE = 640  # pixels
@@ -78,7 +78,10 @@ def open_detector(path: str) -> Detector:
     try:
         outputs = len(onnx.load(path, load_external_data=False).graph.output)
     except Exception as error:  # protobuf's DecodeError, which onnx does not name
-        raise UserError(f"--detector {path}: not a face detector: not an ONNX file") from error
+        hint = content.hint(path, "an ONNX")
+        raise UserError(
+            f"--detector {path}: not a face detector: not an ONNX file{hint}"
+        ) from error
     kinds: dict[int, type[_YuNet] | type[_Scrfd]] = {12: _YuNet, 9: _Scrfd}
     if outputs not in kinds:
         without = " (an SCRFD without key points: take one of the _kps models)" * (outputs == 6)

@@ -154,6 +154,9 @@ def _summary(out: Path, index: dict[str, Any], status: str, seconds: float) -> d
         "pairs_made": held_out.get("pairs", 0),
         "verification": [entry["file"] for entry in index["verification"]],
         "left_out": index.get("left_out", {}),
+        "ignored_files": index.get("ignored_files", 0),
+        "too_few_images": index.get("too_few_images", {}).get("identities", 0),
+        "beyond_max_images": index.get("beyond_max_images", 0),
         **{key: value for key, value in optional.items() if value is not None},
         "seconds": round(seconds, 3),
     }

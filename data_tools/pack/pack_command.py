@@ -208,9 +208,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(
         f"{done['status']} {done['path']}: {count(done['images'], 'image')}, "
         f"{count(done['classes'], 'class', 'classes')}, {count(done['shards'], 'shard')}, "
-        f"{file_size(done['bytes'])}, {done['seconds']:.1f} s"
+        f"{file_size(done['bytes'])}, {done['seconds']:.1f} s{_left_out(done, args.min_images)}"
     )
     return done
+
+
+def _left_out(done: dict[str, Any], min_images: int) -> str:
+    """Everything of the source that is not in the set, for the last line; empty if all is."""
+    without_face = done.get("without_face", 0)
+    faces = f" ({without_face} without a face or landmarks)" if without_face else ""
+    few = count(done["too_few_images"], "identity", "identities")
+    parts = {
+        f"{done['skipped']} skipped{faces}": done["skipped"],
+        f"{count(done['ignored_files'], 'file')} ignored": done["ignored_files"],
+        f"{few} with fewer than {min_images} images": done["too_few_images"],
+        f"{count(done['beyond_max_images'], 'image')} beyond --max-images": (
+            done["beyond_max_images"]
+        ),
+        f"{count(done['empty_identities'], 'identity', 'identities')} without an image": (
+            done["empty_identities"]
+        ),
+        f"{count(done['held_out_identities'], 'person', 'people')} held out": (
+            done["held_out_identities"]
+        ),
+    }
+    said = [text for text, number in parts.items() if number]
+    return f"; left out: {', '.join(said)}" if said else ""
 
 
 def _print_faces(done: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.common import files
+from data_tools.common import content, files
 from data_tools.common.errors import UserError
 from data_tools.common.image_file import HEAD, Chooser
 from data_tools.common.image_table import Names, back_slashes, number_by_name, repeated
@@ -239,7 +239,8 @@ def _tar(path: Path) -> Iterator[_Entry]:
                 )  # fmt: skip
             _check_end(path, tar.offset)
     except tarfile.TarError as error:
-        raise UserError(f"{path}: not a whole tar archive: {error}") from error
+        hint = content.hint(path, "a tar archive")
+        raise UserError(f"{path}: not a whole tar archive: {error}{hint}") from error
 
 
 def _check_end(path: Path, offset: int) -> None:

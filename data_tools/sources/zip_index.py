@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from data_tools.common import content
 from data_tools.common.errors import UserError
 
 STORED, DEFLATED = 0, 8
@@ -50,7 +51,8 @@ def members(path: Path) -> Iterator[Member]:
             try:
                 yield from _members(data, size)
             except (struct.error, _Damaged) as error:
-                raise UserError(f"{path}: not a whole zip archive: {error}") from error
+                hint = content.hint(path, "a zip archive")
+                raise UserError(f"{path}: not a whole zip archive: {error}{hint}") from error
 
 
 class _Damaged(Exception):

@@ -5,7 +5,6 @@ published networks, and a wrong one costs some points without any error.
 """
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.common import text
 from data_tools.common.errors import UserError
 
 SIZES = {(112, 112): slice(0, 112), (112, 96): slice(8, 104)}  # (height, width): kept columns
@@ -111,10 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: not a JSON object.
         OSError: it cannot be read.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
+    content = text.read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: a JSON object is expected, such as "
                          '{"color_order": "BGR", "mean": 127.5, "std": 128}')  # fmt: skip

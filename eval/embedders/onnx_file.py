@@ -18,6 +18,8 @@ from typing import NamedTuple
 import onnx
 from onnx import GraphProto, ModelProto, TensorProto
 
+from data_tools.common import content as contents
+from data_tools.common import files
 from data_tools.common.errors import UserError, one_line
 
 _MESSAGE = (1 << 31) - 1  # bytes of a protobuf message
@@ -38,11 +40,15 @@ def read(path: str | Path) -> OnnxFile:
         OSError: it cannot be read.
     """
     path = Path(path)
-    content = path.read_bytes()
+    content = files.read_bytes(path)
     try:
         model = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's DecodeError, which onnx does not name
-        raise UserError(f"{path} is not an ONNX model: {one_line(error)}") from error
+        hint = contents.hint(path, "an ONNX")
+        raise UserError(f"{path} is not an ONNX model: {one_line(error)}{hint}") from error
+    if not model.graph.node:  # protobuf reads an empty file, and some others, as an empty message
+        hint = contents.hint(path, "an ONNX")
+        raise UserError(f"{path} is not an ONNX model: it has no graph{hint}")
     digest = hashlib.sha256(content)
     outside = [x for x in tensors(model.graph) if x.data_location == TensorProto.EXTERNAL]
     changed = _without_weights_as_inputs(model.graph)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.common.landmarks import five_points
-from data_tools.common.text import numbered_lines
+from data_tools.common.text import numbered_lines, refuse_utf16
 from eval import templates
 from eval.embedders.images import Files
 
@@ -234,7 +234,9 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _chunks(path: Path) -> Iterator[bytes]:
     """Whole lines, some _CHUNK bytes of them at a time."""
     with open(_open(path), "rb") as file:
-        if file.read(len(_MARK)) != _MARK:
+        start = file.read(len(_MARK))
+        refuse_utf16(start, str(path))
+        if start != _MARK:
             file.seek(0)
         while block := file.read(_CHUNK):
             yield block + file.readline()

@@ -24,6 +24,7 @@ from data_tools.common import landmarks as points
 from data_tools.common.errors import UserError
 from data_tools.common.files import is_file
 from data_tools.common.image_file import SUFFIXES, is_image_name
+from data_tools.common.image_table import back_slashes
 from data_tools.common.text import numbered_lines
 from eval.embedders.images import Encoded, Files, ImageSet
 from eval.protocols.lfw import load_bin
@@ -36,6 +37,7 @@ class Pairs(NamedTuple):
     second: NDArray[np.int64]
     issame: NDArray[np.bool_]  # [P]
     missing: tuple[str, ...] = ()  # pairs left out because an image is absent, one text each
+    notes: tuple[str, ...] = ()  # how the list was read where it could be meant otherwise
 
 
 class Listed(NamedTuple):
@@ -85,7 +87,7 @@ def load_list(
         raise FileNotFoundError(f"{path}: no such list of pairs; {_source(path.name)}")
     if not files.is_dir(image_dir):
         raise FileNotFoundError(f"{image_dir}: no such directory of images (of {path})")
-    name, listed = read_list(path)
+    name, listed, notes = read_list(path)
     found = {text: _find(Path(image_dir), text) for text in _texts(listed)}
     missing, kept = [], []
     for pair in listed:
@@ -109,16 +111,18 @@ def load_list(
     images = Files(name, image_dir, paths, points_of(paths, landmarks), resize)
     first = np.array([numbers[pair.first] for pair in kept])
     second = np.array([numbers[pair.second] for pair in kept])
-    return Pairs(name, images, first, second, issame, tuple(missing))
+    return Pairs(name, images, first, second, issame, tuple(missing), notes)
 
 
-def read_list(path: Path) -> tuple[str, list[Listed]]:
-    """(name of the set, its pairs) of a list in any of the formats."""
+def read_list(path: Path) -> tuple[str, list[Listed], tuple[str, ...]]:
+    """(name of the set, its pairs, what must be said of it) of a list in any of the formats."""
     if files.is_dir(path):
-        return f"cfp_{path.name.lower()}", list(_cfp(path))
+        return f"cfp_{path.name.lower()}", list(_cfp(path)), ()
     if path.suffix == ".mat":
-        return path.stem, list(_agedb(path))
-    return path.stem, _text(path)
+        return path.stem, list(_agedb(path)), ()
+    slashes = sum("\\" in line for _, line in numbered_lines(path))
+    notes = (back_slashes(slashes, path, "lines"),) if slashes else ()
+    return path.stem, _text(path), notes
 
 
 def evenly(issame: NDArray[np.bool_]) -> NDArray[np.int64]:

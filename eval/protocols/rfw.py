@@ -42,6 +42,9 @@ def run(args: argparse.Namespace) -> dict | None:
         raise UserError(f"--fmr {args.fmr:g} is no share between 0 and 1")
     sets = {group: _read(args, group) for group in GROUPS}
     work = session.Session(args)
+    for pairs in sets.values():
+        for note in pairs.notes:
+            work.warn(note)
     features = {group: work.features(pairs.images) for group, pairs in sets.items()}
     if not work.is_first:
         return None

@@ -93,7 +93,7 @@ def set_warning(pairs: Pairs) -> str:
     num_same = int(pairs.issame.sum())
     num_different = len(pairs.issame) - num_same
     counts = f"{num_same} same and {num_different} different pairs"
-    parts = []
+    parts = [*pairs.notes]
     if pairs.missing:
         parts.append(
             f"{len(pairs.missing)} of {len(pairs.missing) + len(pairs.issame)} pairs left out; the "

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
+from data_tools.common.text import read_json
 from eval.report.report_command import results_of
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def of_run(run_dir: Path) -> dict[str, Any] | None:
     if not files.is_file(path):
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         content["points"], content["weights_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}; run `eval thresholds` again") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
+from data_tools.common.text import read_json, read_text
 from eval.report import figures, sections, tables
 from eval.report.page_style import HEAD, STYLE
 from eval.report.results import Result
@@ -35,7 +36,7 @@ def write(
     if run_dir is not None:
         records = read_metrics(Path(run_dir) / "metrics.jsonl")
         if files.is_file(Path(run_dir) / "config.json"):
-            config = json.loads((Path(run_dir) / "config.json").read_text())
+            config = read_json(Path(run_dir) / "config.json")
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     content = {
         "written": when,
@@ -60,7 +61,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     Raises:
         ValueError: a damaged line, by its number.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = read_text(path).splitlines(keepends=True)
     records = []
     for i, line in enumerate(lines, 1):
         try:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
+from data_tools.common.text import read_json
 from eval import roc
 
 FORMAT = 1
@@ -185,10 +186,7 @@ def load_all(directory: str | Path) -> list[Result]:
     """
     found = []
     for path in sorted(Path(directory).glob("*.json")):
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}; evaluate again") from error
+        facts = read_json(path, "it is damaged: evaluate again")
         if not isinstance(facts, dict) or "protocol" not in facts:
             continue
         if facts.get("format") != FORMAT:

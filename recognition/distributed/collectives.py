@@ -368,7 +368,7 @@ class _Agreement:
 
     _numbers: ClassVar[dict[str, int]] = {}  # by group: how many there have been
 
-    def __init__(self, group: ProcessGroup) -> None:
+    def __init__(self, group: ProcessGroup, least_seconds: float = 0.0) -> None:
         self._group, name = group, group.group_name
         self._number = self._numbers.get(name, 0)
         self._numbers[name] = self._number + 1
@@ -376,7 +376,7 @@ class _Agreement:
         self._store = dist.distributed_c10d._get_process_group_store(group).clone()  # type: ignore[attr-defined]
         backend = group._get_backend(torch.device("cpu"))
         timeout: timedelta = backend.options._timeout  # type: ignore[attr-defined]
-        self._seconds = _PATIENT_TIMES * timeout.total_seconds()
+        self._seconds = max(_PATIENT_TIMES * timeout.total_seconds(), least_seconds)
 
     def leave(self, value: object, failure: str | None = None) -> None:
         """This rank's value; or why it will not come back to the group."""
@@ -408,9 +408,13 @@ class _Agreement:
         return f"agreement-{number}/{rank}"
 
 
-def gather_through_store(action: Callable[[], object], group: ProcessGroup) -> list:
+def gather_through_store(
+    action: Callable[[], object], group: ProcessGroup, least_seconds: float = 0.0
+) -> list:
     """What `action` returns on every rank, in rank order. For what waits for a disk: gather_objects
     would end the run after the group's own time-out, this waits ten times as long.
+
+    least_seconds: how long to wait at least, however short the time-out is.
 
     Raises:
         LostContact: the action has failed on another rank, which has left; or the store is gone;
@@ -419,7 +423,7 @@ def gather_through_store(action: Callable[[], object], group: ProcessGroup) -> l
     if group.size() == 1:
         return [action()]
     with _naming_loss(group):
-        agreement = _Agreement(group)
+        agreement = _Agreement(group, least_seconds)
     try:
         value = action()
     except Exception as error:
@@ -436,9 +440,13 @@ def gather_parts(local: Tensor, rows_per_rank: Sequence[int], group: ProcessGrou
     return _gather(local, rows_per_rank, group)
 
 
-def together(group: ProcessGroup, what: str, action: Callable[[], Any]) -> list:
+def together(
+    group: ProcessGroup, what: str, action: Callable[[], Any], least_seconds: float = 0.0
+) -> list:
     """Every rank's result of `action`, in rank order. The ranks wait for one another through the
     store: an action mostly waits for a disk, which may be slow for one rank alone.
+
+    least_seconds: as of gather_through_store().
 
     Raises:
         OSError: on every rank alike, if it raised one on any; the message names the ranks.
@@ -450,7 +458,7 @@ def together(group: ProcessGroup, what: str, action: Callable[[], Any]) -> list:
         except OSError as error:
             return None, f"rank {group.rank()}: {error}"
 
-    outcomes = gather_through_store(attempt, group)
+    outcomes = gather_through_store(attempt, group, least_seconds)
     failures = [failure for _, failure in outcomes if failure]
     if failures:
         raise OSError(f"cannot {what}: " + "; ".join(failures))

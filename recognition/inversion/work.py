@@ -32,13 +32,14 @@ from torch import nn
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
+from data_tools.common.text import read_json as read_json_file
 from recognition.distributed import collectives
 from recognition.distributed.runtime import Runtime
 from recognition.inversion import pictures
 from recognition.inversion.descent import Batch, Terms, descend
 from recognition.inversion.identity import ClosedSet, Identity
 from recognition.inversion.settings import Settings
-from recognition.run.run_dir import owned
+from recognition.run.run_dir import OWNED_SECONDS, owned
 
 _OURS = {".lock", "images", "state", "progress"}  # before settings.json
 
@@ -69,10 +70,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """What write_json wrote. Raises: ValueError naming a damaged file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): remove it and start again") from error
+    content = read_json_file(path, "it is damaged: remove it and start again")
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged (no object): remove it and start again")
     return content
@@ -143,7 +141,7 @@ def directory(out: Path, facts: Mapping[str, Any], runtime: Runtime) -> Iterator
                     files.make_private(out / name)
                 write_json(out / "settings.json", facts)
 
-        collectives.together(runtime.group, f"use {out}", take)
+        collectives.together(runtime.group, f"use {out}", take, OWNED_SECONDS)
         yield
 
 

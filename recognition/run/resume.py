@@ -10,7 +10,7 @@ from recognition import checkpoint
 from recognition.config import Config
 from recognition.distributed import collectives
 from recognition.distributed.runtime import Runtime
-from recognition.run.run_dir import check_ours, owned
+from recognition.run.run_dir import OWNED_SECONDS, check_ours, owned
 
 
 def choose(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
@@ -77,7 +77,8 @@ def newest_good(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
             aside = [os.path.basename(checkpoint.set_aside(path)) for path, _ in wrong]
             return aside, checkpoint.take(good)
 
-    aside, taken = collectives.together(runtime.group, "set the checkpoint aside", rename)[0]
+    what = "set the checkpoint aside"
+    aside, taken = collectives.together(runtime.group, what, rename, OWNED_SECONDS)[0]
     said = [f"{why}; it is now {name}" for (_, why), name in zip(wrong, aside, strict=True)]
     return taken, said
 

@@ -22,7 +22,7 @@ from recognition.run.build import TrainState
 from recognition.run.early_stop import end_early, verify_or_end
 from recognition.run.logger import Logger, as_numbers, histograms
 from recognition.run.profiling import traced
-from recognition.run.run_dir import owned, write_config
+from recognition.run.run_dir import OWNED_SECONDS, owned, write_config
 from recognition.run.supervise import Overseer
 from recognition.weights import distill
 
@@ -55,7 +55,7 @@ def _attempt(state: TrainState, rolled_back: str | None) -> dict[str, Any] | Flo
                 write_config(cfg, state.facts)
                 preemption.remove_note(cfg.output)
 
-        collectives.together(runtime.group, "start the run", take_output)
+        collectives.together(runtime.group, "start the run", take_output, OWNED_SECONDS)
         overseer = stack.enter_context(Overseer(state).watching())
         try:
             return _to_the_end(state, overseer, rolled_back)

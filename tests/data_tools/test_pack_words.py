@@ -115,6 +115,29 @@ def test_faces_and_pairs_are_counted(tmp_path, capsys):
         assert lines[1] == f"heldout.bin: {done['pairs_made']} pairs of 3 people held out"
 
 
+def test_the_last_line_counts_all_that_was_left_out(tmp_path, capsys):
+    source = folder(tmp_path / "faces", [5, 4, 3, 1, 1, 6])
+    (source / "p00" / "notes.txt").write_text("x")
+    (source / "p00" / ".hidden.jpg").write_bytes(b"x")
+    (source / "p00" / "zero.jpg").write_bytes(b"")
+    words = ["--min-images", 2, "--max-images", 3, "--seed", 1]
+    for status in ("packed", "reused"):
+        done, lines, _ = done_of(capsys, "pack", source, tmp_path / "set", *words)
+        assert done["status"] == status and lines[-1].startswith(f"{status} {tmp_path / 'set'}: ")
+        assert (done["too_few_images"], done["ignored_files"]) == (2, 2)
+        skipped = done["skipped"]  # the empty file, if it is among the three of its person
+        assert done["images"] + skipped == 12 and done["beyond_max_images"] == 7
+        counted = ["2 files ignored", "2 identities with fewer than 2 images",
+                   "7 images beyond --max-images"]  # fmt: skip
+        counted = [f"{skipped} skipped"] * bool(skipped) + counted
+        assert lines[-1].endswith(f" s; left out: {', '.join(counted)}")
+
+
+def test_a_last_line_without_anything_left_out(tmp_path, capsys):
+    _, lines, _ = done_of(capsys, "pack", folder(tmp_path / "faces", [2, 2]), tmp_path / "set")
+    assert lines[-1].startswith("packed ") and "left out" not in lines[-1]
+
+
 def flat(level, person, image):
     pixels = np.full((320, 320, 3), level, np.uint8)
     pixels[0, 0] = person, image, 0  # no two files are equal

@@ -8,6 +8,7 @@ import pytest
 from data_tools import relabel, shards
 from data_tools.__main__ import main
 from data_tools.clean.decisions import write_decision
+from data_tools.common.errors import UserError
 from data_tools.load.loader import check_labels
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import Options
@@ -60,6 +61,21 @@ def test_drop_and_relabel_without_touching_the_shards(data, tmp_path):
     assert twice.labels[0] == twice.num_classes - 1 and twice.identities[-1] == "6"
     assert main(["relabel", str(data.path), "--remove"]) == 0
     assert len(shards.open(data.path)) == 19
+
+
+def test_an_index_as_an_editor_saves_it(data, tmp_path):
+    new = data.labels.copy()
+    new[0], new[1] = relabel.DROP, data.num_classes
+    write_decision(tmp_path / "index.txt", data, new)
+    plain = relabel.read(tmp_path / "index.txt")
+    content = (tmp_path / "index.txt").read_bytes()
+    saved = b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n") + b"\r\n"
+    (tmp_path / "saved.txt").write_bytes(saved)
+    for one, other in zip(relabel.read(tmp_path / "saved.txt"), plain, strict=True):
+        np.testing.assert_array_equal(one, other)
+    (tmp_path / "utf16.txt").write_text(content.decode(), encoding="utf-16")
+    with pytest.raises(UserError, match="utf16.txt is UTF-16 text: save it as UTF-8"):
+        relabel.read(tmp_path / "utf16.txt")
 
 
 def test_pack_follows_an_index_and_verify_still_passes(data, tmp_path):

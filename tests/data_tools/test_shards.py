@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_tools import insightface, shards
+from data_tools.common.errors import UserError
 from data_tools.common.partial_directory import MARKER, mark
 from data_tools.inspect import verify
 from data_tools.recordio import Header, Writer
@@ -336,6 +337,24 @@ def test_labels_that_are_no_classes_are_named(tmp_path, label):
     if label != 3:
         with pytest.raises(ValueError, match=r"train\.rec: byte 40: the label"):
             shards.open(tmp_path)
+
+
+def test_idx_and_property_as_an_editor_saves_them(tmp_path):
+    plain = shards.open(insightface_set(tmp_path / "plain", [0, 1, 1, 2]))
+    other = insightface_set(tmp_path / "other", [0, 1, 1, 2])
+    for name in ("train.idx", "property"):
+        content = (other / name).read_bytes()
+        (other / name).write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
+    data = shards.open(other)
+    assert list(data) == list(plain) and data.num_classes == plain.num_classes == 3
+
+
+@pytest.mark.parametrize("name", ["train.idx", "property"])
+def test_an_idx_or_property_in_utf16_is_refused_by_name(tmp_path, name):
+    path = insightface_set(tmp_path, [0, 1]) / name
+    path.write_text(path.read_text(), encoding="utf-16")
+    with pytest.raises(UserError, match=f"{name}.* UTF-16 text: save it as UTF-8"):
+        shards.open(tmp_path)
 
 
 @pytest.mark.parametrize("line", ["", "3", "3,112", "a,112,112", "3;112;112", "-1,112,112"])

@@ -3,7 +3,7 @@
 import pytest
 
 from data_tools.common.errors import UserError
-from data_tools.common.text import read_lines, read_text
+from data_tools.common.text import read_json, read_lines, read_text
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,23 @@ def test_other_bytes_are_named_with_their_line(tmp_path):
     (tmp_path / "l").write_bytes(b"a\nb\nM\xfcller")
     with pytest.raises(UserError, match="line 3: byte 0xfc"):
         read_text(tmp_path / "l")
+
+
+def test_json_as_people_have_it(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1,\r\n 2]")
+    assert read_json(tmp_path / "a.json") == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "it is empty"),
+        (b"[1, 2", "line 1 column 6"),
+        (b"[" * 100_000, "recursion"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "digits"),
+    ],
+)
+def test_what_is_not_json_is_named(tmp_path, content, fault):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"a.json is not JSON: .*{fault}.*; write it anew"):
+        read_json(tmp_path / "a.json", "write it anew")

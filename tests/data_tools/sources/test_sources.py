@@ -171,6 +171,32 @@ def test_damaged_archives_are_named(faces, tmp_path, kind, capsys):
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"<!DOCTYPE html><html>", "an HTML page; an error or login page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (b"\x1f\x8b\x08\0\0", "compressed by gzip"),
+    ],
+)
+def test_another_file_under_an_archives_name_is_named(tmp_path, kind, content, what, capsys):
+    path = tmp_path / f"faces.{kind}"
+    path.write_bytes(content)
+    assert main(["pack", str(path), str(tmp_path / "set")]) == 1
+    assert f"; it is {what}" in capsys.readouterr().err
+
+
+def test_an_archive_under_the_other_ones_name_is_named(faces, tmp_path, capsys):
+    make_zip(tmp_path / "a.tar", files_of(faces))
+    make_tar(tmp_path / "b.zip", files_of(faces))
+    for name, what in (("a.tar", "zip"), ("b.zip", "tar")):
+        assert main(["pack", str(tmp_path / name), str(tmp_path / "set")]) == 1
+        error = capsys.readouterr().err
+        assert f"{name}: not a whole" in error
+        assert f"it is a {what} archive: give it the ending .{what}" in error
+
+
 def test_damaged_files_in_a_zip_are_skipped_and_listed(faces, tmp_path):
     files = files_of(faces)
     path = make_zip(tmp_path / "a.zip", files)

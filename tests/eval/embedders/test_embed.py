@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from data_tools.common.errors import UserError
 from eval.embedders import embed
 from recognition.backbones import BACKBONES
 from recognition.checkpoint.directory import FORMAT
@@ -222,6 +223,22 @@ def test_files_that_are_no_network(tmp_path):
         embed.open_embedder(tmp_path / "absent.onnx")
     with pytest.raises(FileNotFoundError):
         embed.open_embedder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "an empty file"),
+        (b"<html><body>404", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (b"\x1f\x8b\x08\0\0", "compressed by gzip"),
+        (b"PK\3\4x/data.pkl", "a file of torch.save"),
+    ],
+)
+def test_another_file_under_the_name_of_a_network_is_named(tmp_path, content, what):
+    (tmp_path / "a.onnx").write_bytes(content)
+    with pytest.raises(UserError, match=f"a.onnx is not an ONNX model: .*; it is {what}"):
+        embed.open_embedder(tmp_path / "a.onnx")
 
 
 def test_the_entries_of_our_export_are_understood():

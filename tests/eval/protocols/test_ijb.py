@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from skimage.transform import SimilarityTransform
 
+from data_tools.common.errors import UserError
 from eval import __main__ as cli
 from eval.protocols import ijb
 from eval.report import results
@@ -281,6 +282,36 @@ def test_the_list_of_pairs_is_read_in_pieces(root, monkeypatch):
     monkeypatch.setattr(ijb, "_CHUNK", 50)
     for one, other in zip(whole, ijb.read_pairs(benchmark, known), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def tables_of(root):
+    """All that is read of a benchmark, as arrays and texts."""
+    benchmark = ijb.open_benchmark(root, "IJBC")
+    faces = ijb.read_faces(benchmark)
+    known = np.unique(faces.template)
+    pairs = ijb.read_pairs(benchmark, known)
+    names = ("1N_gallery_G1.csv", "1N_gallery_G2.csv", "1N_probe_mixed.csv")
+    subjects = [ijb.read_subjects(benchmark.meta(name), known) for name in names]
+    return [faces.template, faces.media, faces.score, *pairs, *(x for s in subjects for x in s)]
+
+
+def test_lists_as_an_editor_saves_them(root, tmp_path):
+    shutil.copytree(root / "IJBC", tmp_path / "IJBC")
+    for path in (tmp_path / "IJBC" / "meta").iterdir():
+        content = path.read_bytes().replace(b"\n", b"\r\n")
+        path.write_bytes(b"\xef\xbb\xbf" + content)
+    for one, other in zip(tables_of(root), tables_of(tmp_path), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_list_in_utf16_is_named(root, tmp_path):
+    shutil.copytree(root / "IJBC", tmp_path / "IJBC")
+    for path in sorted((tmp_path / "IJBC" / "meta").iterdir()):
+        content = path.read_bytes()
+        path.write_text(content.decode(), encoding="utf-16")
+        with pytest.raises(UserError, match=f"{path.name}.* UTF-16 text: save it as UTF-8"):
+            tables_of(tmp_path)
+        path.write_bytes(content)
 
 
 def test_68_points_are_averaged_to_five():

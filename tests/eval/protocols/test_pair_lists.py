@@ -8,7 +8,7 @@ from scipy.io import savemat
 from data_tools.common.landmarks import read_landmarks
 from data_tools.common.template import TEMPLATE
 from eval.embedders.images import FIVE_POINTS
-from eval.protocols import pair_lists
+from eval.protocols import pair_lists, score_pairs
 from tests.eval import official
 from tests.real import REAL, real
 
@@ -55,6 +55,14 @@ def test_lfw(faces, header):
     assert pairs.name == "pairs" and pairs.missing == ()
     assert colors(pairs) == [("red", "green"), ("red", "blue")]
     assert pairs.issame.tolist() == [True, False]
+
+
+def test_back_slashes_in_a_list_are_read_with_a_word(faces):
+    pairs = load(faces, "Ann_A\\Ann_A_0001\tBo\\Bo_0001\t0\nBo/Bo_0001\tAnn_A/Ann_A_0012\t1\n")
+    assert colors(pairs) == [("red", "red"), ("red", "green")]
+    said = score_pairs.set_warning(pairs)
+    assert "pairs.txt: the back slashes in 1 of its lines are read as slashes" in said
+    assert "back slash" not in score_pairs.set_warning(load(faces, "Ann_A\t1\t12\n"))
 
 
 def test_each_image_is_embedded_once(faces):

@@ -368,7 +368,9 @@ def test_report_and_thresholds_of_a_run(capsys, tmp_path, bin_file):
     stale = json.loads((run / "thresholds.json").read_text()) | {"weights_sha256": "0" * 64}
     (run / "thresholds.json").write_text(json.dumps(stale))
     assert export.main([str(run), str(onnx_path)]) == 0
-    assert "thresholds.json is of other weights and left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "thresholds.json is of other weights and left out" in said
+    assert f"the run's data, {tmp_path / 'none'}, are not here: no image and no pair" in said
     assert "thresholds" not in open_embedder(onnx_path).facts["metadata"]
 
 

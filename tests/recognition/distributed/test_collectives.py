@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -177,3 +178,40 @@ def agree():
         collectives.largest_over_ranks(number, group).item(),
         collectives.gather_objects(str(rank), group),
     )
+
+
+def test_a_slow_rank_is_waited_for_as_long_as_its_action_may_take():
+    """A lock without flock takes up to a minute, whatever collective_timeout is."""
+    assert all(ranks.run(2, come_late))
+
+
+def come_late():
+    group, times = dist.group.WORLD, collectives._PATIENT_TIMES
+    collectives._PATIENT_TIMES = 0  # a time-out that has passed before the other rank comes
+    release = _Release(group)
+    try:
+
+        def action():
+            if group.rank() == 0:
+                release.wait()
+            return group.rank()
+
+        if group.rank() == 1:  # rank 0 goes on only when rank 1 has waited past its time-out
+            release.after_seconds(1.0)
+        return collectives.together(group, "wait", action, least_seconds=60.0) == [0, 1]
+    finally:
+        collectives._PATIENT_TIMES = times
+
+
+class _Release:
+    """Rank 1 lets rank 0 go on, through the store."""
+
+    def __init__(self, group):
+        self._store = dist.distributed_c10d._get_process_group_store(group).clone()
+
+    def wait(self):
+        self._store.wait(["release"])
+        self._store.delete_key("release")
+
+    def after_seconds(self, seconds):
+        threading.Timer(seconds, self._store.set, ["release", "now"]).start()

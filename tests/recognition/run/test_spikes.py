@@ -150,9 +150,12 @@ def test_nothing_to_go_back_to(keys):
     assert all("no checkpoint yet" in m for m in ranks.run(2, run_with_a_bad_batch, keys))
 
 
-def test_a_damaged_list_of_skipped_samples_is_named(keys, tmp_path):
+@pytest.mark.parametrize(
+    "content", ["[[1, 2]]", "", "{}x", "3", "[[Infinity, 2, 3]]", "[[1, null, 3]]", "[" * 100_000]
+)
+def test_a_damaged_list_of_skipped_samples_is_named(keys, tmp_path, content):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "skipped.json").write_text("[[1, 2]]")
+    (tmp_path / "run" / "skipped.json").write_text(content)
     with pytest.raises(ValueError, match="skipped.json is damaged"):
         spikes.skipped(keys["output"], None)
 
