@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
@@ -176,8 +176,7 @@ def _read_checked(path: str) -> dict[str, Any]:
     name = os.path.join(path, MANIFEST)
     if missing(name):
         raise FileNotFoundError(f"{path} is not a complete checkpoint: it has no {MANIFEST}")
-    with open(name, "rb") as file:
-        content = read_all(file, name)
+    content = files.read_bytes(name)
     try:
         manifest = json.loads(content)
         own = manifest.pop("sha256")
@@ -187,14 +186,6 @@ def _read_checked(path: str) -> dict[str, Any]:
     if own != digest(manifest):
         raise Damaged(f"{name} is damaged: its sha256 is not its own")
     return manifest
-
-
-def read_all(file: IO[bytes], name: str) -> bytes:
-    """The content of an open file. Raises: OSError, which names it."""
-    try:
-        return file.read()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, name) from error
 
 
 def amend(path: str, changes: Mapping[str, Any]) -> None:
@@ -211,7 +202,7 @@ def amend(path: str, changes: Mapping[str, Any]) -> None:
 def write_manifest(path: str, manifest: Mapping[str, Any]) -> None:
     """Write manifest.json with its own hash: all of it or nothing. Raises: OSError."""
     content = {**manifest, "sha256": digest(manifest)}
-    files.write_text(os.path.join(path, MANIFEST), json.dumps(content, indent=1))
+    write_json(os.path.join(path, MANIFEST), content)
 
 
 def read_manifest_of_run(path: str) -> dict[str, Any]:

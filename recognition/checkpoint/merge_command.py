@@ -10,7 +10,7 @@ import shutil
 from typing import Any
 
 from recognition.checkpoint import tensors
-from recognition.checkpoint.directory import FORMAT, all_rows, digest, sync, write_json
+from recognition.checkpoint.directory import FORMAT, all_rows, sync, write_manifest
 from recognition.checkpoint.making import add_paths, checked, joined, making
 
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             rows = joined(path, by_head[k], head["num_classes"])
             files[name] = tensors.write(str(partial / name), rows)
         manifest |= {"format": FORMAT, "files": files, "world": 1}
-        write_json(str(partial / "manifest.json"), {**manifest, "sha256": digest(manifest)})
+        write_manifest(str(partial), manifest)
         sync(str(partial))
     print(f"{args.out}: {len(merged)} files of rows as {len(manifest['heads'])}")
     return {"path": str(args.out), "from": path, "files": files}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import pickle
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -380,13 +380,13 @@ class _Agreement:
 
     def leave(self, value: object, failure: str | None = None) -> None:
         """This rank's value; or why it will not come back to the group."""
-        self._store.set(self._key(self._number, self._group.rank()), pickle.dumps((value, failure)))
+        self._store.set(self._key(self._number, self._group.rank()), json.dumps([value, failure]))
 
     def collect(self) -> list:
         """The values of all ranks, in rank order."""
         values = []
         for rank in range(self._group.size()):
-            value, failure = pickle.loads(self._wait_for(rank))
+            value, failure = json.loads(self._wait_for(rank))
             if failure is not None:
                 raise LostContact(f"rank {rank} has failed: {failure}")
             values.append(value)
@@ -409,10 +409,11 @@ class _Agreement:
 
 
 def gather_through_store(
-    action: Callable[[], object], group: ProcessGroup, least_seconds: float = 0.0
+    action: Callable[[], Any], group: ProcessGroup, least_seconds: float = 0.0
 ) -> list:
-    """What `action` returns on every rank, in rank order. For what waits for a disk: gather_objects
-    would end the run after the group's own time-out, this waits ten times as long.
+    """What `action` returns on every rank, in rank order. It travels as JSON, so a tuple arrives as
+    a list. For what waits for a disk: gather_objects would end the run after the group's own
+    time-out, this waits ten times as long.
 
     least_seconds: how long to wait at least, however short the time-out is.
 
@@ -443,8 +444,9 @@ def gather_parts(local: Tensor, rows_per_rank: Sequence[int], group: ProcessGrou
 def together(
     group: ProcessGroup, what: str, action: Callable[[], Any], least_seconds: float = 0.0
 ) -> list:
-    """Every rank's result of `action`, in rank order. The ranks wait for one another through the
-    store: an action mostly waits for a disk, which may be slow for one rank alone.
+    """Every rank's result of `action`, in rank order, as gather_through_store() gives it. The ranks
+    wait for one another through the store: an action mostly waits for a disk, which may be slow for
+    one rank alone.
 
     least_seconds: as of gather_through_store().
 

@@ -76,10 +76,14 @@ def accuracies(results: Mapping[str, Any]) -> dict[str, float]:
     return {name: result["accuracy_mean"] for name, result in results.items()}
 
 
+def is_due(state: TrainState, every: int) -> bool:
+    """Whether what happens every so many steps, and at the last one, happens at the present one."""
+    return state.step % every == 0 or state.step == state.schedule.total_steps
+
+
 def is_verification_due(state: TrainState) -> bool:
     """Whether the present step is one that is verified."""
-    total, every = state.schedule.total_steps, state.cfg.verify_every
-    return bool(state.val_sets) and (state.step % every == 0 or state.step == total)
+    return bool(state.val_sets) and is_due(state, state.cfg.verify_every)
 
 
 def facts(state: TrainState, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,9 +111,9 @@ def _run(
         jumped = spikes.jump(state)
         heard = overseer.after_step()
         _end_epochs(state, logger, seen_before)
-        logging = _due(state.step, cfg.log_every, total)
-        verifying = _due(state.step, cfg.verify_every, total)
-        due = _due(state.step, cfg.checkpoint_every, total)
+        logging = saving.is_due(state, cfg.log_every)
+        verifying = saving.is_due(state, cfg.verify_every)
+        due = saving.is_due(state, cfg.checkpoint_every)
         stopping = heard is not None and state.step < total
         if runtime.device.type == "cpu" or logging or verifying or due or stopping:
             state.guard.raise_if_found()
@@ -301,7 +301,3 @@ def make_loader(state: TrainState) -> BatchSource:
     if cfg.loader == "dali":
         return Dali(state.data, device=runtime.device, **stream)
     return Loader(state.data, pin_memory=runtime.device.type == "cuda", **stream)
-
-
-def _due(step: int, every: int, total: int) -> bool:
-    return step % every == 0 or step == total
