@@ -18,6 +18,7 @@ import onnxruntime
 
 SIDE, STRIDES = 640, (8, 16, 32)  # pixels of what a detector sees, if it does not say
 YUNET, SCRFD = (0.6, 0.3), (0.5, 0.4)  # least score, most overlap of two faces
+MOST = 100  # faces of an image
 
 
 def five_points(detector, image):  # BGR [h, w, 3] -> [5, 2], of the large, central face
@@ -30,8 +31,10 @@ def five_points(detector, image):  # BGR [h, w, 3] -> [5, 2], of the large, cent
     yunet = len(detector.get_outputs()) == 12
     decode = decode_yunet if yunet else decode_scrfd
     score, box, points = (np.concatenate(x) for x in zip(*decode(detector, canvas), strict=True))
-    found = cv2.dnn.NMSBoxes(box.tolist(), score.tolist(), *(YUNET if yunet else SCRFD))
-    kept = np.asarray(found, int).ravel()
+    best_first = {"top_k": MOST} if yunet else {}  # its authors count before the overlaps
+    limits = YUNET if yunet else SCRFD
+    found = cv2.dnn.NMSBoxes(box.tolist(), score.tolist(), *limits, **best_first)
+    kept = np.asarray(found, int).ravel()[:MOST]
     if not len(kept):
         sys.exit("no face found")
     centre = np.array(small.shape[1::-1]) / 2

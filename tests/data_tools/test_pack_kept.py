@@ -22,7 +22,7 @@ __all__ = ["slow_source"]  # a fixture
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_ctrl_c_keeps_the_finished_shards(slow_source, tmp_path, workers):
     out, partial = tmp_path / "set", tmp_path / "set.partial"
-    process = start_pack(slow_source, out, "--shards", "6", "--workers", workers)
+    process = start_pack(slow_source, out, "--resize", "--shards", "6", "--workers", workers)
     wait_for(lambda: len(list(partial.glob("journal/*-of-*.npz"))) >= 2, "two whole shards")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
     _, error = process.communicate(timeout=60)
@@ -32,10 +32,10 @@ def test_ctrl_c_keeps_the_finished_shards(slow_source, tmp_path, workers):
     assert done and int(done[1]) >= 2 and done[2] == str(partial), last
     assert "the same command goes on from there" in last and "remove that directory" in last
     kept = {path.name: path.stat().st_ino for path in partial.glob("train-*.rec")}
-    assert pack(slow_source, out, Options(shards=6))["status"] == "resumed"
+    assert pack(slow_source, out, Options(shards=6, resize=True))["status"] == "resumed"
     now = {path.name: path.stat().st_ino for path in out.glob("train-*.rec")}
     assert sum(now[name] == inode for name, inode in kept.items()) >= int(done[1])
-    pack(slow_source, tmp_path / "unbroken", Options(shards=6))
+    pack(slow_source, tmp_path / "unbroken", Options(shards=6, resize=True))
     assert contents(out) == contents(tmp_path / "unbroken")
     assert not partial.exists()
 
@@ -56,7 +56,7 @@ def test_options_that_are_refused_cost_no_finished_shard(
     slow_source, tmp_path, capsys, arguments, fault
 ):
     out = tmp_path / "set"
-    kill_after(2, slow_source, out, "--shards", "6", "--workers", "1")
+    kill_after(2, slow_source, out, "--resize", "--shards", "6", "--workers", "1")
     before = contents(tmp_path / "set.partial" / "journal")
     assert len(before) >= 3
     assert main(["pack", str(slow_source), str(out), *arguments]) == 1
@@ -139,8 +139,8 @@ def test_overwrite_keeps_what_the_user_put_into_a_set(source, tmp_path, capsys):
 
 def test_finished_shards_of_other_options_are_not_removed_in_silence(slow_source, tmp_path, capsys):
     out = tmp_path / "set"
-    kill_after(1, slow_source, out, "--shards", "4", "--workers", "1")
-    pack(slow_source, out, Options(shards=2))
+    kill_after(1, slow_source, out, "--resize", "--shards", "4", "--workers", "1")
+    pack(slow_source, out, Options(shards=2, resize=True))
     assert re.search(r"warning: \d shards? that a pack .* had finished", capsys.readouterr().err)
 
 

@@ -16,6 +16,7 @@ from data_tools.clean.decisions import write_decision
 from data_tools.clean.hashes import near_pairs, perceptual_hash, pixel_hash
 from data_tools.clean.merge import halves, lowest_of_chain, same_pairs
 from data_tools.clean.purify import Centres, dominant_cosines
+from data_tools.common import files
 from data_tools.common.decode import decode
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import Options
@@ -32,7 +33,7 @@ def data(tmp_path):
 
 
 def write_features(directory, of, x, block=7):
-    directory.mkdir()
+    files.make_private(directory)  # as embed does
     index = {"of": of, "images": len(x), "size": x.shape[1], "block": block, "network": {}}
     features.write_index(directory, index)
     for start, stop in features.blocks(len(x), block):
@@ -158,9 +159,9 @@ def test_embed_is_refused_where_something_else_lies(data, tmp_path, capsys):
 
 def test_flipped_bytes_of_features_are_noticed(data, tmp_path):
     write_features(tmp_path / "f", data.fingerprint, np.eye(25, 8, dtype=np.float32) + 1)
-    files = sorted((tmp_path / "f").iterdir())
-    assert not [path for path in [tmp_path / "f", *files] if path.stat().st_mode & 0o077]
-    block = next(path for path in files if path.suffix == ".npy")
+    found = sorted((tmp_path / "f").iterdir())
+    assert not [path for path in [tmp_path / "f", *found] if path.stat().st_mode & 0o077]
+    block = next(path for path in found if path.suffix == ".npy")
     content = bytearray(block.read_bytes())
     content[200] ^= 0x20
     block.write_bytes(content)

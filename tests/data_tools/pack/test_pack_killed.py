@@ -50,7 +50,7 @@ def wait_for(condition, what):
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_killed_in_the_middle(slow_source, tmp_path, workers):
     out, partial = tmp_path / "set", tmp_path / "set.partial"
-    process = start_pack(slow_source, out, "--shards", "2", "--workers", workers)
+    process = start_pack(slow_source, out, "--resize", "--shards", "2", "--workers", workers)
     wait_for(lambda: list(partial.glob("*.rec")), "the first shard")
     below = descendants(process.pid)
     assert (len(below) >= 2) == (workers == "2")
@@ -58,7 +58,7 @@ def test_killed_in_the_middle(slow_source, tmp_path, workers):
     process.communicate()
     assert not out.exists() and partial.exists()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the workers' end")
-    done = pack(slow_source, out, Options(shards=2, size=16))
+    done = pack(slow_source, out, Options(shards=2, size=16, resize=True))
     assert (done["status"], done["images"]) == ("packed", 240)
     assert not partial.exists()
 
@@ -66,7 +66,7 @@ def test_killed_in_the_middle(slow_source, tmp_path, workers):
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_interrupted(slow_source, tmp_path, workers):
     out, partial = tmp_path / "set", tmp_path / "set.partial"
-    process = start_pack(slow_source, out, "--shards", "2", "--workers", workers)
+    process = start_pack(slow_source, out, "--resize", "--shards", "2", "--workers", workers)
     wait_for(lambda: list(partial.glob("*.rec")), "the first shard")
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to all of them
     _, error = process.communicate(timeout=60)
@@ -93,7 +93,7 @@ def test_disk_full(source, tmp_path, workers):
 def test_a_worker_that_is_killed_ends_the_pack(slow_source, tmp_path):
     """As when memory runs out: what is finished is kept, and the same command goes on from it."""
     out, partial = tmp_path / "set", tmp_path / "set.partial"
-    process = start_pack(slow_source, out, "--shards", "6", "--workers", "2")
+    process = start_pack(slow_source, out, "--resize", "--shards", "6", "--workers", "2")
     wait_for(lambda: list(partial.glob("journal/*-of-*[0-9].npz")), "the first whole shard")
     workers = [
         pid for pid in descendants(process.pid)
@@ -105,8 +105,8 @@ def test_a_worker_that_is_killed_ends_the_pack(slow_source, tmp_path):
     last = error.splitlines()[-1]
     assert "a worker process was killed" in last and "the same command goes on" in last
     assert not out.exists() and partial.exists()
-    assert pack(slow_source, out, Options(shards=6))["status"] == "resumed"
-    pack(slow_source, tmp_path / "unbroken", Options(shards=6))
+    assert pack(slow_source, out, Options(shards=6, resize=True))["status"] == "resumed"
+    pack(slow_source, tmp_path / "unbroken", Options(shards=6, resize=True))
     assert contents(out) == contents(tmp_path / "unbroken")
     assert not partial.exists()
 
@@ -158,10 +158,10 @@ def kill_after(shards_done, source, out, *arguments):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_pack_goes_on_to_the_same_bytes(slow_source, tmp_path, workers):
     (slow_source / "p3" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    options = Options(shards=6, hold_out=2, pairs=20)
+    options = Options(shards=6, hold_out=2, pairs=20, resize=True)
     words = ["--shards", "6", "--hold-out", "2", "--pairs", "20", "--workers", str(workers)]
     out = tmp_path / "set"
-    kill_after(2, slow_source, out, *words)
+    kill_after(2, slow_source, out, "--resize", *words)
     done = sorted((tmp_path / "set.partial" / "journal").glob("*.npz"))
     kept = {path.stem: (tmp_path / "set.partial" / f"{path.stem}.rec").stat() for path in done[:2]}
     assert pack(slow_source, out, options, workers)["status"] == "resumed"
@@ -174,17 +174,17 @@ def test_a_killed_pack_goes_on_to_the_same_bytes(slow_source, tmp_path, workers)
 
 def test_what_a_kill_left_is_not_trusted_blindly(slow_source, tmp_path):
     out = tmp_path / "set"
-    kill_after(2, slow_source, out, "--shards", "4", "--workers", "1")
+    kill_after(2, slow_source, out, "--resize", "--shards", "4", "--workers", "1")
     partial = tmp_path / "set.partial"
     (partial / "train-00000-of-00004.rec").write_bytes(b"damaged since")
     next((partial / "journal").glob("train-00001*.npz")).write_bytes(b"PK")
-    assert pack(slow_source, out, Options(shards=4))["images"] == 240
+    assert pack(slow_source, out, Options(shards=4, resize=True))["images"] == 240
     assert main(["verify", str(out)]) == 0
-    pack(slow_source, tmp_path / "unbroken", Options(shards=4))
+    pack(slow_source, tmp_path / "unbroken", Options(shards=4, resize=True))
     assert contents(out) == contents(tmp_path / "unbroken")
 
 
 def test_other_options_do_not_take_over_what_a_kill_left(slow_source, tmp_path):
     out = tmp_path / "set"
-    kill_after(1, slow_source, out, "--shards", "2", "--workers", "1")
-    assert pack(slow_source, out, Options(shards=2, seed=1))["status"] == "packed"
+    kill_after(1, slow_source, out, "--resize", "--shards", "2", "--workers", "1")
+    assert pack(slow_source, out, Options(shards=2, seed=1, resize=True))["status"] == "packed"

@@ -128,7 +128,7 @@ def test_a_kill_between_the_files_of_a_result_leaves_one_evaluation(tmp_path, re
     results.save(tmp_path, first)
     code = (
         "import os, signal, sys\n"
-        "from eval.report.page import results\n"
+        "from eval.report import results\n"
         "from tests.eval.report.test_page import result\n"
         "left, replace = int(sys.argv[2]), os.replace\n"
         "def dying(*names):\n"
