@@ -116,7 +116,7 @@ class Shards:
         if "identities" not in self.index:
             names = [str(c) for c in range(self.num_classes)] if not self.cleaned else []
         else:
-            text = (self.path / self.index["identities"]["file"]).read_bytes()
+            text = files.read_bytes(self.path / self.index["identities"]["file"])
             names = [os.fsdecode(line) for line in text.split(b"\n")[:-1]]
         if self.cleaned is None:
             return names
@@ -132,7 +132,7 @@ class Shards:
     def sha256(self) -> str:
         """Of index.json, which has the hash of every file; in place, of labels and offsets."""
         if self.index["format"] == FORMAT:
-            content = (self.path / INDEX).read_bytes()
+            content = files.read_bytes(self.path / INDEX)
         else:
             uncleaned = self if self.cleaned is None else open(self._opened, NO_RELABEL, *self.ways)
             content = uncleaned.labels.tobytes() + uncleaned.offsets.tobytes()

@@ -71,7 +71,7 @@ class Features:
 
 def read_index(directory: Path) -> dict[str, Any]:
     try:
-        index = json.loads((directory / INDEX).read_bytes())
+        index = json.loads(files.read_bytes(directory / INDEX))
         assert {"of", "images", "size", "block", "network"} <= index.keys()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{directory}: no {INDEX}: no directory that embed made") from error

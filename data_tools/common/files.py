@@ -130,7 +130,10 @@ def write_private(path: str | os.PathLike[str], content: bytes) -> None:
     """As write_bytes with PRIVATE_FILE, for many files: nothing is flushed to disk."""
     partial = Path(f"{os.fspath(path)}.{os.getpid()}{PARTIAL}")
     try:
-        with open(partial, "wb", opener=lambda p, f: os.open(p, f, PRIVATE_FILE)) as file:
+        with (
+            naming(path),
+            open(partial, "wb", opener=lambda p, f: os.open(p, f, PRIVATE_FILE)) as file,
+        ):
             file.write(content)
         os.replace(partial, path)
     finally:

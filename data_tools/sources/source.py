@@ -146,7 +146,7 @@ class RecordSource(Records):
                 if entry.is_file():
                     digest.update(os.fsencode(entry.name) + b"\0" + stamp(entry) + b"\n")
         if relabel is not None:
-            digest.update(relabel.read_bytes())
+            digest.update(files.read_bytes(relabel))
         self.sha256 = digest.hexdigest()
 
 
@@ -232,6 +232,6 @@ def _distinct_bins(sources: list[Source]) -> list[Path]:
     found: dict[str, Path] = {}
     for path in (path for source in sources for path in source.bins):
         other = found.setdefault(path.name, path)
-        if other != path and other.read_bytes() != path.read_bytes():
+        if other != path and files.read_bytes(other) != files.read_bytes(path):
             raise UserError(f"{other} and {path} differ, and a set holds one of a name: move one")
     return list(found.values())

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import onnx
 from onnx import GraphProto, ModelProto, TensorProto
 
+from data_tools.common import files
 from data_tools.common.errors import UserError, one_line
 
 _MESSAGE = (1 << 31) - 1  # bytes of a protobuf message
@@ -38,7 +39,7 @@ def read(path: str | Path) -> OnnxFile:
         OSError: it cannot be read.
     """
     path = Path(path)
-    content = path.read_bytes()
+    content = files.read_bytes(path)
     try:
         model = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's DecodeError, which onnx does not name
@@ -130,7 +131,7 @@ class _External:
             raise UserError(f"{where} lie outside its directory, in {name}: move them beside it")
         if name not in self._contents:
             try:
-                self._contents[name] = (self._model.parent / name).read_bytes()
+                self._contents[name] = files.read_bytes(self._model.parent / name)
             except FileNotFoundError as error:
                 raise UserError(
                     f"{where} lie in {self._model.parent / name}, which is absent: the file {name} "

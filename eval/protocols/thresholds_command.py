@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from data_tools.common import files
+from data_tools.common import files, text
 from data_tools.common.errors import UserError
 from eval.report.report_command import results_of
 
@@ -127,7 +127,7 @@ def of_run(run_dir: Path) -> dict[str, Any] | None:
     if not files.is_file(path):
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.read_text(path))
         content["points"], content["weights_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}; run `eval thresholds` again") from error

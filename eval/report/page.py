@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from data_tools.common import files
+from data_tools.common import files, text
 from data_tools.common.errors import UserError
 from eval.report import figures, sections, tables
 from eval.report.page_style import HEAD, STYLE
@@ -35,7 +35,7 @@ def write(
     if run_dir is not None:
         records = read_metrics(Path(run_dir) / "metrics.jsonl")
         if files.is_file(Path(run_dir) / "config.json"):
-            config = json.loads((Path(run_dir) / "config.json").read_text())
+            config = _config(Path(run_dir) / "config.json")
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     content = {
         "written": when,
@@ -60,7 +60,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     Raises:
         ValueError: a damaged line, by its number.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = text.read_text(path).splitlines(keepends=True)
     records = []
     for i, line in enumerate(lines, 1):
         try:
@@ -70,6 +70,14 @@ def read_metrics(path: str | Path) -> list[dict]:
                 break
             raise UserError(f"{path}:{i}: not a JSON object: {line[:80]!r}") from error
     return records
+
+
+def _config(path: Path) -> Any:
+    """What a run was asked. Raises: ValueError, naming the file."""
+    try:
+        return json.loads(text.read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def _title(models: Mapping[str, Sequence[Result]]) -> str:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.common import files
+from data_tools.common import files, text
 from data_tools.common.errors import UserError
 from eval import roc
 
@@ -184,9 +184,11 @@ def load_all(directory: str | Path) -> list[Result]:
         ValueError: a damaged one, or of another format.
     """
     found = []
-    for path in sorted(Path(directory).glob("*.json")):
+    for path in (Path(directory) / name for name in files.names(directory)):
+        if path.suffix != ".json":
+            continue
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
+            facts = json.loads(text.read_text(path))
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}; evaluate again") from error
         if not isinstance(facts, dict) or "protocol" not in facts:
@@ -212,7 +214,7 @@ def _arrays_of(path: Path, facts: Mapping[str, Any]) -> dict[str, NDArray]:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} does not say which arrays are its own: evaluate again") from error
     try:
-        content = data.read_bytes()
+        content = files.read_bytes(data)
         if hashlib.sha256(content).hexdigest() != sha256:
             raise UserError(f"{data} is not what {path.name} was written with; evaluate again")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:

@@ -154,7 +154,7 @@ def _faces(directory: Path) -> tuple[np.ndarray, np.ndarray]:
     if not paths:
         raise FileNotFoundError(f"no faces at {directory}/<identity>/")
     names = [path.parent.name for path in paths]
-    images = np.stack([decode(path.read_bytes(), where=str(path)) for path in paths])
+    images = np.stack([decode(files.read_bytes(path), where=str(path)) for path in paths])
     return images, np.unique(names, return_inverse=True)[1]
 
 

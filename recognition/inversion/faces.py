@@ -128,7 +128,7 @@ def open_faces(path: str | Path, resize: bool = False) -> Faces:
     if len(set(people)) == 1:  # a folder of images alone: each its own
         people = [str(file.relative_to(path)) for file in images]
     names, labels = np.unique(people, return_inverse=True)
-    return Faces(str(path), labels, lambda i: images[i].read_bytes(), names.tolist(), resize)
+    return Faces(str(path), labels, lambda i: files.read_bytes(images[i]), names.tolist(), resize)
 
 
 def _names(data: shards.Shards) -> Sequence[str]:

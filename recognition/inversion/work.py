@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from data_tools.common import files
+from data_tools.common import files, text
 from data_tools.common.errors import UserError
 from recognition.distributed import collectives
 from recognition.distributed.runtime import Runtime
@@ -70,7 +70,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """What write_json wrote. Raises: ValueError naming a damaged file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.read_text(path))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): remove it and start again") from error
     if not isinstance(content, dict):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from data_tools.common import files
+from data_tools.common import files, text
 from data_tools.common.errors import UserError
 from recognition import checkpoint
 from recognition.distributed import collectives
@@ -131,8 +131,8 @@ def skipped(run_dir: str, manifest: Mapping[str, Any] | None) -> list[Window]:
     path = os.path.join(run_dir, _FILE)
     if files.is_file(path):
         try:
-            with open(path, encoding="utf-8") as file:
-                found |= {Window(int(a), int(b), str(why)) for a, b, why in json.load(file)}
+            entries = json.loads(text.read_text(path))
+            found |= {Window(int(a), int(b), str(why)) for a, b, why in entries}
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"{path} is damaged: it lists the samples that the run leaves out after a spike, "

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 
+import numpy.ma  # noqa: F401  numpy.unique imports it: not in each child
 import torch
 import torch.distributed.nn  # before _dynamo, as recognition/distributed/runtime.py says
 
@@ -61,6 +62,7 @@ COMMANDS = {
 def main() -> None:
     shim = ctypes.CDLL(os.environ.pop("LD_PRELOAD"))
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # it reads the sources of its callers, once in a process
     saving._LAST_WAITS = (0.01, 0.02)  # seconds; a fault of one call has passed by then
     # Drawing opens no file and takes seconds.
     eval.report.figures._svg = lambda figure, label: "<svg></svg>"
