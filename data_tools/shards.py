@@ -187,7 +187,7 @@ class Shards:
         return path
 
     def bin_paths(self) -> list[Path]:
-        return sorted(self.path.glob("*.bin"))
+        return files.ending(self.path, ".bin")
 
 
 def record_fault(header: Header, key: int, label: int) -> str | None:
@@ -240,7 +240,7 @@ def _open(path: Path, walk: bool, tolerant: bool) -> Shards:
     if files.is_file(path / INDEX):
         return _open_packed(path)
     rec = insightface.find_rec(path)
-    if rec is None and (several := sorted(file.name for file in path.glob("*.rec"))):
+    if rec is None and (several := [file.name for file in files.ending(path, ".rec")]):
         raise FileNotFoundError(
             f"{path}: {len(several)} files of records, none of them train.rec: name those you mean "
             f"({path / several[0]} ...); `pack --join name` makes one set of the parts of one run"

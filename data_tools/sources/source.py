@@ -80,7 +80,7 @@ def open_source(
     if files.is_dir(path) and not files.is_file(path / shards.INDEX):
         archives = sorted(entry for entry in path.iterdir() if is_archive(entry))
     records = path.suffix == ".rec" or (
-        files.is_dir(path) and (files.is_file(path / shards.INDEX) or any(path.glob("*.rec")))
+        files.is_dir(path) and (files.is_file(path / shards.INDEX) or files.ending(path, ".rec"))
     )
     if relabel is not None and not records:
         raise UserError(f"--relabel {relabel}: {path} is no set of records, whose images it counts")

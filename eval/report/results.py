@@ -184,9 +184,7 @@ def load_all(directory: str | Path) -> list[Result]:
         ValueError: a damaged one, or of another format.
     """
     found = []
-    for path in (Path(directory) / name for name in files.names(directory)):
-        if path.suffix != ".json":
-            continue
+    for path in files.ending(directory, ".json"):
         try:
             facts = json.loads(text.read_text(path))
         except ValueError as error:

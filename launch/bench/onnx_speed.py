@@ -109,7 +109,7 @@ def measure(
         raise FileNotFoundError(f"no data set at {rec!r}: --data SHARDS")
     if run is None:
         _settle(module, prepared(images[:32], Bake()))
-    pairs = next(iter(sorted(Path(rec).glob("*.bin"))), None)
+    pairs = next(iter(files.ending(rec, ".bin")), None)
     rows: dict[str, Any] = {"torch": {"bytes": sum(p.numel() * 4 for p in module.parameters())}}
     with tempfile.TemporaryDirectory() as directory:
         contenders: dict[str, Callable[[np.ndarray], Any]] = {"torch": _eager(module)}

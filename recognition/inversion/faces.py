@@ -121,7 +121,9 @@ def open_faces(path: str | Path, resize: bool = False) -> Faces:
     if files.is_file(path / "index.json") or find_rec(path):
         data = shards.open(path)
         return Faces(str(path), np.asarray(data.labels), lambda i: data[i][1], _names(data), resize)
-    images = sorted(file for file in path.rglob("*") if is_image(file.name) and files.is_file(file))
+    images = sorted(
+        file for file in files.below(path) if is_image(file.name) and files.is_file(file)
+    )
     if not images:
         raise UserError(f"{path} holds neither shards nor images")
     people = [str(file.parent.relative_to(path)) for file in images]

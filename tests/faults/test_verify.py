@@ -28,6 +28,7 @@ def scene(faults_worker, faces_dir, tmp_path):
     return Scene("checkpoint", ["verify", faults_worker.root / "run"], template, judge)
 
 
+@pytest.mark.timeout(1800)  # hundreds of runs: a busy machine needs more than the usual
 def test_a_fault_of_each_kind(faults_worker, scene):
     chosen = positions.one_of_a_kind(recorded(faults_worker, scene), set())
     assert_survived(faults_worker, scene, chosen)

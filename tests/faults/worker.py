@@ -73,7 +73,8 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             _run(shim, request)
-        print(json.dumps(_wait(child, request["seconds"])), flush=True)
+        answer = {"run": request["run"], "code": _wait(child, request["seconds"])}
+        print(json.dumps(answer), flush=True)
 
 
 def _run(shim: ctypes.CDLL, request: dict) -> None:
@@ -97,17 +98,17 @@ def _run(shim: ctypes.CDLL, request: dict) -> None:
         os._exit(code if isinstance(code, int) else 1 if code else 0)
 
 
-def _wait(child: int, seconds: float) -> dict:
+def _wait(child: int, seconds: float) -> int | None:
     """The exit code of the child, negative for a signal; None where it had to be ended."""
     end = time.monotonic() + seconds
     while True:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
-            return {"code": os.waitstatus_to_exitcode(status)}
+            return os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return {"code": None}
+            return None
         time.sleep(0.002)
 
 
