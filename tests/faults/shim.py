@@ -113,7 +113,8 @@ class Worker:
         logged = record or position is not None
         self._runs += 1
         request = {
-            "run": self._runs, "command": command, "arguments": [str(argument) for argument in arguments],
+            "run": self._runs, "command": command,
+            "arguments": [str(argument) for argument in arguments],
             "said": str(self._said), "log": str(self._log) if logged else "",
             "position": position.text() if position else "", "seconds": _SECONDS,
         }  # fmt: skip
