@@ -42,7 +42,7 @@ class ImageRecords(NamedTuple):
 
 def find_rec(directory: Path) -> Path | None:
     """`train.rec`, or the only .rec of the directory; None if there is none, or a choice."""
-    found = sorted(directory.glob("*.rec"))
+    found = files.ending(directory, ".rec")
     train = directory / "train.rec"
     return train if train in found else found[0] if len(found) == 1 else None
 

@@ -255,7 +255,7 @@ def write_index(
         "class_sizes": {str(s): int(c) for s, c in zip(sizes, counts, strict=True)},
         **{key: listed(f"{key}.npy") for key in ("labels", "offsets")},
         "identities": listed("identities.txt"),
-        "verification": [listed(bin.name) for bin in sorted(directory.glob("*.bin"))],
+        "verification": [listed(bin.name) for bin in files.ending(directory, ".bin")],
         **about,
         "shards": [shard.entry for shard in written],
     }

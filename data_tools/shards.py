@@ -115,7 +115,7 @@ class Shards:
         if "identities" not in self.index:
             names = [str(c) for c in range(self.num_classes)] if not self.cleaned else []
         else:
-            text = (self.path / self.index["identities"]["file"]).read_bytes()
+            text = files.read_bytes(self.path / self.index["identities"]["file"])
             names = [os.fsdecode(line) for line in text.split(b"\n")[:-1]]
         if self.cleaned is None:
             return names
@@ -131,7 +131,7 @@ class Shards:
     def sha256(self) -> str:
         """Of index.json, which has the hash of every file; in place, of labels and offsets."""
         if self.index["format"] == FORMAT:
-            content = (self.path / INDEX).read_bytes()
+            content = files.read_bytes(self.path / INDEX)
         else:
             uncleaned = self if self.cleaned is None else open(self._opened, NO_RELABEL, *self.ways)
             content = uncleaned.labels.tobytes() + uncleaned.offsets.tobytes()
@@ -186,7 +186,7 @@ class Shards:
         return path
 
     def bin_paths(self) -> list[Path]:
-        return sorted(self.path.glob("*.bin"))
+        return files.ending(self.path, ".bin")
 
 
 def record_fault(header: Header, key: int, label: int) -> str | None:
@@ -239,7 +239,7 @@ def _open(path: Path, walk: bool, tolerant: bool) -> Shards:
     if files.is_file(path / INDEX):
         return _open_packed(path)
     rec = insightface.find_rec(path)
-    if rec is None and (several := sorted(file.name for file in path.glob("*.rec"))):
+    if rec is None and (several := [file.name for file in files.ending(path, ".rec")]):
         raise FileNotFoundError(
             f"{path}: {len(several)} files of records, none of them train.rec: name those you mean "
             f"({path / several[0]} ...); `pack --join name` makes one set of the parts of one run"

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_tools.common import files
+from data_tools.common import files, text
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
 from data_tools.common.image_file import is_image_name
 from data_tools.pack.pairs import PAIRS_STEP
@@ -150,7 +150,7 @@ def _shown(command: list[str]) -> str:
 
 def _accuracies(metrics: Path) -> tuple[float, float]:
     """Mean accuracy on the held-out people at the first and the last verification."""
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = [json.loads(line) for line in text.read_text(metrics).splitlines()]
     scores = [r["verification"]["heldout"]["accuracy_mean"] for r in records if "verification" in r]
     return scores[0], scores[-1]
 

@@ -239,7 +239,7 @@ def pairs_of(args: argparse.Namespace, config: dict[str, Any], rec: str) -> lfw.
         asked = [
             Path(rec) / f"{name.removesuffix('.bin')}.bin" for name in config.get("val_targets", [])
         ]
-        there = sorted(Path(rec).glob("*.bin")) if files.is_dir(Path(rec)) else []
+        there = files.ending(rec, ".bin")
         path = next((path for path in [*asked, *there] if files.is_file(path)), None)
     return None if path is None else lfw.load_bin(path)
 

@@ -246,3 +246,12 @@ def test_absence_is_asked_in_one_way(path):
         of_pathlib = name in ("exists", "is_file", "is_dir") and not node.args
         entry = owner in ("entry", "e")  # an os.DirEntry, whose is_dir() raises
         assert not (of_path or (of_pathlib and not entry)), f"{ids(path)}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_a_read_that_fails_names_its_file(path):
+    """pathlib's own read_text and read_bytes name it only where the file cannot be opened."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in ("read_text", "read_bytes"):
+            owner = ast.unparse(node.value)
+            assert owner in ("files", "text") or "/proc/" in owner, f"{ids(path)}:{node.lineno}"

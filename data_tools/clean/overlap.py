@@ -23,6 +23,7 @@ from data_tools import relabel, shards
 from data_tools.clean.decisions import before_cleaning, write_decision
 from data_tools.clean.features import Features
 from data_tools.clean.hashes import near_pairs, perceptual_hash, pixel_hash
+from data_tools.common import files
 from data_tools.common.decode import decode_any_size
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
@@ -167,7 +168,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list_pairs(path: Path, found: list[_Found], train: Images, test: Images) -> None:
-    with open(path, "wb") as file:
+    with files.replacing(path) as file:
         for way, pairs, values in found:
             for n, (i, j) in enumerate(pairs.tolist()):
                 value = "" if values is None else f"{values[n]:.4f}"

@@ -62,6 +62,28 @@ def names(directory: str | os.PathLike[str]) -> list[str]:
         raise
 
 
+def ending(directory: str | os.PathLike[str], suffix: str) -> list[Path]:
+    """The sorted paths in a directory whose names end in `suffix`, [] if it is absent.
+
+    Unlike Path.glob, which leaves out what it cannot list. Raises: OSError, as status().
+    """
+    return [Path(directory) / name for name in names(directory) if name.endswith(suffix)]
+
+
+def below(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """All files in a directory and in those below it; links to directories are not followed.
+
+    Unlike os.walk and Path.rglob, which leave out what they cannot list. Raises: OSError.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, _, found in os.walk(directory, onerror=fail):
+        for name in found:
+            yield Path(place, name)
+
+
 def make_room(descriptor: int) -> None:
     """Raise the soft limit of open files to the hard one when `descriptor`, just opened, nears it.
 
@@ -130,7 +152,10 @@ def write_private(path: str | os.PathLike[str], content: bytes) -> None:
     """As write_bytes with PRIVATE_FILE, for many files: nothing is flushed to disk."""
     partial = Path(f"{os.fspath(path)}.{os.getpid()}{PARTIAL}")
     try:
-        with open(partial, "wb", opener=lambda p, f: os.open(p, f, PRIVATE_FILE)) as file:
+        with (
+            naming(path),
+            open(partial, "wb", opener=lambda p, f: os.open(p, f, PRIVATE_FILE)) as file,
+        ):
             file.write(content)
         os.replace(partial, path)
     finally:

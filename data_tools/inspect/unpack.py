@@ -61,7 +61,7 @@ def to_insightface(data: shards.Shards, out: Path, advance: Advance) -> None:
         keys = np.array([first_identity, first_identity + data.num_classes], np.float32)
         writer.write(0, Header(2, keys, 0, 1), b"")
     height, width = data.image_size or (112, 112)
-    (out / "property").write_text(f"{data.num_classes},{height},{width}\n")
+    files.write_text(out / "property", f"{data.num_classes},{height},{width}\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -172,7 +172,7 @@ def _check_classes(path: Path, index: dict[str, Any], labels: np.ndarray) -> lis
             problem = f"the classes' sizes are not those of {shards.INDEX}"
             findings.append(Finding(name, None, None, problem))
     names = path / index["identities"]["file"]
-    if files.is_file(names) and (lines := names.read_bytes().count(b"\n")) != classes:
+    if files.is_file(names) and (lines := files.read_bytes(names).count(b"\n")) != classes:
         problem = f"{count(lines, 'name')} of {count(classes, 'class', 'classes')}"
         findings.append(Finding(names.name, None, None, problem))
     return findings

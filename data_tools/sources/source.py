@@ -77,7 +77,7 @@ def open_source(
     if files.is_dir(path) and not files.is_file(path / shards.INDEX):
         archives = sorted(entry for entry in path.iterdir() if is_archive(entry))
     records = path.suffix == ".rec" or (
-        files.is_dir(path) and (files.is_file(path / shards.INDEX) or any(path.glob("*.rec")))
+        files.is_dir(path) and (files.is_file(path / shards.INDEX) or files.ending(path, ".rec"))
     )
     if relabel is not None and not records:
         raise UserError(f"--relabel {relabel}: {path} is no set of records, whose images it counts")
@@ -143,7 +143,7 @@ class RecordSource(Records):
                 if entry.is_file():
                     digest.update(os.fsencode(entry.name) + b"\0" + stamp(entry) + b"\n")
         if relabel is not None:
-            digest.update(relabel.read_bytes())
+            digest.update(files.read_bytes(relabel))
         self.sha256 = digest.hexdigest()
 
 
@@ -229,6 +229,6 @@ def _distinct_bins(sources: list[Source]) -> list[Path]:
     found: dict[str, Path] = {}
     for path in (path for source in sources for path in source.bins):
         other = found.setdefault(path.name, path)
-        if other != path and other.read_bytes() != path.read_bytes():
+        if other != path and files.read_bytes(other) != files.read_bytes(path):
             raise UserError(f"{other} and {path} differ, and a set holds one of a name: move one")
     return list(found.values())

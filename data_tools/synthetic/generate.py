@@ -174,7 +174,7 @@ def synthesize(out: Path, options: Options, workers: int = 1) -> dict[str, Any]:
             ]
             run_tasks(_write, tasks, workers, total, "faces")
             text = json.dumps(parameters) + "\n"
-            (aside.path / PARAMETERS).write_text(text, encoding="utf-8")
+            files.write_text(aside.path / PARAMETERS, text)
             aside.rename()
     seconds = round(time.monotonic() - started, 3)
     return {"status": status, "path": str(out), "total": total, **parameters, "seconds": seconds}
@@ -185,8 +185,8 @@ def _is_made(out: Path, parameters: dict[str, Any]) -> bool:
     if not files.exists(out) or (files.is_dir(out) and not any(out.iterdir())):
         return False
     try:
-        was = json.loads((out / PARAMETERS).read_bytes())
-    except (OSError, ValueError) as error:
+        was = json.loads(files.read_bytes(out / PARAMETERS))
+    except (FileNotFoundError, ValueError) as error:
         raise FileExistsError(f"{out} exists and holds no {PARAMETERS}: choose another") from error
     if was != parameters:
         raise FileExistsError(f"{out} was made with {was}, not {parameters}: choose another")
@@ -203,7 +203,9 @@ def _write(task: tuple[Path, int, int, Options], advance: Advance) -> None:
         directory = out / f"{identity:06d}"
         directory.mkdir()
         for image in range(options.images):
-            (directory / f"{image:04d}.jpg").write_bytes(encode(options.seed, identity, image))
+            path = directory / f"{image:04d}.jpg"
+            with files.naming(path):
+                path.write_bytes(encode(options.seed, identity, image))
         advance(options.images)
 
 

@@ -136,7 +136,7 @@ class _External:
             raise UserError(f"{where} lie outside its directory, in {name}: move them beside it")
         if name not in self._contents:
             try:
-                self._contents[name] = (self._model.parent / name).read_bytes()
+                self._contents[name] = files.read_bytes(self._model.parent / name)
             except FileNotFoundError as error:
                 raise UserError(
                     f"{where} lie in {self._model.parent / name}, which is absent: the file {name} "

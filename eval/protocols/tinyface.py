@@ -120,8 +120,5 @@ def _listed(folder: Path) -> list[str]:
     if not files.is_dir(folder):
         raise FileNotFoundError(f"{folder}: no such folder; --no-distractors searches without it")
     return sorted(
-        os.path.relpath(os.path.join(where, name), folder)
-        for where, _, names in os.walk(folder)
-        for name in names
-        if is_image_name(name)
+        os.path.relpath(path, folder) for path in files.below(folder) if is_image_name(path.name)
     )

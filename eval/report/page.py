@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from data_tools.common import files
+from data_tools.common import files, text
 from data_tools.common.errors import UserError
 from data_tools.common.text import read_json, read_text
 from eval.report import figures, sections, tables
@@ -71,6 +71,14 @@ def read_metrics(path: str | Path) -> list[dict]:
                 break
             raise UserError(f"{path}:{i}: not a JSON object: {line[:80]!r}") from error
     return records
+
+
+def _config(path: Path) -> Any:
+    """What a run was asked. Raises: ValueError, naming the file."""
+    try:
+        return json.loads(text.read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def _title(models: Mapping[str, Sequence[Result]]) -> str:

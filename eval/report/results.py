@@ -185,7 +185,7 @@ def load_all(directory: str | Path) -> list[Result]:
         ValueError: a damaged one, or of another format.
     """
     found = []
-    for path in sorted(Path(directory).glob("*.json")):
+    for path in files.ending(directory, ".json"):
         facts = read_json(path, "it is damaged: evaluate again")
         if not isinstance(facts, dict) or "protocol" not in facts:
             continue
@@ -210,7 +210,7 @@ def _arrays_of(path: Path, facts: Mapping[str, Any]) -> dict[str, NDArray]:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} does not say which arrays are its own: evaluate again") from error
     try:
-        content = data.read_bytes()
+        content = files.read_bytes(data)
         if hashlib.sha256(content).hexdigest() != sha256:
             raise UserError(f"{data} is not what {path.name} was written with; evaluate again")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:

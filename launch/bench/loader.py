@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from data_tools import shards
+from data_tools.common import text
 from data_tools.common.decode import _FLAGS
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
 from data_tools.load import order
@@ -276,7 +277,7 @@ def opened(images: int) -> dict:
         _, status = os.waitpid(child, 0)
         if status:
             raise OSError(f"opening ended with status {status}")
-        return {"images": images} | json.loads((root / "report.json").read_text())
+        return {"images": images} | json.loads(text.read_text(root / "report.json"))
 
 
 def _open_and_draw(root: Path) -> int:

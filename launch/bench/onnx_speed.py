@@ -109,7 +109,7 @@ def measure(
         raise FileNotFoundError(f"no data set at {rec!r}: --data SHARDS")
     if run is None:
         _settle(module, prepared(images[:32], Bake()))
-    pairs = next(iter(sorted(Path(rec).glob("*.bin"))), None)
+    pairs = next(iter(files.ending(rec, ".bin")), None)
     rows: dict[str, Any] = {"torch": {"bytes": sum(p.numel() * 4 for p in module.parameters())}}
     with tempfile.TemporaryDirectory() as directory:
         contenders: dict[str, Callable[[np.ndarray], Any]] = {"torch": _eager(module)}
@@ -154,7 +154,7 @@ def _faces(directory: Path) -> tuple[np.ndarray, np.ndarray]:
     if not paths:
         raise FileNotFoundError(f"no faces at {directory}/<identity>/")
     names = [path.parent.name for path in paths]
-    images = np.stack([decode(path.read_bytes(), where=str(path)) for path in paths])
+    images = np.stack([decode(files.read_bytes(path), where=str(path)) for path in paths])
     return images, np.unique(names, return_inverse=True)[1]
 
 

@@ -123,7 +123,7 @@ def open_faces(path: str | Path, resize: bool = False) -> Faces:
         data = shards.open(path)
         return Faces(str(path), np.asarray(data.labels), lambda i: data[i][1], _names(data), resize)
     images = sorted(
-        file for file in path.rglob("*") if is_image_name(file.name) and files.is_file(file)
+        file for file in files.below(path) if is_image_name(file.name) and files.is_file(file)
     )
     if not images:
         raise UserError(f"{path} holds neither shards nor images")
@@ -131,7 +131,7 @@ def open_faces(path: str | Path, resize: bool = False) -> Faces:
     if len(set(people)) == 1:  # a folder of images alone: each its own
         people = [str(file.relative_to(path)) for file in images]
     names, labels = np.unique(people, return_inverse=True)
-    return Faces(str(path), labels, lambda i: images[i].read_bytes(), names.tolist(), resize)
+    return Faces(str(path), labels, lambda i: files.read_bytes(images[i]), names.tolist(), resize)
 
 
 def _names(data: shards.Shards) -> Sequence[str]:

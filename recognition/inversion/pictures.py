@@ -43,4 +43,4 @@ def write(path: Path, pixels: np.ndarray) -> None:  # uint8 RGB [h, w, 3]
 
 def read(path: Path) -> np.ndarray:
     """uint8 RGB [112, 112, 3]. Raises: ValueError, OSError."""
-    return decode(path.read_bytes(), INPUT_SIZE, str(path))
+    return decode(files.read_bytes(path), INPUT_SIZE, str(path))

@@ -103,7 +103,7 @@ def read_torch(path: str, mapped: bool = False) -> Any:
         raise
     except Exception as error:  # damaged bytes can fail anywhere in torch's reader
         reason = "it is damaged, or nothing that torch.save wrote"
-        if Path(path).read_bytes()[:2] in _TORCH_MAGIC and "eights only" in str(error):
+        if files.read_bytes(path)[:2] in _TORCH_MAGIC and "eights only" in str(error):
             reason = (
                 "it holds objects beside tensors and plain containers, which reading could run: "
                 "save the network's state_dict()"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.common import content
+from data_tools.common import content, files
 from data_tools.common.errors import UserError
 
 _LIST, _V1, _V2 = 0x112, 0xF993FAC8, 0xF993FAC9
@@ -64,7 +64,7 @@ def read(path: str | Path) -> dict[str, np.ndarray[Any, Any]]:
         ValueError: not such a file, or a damaged one.
         OSError: it cannot be read.
     """
-    reader = _Reader(Path(path).read_bytes())
+    reader = _Reader(files.read_bytes(path))
     try:
         if reader.number("Q") != _LIST:
             raise UserError("it does not begin as one")

@@ -34,6 +34,11 @@ ERRORS = {
 }
 # After which the state on the disk is another one: a kill there is a fault of its own.
 CHANGES = {"create", "write", "truncate", "fsync", "mkdir", "rename", "link", "unlink", "rmdir"}
+# Operations that the quick part takes as one: they fail alike, mostly in one line of code.
+_ALIKE = {
+    "access": "stat", "fstat": "stat", "opendir": "open", "readdir": "read", "mmap": "read",
+    "create": "write", "truncate": "write", "mkdir": "write", "chmod": "write", "rmdir": "unlink",
+}  # fmt: skip
 # Calls on one open file: of a long row of them the first, the second and the last are tried.
 _ROWS = {"read", "write", "fsync", "readdir", "fstat"}
 
@@ -63,18 +68,22 @@ def every(recorded: list[Call]) -> list[Position]:
 
 
 def one_of_a_kind(recorded: list[Call], seen: set[tuple[str, str]]) -> list[Position]:
-    """Of each operation on each kind of file that is not in `seen` one position, which then is:
-    an error at the first call and a kill after the last in turn, of a rename both."""
+    """Of each kind of operation on each kind of file that is not in `seen` one position, which then
+    is: an error at the first call and a kill after the last in turn, of a rename both."""
     found: dict[tuple[str, str], list[Call]] = {}
     for call in recorded:
-        found.setdefault((call.operation, kind(call.path)), []).append(call)
+        operation = _ALIKE.get(call.operation, call.operation)
+        found.setdefault((operation, kind(call.path)), []).append(call)
     chosen = []
     for number, key in enumerate(key for key in found if key not in seen):
-        fails, last = _faults(found[key][0])[0], _faults(found[key][-1])[-1]
+        first, last = found[key][0], found[key][-1]
+        kill = Position(last, "k", 0)
         if key[0] == "rename":
-            chosen += [fails, last]
+            chosen += [_faults(first)[0], kill]
+        elif number % 2 and last.operation in CHANGES:
+            chosen.append(kill)
         else:
-            chosen.append(last if number % 2 and key[0] in CHANGES else fails)
+            chosen.append(_faults(first)[0])
     seen.update(found)
     return chosen
 

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 _SOURCE = pathlib.Path(__file__).with_name("shim.c")
-_SECONDS = 60.0  # after which a run counts as hung
+_SECONDS = 300.0  # after which a run counts as hung; a busy machine may need a minute
 
 
 class Call(NamedTuple):
@@ -92,6 +92,7 @@ class Worker:
         self.root = directory / "root"
         self.root.mkdir()
         self._said, self._log = directory / "said", directory / "log"
+        self._runs = 0
         environment = {
             **os.environ, "LD_PRELOAD": str(library), "FAULTS_ROOT": str(self.root),
             "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200",
@@ -110,15 +111,20 @@ class Worker:
         """Call a command in a fork of the worker."""
         self._log.unlink(missing_ok=True)
         logged = record or position is not None
+        self._runs += 1
         request = {
-            "command": command, "arguments": [str(argument) for argument in arguments],
+            "run": self._runs, "command": command,
+            "arguments": [str(argument) for argument in arguments],
             "said": str(self._said), "log": str(self._log) if logged else "",
             "position": position.text() if position else "", "seconds": _SECONDS,
         }  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        code = json.loads(self._process.stdout.readline())["code"]
+        answer = {"run": 0, "code": None}
+        while answer["run"] != self._runs:  # that of a test which was interrupted may come first
+            answer = json.loads(self._process.stdout.readline())
+        code = answer["code"]
         lines = self._log.read_text().splitlines() if logged and self._log.exists() else []
         at = next((i for i, line in enumerate(lines) if line.startswith("!")), None)
         calls = _numbered([line for line in lines if not line.startswith(("!", "~"))])

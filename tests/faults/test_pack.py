@@ -160,6 +160,7 @@ def pack(faults_worker, faces_dir, tmp_path):
     return Pack(faults_worker, faces_dir, tmp_path)
 
 
+@pytest.mark.timeout(1800)  # hundreds of runs: a busy machine needs more than the usual
 def test_a_fault_of_each_kind(faults_worker, pack):
     seen: set[tuple[str, str]] = set()
     for name in SCENES:

@@ -139,6 +139,7 @@ def training(faults_worker, faces_dir, tmp_path):
     return Training(faults_worker, faces_dir, tmp_path)
 
 
+@pytest.mark.timeout(1800)  # hundreds of runs: a busy machine needs more than the usual
 def test_a_fault_of_each_kind(faults_worker, training):
     seen: set[tuple[str, str]] = set()
     for name in SCENES:

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 
+import numpy.ma  # noqa: F401  numpy.unique imports it: not in each child
 import torch
 import torch.distributed.nn  # before _dynamo, as recognition/distributed/runtime.py says
 
@@ -61,6 +62,7 @@ COMMANDS = {
 def main() -> None:
     shim = ctypes.CDLL(os.environ.pop("LD_PRELOAD"))
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # it reads the sources of its callers, once in a process
     saving._LAST_WAITS = (0.01, 0.02)  # seconds; a fault of one call has passed by then
     # Drawing opens no file and takes seconds.
     eval.report.figures._svg = lambda figure, label: "<svg></svg>"
@@ -71,7 +73,8 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             _run(shim, request)
-        print(json.dumps(_wait(child, request["seconds"])), flush=True)
+        answer = {"run": request["run"], "code": _wait(child, request["seconds"])}
+        print(json.dumps(answer), flush=True)
 
 
 def _run(shim: ctypes.CDLL, request: dict) -> None:
@@ -95,17 +98,17 @@ def _run(shim: ctypes.CDLL, request: dict) -> None:
         os._exit(code if isinstance(code, int) else 1 if code else 0)
 
 
-def _wait(child: int, seconds: float) -> dict:
+def _wait(child: int, seconds: float) -> int | None:
     """The exit code of the child, negative for a signal; None where it had to be ended."""
     end = time.monotonic() + seconds
     while True:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
-            return {"code": os.waitstatus_to_exitcode(status)}
+            return os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return {"code": None}
+            return None
         time.sleep(0.002)
 
 
