@@ -58,7 +58,7 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
 def read_json(path: str | os.PathLike[str], remedy: str = "") -> Any:
     """The content of a JSON file.
 
-    remedy: what to do about a damaged one, for the message.
+    remedy: of a file that we wrote ourselves, what to do if it is damaged.
 
     Raises:
         UserError: not JSON, or nested too deeply; it names the file. As read_text.
@@ -69,8 +69,10 @@ def read_json(path: str | os.PathLike[str], remedy: str = "") -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         what = "it is empty" if not text.strip() else str(error)
-        after = f"; {remedy}" if remedy else ""
-        raise UserError(f"{os.fspath(path)} is not JSON: {what}{after}") from error
+        name = os.fspath(path)
+        if remedy:
+            raise UserError(f"{name} is damaged: not JSON: {what}; {remedy}") from error
+        raise UserError(f"{name}: not JSON: {what}") from error
 
 
 def numbered_lines(

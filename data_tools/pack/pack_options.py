@@ -55,6 +55,11 @@ class Options:
             raise UserError(f"--quality {self.quality}: a JPEG's quality is at most 100")
         if self.hold_out:
             check_num_pairs(self.pairs)
+        if self.landmarks and files.is_dir(self.landmarks):
+            raise UserError(
+                f"--landmarks {self.landmarks} is a directory: pack takes one file with a line for "
+                "each image, path [score] x1 y1 .. x5 y5"
+            )
         if (self.landmarks or self.detector) and not self.align:
             raise UserError("--landmarks and --detector are of --align: say that too")
         if self.align and self.pass_through:

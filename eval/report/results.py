@@ -186,7 +186,7 @@ def load_all(directory: str | Path) -> list[Result]:
     """
     found = []
     for path in files.ending(directory, ".json"):
-        facts = read_json(path, "it is damaged: evaluate again")
+        facts = read_json(path, "evaluate again")
         if not isinstance(facts, dict) or "protocol" not in facts:
             continue
         if facts.get("format") != FORMAT:

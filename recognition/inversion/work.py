@@ -70,7 +70,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """What write_json wrote. Raises: ValueError naming a damaged file."""
-    content = read_json_file(path, "it is damaged: remove it and start again")
+    content = read_json_file(path, "remove it and start again")
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged (no object): remove it and start again")
     return content

@@ -119,7 +119,8 @@ def _tensors(path: str) -> dict[str, Tensor]:
         return {n.split(":", 1)[-1]: torch.from_numpy(a).float() for n, a in arrays.items()}
     if path.endswith(".safetensors"):
         try:
-            return safetensors.torch.load_file(path)
+            with open(path, "rb"):  # its own error of a directory names no file
+                return _plain(safetensors.torch.load_file(path), path)
         except safetensors.SafetensorError as error:
             hint = content.hint(path, "a safetensors")
             raise UserError(f"{path} cannot be read as weights: {error}{hint}") from error
@@ -130,7 +131,34 @@ def _tensors(path: str) -> dict[str, Tensor]:
             f"{path} is not a state dict: expected tensors by name, found {_listed(found)}; save "
             "the network's state_dict()"
         )
-    return dict(state)
+    return _plain(state, path)
+
+
+def _plain(state: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Tensors that every operation takes; those of eight bits as float32.
+
+    Raises: UserError naming the first of another kind.
+    """
+    return {name: dense(value, f"{path}: {name}") for name, value in state.items()}
+
+
+def dense(tensor: Tensor, where: str) -> Tensor:
+    """A tensor of real numbers in memory, float32 in place of eight-bit floats.
+
+    Raises: UserError naming `where` for a sparse, quantised, complex or absent one.
+    """
+    wrong = (
+        ("sparse", tensor.layout != torch.strided), ("quantised", tensor.is_quantized),
+        ("complex", tensor.is_complex()), ("without content", tensor.is_meta),
+    )  # fmt: skip
+    if kinds := [kind for kind, is_so in wrong if is_so]:
+        raise UserError(
+            f"{where} is {' and '.join(kinds)}: weights are dense tensors of real numbers. Convert "
+            "it where the file was made, and save the state_dict() anew"
+        )
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:  # torch computes nothing in them
+        return tensor.float()
+    return tensor
 
 
 def _is_state(found: Any) -> bool:
@@ -207,10 +235,10 @@ def _from_ir(state: dict[str, Tensor]) -> dict[str, Tensor]:
               "res_layer.3": "prelu", "res_layer.4": "conv2", "res_layer.5": "bn3",
               "shortcut_layer.0": "downsample.0", "shortcut_layer.1": "downsample.1"}  # fmt: skip
     ours: dict[str, Tensor] = {}
-    for i, (stage, index) in zip(numbers, _stage_of(widths), strict=True):
+    for i, width, (stage, index) in zip(numbers, widths, _stage_of(widths), strict=True):
         names |= {f"body.{i}.{a}": f"layer{stage}.{index}.{b}" for a, b in inside.items()}
         if index == 0 and f"body.{i}.shortcut_layer.0.weight" not in state:
-            ours |= _identity(f"layer{stage}.{index}.downsample", widths[i])
+            ours |= _identity(f"layer{stage}.{index}.downsample", width)
     for name, value in state.items():
         at, _, leaf = name.rpartition(".")
         ours[f"{names.get(at, at)}.{leaf}"] = value

@@ -5,6 +5,7 @@ Letters: C classes, C_r of this rank, D embedding size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from data_tools.common.decode import decode
 from data_tools.common.errors import UserError
-from data_tools.common.text import read_text
+from data_tools.common.text import numbered_lines
 from data_tools.shards import Shards
 from data_tools.union import Union
 from eval.embedders.embed_onnx import OnnxEmbedder
@@ -23,6 +24,7 @@ from recognition.weights.saved_rows import open_rows
 
 _IMAGES_OF_A_CLASS = 16  # that its centre is the mean of
 _BATCH = 64  # images
+_ID, _DIGITS = re.compile(r"-?[0-9]+"), 18  # of a line of the label map; more do not fit int64
 
 
 @torch.no_grad()
@@ -114,9 +116,16 @@ def _mapped(
             )
         return np.arange(*shard)
     try:
-        ids = np.array([int(line) for line in read_text(label_map).split()], dtype=np.int64)
-    except (ValueError, OverflowError, OSError) as error:
+        lines = [
+            (number, _ID.fullmatch(line.strip())) for number, line in numbered_lines(label_map)
+        ]
+    except (UserError, OSError) as error:
         raise UserError(f"init_label_map={label_map}: {error}") from error
+    for number, found in lines:
+        if found is None or len(found[0]) > _DIGITS:
+            what = "is not one class id, a whole number or -1" if found is None else "is too large"
+            raise UserError(f"init_label_map={label_map}: line {number} {what}")
+    ids = np.array([int(found[0]) for _, found in lines if found is not None], dtype=np.int64)
     if len(ids) != here or ids.min(initial=0) < -1 or ids.max(initial=-1) >= there:
         raise UserError(
             f"init_label_map={label_map}: {len(ids)} lines from {ids.min(initial=0)} to "

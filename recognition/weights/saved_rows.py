@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from data_tools.common.errors import UserError
 from recognition import checkpoint
 from recognition.checkpoint.tensors import readable
 from recognition.distributed import collectives
-from recognition.weights.foreign import read_torch
+from recognition.weights.foreign import dense, read_torch
 
 _BLOCK = 1 << 16  # rows read at a time
 _SHARD = r"_gpu_(\d+)\.pt$"  # how the name of a shard of arcface_torch ends
@@ -136,9 +137,13 @@ def _slice_of(path: str, name: str, count: int, shape: tuple[int, ...]) -> _Piec
 
 def _of_shards(source: str) -> ClassRows:
     by_rank = _shards_at(source)
-    absent = sorted(set(range(max(by_rank) + 1)) - set(by_rank))
-    if absent:
-        raise UserError(f"init_head={source}: shards of ranks {absent} are not whole")
+    if max(by_rank) >= len(by_rank):
+        others = (rank for rank in range(max(by_rank)) if rank not in by_rank)
+        absent = list(itertools.islice(others, 4))  # a name may hold any number
+        raise UserError(
+            f"init_head={source}: shards of ranks {absent} are not there, of the ranks up to "
+            f"{max(by_rank)}: the head is not whole"
+        )
     paths = [by_rank[rank] for rank in sorted(by_rank)]
     shapes = [tuple(_shard(path).shape) for path in paths]
     sizes = [shape[0] for shape in shapes]
@@ -192,4 +197,4 @@ def _shard(path: str) -> Tensor:
     if not isinstance(found, Tensor) or found.ndim != 2:
         names = list(content) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: no class rows `weight` [C, D] in it, but {names}")
-    return found
+    return dense(found, path)

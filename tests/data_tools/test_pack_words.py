@@ -138,6 +138,13 @@ def test_a_last_line_without_anything_left_out(tmp_path, capsys):
     assert lines[-1].startswith("packed ") and "left out" not in lines[-1]
 
 
+def test_a_directory_of_landmarks_is_refused_with_the_form_that_is_taken(tmp_path, capsys):
+    source = folder(tmp_path / "faces", [2, 2])
+    words = ["--align", "--landmarks", str(source)]
+    assert main(["pack", str(source), str(tmp_path / "set"), *words]) == 1
+    assert "is a directory: pack takes one file with a line for each" in capsys.readouterr().err
+
+
 def flat(level, person, image):
     pixels = np.full((320, 320, 3), level, np.uint8)
     pixels[0, 0] = person, image, 0  # no two files are equal

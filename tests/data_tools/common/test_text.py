@@ -50,5 +50,5 @@ def test_json_as_people_have_it(tmp_path):
 )
 def test_what_is_not_json_is_named(tmp_path, content, fault):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(UserError, match=f"a.json is not JSON: .*{fault}.*; write it anew"):
+    with pytest.raises(UserError, match=f"a.json is damaged: not JSON: .*{fault}.*; write it anew"):
         read_json(tmp_path / "a.json", "write it anew")

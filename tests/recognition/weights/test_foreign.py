@@ -8,9 +8,11 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
+from data_tools.common.errors import UserError
 from eval.embedders.embed import open_embedder
 from recognition.backbones import BACKBONES
 from recognition.checkpoint import load_state
@@ -482,3 +484,42 @@ def test_an_ir_network_of_odd_tensors_is_listed(tmp_path):
     torch.save(odd, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="unexpected body.0"):
         ours("r18", foreign.read_weights(str(tmp_path / "x.pt")))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch.ones(3, dtype=torch.complex64), "complex"),
+        (torch.ones(3, device="meta"), "without content"),
+    ],
+)
+def test_tensors_that_cannot_be_weights_are_named(tensor, kind, tmp_path):
+    torch.save({"good": torch.ones(2), "fc.weight": tensor}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=f"a.pt: fc.weight is {kind}: weights are dense"):
+        foreign.read_weights(str(tmp_path / "a.pt"))
+
+
+def test_weights_of_eight_bits_are_read(tmp_path):
+    weight = torch.randn(4, 3).to(torch.float8_e4m3fn)
+    save_file({"fc.weight": weight}, tmp_path / "a.safetensors")
+    found = foreign.read_weights(str(tmp_path / "a.safetensors"))["fc.weight"]
+    assert found.dtype == torch.float32 and found.equal(weight.float())
+
+
+def test_a_directory_under_the_name_of_weights_is_named(tmp_path):
+    for name in ("a.safetensors", "a.pt"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(IsADirectoryError, match=name):
+            foreign.read_weights(str(tmp_path / name))
+
+
+def test_an_ir_network_that_lacks_a_block_is_listed(theirs, tmp_path):
+    state = {n: v for n, v in theirs.state_dict().items() if not n.startswith("body.1.")}
+    with pytest.raises(UserError, match="does not fit this network"):
+        foreign.network_of(foreign.read_weights(saved(state, tmp_path)), "a.pt")
+
+
+def saved(state, directory):
+    torch.save(state, directory / "a.pt")
+    return str(directory / "a.pt")

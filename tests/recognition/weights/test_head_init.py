@@ -59,6 +59,14 @@ def test_shards_that_are_not_whole(tmp_path):
     (tmp_path / "softmax_fc_gpu_3.pt").unlink()
     with pytest.raises(ValueError, match=r"ranks \[3\]"):
         saved_rows.open_rows(str(tmp_path))
+    far = tmp_path / f"softmax_fc_gpu_{10**19}.pt"
+    torch.save({"weight": torch.zeros(9, D)}, far)
+    with pytest.raises(ValueError, match=rf"ranks \[3, 8, 9, 10\] are not .* up to {10**19}"):
+        saved_rows.open_rows(str(tmp_path))
+    far.unlink()
+    torch.save({"weight": torch.zeros(9, D).to_sparse()}, tmp_path / "softmax_fc_gpu_3.pt")
+    with pytest.raises(ValueError, match="softmax_fc_gpu_3.pt is sparse"):
+        saved_rows.open_rows(str(tmp_path))
     torch.save({"weight": torch.zeros(9, D)}, tmp_path / "softmax_fc_gpu_3.pt")
     with pytest.raises(ValueError, match="not the shards of one head"):
         saved_rows.open_rows(str(tmp_path))
@@ -107,7 +115,7 @@ def test_mistakes_in_a_head_and_its_map(keys, shards_dir, tmp_path):
         (None, "init_label_map=FILE"),
         ([0] * (classes - 1), "expected"),
         ([21] + [0] * (classes - 1), "from -1 to 20"),
-        (["x"] * classes, "invalid literal"),
+        (["0", "", "x"] + ["0"] * (classes - 2), "line 3 is not one class id"),
         ([10**20] + [0] * (classes - 1), "init_label_map=.*too large"),
     ]:
         more = {"init_head": str(tmp_path)}
