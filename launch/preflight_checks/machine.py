@@ -80,9 +80,11 @@ def _code() -> str:
 
 
 def _limits(facts: dict[str, Any], processes: int) -> dict[str, Any]:
-    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files < min(hard, 4096):
-        facts["warnings"].append(f"{files} file descriptors: ulimit -n {min(hard, 65536)} first")
+    descriptors, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors < min(hard, 4096):
+        facts["warnings"].append(
+            f"{descriptors} file descriptors: ulimit -n {min(hard, 65536)} first"
+        )
     memory = None
     if files.is_dir("/dev/shm"):
         memory = shutil.disk_usage("/dev/shm").free
@@ -91,7 +93,7 @@ def _limits(facts: dict[str, Any], processes: int) -> dict[str, Any]:
                 f"{memory >> 20} MiB of shared memory for {processes} processes, nccl wants "
                 f"{_LEAST_SHM * processes >> 20}: docker run --shm-size 8g, or --ipc host"
             )
-    return {"files": files, "shared_memory": memory}
+    return {"files": descriptors, "shared_memory": memory}
 
 
 def _disk(cfg: config.Config, facts: dict[str, Any]) -> dict[str, Any]:
