@@ -22,8 +22,8 @@ import torch
 
 from data_tools.common import files
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
+from data_tools.common.image_file import is_image_name
 from data_tools.pack.pairs import PAIRS_STEP
-from data_tools.sources.source import is_image
 
 _ROOT = Path(__file__).resolve().parents[1]
 _IDENTITIES, _IMAGES = 1000, 20  # generated
@@ -120,7 +120,7 @@ def _num_held_out(faces: Path) -> int:
     the mean less two standard deviations, are enough; but two identities are left to train on.
     """
     folders = [entry.path for entry in os.scandir(faces) if entry.is_dir()]
-    sizes = np.array([sum(map(is_image, os.listdir(path))) for path in folders])
+    sizes = np.array([sum(map(is_image_name, os.listdir(path))) for path in folders])
     sizes = sizes[sizes > 0]
     same = sizes * (sizes - 1) / 2  # pairs of each person
     most = len(sizes) - 2

@@ -4,10 +4,7 @@ import cv2
 import numpy as np
 
 from data_tools.common.errors import UserError
-from data_tools.common.image_file import channels_of as channels_of
 from data_tools.common.image_file import fault, judge
-from data_tools.common.image_file import has_exif as has_exif
-from data_tools.common.image_file import is_image_name as is_image  # noqa: F401
 from data_tools.common.image_size import check_size
 
 MAX_PIXELS = 128_000_000  # 384 MB as RGB, in every worker: beyond any camera for faces

@@ -24,15 +24,14 @@ import cv2
 import numpy as np
 
 from data_tools.common.decode import (
-    channels_of,
     check_jpeg,
     check_pixels,
     decode_any_size,
-    has_exif,
     resized,
     size_of,
 )
 from data_tools.common.errors import UserError
+from data_tools.common.image_file import channels_of, has_exif
 from data_tools.common.image_size import check_size
 from data_tools.common.parallel import Advance
 from data_tools.pack.alignment import Aligner

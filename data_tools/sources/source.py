@@ -19,9 +19,6 @@ import numpy as np
 
 from data_tools import shards
 from data_tools.common import files
-from data_tools.common.decode import (
-    is_image as is_image,  # for those who count images before packing
-)
 from data_tools.common.errors import UserError
 from data_tools.recordio import RecordFile
 from data_tools.sources.archives import ArchiveSource, is_archive, refuse_packed

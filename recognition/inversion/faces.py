@@ -13,8 +13,9 @@ import numpy as np
 
 from data_tools import shards, verification_bin
 from data_tools.common import arrays, files
-from data_tools.common.decode import decode_any_size, is_image, resized
+from data_tools.common.decode import decode_any_size, resized
 from data_tools.common.errors import UserError
+from data_tools.common.image_file import is_image_name
 from data_tools.common.image_size import check_size
 from data_tools.insightface import find_rec
 from recognition.backbones.input import INPUT_SIZE
@@ -120,7 +121,9 @@ def open_faces(path: str | Path, resize: bool = False) -> Faces:
     if files.is_file(path / "index.json") or find_rec(path):
         data = shards.open(path)
         return Faces(str(path), np.asarray(data.labels), lambda i: data[i][1], _names(data), resize)
-    images = sorted(file for file in path.rglob("*") if is_image(file.name) and files.is_file(file))
+    images = sorted(
+        file for file in path.rglob("*") if is_image_name(file.name) and files.is_file(file)
+    )
     if not images:
         raise UserError(f"{path} holds neither shards nor images")
     people = [str(file.parent.relative_to(path)) for file in images]

@@ -11,7 +11,8 @@ from PIL import Image
 
 from data_tools import shards
 from data_tools.__main__ import main
-from data_tools.common.decode import channels_of, decode, decode_any_size, size_of
+from data_tools.common.decode import decode, decode_any_size, size_of
+from data_tools.common.image_file import channels_of
 from data_tools.common.image_table import Names
 from data_tools.common.landmarks import LandmarkFile
 from data_tools.common.template import TEMPLATE, warp
