@@ -23,7 +23,7 @@ _COMMANDS = {
     "rfw": (rfw, "RFW: four groups and a shared threshold"),
     "pairs": (pairs_command, "verify pairs of your own images or templates"),
     "identify": (identify_command, "search your own probes in your own galleries"),
-    "report": (report_command, "one page on all that was evaluated, of one model or several"),
+    "report": (report_command, "one page with the results of one or several models"),
     "thresholds": (thresholds_command, "choose the operating points that export writes"),
 }
 

@@ -61,7 +61,7 @@ def intervals(
         # Sums of whole numbers divided by one: a FAR of exactly the target compares equal.
         at = [np.count_nonzero(far <= x, axis=1) - 1 for x in fars]
         found["tar"].append(np.stack([tar[np.arange(rows), i] for i in at], axis=1))
-        found["auc"].append(np.trapezoid(tar, far, axis=1))
+        found["auc"].append(np.asarray(np.trapezoid(tar, far, axis=1)))
         found["eer"].append(_eer(far, tar))
     tails = [(1 - level) / 2, (1 + level) / 2]
     tar = np.quantile(np.concatenate(found["tar"]), tails, axis=0)  # [2, len(fars)]

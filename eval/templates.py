@@ -161,9 +161,10 @@ def _by_tile(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(pairs ordered by tile, where each tile starts [tiles + 1])."""
     # NumPy sorts 16-bit keys by radix, in a third of the time.
-    number = (a // tile).astype(np.uint16 if tiles < 1 << 16 else np.int64)
-    number *= number.dtype.type(wide)
-    number += (b // tile).astype(number.dtype)
+    kind: type[np.integer] = np.uint16 if tiles < 1 << 16 else np.int64
+    number: NDArray[np.integer] = (a // tile).astype(kind)
+    number *= kind(wide)
+    number += (b // tile).astype(kind)
     order = np.argsort(number, kind="stable")
     counts = np.bincount(number, minlength=tiles)
     return order, np.concatenate(([0], np.cumsum(counts)))

@@ -11,17 +11,24 @@ eval thresholds` chose that score before the export, for what the model gives of
 
 import json
 import sys
+from collections.abc import Iterator, Mapping
 
 import cv2
 import numpy as np
-import onnxruntime
+from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 
 SIDE, STRIDES = 640, (8, 16, 32)  # pixels of what a detector sees, if it does not say
 YUNET, SCRFD = (0.6, 0.3), (0.5, 0.4)  # least score, most overlap of two faces
 MOST = 100  # faces of an image
 
 
-def five_points(detector, image):  # BGR [h, w, 3] -> [5, 2], of the large, central face
+# Of each stride: scores [n], boxes [n, 4], points [n, 5, 2].
+Found = Iterator[tuple[NDArray, NDArray, NDArray]]
+
+
+def five_points(detector: InferenceSession, image: NDArray) -> NDArray:
+    """The points [5, 2] of the large, central face in a BGR image [h, w, 3]."""
     high, wide = (x if isinstance(x, int) else SIDE for x in detector.get_inputs()[0].shape[2:])
     scale = min(1.0, high / image.shape[0], wide / image.shape[1])
     small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
@@ -43,13 +50,14 @@ def five_points(detector, image):  # BGR [h, w, 3] -> [5, 2], of the large, cent
     return points[best] / scale
 
 
-def places(canvas, stride, count):  # -> [count, 2] x, y of the map of a stride, row by row
+def places(canvas: NDArray, stride: int, count: int) -> NDArray:
+    """x and y [count, 2] of the cells of a stride's map, row by row."""
     high, wide = canvas.shape[0] // stride, canvas.shape[1] // stride
     columns, rows = np.meshgrid(np.arange(wide), np.arange(high))
     return np.stack([columns, rows], -1).reshape(-1, 2).repeat(count // (high * wide), 0)
 
 
-def decode_yunet(detector, canvas):  # of each stride: scores [n], boxes [n, 4], points [n, 5, 2]
+def decode_yunet(detector: InferenceSession, canvas: NDArray) -> Found:
     names = [output.name for output in detector.get_outputs()]
     blob = {detector.get_inputs()[0].name: canvas.transpose(2, 0, 1)[None]}
     out = dict(zip(names, detector.run(None, blob), strict=True))
@@ -62,7 +70,7 @@ def decode_yunet(detector, canvas):  # of each stride: scores [n], boxes [n, 4],
         yield score, np.hstack([middle - size / 2, size]), points * stride
 
 
-def decode_scrfd(detector, canvas):
+def decode_scrfd(detector: InferenceSession, canvas: NDArray) -> Found:
     pixels = (canvas[:, :, ::-1] - 127.5) / 128
     blob = {detector.get_inputs()[0].name: pixels.transpose(2, 0, 1)[None]}
     out = detector.run(None, blob)
@@ -80,7 +88,10 @@ def decode_scrfd(detector, canvas):
         )
 
 
-def embedding(model, facts, detector, path):  # -> [D] of length 1
+def embedding(
+    model: InferenceSession, facts: Mapping[str, str], detector: InferenceSession, path: str
+) -> NDArray:
+    """The embedding [D], of length 1, of the photograph at `path`."""
     image = cv2.imread(path)
     if image is None:
         sys.exit(f"{path}: not an image")
@@ -102,7 +113,7 @@ if __name__ == "__main__":
     if len(sys.argv) != 5:
         sys.exit(__doc__)
     try:
-        model, detector = (onnxruntime.InferenceSession(path) for path in sys.argv[1:3])
+        model, detector = (InferenceSession(path) for path in sys.argv[1:3])
     except Exception as error:  # ONNX Runtime's errors share no other base
         sys.exit(f"{sys.argv[1]} and {sys.argv[2]} are to be ONNX files: {error}")
     if len(detector.get_outputs()) not in (9, 12):

@@ -16,14 +16,15 @@ from data_tools.common import files
 from data_tools.common.decode import decode
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
 from data_tools.common.template import TEMPLATE
-from eval.embedders.embed import TorchEmbedder
+from data_tools.verification_bin import PairSet, load_bin
 from eval.embedders.embed_onnx import OnnxEmbedder
-from eval.protocols import drop, lfw, session, thresholds_command
+from eval.protocols import drop, session, thresholds_command
 from eval.report import results
 from recognition.checkpoint import find, load_backbone, read_manifest
 from recognition.export.parity import LIMITS, ExportError, Limits
 from recognition.export.quantise import NUM_CALIBRATION, PRECISIONS
 from recognition.export.to_onnx import Bake, Images, export_onnx
+from recognition.weights.networks import TorchEmbedder
 
 NUM_EXAMPLES = 32
 MOST_PAIRS = 1000
@@ -190,7 +191,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def lost_on(
-    pairs: lfw.PairSet, module: Any, path: Path, bake: Bake, limits: Limits,
+    pairs: PairSet, module: Any, path: Path, bake: Bake, limits: Limits,
     max_drop: float | None, say: Callable[[str], None], resize: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """eval.protocols.drop.compare of the network and its file. Raises: ExportError beyond the
@@ -230,7 +231,7 @@ def lost_on(
     return lost
 
 
-def pairs_of(args: argparse.Namespace, config: dict[str, Any], rec: str) -> lfw.PairSet | None:
+def pairs_of(args: argparse.Namespace, config: dict[str, Any], rec: str) -> PairSet | None:
     """The verification set of the arguments, the run's, or one of its data; None without any."""
     if args.max_pairs == 0:
         return None
@@ -241,7 +242,7 @@ def pairs_of(args: argparse.Namespace, config: dict[str, Any], rec: str) -> lfw.
         ]
         there = files.ending(rec, ".bin")
         path = next((path for path in [*asked, *there] if files.is_file(path)), None)
-    return None if path is None else lfw.load_bin(path)
+    return None if path is None else load_bin(path)
 
 
 def _data(config: dict[str, Any], licence: str) -> dict[str, str]:

@@ -1,15 +1,15 @@
-"""`embed`: the features of a data set, by a run directory or an ONNX file.
+"""`embed`: compute the features of a data set with a run's network or an ONNX file.
 
-Written in blocks; started again, it makes what is missing. Several processes share the blocks:
-under torchrun by rank, or each with --part I/N. Images that a relabel index drops
-are embedded as well.
+Features are written in blocks; a second start computes only the missing ones. Several processes
+share the blocks, by rank under torchrun or by --part I/N. Images that a relabel index drops are
+embedded as well.
 """
 
 import argparse
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +20,8 @@ from data_tools.common.decode import decode, pixels_of
 from data_tools.common.errors import UserError
 from data_tools.common.image_size import check_size
 from data_tools.common.messages import count
+from data_tools.common.networks import Network, networks
 from data_tools.common.parallel import Advance, run_tasks
-
-if TYPE_CHECKING:
-    from eval.embedders.embed import Embedder
 
 _CHUNK = 256  # images decoded at a time
 _SIZE = 112  # pixels
@@ -31,7 +29,7 @@ _SIZE = 112  # pixels
 
 def embed(
     data: shards.Shards,
-    embedder: "Embedder",
+    embedder: Network,
     out: Path,
     block: int,
     part: tuple[int, int],
@@ -92,7 +90,7 @@ def _part(text: str | None) -> tuple[int, int]:
         return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     number, _, of = text.partition("/")
     if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
-        raise UserError(f"--part {text}: say I/N, I from 0 to N - 1")
+        raise UserError(f"--part {text}: give I/N, with I from 0 to N - 1")
     return int(number), int(of)
 
 
@@ -100,22 +98,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="a data set directory")
     parser.add_argument("network", type=Path, help="a run or checkpoint directory, or an ONNX file")
     parser.add_argument("out", type=Path, help="directory of the features")
-    parser.add_argument("--block", type=int, default=65536, help="images a file (65536)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at once (64)")
     parser.add_argument(
-        "--resize", action="store_true", help="the faces are aligned at another size: resize them"
+        "--block", type=int, default=65536, help="images in a file (default %(default)s)"
     )
-    parser.add_argument("--part", metavar="I/N", help="make every N-th block from I on (all)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=64,
+        help="images that the network processes at once (default %(default)s)",
+    )
+    parser.add_argument(
+        "--resize", action="store_true", help="resize faces that are aligned at another size"
+    )
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="compute every N-th block from I on; default: all, or by RANK under torchrun",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from eval.embedders.embed import open_embedder  # torch and ONNX Runtime: seconds to import
-
     if args.block < 1 or args.batch_size < 1:
         raise UserError("--block and --batch-size must be 1 or more")
     data = shards.open(args.path, shards.NO_RELABEL)
     part = _part(args.part)
-    embedder = open_embedder(args.network, args.batch_size)
+    embedder: Network = networks().open_embedder(args.network, args.batch_size)
     made, resized = embed(data, embedder, args.out, args.block, part, args.resize)
     missing = [
         start

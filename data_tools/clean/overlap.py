@@ -29,6 +29,7 @@ from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.common.parallel import Advance, run_tasks
 from data_tools.sources.source import Images, RecordSource, open_source
+from data_tools.verification_bin import load_bin
 
 _TASK = 4096  # images
 _BLOCK = 4096  # rows of a product of features
@@ -99,8 +100,6 @@ class _Encoded:
 def _open_test(path: Path) -> Images:
     if path.suffix != ".bin":
         return open_source(path)
-    from eval.protocols.lfw import load_bin
-
     return _Encoded(load_bin(path).encoded, path.name)
 
 
@@ -108,11 +107,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("train", type=Path, help="a data set directory")
     parser.add_argument("test", type=Path, help="whatever pack reads, or a verification .bin")
     parser.add_argument("out", type=Path, help="relabel index of TRAIN to write")
-    parser.add_argument("--bits", type=int, default=3, help="of 64 that may differ, 0 to 3 (3)")
     parser.add_argument(
-        "--features", type=Path, nargs=2, metavar=("TRAIN", "TEST"), help="what embed made of both"
+        "--bits",
+        type=int,
+        default=3,
+        help="bits of 64 that may differ, 0 to 3 (default %(default)s)",
     )
-    parser.add_argument("--cosine", type=float, default=0.7, help="of the same person (0.7)")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        nargs=2,
+        metavar=("TRAIN", "TEST"),
+        help="the features that embed computed for both sets",
+    )
+    parser.add_argument(
+        "--cosine",
+        type=float,
+        default=0.7,
+        help="from which two images show one person (default %(default)s)",
+    )
     parser.add_argument("--identities", action="store_true", help="drop whole identities")
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="list every pair found")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")

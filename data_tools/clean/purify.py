@@ -21,46 +21,11 @@ from data_tools.clean.decisions import before_cleaning, write_decision
 from data_tools.clean.features import Features
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
+from data_tools.common.networks import Centres, networks
 from data_tools.common.parallel import Advance, Tasks, run_tasks
 
 _CLASSES = 8192  # classes whose centres are in memory at a time
 _SHOWN = 100  # faces on the sheet
-
-
-class Centres:
-    """Rows of a head of a checkpoint, [C, K, D], read by range."""
-
-    def __init__(self, run: Path, head: int = 0) -> None:
-        from recognition import checkpoint  # torch: seconds to import
-
-        found = checkpoint.find(str(run))
-        self.path = Path(found)
-        manifest = checkpoint.read_manifest(found)
-        if not 0 <= head < len(manifest["heads"]):
-            heads = count(len(manifest["heads"]), "head")
-            raise UserError(f"--head {head}: {found} has {heads}, counted from 0")
-        facts = manifest["heads"][head]
-        self.num_classes: int = facts["num_classes"]
-        self.num_subcenters: int = facts["num_subcenters"]
-        self.size: int = facts["embedding_size"]
-        self._files = checkpoint.row_files(manifest, head)
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Normalised centres float32 [stop - start, K, D]."""
-        from safetensors import safe_open
-
-        rows = np.empty((stop - start, self.num_subcenters, self.size), np.float32)
-        filled = 0
-        for name, first, last in self._files:
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                with safe_open(self.path / name, "np") as file:
-                    part = file.get_slice("weight")[low - first : high - first]
-                rows[low - start : high - start] = part.reshape(high - low, -1, self.size)
-                filled += high - low
-        if filled != stop - start:
-            raise UserError(f"{self.path} lacks some of the classes {start} to {stop - 1}")
-        return rows / np.linalg.norm(rows, axis=2, keepdims=True)
 
 
 def dominant_cosines(
@@ -125,10 +90,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="a run trained with num_subcenters=3, or checkpoint")
     parser.add_argument("features", type=Path, help="what `embed PATH RUN FEATURES` made")
     parser.add_argument("out", type=Path, help="relabel index to write")
-    parser.add_argument("--threshold", type=float, default=75.0, help="degrees (75)")
+    parser.add_argument(
+        "--threshold", type=float, default=75.0, help="degrees (default %(default)s)"
+    )
     parser.add_argument("--report", type=Path, metavar="DIR", help="angles.png and dropped.png")
     parser.add_argument(
-        "--head", type=int, default=0, metavar="K", help="of a run with rec_heads: its K-th (0)"
+        "--head",
+        type=int,
+        default=0,
+        metavar="K",
+        help="which head of a run with rec_heads (default %(default)s)",
     )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (all cores)"
@@ -141,7 +112,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be 1 or more")
     data = shards.open(args.path)
-    features, centres = Features(args.features, data.fingerprint), Centres(args.run, args.head)
+    features = Features(args.features, data.fingerprint)
+    centres: Centres = networks().Centres(args.run, args.head)
     if centres.num_classes != data.num_classes or centres.size != features.size:
         raise UserError(
             f"{centres.path} has {centres.num_classes} classes of size {centres.size}, {args.path} "

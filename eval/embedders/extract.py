@@ -33,7 +33,7 @@ from data_tools.common.errors import UserError
 from eval.embedders.images import ImageSet
 
 if TYPE_CHECKING:
-    from eval.embedders.embed import Embedder
+    from eval.embedders.embedder import Embedder
 
 BLOCK = 1024  # images
 FORMAT = 2

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from data_tools.common.errors import UserError
+from data_tools.verification_bin import PairSet
 from eval import verification
 from eval.embedders.extract import batches
 from eval.embedders.images import Encoded
-from eval.protocols.lfw import PairSet
 from eval.roc import curve, points_on
 
 Forward = Callable[[np.ndarray], np.ndarray]  # uint8 RGB [n, 112, 112, 3] -> [n, D]
@@ -121,5 +121,5 @@ def of_people(
     }
 
 
-def _ranges(count: int, size: int) -> Sequence[range]:
+def _ranges(count: int, size: int) -> list[range]:
     return [range(i, min(i + size, count)) for i in range(0, count, size)]

@@ -2,8 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_tools.common.errors import UserError
 from eval import identification, templates
@@ -21,17 +23,20 @@ RANK = "share of mated probes whose subject comes up within K gallery templates;
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "The tables have the columns image, subject and, where there are any, template, media,\n"
-        "score, x1 y1 .. x5 y5, named in the first line or in that order. Without template each\n"
-        "image is one. A probe whose subject is in no gallery is a stranger: it decides the\n"
-        "threshold of the FPIR. Several galleries are searched apart, and averaged.\n\n"
+        "The tables have the columns image, subject and optionally template, media, score and\n"
+        "x1 y1 .. x5 y5, named in the first line or in that order. Without a template column each\n"
+        "image is its own template. A probe whose subject is in no gallery is a stranger, and\n"
+        "strangers set the threshold for an FPIR. Galleries are searched separately; their\n"
+        "results are averaged.\n\n"
         "example: python -m eval identify runs/a --gallery known.csv --probes seen.csv\n"
         "MegaFace: the probe's mates and the distractors (a subject each) are the gallery."
     )
     session.add_arguments(parser)
     parser.add_argument("--gallery", metavar="TABLE", nargs="+", type=Path, required=True)
     parser.add_argument("--probes", metavar="TABLE", type=Path, required=True)
-    parser.add_argument("--images", metavar="DIR", type=Path, help="default: where each table lies")
+    parser.add_argument(
+        "--images", metavar="DIR", type=Path, help="default: the directory of each table"
+    )
     pairs_command.add_image_arguments(parser)
 
 
@@ -39,7 +44,7 @@ def run(args: argparse.Namespace) -> dict | None:
     """Search every gallery; print and return ranks and TPIR.
 
     Raises:
-        ValueError, OSError: a table, an image or the model is not what it must be.
+        UserError, OSError: a table, an image or the model cannot be read.
     """
     tables = [
         text_tables.read_faces(x, args.images, args.landmarks, resize=args.resize)
@@ -47,7 +52,7 @@ def run(args: argparse.Namespace) -> dict | None:
     ]
     names = [path.stem for path in args.gallery]
     if len(set(names)) < len(names):
-        raise UserError(f"two galleries of one name among {', '.join(names)}; rename a file")
+        raise UserError(f"two galleries have the same name, in {', '.join(names)}; rename a file")
     work = session.Session(args)
     used = pairs_command.detector(work, tables)
     features = [work.features(faces.images) for faces in tables]
@@ -97,7 +102,9 @@ def make_result(
     return results.make(protocol, name, work.embedder.facts, contract, metrics, arrays)
 
 
-def _open_set_curve(searches: list[identification.Search], points: int = 200):
+def _open_set_curve(
+    searches: list[identification.Search], points: int = 200
+) -> tuple[NDArray, NDArray]:
     """(FPIR, mean TPIR over the galleries) for the report's curve."""
     finest = 1 / min(int((~found.mated).sum()) for found in searches)
     fpir = np.geomspace(min(finest, 0.5), 1, points)
@@ -108,8 +115,8 @@ def _open_set_curve(searches: list[identification.Search], points: int = 200):
     return fpir, tpir
 
 
-def plain(value):
-    """The same with text for keys, as JSON has them."""
+def plain(value: Any) -> Any:
+    """The value with every dict key as text, as JSON requires."""
     if isinstance(value, dict):
         return {key if isinstance(key, str) else f"{key:g}": plain(x) for key, x in value.items()}
     return value

@@ -72,7 +72,7 @@ def open_benchmark(directory: str | Path, name: str) -> Benchmark:
         if files.is_dir(candidate / "meta"):
             return Benchmark(name, candidate)
     raise FileNotFoundError(
-        f"{directory}: no folder {name}/meta in it. {name} is to be asked for at NIST "
+        f"{directory}: no folder {name}/meta in it. Request {name} from NIST "
         f"(nist.gov/programs-projects/face-challenges); put its faces into {directory / name}/"
         "loose_crop and the lists of the InsightFace package into "
         f"{directory / name}/meta"
@@ -158,7 +158,7 @@ def read_pairs(benchmark: Benchmark, known: NDArray[np.int64]) -> Pairs:
     whole = np.concatenate(parts)
     issame = whole[:, 2] == 1
     if issame.all() or not issame.any():
-        raise UserError(f"{path}: pairs of one kind only: there is nothing to tell apart")
+        raise UserError(f"{path} holds only same or only different pairs: verification needs both")
     return Pairs(whole[:, 0].copy(), whole[:, 1].copy(), issame)
 
 

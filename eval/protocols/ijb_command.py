@@ -15,8 +15,8 @@ PROTOCOLS = ("1:1", "1:N")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "DIR holds IJBB/ or IJBC/ with loose_crop/ and meta/. Both rules for TAR at FAR are\n"
-        "given: insightface, which the published tables have, and strict.\n\n"
+        "DIR contains IJBB/ or IJBC/ with loose_crop/ and meta/. TAR at FAR is reported by both\n"
+        "rules: insightface, which the published tables use, and strict.\n\n"
         "example: python -m eval ijb runs/a /data/ijb --benchmark IJBC --protocol 1:1 1:N\n"
         "         torchrun --nproc-per-node 8 -m eval ijb runs/a /data/ijb --benchmark IJBC"
     )
@@ -26,23 +26,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", nargs="+", choices=PROTOCOLS, default=["1:1"])
     parser.add_argument(
         "--no-norm", dest="norm", action="store_false",
-        help="N0: L2-normalise each image's feature; default N1: its norm is a weight",
+        help="N0: L2-normalise each image's embedding; default N1: its norm weights it",
     )  # fmt: skip
     parser.add_argument(
         "--no-detector", dest="detector", action="store_false",
-        help="D0: leave the detector's score out; default D1: it is a weight",
+        help="D0: ignore the detector's score; default D1: it weights each image",
     )  # fmt: skip
     parser.add_argument(
         "--old-1n-rule", dest="old_rule", action="store_true",
-        help="for 1:N add the numbers of ijb_1n.py, whose 'FPIR' is none (InsightFace #1386)",
+        help="for 1:N also give the numbers of ijb_1n.py, whose 'FPIR' is not an FPIR (InsightFace "
+        "issue 1386)",
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict | None:
-    """Pool the templates once, then score what is asked for.
+    """Pool the templates once, then score the requested protocols.
 
     Raises:
-        ValueError, OSError: a list, an image or the model is not what it must be.
+        UserError, OSError: a list, an image or the model cannot be read.
     """
     benchmark = ijb.open_benchmark(args.directory, args.benchmark)
     faces = ijb.read_faces(benchmark)
@@ -55,8 +56,8 @@ def run(args: argparse.Namespace) -> dict | None:
     if any(a is not None and a != b for a, b in zip(counts, official, strict=True)):
         work.warn(
             f"{benchmark.name} has {official[0]} faces, {official[1]} templates and {official[2]} "
-            f"pairs; here are {', '.join(str(x) for x in counts if x is not None)}: the numbers "
-            "compare with no published ones"
+            f"pairs; this copy has {', '.join(str(x) for x in counts if x is not None)}: its "
+            "numbers are not comparable with published ones"
         )
     detector = "not used"
     if args.detector:
@@ -112,7 +113,7 @@ def _verify(
         **results.pair_metrics(points),
     }
     hard = results.hardest(scores, pairs.issame)
-    # A template is shown by its face of the highest detector score.
+    # The face with the highest detector score represents its template.
     order = np.lexsort((-faces.score, faces.template))
     best = order[np.searchsorted(faces.template[order], ids)]
     arrays = results.pair_arrays(

@@ -21,6 +21,7 @@ from data_tools.common.text import numbered_lines
 from eval import identification, templates
 from eval.embedders.images import Files
 from eval.protocols import identify_command, session
+from eval.report.results import Result
 
 PROTOCOLS = {  # name: (gallery csv, probe csv)
     "single": ("surveillance_to_single", "surveillance_to_single-booking"),
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--faces", metavar="DIR", type=Path, required=True)
     parser.add_argument(
         "--protocol", nargs="+", choices=list(PROTOCOLS), default=list(PROTOCOLS),
-        help="surveillance to these; default: all three",
+        help="search surveillance probes in these galleries; default: all three",
     )  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> dict | None:
     """Search the probes of each protocol in both of its galleries.
 
     Raises:
-        ValueError, OSError: a list is absent or not what it must be, or no face of it is there.
+        UserError, OSError: a list is missing or malformed, or none of its faces exists.
     """
     lists = {name: read_protocol(args.directory, name) for name in args.protocol}
     wanted = {(t.subject, file) for sides in lists.values() for side in sides.values()
@@ -112,7 +113,7 @@ def read_protocol(directory: Path, name: str) -> dict[str, list[Template]]:
 def _search(
     work: session.Session, name: str, sides: dict[str, list[Template]], sums: NDArray,
     number: dict[tuple[str, str], int], contract: dict[str, object],
-):  # fmt: skip
+) -> Result:  # fmt: skip
     vectors, empty = {}, {}
     for key, side in sides.items():
         x = np.zeros((len(side), sums.shape[1]))
@@ -138,27 +139,27 @@ def _search(
     result.metrics["empty_templates"] = empty
     result.arrays["cmc"] = identification.cmc([joined])
     if any(empty.values()):
-        work.warn(f"surveillance to {name}: templates without a face: {empty}")
+        work.warn(f"surveillance to {name}: some templates have no face: {empty}")
     return result
 
 
 def _rows(path: Path, width: int) -> Iterator[tuple[str, list[str]]]:
     if not files.is_file(path):
-        raise FileNotFoundError(f"{path}: not there; IJB-S and its protocol are to be asked for at "
+        raise FileNotFoundError(f"{path} is missing; request IJB-S and its protocol from "
                                 "NIST (Kalka et al., BTAS 2018)")  # fmt: skip
     for number, line in numbered_lines(path):
         if number == 1:
             continue  # the header
         fields = [field.strip() for field in line.split(",")]
         if len(fields) < width or not all(fields[:width]):
-            raise UserError(f"{path}:{number}: {line[:200]!r} has not {width} fields")
+            raise UserError(f"{path}:{number}: {line[:200]!r} has fewer than {width} fields")
         yield f"{path}:{number}", fields
 
 
 def _faces(root: Path, wanted: set[tuple[str, str]]) -> tuple[list[str], list[tuple[str, str]]]:
     """(paths below root, (subject, file of the protocol) of each) of all faces that are wanted."""
     if not files.is_dir(root):
-        raise FileNotFoundError(f"{root}: no such directory of aligned faces")
+        raise FileNotFoundError(f"{root}: the directory of aligned faces is missing")
     stems = {(subject, os.path.splitext(file)[0].replace("/", "_")): (subject, file)
              for subject, file in wanted}  # fmt: skip
     paths, owner = [], []
@@ -171,6 +172,6 @@ def _faces(root: Path, wanted: set[tuple[str, str]]) -> tuple[list[str], list[tu
                 paths.append(f"{person}/{name}")
                 owner.append(stems[person, stem])
     if not paths:
-        raise FileNotFoundError(f"{root}: no face of the protocol in it; expected e.g. "
+        raise FileNotFoundError(f"{root} contains no face of the protocol; expected for example "
                                 "1/videos_5004_21750.jpg and 1/img_101146.jpg")  # fmt: skip
     return paths, owner

@@ -34,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sets", metavar="SET", nargs="+", help="see below")
     parser.add_argument(
         "--no-contract-check", dest="check", action="store_false",
-        help="do not try whether a foreign network verifies better with RGB and BGR changed",
+        help="do not check whether a foreign network does better with another input contract",
     )  # fmt: skip
     parser.add_argument(
         "--report",
         metavar="FILE.html",
-        help="also write a page of these sets, FILE.json and FILE.md; training curves are added "
-        "where the model lies in a run directory",
+        help="also write a report of these sets, with FILE.json and FILE.md beside it; it shows "
+        "the training curves if the model is in a run directory",
     )
 
 
@@ -48,14 +48,14 @@ def run(args: argparse.Namespace) -> dict | None:
     """Print a table of the sets; return the model's facts and the numbers of each set.
 
     Raises:
-        ValueError, OSError: a set, the model or the report's place is not what it must be.
+        UserError, OSError: a set or the model cannot be read, or the report cannot be written.
     """
     if args.report is not None and not args.report.endswith(".html"):
         raise UserError(f"--report takes an .html file, not {args.report}")
     sets = [_load(name, args.resize) for name in args.sets]
     names = [pairs.name for pairs in sets]
     if len(set(names)) < len(names):
-        raise UserError(f"two sets of one name among {', '.join(names)}; rename a file")
+        raise UserError(f"two sets have the same name, in {', '.join(names)}; rename a file")
     from eval.protocols import score_pairs
 
     work = session.Session(args)
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> dict | None:
 
 
 def finish(work: session.Session, found: "list[Result]", report_path: str | None) -> dict:
-    """Print the table, write the page that was asked for; what --json prints."""
+    """Print the table and write the report that was asked for; returns what --json prints."""
     from eval.report import page, tables
 
     rows = [tables.pair_row(result.name, result.metrics) for result in found]
@@ -97,12 +97,12 @@ def finish(work: session.Session, found: "list[Result]", report_path: str | None
 def _load(name: str, resize: bool) -> Pairs:
     pairs = pair_lists.open_set(name, resize)
     if pairs.issame.all() or not pairs.issame.any():
-        raise UserError(f"{name} holds pairs of one kind only: there is nothing to tell apart")
+        raise UserError(f"{name} holds only same or only different pairs: verification needs both")
     return pairs
 
 
 def table(rows: list[list[str]]) -> Table:
-    """Within 80 columns: only a long name of a set is broken into lines, no number."""
+    """A table within 80 columns: only the names of sets wrap, never a number."""
     content = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     content.add_column("set", overflow="fold")
     for heading in ("pairs", "accuracy", "TAR at\nFAR 0.1 %", "EER", "AUC", "XNorm"):

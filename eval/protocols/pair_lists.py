@@ -26,8 +26,8 @@ from data_tools.common.files import is_file
 from data_tools.common.image_file import SUFFIXES, is_image_name
 from data_tools.common.image_table import back_slashes
 from data_tools.common.text import numbered_lines
+from data_tools.verification_bin import load_bin
 from eval.embedders.images import Encoded, Files, ImageSet
-from eval.protocols.lfw import load_bin
 
 
 class Pairs(NamedTuple):
@@ -52,7 +52,7 @@ def open_set(given: str, resize: bool = False) -> Pairs:
 
     Raises:
         ValueError: a list that cannot be read as one, or without one whole pair.
-        OSError: a file is not there; the message says where the official one is to be had.
+        OSError: a file is missing; the message says where to get the official one.
     """
     parts = given.split(":")
     if len(parts) == 1:
@@ -62,7 +62,7 @@ def open_set(given: str, resize: bool = False) -> Pairs:
         return Pairs(encoded.name, images, 2 * pair, 2 * pair + 1, encoded.issame)
     if len(parts) > 3 or not all(parts):
         raise UserError(f"{given}: a set is X.bin, LIST:IMAGE_DIR or LIST:IMAGE_DIR:LANDMARKS")
-    return load_list(*parts, resize=resize)
+    return load_list(parts[0], parts[1], parts[2] if len(parts) == 3 else None, resize)
 
 
 def load_list(

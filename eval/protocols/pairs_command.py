@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
@@ -29,20 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     session.add_arguments(parser)
     parser.add_argument("pairs", metavar="PAIRS", type=Path)
-    parser.add_argument("--images", metavar="DIR", type=Path, help="default: where the table lies")
+    parser.add_argument(
+        "--images", metavar="DIR", type=Path, help="default: the directory of the table"
+    )
     parser.add_argument("--templates", metavar="TEMPLATES", type=Path)
     add_image_arguments(parser)
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the images of a table are aligned and pooled."""
+    """Add the flags for aligning and pooling the images of a table."""
     parser.add_argument(
         "--landmarks", metavar="FILE|DIR", type=Path,
-        help="align the images by them, as in `eval lfw`; default: they are aligned, 112 x 112",
+        help="align the images by these, as in `eval lfw`; default: they are aligned, 112 x 112",
     )  # fmt: skip
     parser.add_argument(
         "--no-norm", dest="norm", action="store_false",
-        help="L2-normalise each image's embedding before pooling; default: its norm is a weight",
+        help="L2-normalise each image's embedding before pooling; default: its norm weights it",
     )  # fmt: skip
 
 
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> dict | None:
     """Rates of the pairs; with ten and more pairs of images also the ten-fold accuracy.
 
     Raises:
-        ValueError, OSError: a table, an image or the model is not what it must be.
+        UserError, OSError: a table, an image or the model cannot be read.
     """
     table = text_tables.read(args.pairs, PAIRS, PAIRS)
     for row, label in enumerate(table.columns["same"]):
@@ -58,8 +61,8 @@ def run(args: argparse.Namespace) -> dict | None:
             raise UserError(f"{table.where(row)}: same is {label!r}, neither 0 nor 1")
     issame = np.array(table.columns["same"]) == "1"
     if issame.all() or not issame.any():
-        raise UserError(f"{args.pairs} holds pairs of one kind only: there is nothing to tell "
-                         "apart")  # fmt: skip
+        raise UserError(f"{args.pairs} holds only same or only different pairs: verification "
+                         "needs both")  # fmt: skip
     if args.templates is not None:
         return _of_templates(args, table, issame)
     if len(issame) < 10:
@@ -76,7 +79,9 @@ def run(args: argparse.Namespace) -> dict | None:
     return lfw_command.finish(work, [result], None)
 
 
-def _of_images(args: argparse.Namespace, table: text_tables.Table, issame) -> pair_lists.Pairs:
+def _of_images(
+    args: argparse.Namespace, table: text_tables.Table, issame: NDArray[np.bool_]
+) -> pair_lists.Pairs:
     from eval.embedders.images import Files
 
     base = args.images or args.pairs.parent
@@ -97,7 +102,9 @@ def _of_images(args: argparse.Namespace, table: text_tables.Table, issame) -> pa
     return pair_lists.Pairs(args.pairs.stem, images, first, second, issame)
 
 
-def _of_templates(args: argparse.Namespace, table: text_tables.Table, issame) -> dict | None:
+def _of_templates(
+    args: argparse.Namespace, table: text_tables.Table, issame: NDArray[np.bool_]
+) -> dict | None:
     faces = text_tables.read_faces(
         args.templates, args.images, args.landmarks, ("image", "template"), args.resize
     )
@@ -115,14 +122,14 @@ def _of_templates(args: argparse.Namespace, table: text_tables.Table, issame) ->
         return None
     pooled = pool(features.matrix(), faces, args.norm)
     unit = templates.normalised(pooled)
-    scores = templates.pair_scores(unit, *sides)
+    scores = templates.pair_scores(unit, sides[0], sides[1])
     points = roc.curve(scores, issame)
     quality = np.linalg.norm(pooled, axis=1)[np.stack(sides)].min(axis=0)
     metrics = {"pairs": len(issame), "templates": len(unit), "images": len(faces.images),
                **results.pair_metrics(points)}  # fmt: skip
     if features.flip and not work.adds_mirror():
         alone = templates.normalised(pool(features.alone().matrix(), faces, args.norm))
-        alone_scores = templates.pair_scores(alone, *sides)
+        alone_scores = templates.pair_scores(alone, sides[0], sides[1])
         metrics["alone"] = results.alone_metrics(roc.curve(alone_scores, issame))
     contract = work.contract(faces.images, **pooling(args.norm, used))
     arrays = results.pair_arrays(points, scores, issame, quality)

@@ -5,9 +5,11 @@ images are aligned by the listed points; with --aligned DIR, images that are ali
 taken from DIR/GROUP/PERSON."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
@@ -29,14 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     session.add_arguments(parser)
     parser.add_argument("directory", metavar="DIR", type=Path)
     parser.add_argument("--aligned", metavar="DIR", type=Path)
-    parser.add_argument("--fmr", type=float, default=1e-3, metavar="X", help="default 1e-3")
+    parser.add_argument("--fmr", type=float, default=1e-3, metavar="X", help="default %(default)s")
 
 
 def run(args: argparse.Namespace) -> dict | None:
     """Verify the four groups; print and return the fairness report.
 
     Raises:
-        ValueError, OSError: a list, an image or the model is not what it must be.
+        UserError, OSError: a list, an image or the model cannot be read.
     """
     if not 0 < args.fmr < 1:
         raise UserError(f"--fmr {args.fmr:g} is no share between 0 and 1")
@@ -74,15 +76,20 @@ def _read(args: argparse.Namespace, group: str) -> pair_lists.Pairs:
     landmarks = None if args.aligned else lists / f"{group}_lmk.txt"
     for path in (lists / f"{group}_pairs.txt", landmarks):
         if path is not None and not files.is_file(path):
-            raise FileNotFoundError(f"{path}: not there; RFW is to be asked for at "
+            raise FileNotFoundError(f"{path} is missing; request RFW from "
                                     "whdeng.cn/RFW")  # fmt: skip
     pairs = pair_lists.load_list(lists / f"{group}_pairs.txt", images, landmarks, args.resize)
     if pairs.issame.all() or not pairs.issame.any():
-        raise UserError(f"{lists}: pairs of one kind only")
+        raise UserError(f"{lists} holds only same or only different pairs: verification needs both")
     return pairs._replace(name=group)
 
 
-def _fairness(work, sets, distance, target: float) -> results.Result:
+def _fairness(
+    work: session.Session,
+    sets: dict[str, pair_lists.Pairs],
+    distance: dict[str, NDArray],
+    target: float,
+) -> results.Result:
     cosine = {group: 1 - d / 2 for group, d in distance.items()}
     together = np.concatenate(list(cosine.values()))
     issame = np.concatenate([pairs.issame for pairs in sets.values()])
@@ -124,7 +131,8 @@ def _fairness(work, sets, distance, target: float) -> results.Result:
     return results.make("rfw", "RFW", work.embedder.facts, contract, metrics, arrays)
 
 
-def _ratio(values) -> float | None:
+def _ratio(values: Iterable[float]) -> float | None:
     """Largest over smallest; None where the smallest is zero."""
-    low, high = float(min(values)), float(max(values))
+    ordered = sorted(values)
+    low, high = float(ordered[0]), float(ordered[-1])
     return high / low if low > 0 else None

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from data_tools.common import files
 from eval import bootstrap, roc, verification
 from eval.embedders.contract import InputContract
+from eval.embedders.embedder import Embedder
 from eval.embedders.extract import Features
 from eval.protocols.pair_lists import Pairs
 from eval.protocols.session import Session
@@ -30,7 +31,7 @@ def verify(session: Session, pairs: Pairs, features: Features, protocol: str) ->
     """Ten-fold accuracy, ROC, intervals and the hardest pairs of a set.
 
     Raises:
-        ValueError: fewer than ten pairs, or pairs of one kind only.
+        ValueError: fewer than ten pairs, or only same or only different pairs.
     """
     x = features.matrix(np.float64)
     distance = verification.pair_distances(x, pairs.first, pairs.second)
@@ -132,7 +133,7 @@ def contract_warning(session: Session, pairs: Pairs) -> str:
     first, second = place.reshape(2, -1)
     issame = pairs.issame[chosen]
 
-    def score(embedder) -> NDArray:
+    def score(embedder: Embedder) -> NDArray:
         found = session.features(some, False, embedder, alone=True)
         assert found is not None
         return 1 - verification.pair_distances(found.matrix(np.float64), first, second) / 2

@@ -1,4 +1,4 @@
-"""What every evaluation command shares: its arguments, the network, progress, where results go."""
+"""What all evaluation commands share: arguments, the network, progress, where results are saved."""
 
 import argparse
 import os
@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_tools.common import files
+from data_tools.common.networks import networks
 
 if TYPE_CHECKING:  # torch is loaded by Session: --help and mistakes answer at once
-    from eval.embedders.embed import Embedder
+    from eval.embedders.embedder import Embedder
     from eval.embedders.extract import Features
     from eval.embedders.images import ImageSet
     from eval.report.results import Result
@@ -28,10 +29,13 @@ MODEL_HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default 64")
+    parser.add_argument(
+        "--batch-size", type=positive, default=64, metavar="N",
+        help="images that the network processes at once; default %(default)s",
+    )  # fmt: skip
     parser.add_argument(
         "--threads", type=positive, default=0, metavar="N",
-        help="that decode images ahead of the network; default: half the cores, at most 16",
+        help="threads that decode images ahead of the network; default: half the cores, at most 16",
     )  # fmt: skip
     parser.add_argument(
         "--no-flip", dest="flip", action="store_false",
@@ -39,24 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--resize", action="store_true",
-        help="images without landmarks are aligned faces of another size than the network's: "
-        "resize them, counted in the result; default: such an image is an error",
+        help="resize aligned faces (images without landmarks) that do not have the network's input "
+        "size, and report how many; default: such an image is an error",
     )  # fmt: skip
     parser.add_argument(
         "--cache", metavar="DIR|none", default=None,
-        help="embeddings are kept there, by model, images and contract; default "
+        help="where embeddings are cached, by model, images and input contract; default: "
         "$ARCLINE_CACHE or ~/.cache/arcline/embeddings",
     )  # fmt: skip
     parser.add_argument(
         "--results", metavar="DIR|none", type=Path,
-        help="keep the result there for `report`; default: eval/ in the run directory that the "
-        "model lies in, nowhere for others",
+        help="where to save the result for `report`; default: eval/ in the run directory that "
+        "contains the model; results of other models are not saved",
     )  # fmt: skip
     parser.add_argument(
         "--no-pictures", dest="pictures", action="store_false",
-        help="keep no pictures of the hardest pairs in the result",
+        help="do not save images of the hardest pairs with the result",
     )  # fmt: skip
-    group = parser.add_argument_group("the input of a foreign network (ours are known)")
+    group = parser.add_argument_group("the input contract of a foreign network (a run's is fixed)")
     group.add_argument("--color-order", choices=["RGB", "BGR"])
     group.add_argument(
         "--mean", type=float, metavar="X", help="(pixel - mean) / std, pixels 0..255"
@@ -77,7 +81,7 @@ def positive(text: str) -> int:
 
 
 def run_dir(model: Path) -> Path | None:
-    """The run directory around a model: itself, that of its ONNX file or of its checkpoint."""
+    """The run directory that is `model`, or that contains its ONNX file or checkpoint."""
     around = (model, *model.resolve().parents[:2])
     return next((path for path in around if files.is_file(path / "metrics.jsonl")), None)
 
@@ -90,14 +94,13 @@ def results_dir(model: Path, given: Path | None) -> Path | None:
 
 
 class Session:
-    """The network of a command and everything around it.
+    """A command's network, its embedding cache, its warnings and its results.
 
     Raises:
-        ValueError, OSError: the model or its contract is not what it must be.
+        UserError, OSError: the model cannot be opened, or its input contract is impossible.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from eval.embedders.embed import open_embedder
         from eval.embedders.extract import Place
 
         self.args = args
@@ -107,7 +110,9 @@ class Session:
             for name in ("color_order", "mean", "std")
             if getattr(args, name) is not None
         }
-        self.embedder: Embedder = open_embedder(args.model, args.batch_size, changes, args.contract)
+        self.embedder: Embedder = networks().open_embedder(
+            args.model, args.batch_size, changes, args.contract
+        )
         self.cache = _cache_dir(args.cache)
         self.console = Console(stderr=args.json)
         self.saved: list[str] = []
@@ -118,7 +123,7 @@ class Session:
 
     @property
     def is_first(self) -> bool:
-        """Only the first process goes on after the embeddings are there."""
+        """Whether this process scores the embeddings; the others only help to compute them."""
         return self.place.rank == 0
 
     def warn(self, text: str) -> None:
@@ -130,9 +135,9 @@ class Session:
         self, images: "ImageSet", flip: bool | None = None, embedder: "Embedder | None" = None,
         alone: bool = False,
     ) -> "Features | None":  # fmt: skip
-        """The embeddings of a set, with a progress bar; None in other processes than the first.
+        """The embeddings of a set, with a progress bar; None in every process but the first.
 
-        embedder: another than the session's. alone: this process computes all of them.
+        embedder: replaces the session's. alone: this process computes all embeddings itself.
         """
         from eval.embedders.extract import Place, extract
 
@@ -157,7 +162,7 @@ class Session:
             )  # fmt: skip
 
     def contract(self, images: "ImageSet", **more: object) -> dict[str, object]:
-        """Under what the numbers hold: written into every result."""
+        """The conditions under which the numbers hold; every result records them."""
         from eval.report.results import ALONE, FLIP_SUM
 
         return {
@@ -168,7 +173,7 @@ class Session:
         }
 
     def adds_mirror(self) -> bool:
-        """Whether the network itself adds the mirror image: our export with --flip-sum."""
+        """Whether the network itself adds the mirror image, as an export with --flip-sum does."""
         from eval.report.results import FLIP_SUM
 
         metadata = self.embedder.facts.get("metadata")
@@ -185,7 +190,7 @@ class Session:
             self.saved.append(str(save(directory, result)))
 
     def pictures(self, images: "ImageSet", numbers: NDArray) -> dict[str, NDArray]:
-        """{"pictures": uint8 [.., 112, 112, 3]} of the images, for a result; {} if not wanted."""
+        """{"pictures": uint8 [.., 112, 112, 3]} of the images; {} under --no-pictures."""
         import numpy as np
 
         if not self.args.pictures:

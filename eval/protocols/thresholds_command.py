@@ -1,5 +1,5 @@
-"""Choose the operating points of a model from what was evaluated: RUN/thresholds.json, which
-launch/export.py writes into the metadata of the ONNX file."""
+"""Choose a model's operating points from its evaluation results. They are written to
+RUN/thresholds.json, and launch/export.py copies them into the metadata of the ONNX file."""
 
 import argparse
 import json
@@ -22,10 +22,10 @@ FILE = "thresholds.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "Only FARs that the set can show are kept: one false accept among its different pairs\n"
-        "must be allowed. The scores are those of e(image) alone, which an exported file gives;\n"
-        "those of e(image) + e(mirror image), which `eval lfw` has its accuracy of, are others.\n"
-        "launch/export.py takes only thresholds of what its own file gives.\n\n"
+        "Only FARs that the set can measure are kept: at least one false accept among its\n"
+        "different pairs. Scores come from e(image) alone, as an exported file computes it. The\n"
+        "accuracy of `eval lfw` comes from e(image) + e(mirror image), whose scores differ.\n"
+        "launch/export.py accepts only thresholds for the embedding that its file computes.\n\n"
         "example: python -m eval thresholds runs/a --set IJBC && \\\n"
         "         python launch/export.py runs/a model.onnx"
     )
@@ -35,10 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--flip-sum", action="store_true",
-        help="of e(image) + e(mirror image), for launch/export.py --flip-sum",
+        help="use scores of e(image) + e(mirror image), for launch/export.py --flip-sum",
     )  # fmt: skip
     parser.add_argument(
-        "--far", metavar="X", nargs="+", type=float, help="default: all that the set can show"
+        "--far",
+        metavar="X",
+        nargs="+",
+        type=float,
+        help="default: every FAR that the set can measure",
     )
 
 

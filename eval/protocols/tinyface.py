@@ -29,11 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     session.add_arguments(parser)
     parser.add_argument("directory", metavar="DIR", type=Path)
     parser.add_argument(
-        "--aligned", metavar="DIR", type=Path, help="default: the folders of Testing_Set itself"
+        "--aligned",
+        metavar="DIR",
+        type=Path,
+        help="directory of aligned faces; default: the folders of Testing_Set",
     )
     parser.add_argument(
         "--no-distractors", dest="distractors", action="store_false",
-        help="search the gallery matches alone: not the protocol",
+        help="leave the distractors out of the gallery, unlike the official protocol",
     )  # fmt: skip
 
 
@@ -41,7 +44,7 @@ def run(args: argparse.Namespace) -> dict | None:
     """Search all probes; print and return the ranks.
 
     Raises:
-        ValueError, OSError: a file is absent or not what it must be.
+        UserError, OSError: a file is missing or malformed.
     """
     protocol = _testing_set(args.directory)
     root = args.aligned or protocol
@@ -57,8 +60,8 @@ def run(args: argparse.Namespace) -> dict | None:
     work = session.Session(args)
     counts = {folder: len(names[folder]) for folder in FOLDERS}
     if counts != OFFICIAL:
-        work.warn(f"TinyFace has {OFFICIAL}; here are {counts}: the numbers compare with no "
-                  "published ones")  # fmt: skip
+        work.warn(f"TinyFace has {OFFICIAL}; this copy has {counts}: its numbers are not "
+                  "comparable with published ones")  # fmt: skip
     images = Files("TinyFace", root, paths, resize=args.resize)
     features = work.features(images)
     if features is None:
@@ -111,7 +114,7 @@ def _testing_set(directory: Path) -> Path:
         if files.is_file(candidate / "probe_img_ID_pairs.mat"):
             return candidate
     raise FileNotFoundError(
-        f"{directory}: no Testing_Set/probe_img_ID_pairs.mat in it; TinyFace is to be had from "
+        f"{directory}: no Testing_Set/probe_img_ID_pairs.mat in it; get TinyFace from "
         "qmul-tinyface.github.io"
     )
 

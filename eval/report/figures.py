@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,7 +20,8 @@ _COLORS = [f"#00001{i}" for i in range(1, SERIES + 1)]
 _VARIABLES = {_INK: "var(--ink)", _LINE: "var(--line)"} | {
     color: f"var(--s{i})" for i, color in enumerate(_COLORS, 1)
 }
-_STYLE = {
+# matplotlib types its keys as a literal that it does not export.
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.size": 9,
     "text.color": _INK,
@@ -64,8 +66,8 @@ def lines(
             log = log.replace("y", "")  # no error at all has no place on a log axis
         for i, (name, (x, y)) in enumerate(points.items()):
             shown = (y > 0) | ("y" not in log)
-            where = {"drawstyle": "steps-post"} if step else {}
-            axes.plot(x[shown], y[shown], label=_plain(name), **where, **_of(i))
+            drawstyle = "steps-post" if step else "default"
+            axes.plot(x[shown], y[shown], label=_plain(name), drawstyle=drawstyle, **_of(i))
         axes.set_xscale("log" if "x" in log else "linear")
         axes.set_yscale("log" if "y" in log else "linear")
         if limits[0]:

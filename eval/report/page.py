@@ -145,11 +145,14 @@ def _training(records: list[dict]) -> Iterator[str]:
     for key, title in (("loss", "Loss"), ("lr", "Learning rate")):
         logged = [record for record in records if key in record]
         if logged:
-            line = [r["step"] for r in logged], [r[key] for r in logged]
-            yield figures.curves(title, {title: line})
+            yield figures.curves(title, {title: _over_steps(logged, key)})
     if verified:
         yield figures.curves("Accuracy during training", verified, percent=True)
     logged = [record for record in records if "images_per_second" in record]
     if logged:
-        line: Any = [r["step"] for r in logged], [r["images_per_second"] for r in logged]
-        yield figures.curves("Images per second", {"images/s": line}, from_zero=True)
+        speed = {"images/s": _over_steps(logged, "images_per_second")}
+        yield figures.curves("Images per second", speed, from_zero=True)
+
+
+def _over_steps(records: list[dict[str, Any]], key: str) -> figures.Curve:
+    return [r["step"] for r in records], [r[key] for r in records]

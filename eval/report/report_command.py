@@ -13,8 +13,8 @@ from data_tools.common.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "Results are kept in RUN/eval by `lfw`, `ijb`, `pairs`, `identify` and the others, or\n"
-        "where --results said; the network is not needed any more.\n\n"
+        "`lfw`, `ijb`, `pairs`, `identify` and the others save their results in RUN/eval, or in\n"
+        "their --results directory; the report does not need the network.\n\n"
         "example: python -m eval report runs/a runs/b --out a-and-b.html"
     )
     parser.add_argument(

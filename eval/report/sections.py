@@ -115,8 +115,9 @@ def _curves(group: Group) -> Iterator[str]:
         if "edges" in result.arrays:
             name = f"{title}, {model}" if len(arrays) > 1 else title
             kinds = ("strangers", "mated") if "cmc" in result.arrays else ("different", "same")
-            part = (result.arrays[key] for key in ("edges", "same", "different"))
-            yield figures.histogram(name, *part, _threshold(result.metrics), kinds)
+            edges, same, different = (result.arrays[k] for k in ("edges", "same", "different"))
+            threshold = _threshold(result.metrics)
+            yield figures.histogram(name, edges, same, different, threshold, kinds)
     folds = {m: r.metrics["fold_accuracy"] for m, r in group.results.items()
              if "fold_accuracy" in r.metrics}  # fmt: skip
     if folds:

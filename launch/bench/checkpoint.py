@@ -24,7 +24,7 @@ from recognition import checkpoint
 from recognition.backbones import BACKBONES
 from recognition.distributed import collectives, runtime
 from recognition.head import PartialFC
-from recognition.losses import MARGINS
+from recognition.losses import make_margin
 from recognition.optim import RowSGD
 
 _SIZE = 512  # of an embedding
@@ -36,7 +36,7 @@ def make_parts(gib: float, group: torch.distributed.ProcessGroup) -> checkpoint.
     backbone = BACKBONES["mbf_tiny"](embedding_size=_SIZE)
     optimizer = torch.optim.SGD(backbone.parameters(), 0.1)
     classes = int(gib * 2**30 / (2 * 4 * _SIZE))  # a row and its momentum
-    head = PartialFC(MARGINS["cosface"](), _SIZE, classes, 0.1, group=group)
+    head = PartialFC(make_margin("cosface"), _SIZE, classes, 0.1, group=group)
     return checkpoint.Parts(backbone, optimizer, [checkpoint.HeadParts(head, RowSGD(head))])
 
 

@@ -203,9 +203,9 @@ def _extraction(what: tuple[str, int]) -> dict[str, Any]:
 
     from data_tools.synthetic import generate
     from eval.embedders import extract
-    from eval.embedders.embed import TorchEmbedder
     from eval.embedders.images import Encoded
     from recognition.backbones import BACKBONES
+    from recognition.weights.networks import TorchEmbedder
 
     network, num = what
     module = BACKBONES[network](embedding_size=DIM).eval()

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         min(_CLASSES, args.largest), _BATCH, 1.0, args.embedding_size, stored_mib=16,
         update_in_backward=True, kernel="auto",
     )  # fmt: skip
-    counts = []
+    counts: list[int] = []
     while (count := _FIRST << len(counts)) <= args.largest:
         counts.append(count)
     worlds = range(1, max(_WORLD, torch.cuda.device_count()) + 1)

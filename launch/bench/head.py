@@ -58,13 +58,15 @@ _OF_A_CASE = (
 SUITES = {
     "cpu": [
         Case(
-            *sizes,
+            classes,
+            batch,
+            sample_rate,
             targets=targets,
             stored_mib=stored_mib,
             update_in_backward=True,
             kernel="auto",
         )
-        for *sizes, targets in (
+        for classes, batch, sample_rate, targets in (
             (100_000, 256, 1.0, (0.50, 1.25, 0.35)),
             (500_000, 256, 0.1, (0.26, 1.35, 0.10)),
             (60_000, 512, 0.5, (0.72, 1.25, 0.30)),

@@ -134,7 +134,7 @@ def rates(data: shards.Shards, args: argparse.Namespace) -> dict:
             processor[name].append(time.process_time() - spent)
             if hasattr(source, "close"):  # a generator: ends its threads before the next begins
                 source.close()
-            source = None
+            del source
         print(f"round {i + 1}/{rounds}", file=sys.stderr, flush=True)
     ratios = {}
     for one, other, target in _RATIOS:
@@ -234,9 +234,9 @@ class ArcfaceTorch(Dataset):
         from PIL import Image
 
         label, encoded = self.data[index]
-        sample = cv2.cvtColor(
-            cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB
-        )
+        decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
+        assert decoded is not None
+        sample = cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
         image = Image.fromarray(sample)
         if torch.rand(1) < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

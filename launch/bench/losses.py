@@ -76,7 +76,8 @@ class Loss(NamedTuple):
 
 def losses() -> dict[str, Loss]:
     """Every loss that can be measured, by name: the margins, and variants of other cost."""
-    settings = {name: (name, {}) for name in MARGINS} | dict(_VARIANTS)
+    plain: Mapping[str, tuple[str, Mapping[str, Any]]] = {name: (name, {}) for name in MARGINS}
+    settings = {**plain, **_VARIANTS}
     return {
         name: Loss(margin, arguments, _LIMITS.get(name, _LIMIT_OF_TARGET))
         for name, (margin, arguments) in settings.items()
@@ -222,7 +223,8 @@ def _compared(
     labels: Tensor,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    own_ms, base_ms = [], []
+    own_ms: list[float] = []
+    base_ms: list[float] = []
     for i in range(args.warmup + args.pairs):
         turns = [(baseline, base_ms), (step, own_ms)]
         for one, times in reversed(turns) if i % 2 else turns:

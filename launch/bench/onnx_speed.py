@@ -32,18 +32,19 @@ import onnxruntime
 import torch
 from torch import nn
 
+from data_tools import verification_bin
 from data_tools.common import files
 from data_tools.common.decode import decode
 from data_tools.common.errors import USER_ERRORS, one_line
-from eval.embedders.embed import TorchEmbedder
 from eval.embedders.embed_onnx import OnnxEmbedder
-from eval.protocols import drop, lfw
+from eval.protocols import drop
 from launch.export import MOST_PAIRS, NUM_EXAMPLES, images_of
 from recognition.backbones import BACKBONES
 from recognition.checkpoint import load_backbone
 from recognition.export.parity import Limits
 from recognition.export.quantise import NUM_CALIBRATION, PRECISIONS
 from recognition.export.to_onnx import Bake, export_onnx, prepared
+from recognition.weights.networks import TorchEmbedder
 
 _BATCHES = (1, 32)
 _PAUSE = 0.05  # seconds, until the threads of the one before have stopped spinning
@@ -123,7 +124,7 @@ def measure(
             if run is not None and pairs is not None:
                 found = drop.compare(
                     TorchEmbedder(module, {"path": str(path)}, ""), OnnxEmbedder(path),
-                    drop.thinned(lfw.load_bin(pairs), MOST_PAIRS),
+                    drop.thinned(verification_bin.load_bin(pairs), MOST_PAIRS),
                 )  # fmt: skip
                 rows["torch"] |= found["torch"] | {"far": found["far"]}
                 rows[precision] |= found["file"] | {"tar_drop": found["tar_drop"]}

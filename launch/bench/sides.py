@@ -11,7 +11,7 @@ from launch.bench.standard_head import DenseHead
 from recognition.head import PartialFC
 from recognition.head.kernels.autotune import choose
 from recognition.head.partial_fc import Limits
-from recognition.losses import MARGINS
+from recognition.losses import make_margin
 from recognition.optim import RowSGD
 
 _SEED, _LR, _NORM = 1, 0.01, 20.0  # norm of an embedding, about what a trained network gives
@@ -52,7 +52,7 @@ class Ours:
 
     def __init__(self, case: Case, device: torch.device, form: str | None = None) -> None:
         self.head = PartialFC(
-            MARGINS["cosface"](), case.embedding_size, case.classes, case.sample_rate, seed=_SEED,
+            make_margin("cosface"), case.embedding_size, case.classes, case.sample_rate, seed=_SEED,
             head_storage=case.storage,
             limits=Limits(case.stored_mib << 20, case.piece, DTYPES[case.dtype]),
         ).to(device)  # fmt: skip

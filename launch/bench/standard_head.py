@@ -51,7 +51,7 @@ class DenseHead(nn.Module):
         here = (self.start <= labels) & (labels < self.start + self.num_local)
         labels[~here] = -1
         labels[here] -= self.start
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.sample_rate < 1:
             weight = self.weight[self._sample(labels, here)]  # [S, D]; its backward is dense
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None):

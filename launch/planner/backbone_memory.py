@@ -70,7 +70,7 @@ def _kept(network: nn.Module, images: torch.Tensor, precision: str) -> float:
 
     inputs = [  # checkpointed blocks hold theirs, which autograd does not say
         block.register_forward_pre_hook(lambda _, given: [keep(one) for one in given] and None)
-        for block in (network.blocks if getattr(network, "checkpointing", False) else ())
+        for block in _checkpointed(network)
     ]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with autocast(precision, images.device):
@@ -78,3 +78,11 @@ def _kept(network: nn.Module, images: torch.Tensor, precision: str) -> float:
     for handle in inputs:
         handle.remove()
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def _checkpointed(network: nn.Module) -> list[nn.Module]:
+    """The blocks whose activations the backward recomputes."""
+    if not (isinstance(network, VisionTransformer) and network.checkpointing):
+        return []
+    assert isinstance(network.blocks, nn.ModuleList)
+    return list(network.blocks)

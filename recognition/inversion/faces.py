@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from data_tools import shards
+from data_tools import shards, verification_bin
 from data_tools.common import arrays, files
 from data_tools.common.decode import decode_any_size, resized
 from data_tools.common.errors import UserError
 from data_tools.common.image_file import is_image_name
 from data_tools.common.image_size import check_size
 from data_tools.insightface import find_rec
-from eval.protocols import lfw
 from recognition.backbones.input import INPUT_SIZE
 
 Embed = Callable[[np.ndarray], np.ndarray]  # uint8 RGB [n, 112, 112, 3] -> [n, D]
@@ -113,7 +112,7 @@ def open_faces(path: str | Path, resize: bool = False) -> Faces:
     """
     path = Path(path)
     if files.is_file(path) and path.suffix == ".bin":
-        pairs = lfw.load_bin(path)
+        pairs = verification_bin.load_bin(path)
         same = np.repeat(np.asarray(pairs.issame), 2)
         labels = np.where(same, np.arange(len(same)) // 2, _NO_ONE)
         return Faces(str(path), labels, pairs.encoded.__getitem__, resize=resize)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.embedders.embed import open_embedder
 from recognition.inversion import faces, metrics, pictures
 from recognition.inversion.plan import Plan
 from recognition.inversion.prior import BnPrior
+from recognition.weights.networks import open_embedder
 
 _OF_EACH = 8  # images of a class that its entry under another network is the mean of
 _REFERENCE = 10000  # real images of a Frechet distance, at most

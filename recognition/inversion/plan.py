@@ -16,7 +16,6 @@ import numpy as np
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
-from eval.embedders.embed import TorchEmbedder, open_embedder
 from recognition import checkpoint
 from recognition.distributed.runtime import Runtime
 from recognition.inversion import settings as knobs
@@ -24,6 +23,7 @@ from recognition.inversion import work
 from recognition.inversion.faces import Faces, finite, load_embeddings, open_faces
 from recognition.inversion.identity import ClosedSet, Identity, OpenSet, centres, head_facts
 from recognition.inversion.settings import Settings
+from recognition.weights.networks import TorchEmbedder, open_embedder
 
 # Seconds that a process waits for the others: one with a batch more than they takes as long as it.
 TIMEOUT = 7 * 24 * 3600.0

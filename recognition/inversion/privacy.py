@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from eval.embedders.embed import Embedder, open_embedder
+from eval.embedders.embedder import Embedder
 from recognition.inversion import metrics
 from recognition.inversion.measure import made_of
 from recognition.inversion.plan import Plan
+from recognition.weights.networks import open_embedder
 
 _MOST = 3000  # images, or embeddings, whose pairs set the thresholds
 

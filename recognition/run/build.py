@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
+from data_tools import verification_bin
 from data_tools.common.draws import Purpose, hash_words
 from data_tools.common.errors import UserError
 from data_tools.common.image_size import check_size
@@ -53,7 +54,7 @@ class TrainState:
     runtime: Runtime
     data: Shards | Union
     order: Order
-    val_sets: list[lfw.PairSet]
+    val_sets: list[verification_bin.PairSet]
     precision: str
     model: DistributedDataParallel
     parts: checkpoint.Parts
@@ -317,8 +318,8 @@ def _make_schedule(cfg: Config, num_images: int, world: int) -> Schedule:
     )
 
 
-def _load_val_set(data: Shards | Union, name: str, resize: bool) -> lfw.PairSet:
-    pairs = lfw.load_bin(data.bin_path(name.removesuffix(".bin")))
+def _load_val_set(data: Shards | Union, name: str, resize: bool) -> verification_bin.PairSet:
+    pairs = verification_bin.load_bin(data.bin_path(name.removesuffix(".bin")))
     same = int(pairs.issame.sum())
     if len(pairs.issame) < 10 or same in (0, len(pairs.issame)):
         raise UserError(

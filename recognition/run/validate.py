@@ -10,6 +10,7 @@ import torch
 
 from data_tools.common.errors import UserError
 from data_tools.load.order import rank_slice
+from data_tools.verification_bin import PairSet
 from eval.protocols import lfw
 from recognition.distributed import collectives
 from recognition.run.build import TrainState
@@ -54,7 +55,7 @@ def verify(
     return results
 
 
-def _score(state: TrainState, pairs: lfw.PairSet, turn: Callable[[], None]) -> dict[str, Any]:
+def _score(state: TrainState, pairs: PairSet, turn: Callable[[], None]) -> dict[str, Any]:
     rank, world, group = state.runtime.rank, state.runtime.world, state.runtime.group
     slices = [rank_slice(len(pairs.encoded), world, r) for r in range(world)]
     counts = [stop - start for start, stop in slices]

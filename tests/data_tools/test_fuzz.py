@@ -19,7 +19,7 @@ from data_tools import shards
 from data_tools.recordio import Header, IndexedReader, RecordFile, Writer, frame, pack_record
 from data_tools.sources.archives import ArchiveSource
 from data_tools.sources.lst import ListSource
-from eval.protocols.lfw import load_bin
+from data_tools.verification_bin import load_bin
 from tests.real import REAL, ROOT
 
 MAGIC = bytes.fromhex("0a23d7ce")
@@ -198,7 +198,7 @@ def mutated(content, others, draw):
 class Coverage:
     """Which lines of the readers an input reaches: one that reaches a new line joins the seeds."""
 
-    FILES = ("recordio.py", "unpickle.py", "lfw.py")
+    FILES = ("recordio.py", "unpickle.py", "verification_bin.py")
 
     def __init__(self):
         self.seen = set()

@@ -146,7 +146,7 @@ def test_user_errors_are_one_line(capsys, tmp_path, model, bin_file):
     page = tmp_path / "page.html"
     for arguments, message in [
         ((model, tmp_path / "evil.bin"), "evil.bin: .*forbidden global posix.system"),
-        ((model, tmp_path / "same.bin"), "same.bin holds pairs of one kind only"),
+        ((model, tmp_path / "same.bin"), "same.bin holds only same or only different pairs"),
         ((model, tmp_path / "broken.bin"), "broken image 119: .*"),
         ((model, tmp_path / "few.bin"), "4 pairs cannot be cut into 10 folds"),
         ((model, tmp_path / "absent.bin"), "absent.bin"),
@@ -155,7 +155,7 @@ def test_user_errors_are_one_line(capsys, tmp_path, model, bin_file):
             "no run directory, .* file at .*absent",
         ),
         ((tmp_path / "few.bin", bin_file), "few.bin is not an ONNX model"),
-        ((model, bin_file, other), "two sets of one name among colors, colors"),
+        ((model, bin_file, other), "two sets have the same name, in colors, colors"),
         ((model, f"{tmp_path}/absent.txt:{tmp_path}"), "absent.txt"),
     ]:
         code, out, err = run(capsys, "lfw", *arguments, "--json", "--report", page)

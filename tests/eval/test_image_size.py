@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_tools import __main__ as data_tools
-from data_tools import shards
+from data_tools import shards, verification_bin
 from data_tools.load.loader import Loader
 from data_tools.recordio import Header, Writer
 from eval import __main__ as cli
@@ -125,7 +125,7 @@ def test_the_files_of_a_set_are_judged_before_the_work(people):
 
 def test_val_targets_and_export_and_inversion(tmp_path):
     images, issame = encoded()
-    pairs = lfw.PairSet("val", images, np.array(issame))
+    pairs = verification_bin.PairSet("val", images, np.array(issame))
     with pytest.raises(ValueError, match=f"val.bin image 0: {FAULT}"):
         lfw.count_resized(pairs, False)
     assert lfw.count_resized(pairs, True) == 40

@@ -25,13 +25,13 @@ import torch._dynamo  # isort: skip  DistributedDataParallel imports it: seconds
 
 import data_tools.__main__
 import eval.__main__
-import eval.embedders.embed
 import eval.embedders.extract
 import eval.protocols.score_pairs
 import eval.report.figures
 import eval.report.page
 import launch.train
 import recognition.checkpoint.__main__
+import recognition.weights.networks
 from data_tools.common.errors import USER_ERRORS, one_line
 from recognition import config
 from recognition.distributed import runtime

@@ -10,9 +10,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from eval import __main__ as cli
-from eval.embedders import embed
 from eval.embedders.contract import InputContract, sidecar
 from recognition.backbones import BACKBONES
+from recognition.weights import networks
 from tests.eval.embedders.test_embed import IMAGES, channel_means, make_run
 
 
@@ -48,7 +48,7 @@ def rows(path, batch, width, dim):
 def test_every_published_form(tmp_path, batch, dim, width, order, mean, std):
     path = rows(tmp_path / "a.onnx", batch, width, dim)
     changes = {"color_order": order, "mean": mean, "std": std}
-    embedder = embed.open_embedder(path, 3, changes)
+    embedder = networks.open_embedder(path, 3, changes)
     x = IMAGES[:, :, 8:104] if width == 96 else IMAGES
     x = x[..., ::-1] if order == "BGR" else x
     expected = ((x.astype(np.float64) - mean) / std).mean(axis=1)  # [n, width, 3]
@@ -61,17 +61,19 @@ def test_every_published_form(tmp_path, batch, dim, width, order, mean, std):
 
 def test_who_states_the_contract(tmp_path):
     path = channel_means(tmp_path / "a.onnx")
-    assert embed.open_embedder(path).contract == InputContract()
+    assert networks.open_embedder(path).contract == InputContract()
     sidecar(path).write_text(json.dumps({"color_order": "BGR", "std": 128}))
-    assert embed.open_embedder(path).contract == InputContract(color_order="BGR", std=128)
+    assert networks.open_embedder(path).contract == InputContract(color_order="BGR", std=128)
     other = tmp_path / "other.json"
     other.write_text('{"mean": 0, "std": 1}')
-    assert embed.open_embedder(path, contract_file=other).contract == InputContract(mean=0, std=1)
-    both = embed.open_embedder(path, changes={"std": 2.0}, contract_file=other).contract
+    assert networks.open_embedder(path, contract_file=other).contract == InputContract(
+        mean=0, std=1
+    )
+    both = networks.open_embedder(path, changes={"std": 2.0}, contract_file=other).contract
     assert both == InputContract(mean=0, std=2)
     make_run(tmp_path / "run")
-    with pytest.raises(ValueError, match="the input of a run is known"):
-        embed.open_embedder(tmp_path / "run", changes={"std": 2.0})
+    with pytest.raises(ValueError, match="a run's input contract is fixed"):
+        networks.open_embedder(tmp_path / "run", changes={"std": 2.0})
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_contracts_that_are_none(tmp_path, text, message):
     path = channel_means(tmp_path / "a.onnx")
     sidecar(path).write_text(text)
     with pytest.raises(ValueError, match=message):
-        embed.open_embedder(path)
+        networks.open_embedder(path)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -105,7 +107,7 @@ def test_backbone_files_are_recognised_by_their_tensors(tmp_path, network, suffi
         torch.save(module.state_dict(), path)
     else:
         safetensors.torch.save_file(module.state_dict(), path)
-    embedder = embed.open_embedder(path, changes={"color_order": "BGR"})
+    embedder = networks.open_embedder(path, changes={"color_order": "BGR"})
     assert embedder.facts["network"] == network and embedder.facts["embedding_size"] == 48
     x = torch.from_numpy(IMAGES[..., ::-1].transpose(0, 3, 1, 2).copy()).float()
     with torch.no_grad():
@@ -116,10 +118,12 @@ def test_backbone_files_are_recognised_by_their_tensors(tmp_path, network, suffi
 def test_files_that_are_no_backbone(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"junk")
     with pytest.raises(ValueError, match="a.pt is not a backbone"):
-        embed.open_embedder(tmp_path / "a.pt")
+        networks.open_embedder(tmp_path / "a.pt")
     torch.save({"x": torch.ones(2, 3)}, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match=r"b.pt: its 1 tensors \(x \.\.\.\) are those of none of"):
-        embed.open_embedder(tmp_path / "b.pt")
+    with pytest.raises(
+        ValueError, match=r"b.pt: its 1 tensors \(x \.\.\.\) fit none of our networks"
+    ):
+        networks.open_embedder(tmp_path / "b.pt")
 
 
 def swapped(path):

@@ -11,10 +11,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from data_tools.common.errors import UserError
-from eval.embedders import embed
+from eval.embedders.contract import InputContract
 from recognition.backbones import BACKBONES
 from recognition.checkpoint.directory import FORMAT
 from recognition.export.to_onnx import input_facts
+from recognition.weights import networks
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 112, 112, 3), dtype=np.uint8)
 
@@ -77,7 +78,7 @@ def means(images, mean=127.5, std=127.5):
 
 
 def test_onnx_without_metadata_follows_insightface(tmp_path):
-    embedder = embed.open_embedder(channel_means(tmp_path / "a.onnx"))
+    embedder = networks.open_embedder(channel_means(tmp_path / "a.onnx"))
     output = embedder(IMAGES)
     assert output.dtype == np.float32
     np.testing.assert_allclose(output, means(IMAGES), atol=1e-5)
@@ -85,14 +86,14 @@ def test_onnx_without_metadata_follows_insightface(tmp_path):
 
 @pytest.mark.parametrize("names", [("Sub_0", "Mul_1"), ("_minusscalar0", "_mulscalar0")])
 def test_onnx_that_normalises_by_itself_gets_raw_pixels(tmp_path, names):
-    embedder = embed.open_embedder(channel_means(tmp_path / "a.onnx", names=names))
+    embedder = networks.open_embedder(channel_means(tmp_path / "a.onnx", names=names))
     np.testing.assert_allclose(embedder(IMAGES), means(IMAGES, 0, 1), rtol=1e-5)
 
 
 def test_onnx_metadata_is_obeyed(tmp_path):
     metadata = METADATA | {"color_order": "BGR", "mean": "100.0", "std": "64.0", "network": "r50"}
     path = channel_means(tmp_path / "a.onnx", names=("Sub_0", "Mul_1"), metadata=metadata)
-    embedder = embed.open_embedder(path)
+    embedder = networks.open_embedder(path)
     np.testing.assert_allclose(embedder(IMAGES), means(IMAGES, 100, 64)[:, ::-1], atol=1e-5)
     assert embedder.facts["input"] == {
         "height": 112, "width": 112, "color_order": "BGR", "mean": 100, "std": 64,
@@ -104,14 +105,14 @@ def test_onnx_metadata_is_obeyed(tmp_path):
 @pytest.mark.parametrize("batch, batch_size", [("n", 1), ("n", 2), ("n", 64), (1, 64), (3, 64)])
 def test_any_number_of_images_through_any_batch(tmp_path, batch, batch_size):
     path = channel_means(tmp_path / "a.onnx", batch=batch)
-    embedder = embed.open_embedder(path, batch_size=batch_size)
+    embedder = networks.open_embedder(path, batch_size=batch_size)
     for num in (1, 3, 5):
         np.testing.assert_allclose(embedder(IMAGES[:num]), means(IMAGES[:num]), atol=1e-5)
 
 
 def test_weights_among_the_inputs_are_dropped(tmp_path):
     path = channel_means(tmp_path / "a.onnx", extra_inputs=("w", "nobody_asks_for_me"))
-    np.testing.assert_allclose(embed.open_embedder(path)(IMAGES), means(IMAGES), atol=1e-5)
+    np.testing.assert_allclose(networks.open_embedder(path)(IMAGES), means(IMAGES), atol=1e-5)
 
 
 def small_network(path, nodes, weights, output):
@@ -136,7 +137,7 @@ def test_a_batch_that_is_fixed_inside_the_graph_runs_one_by_one(tmp_path, shape)
     nodes = [POOL, helper.make_node("Reshape", ["p", "shape"], ["e"])]
     model = small_network(tmp_path, nodes, {"shape": np.array(shape)}, "e")
     onnx.save(model, tmp_path / "a.onnx")
-    embedder = embed.open_embedder(tmp_path / "a.onnx")
+    embedder = networks.open_embedder(tmp_path / "a.onnx")
     np.testing.assert_allclose(embedder(IMAGES), means(IMAGES), atol=1e-5)
     assert embedder.fixed_batch == 1 and "one image at a time" in embedder.facts["note"]
 
@@ -149,7 +150,7 @@ def test_a_network_that_mixes_the_images_of_a_batch_runs_one_by_one(tmp_path):
     ]
     model = small_network(tmp_path, nodes, {"axis": np.array(0)}, "e")
     onnx.save(model, tmp_path / "a.onnx")
-    embedder = embed.open_embedder(tmp_path / "a.onnx")
+    embedder = networks.open_embedder(tmp_path / "a.onnx")
     assert embedder.fixed_batch == 1 and "other embeddings" in embedder.facts["note"]
 
 
@@ -162,7 +163,7 @@ def test_prelu_slopes_of_one_dimension_are_those_of_the_channels(tmp_path):
         helper.make_node("Flatten", ["p"], ["e"]),
     ]
     onnx.save(small_network(tmp_path, nodes, {"slope": slope}, "e"), tmp_path / "a.onnx")
-    embedder = embed.open_embedder(tmp_path / "a.onnx")
+    embedder = networks.open_embedder(tmp_path / "a.onnx")
     x = (IMAGES.astype(np.float64) - 127.5) / 127.5
     np.testing.assert_allclose(embedder(IMAGES), np.where(x < 0, x * slope, x).mean((1, 2)),
                                atol=1e-5)  # fmt: skip
@@ -187,15 +188,15 @@ def test_external_weights_lie_beside_the_model_and_count(tmp_path, monkeypatch, 
 
     path, other = write(tmp_path / "here", [1, 2, 3]), write(tmp_path / "there", [7, 7, 7])
     monkeypatch.chdir(other.parent)
-    embedder = embed.open_embedder(path)
+    embedder = networks.open_embedder(path)
     np.testing.assert_allclose(embedder(IMAGES), means(IMAGES) * [1, 2, 3], atol=1e-5)
-    assert embedder.digest != embed.open_embedder(other).digest
+    assert embedder.digest != networks.open_embedder(other).digest
     (path.parent / "w.bin").write_bytes(b"1234")
     with pytest.raises(ValueError, match="w.bin is cut short"):
-        embed.open_embedder(path)
+        networks.open_embedder(path)
     (path.parent / "w.bin").unlink()
     with pytest.raises(ValueError, match="here/w.bin, which is absent"):
-        embed.open_embedder(path)
+        networks.open_embedder(path)
 
 
 @pytest.mark.parametrize(
@@ -212,17 +213,17 @@ def test_external_weights_lie_beside_the_model_and_count(tmp_path, monkeypatch, 
 )
 def test_other_onnx_networks_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        embed.open_embedder(channel_means(tmp_path / "a.onnx", **options))
+        networks.open_embedder(channel_means(tmp_path / "a.onnx", **options))
 
 
 def test_files_that_are_no_network(tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"no protobuf")
     with pytest.raises(ValueError, match="a.onnx is not an ONNX model"):
-        embed.open_embedder(tmp_path / "a.onnx")
+        networks.open_embedder(tmp_path / "a.onnx")
     with pytest.raises(FileNotFoundError, match="absent"):
-        embed.open_embedder(tmp_path / "absent.onnx")
+        networks.open_embedder(tmp_path / "absent.onnx")
     with pytest.raises(FileNotFoundError):
-        embed.open_embedder(tmp_path)
+        networks.open_embedder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -238,19 +239,19 @@ def test_files_that_are_no_network(tmp_path):
 def test_another_file_under_the_name_of_a_network_is_named(tmp_path, content, what):
     (tmp_path / "a.onnx").write_bytes(content)
     with pytest.raises(UserError, match=f"a.onnx is not an ONNX model: .*; it is {what}"):
-        embed.open_embedder(tmp_path / "a.onnx")
+        networks.open_embedder(tmp_path / "a.onnx")
 
 
 def test_the_entries_of_our_export_are_understood():
     entries = input_facts()
-    assert embed.InputContract.from_metadata(entries) == embed.InputContract()
+    assert InputContract.from_metadata(entries) == InputContract()
     assert {key: entries[key] for key in METADATA} == METADATA
 
 
 @pytest.mark.parametrize("place", [".", "checkpoints/step-7"])
 def test_run_embedder_is_the_network_in_eval_mode(tmp_path, place):
     module = make_run(tmp_path)
-    embedder = embed.open_embedder(tmp_path / place, batch_size=2)
+    embedder = networks.open_embedder(tmp_path / place, batch_size=2)
     x = torch.from_numpy((IMAGES.transpose(0, 3, 1, 2).astype(np.float64) - 127.5) / 127.5).float()
     with torch.no_grad():
         expected = torch.cat([module(row[None]) for row in x]).numpy()
@@ -264,7 +265,7 @@ def test_run_embedder_is_the_network_in_eval_mode(tmp_path, place):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_run_embedder_uses_the_gpu(tmp_path):
     make_run(tmp_path)
-    embedder = embed.open_embedder(tmp_path)
+    embedder = networks.open_embedder(tmp_path)
     assert next(embedder.module.parameters()).is_cuda
     on_gpu = embedder(IMAGES)
     embedder.module, embedder.device = embedder.module.cpu(), torch.device("cpu")

@@ -12,10 +12,11 @@ import cv2
 import numpy as np
 import pytest
 
-from eval.embedders import embed, extract
+from eval.embedders import extract
 from eval.embedders.contract import InputContract
 from eval.embedders.extract import Place
 from eval.embedders.images import Encoded, Files, Subset
+from recognition.weights import networks
 from tests.eval import official
 from tests.real import ROOT
 
@@ -237,14 +238,15 @@ def test_large_matrices_lie_in_a_file(images, monkeypatch):
 def test_a_killed_process_leaves_whole_blocks(tmp_path):
     """SIGKILL in the middle of the real thing; then it goes on."""
     code = (
-        "import sys, pathlib; from eval.embedders import embed, extract; "
+        "import sys, pathlib; from eval.embedders import extract; "
+        "from recognition.weights import networks\n"
         "from eval.embedders.images import Encoded\n"
         "from tests.eval import official\n"
         "from tests.eval.embedders.test_embed import make_run\n"
         "root = pathlib.Path(sys.argv[1]); extract.BLOCK = 4\n"
         "if not (root / 'run').exists(): make_run(root / 'run')\n"
         "faces = [official.jpeg(official.face(k % 5, k)) for k in range(60)]\n"
-        "found = extract.extract(embed.open_embedder(root / 'run'), Encoded('x', faces),\n"
+        "found = extract.extract(networks.open_embedder(root / 'run'), Encoded('x', faces),\n"
         "    cache=root / 'cache', batch_size=4)\n"
         "print('SUM', repr(float(abs(found.matrix()).sum())))"
     )
@@ -267,7 +269,7 @@ def test_the_real_network_through_the_pipeline(tmp_path, images):
     from tests.eval.embedders.test_embed import make_run
 
     make_run(tmp_path)
-    embedder = embed.open_embedder(tmp_path, 4)
+    embedder = networks.open_embedder(tmp_path, 4)
     found = extract.extract(embedder, images, batch_size=4, place=Place())
     pixels = np.stack([images[i] for i in range(23)])
     expected = embedder(pixels) + embedder(np.ascontiguousarray(pixels[:, :, ::-1]))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.protocols import drop, lfw
+from data_tools.verification_bin import PairSet
+from eval.protocols import drop
 from tests.eval.made import tinted
 
 
@@ -16,7 +17,7 @@ def test_far_that_a_set_can_show():
 
 
 def test_thinned_sets_keep_pairs_together():
-    pairs = lfw.PairSet("made", [bytes([i]) for i in range(100)], np.arange(50) % 3 == 0)
+    pairs = PairSet("made", [bytes([i]) for i in range(100)], np.arange(50) % 3 == 0)
     few = drop.thinned(pairs, 12)
     assert len(few.issame) == 12 and len(few.encoded) == 24
     for k in range(12):
@@ -35,7 +36,7 @@ def test_what_is_lost_is_told_in_points():
         same = i % 2 == 0
         encoded += [tinted(i % 5, 2 * i), tinted((i + (0 if same else 2)) % 5, 2 * i + 1)]
         issame.append(same)
-    pairs = lfw.PairSet("made", encoded, np.array(issame))
+    pairs = PairSet("made", encoded, np.array(issame))
     counted = []
     same = drop.compare(mean_colour, mean_colour, pairs, progress=counted.append)
     assert same["accuracy_drop"] == same["tar_drop"] == 0 and sum(counted) == 200

@@ -256,7 +256,7 @@ def test_absent_files_say_what_to_do(capsys, root, models, tmp_path, damaged):
     run = str(models[1])
     assert cli.main(["ijb", run, str(tmp_path / "none")]) == 1
     err = capsys.readouterr().err
-    assert "no folder IJBC/meta in it. IJBC is to be asked for at NIST" in err
+    assert "no folder IJBC/meta in it. Request IJBC from NIST" in err
     assert "loose_crop" in err
     directory = damaged("1N_gallery_G1.csv", lambda x: x)
     (directory / "IJBC" / "meta" / "ijbc_1N_gallery_G1.csv").unlink()
@@ -270,7 +270,7 @@ def test_absent_files_say_what_to_do(capsys, root, models, tmp_path, damaged):
 def test_a_small_set_says_that_it_is_not_the_benchmark(capsys, root, models):
     found = evaluate(capsys, models[1], root)
     (warning,) = found["warnings"]
-    assert "IJBC has 469375 faces, 23124 templates and 15658489 pairs; here are 212" in warning
+    assert "IJBC has 469375 faces, 23124 templates and 15658489 pairs; this copy has 212" in warning
 
 
 def test_the_list_of_pairs_is_read_in_pieces(root, monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sklearn.preprocessing import normalize
 
+from data_tools.verification_bin import load_bin
 from eval.embedders import extract, images
 from eval.protocols import lfw
 
@@ -46,7 +47,7 @@ def projection(width=16, seed=0):
 def test_load_bin(tmp_path, faces, protocol, kind):
     labels = [True, False] * 11
     path = write(tmp_path, ([kind(x) for x in faces], labels), protocol)
-    pairs = lfw.load_bin(path)
+    pairs = load_bin(path)
     assert pairs.name == "agedb_30"
     assert pairs.encoded == faces
     assert pairs.issame.dtype == bool and pairs.issame.tolist() == labels
@@ -57,14 +58,14 @@ def test_load_bin_takes_labels_of_numpy(tmp_path, faces):
     scalars = [[kind(x) for x in labels] for kind in (np.bool_, int, np.int64, np.int8)]
     arrays = [np.array(labels, kind) for kind in (bool, np.int64, np.uint8, ">i8", np.int32)]
     for given in (*scalars, *arrays, arrays[1][:, None]):
-        assert lfw.load_bin(write(tmp_path, (faces, given))).issame.tolist() == labels
+        assert load_bin(write(tmp_path, (faces, given))).issame.tolist() == labels
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("shape", [(-1, 1), (1, -1), (1, -1, 1)])
 def test_load_bin_takes_columns_and_rows_of_older_imencode(tmp_path, faces, protocol, shape):
     images = [np.frombuffer(x, np.uint8).reshape(shape) for x in faces]
-    assert lfw.load_bin(write(tmp_path, (images, [True] * 22), protocol)).encoded == faces
+    assert load_bin(write(tmp_path, (images, [True] * 22), protocol)).encoded == faces
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_load_bin_takes_columns_and_rows_of_older_imencode(tmp_path, faces, prot
 def test_another_file_under_this_name_is_named(tmp_path, content, what):
     (tmp_path / "lfw.bin").write_bytes(content)
     with pytest.raises(ValueError, match=f"lfw.bin: .*; it is {what}"):
-        lfw.load_bin(tmp_path / "lfw.bin")
+        load_bin(tmp_path / "lfw.bin")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_another_file_under_this_name_is_named(tmp_path, content, what):
 )
 def test_load_bin_refuses(tmp_path, content, message):
     with pytest.raises(ValueError, match=f"agedb_30.bin: .*{message}"):
-        lfw.load_bin(write(tmp_path, content))
+        load_bin(write(tmp_path, content))
 
 
 def test_a_label_of_endless_text_is_not_printed(tmp_path):
@@ -111,7 +112,7 @@ def test_a_label_of_endless_text_is_not_printed(tmp_path):
     path = write(tmp_path, ([b"x", b"y"], [bomb]))
     assert path.stat().st_size < 300
     with pytest.raises(ValueError, match=r"issame\[0\] \(list\) is neither a boo") as caught:
-        lfw.load_bin(path)
+        load_bin(path)
     assert len(str(caught.value)) < 300
 
 

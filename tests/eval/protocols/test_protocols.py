@@ -7,9 +7,9 @@ import pytest
 from scipy.io import loadmat
 
 from eval import __main__ as cli
-from eval.embedders import embed
 from eval.embedders.images import Files
 from eval.protocols import ijbs
+from recognition.weights import networks
 from tests.eval import baseline, official
 from tests.eval.embedders.test_embed import make_run
 
@@ -30,7 +30,7 @@ def evaluate(capsys, *words, code=0):
 
 def features(run, root, paths):
     """Unit flip sums [n, D] of files, straight from the network."""
-    embedder, images = embed.open_embedder(run), Files("x", root, paths)
+    embedder, images = networks.open_embedder(run), Files("x", root, paths)
     pixels = np.stack([images[i] for i in range(len(paths))])
     both = embedder(pixels) + embedder(np.ascontiguousarray(pixels[:, :, ::-1]))
     return both.astype(np.float64)
@@ -109,13 +109,14 @@ def test_ijbs_counts_templates_without_a_face(capsys, run, tmp_path):
     out = evaluate(capsys, "ijbs", run, lists, "--faces", faces, "--protocol", "single")
     found = out["sets"]["surveillance to single"]
     assert found["empty_templates"] == {"probes": 1, "g1": 0, "g2": 0}
-    assert "templates without a face" in out["warnings"][0]
+    assert "some templates have no face" in out["warnings"][0]
     probe = lists / "cs6_surveillance_to_single-booking_probe.csv"
     probe.write_text(probe.read_text() + "videos/9.mp4\n")
     err = evaluate(capsys, "ijbs", run, lists, "--faces", faces, code=1)
     assert "probe.csv:8: videos/9.mp4 is not in cs6_metadata.csv" in err
     probe.unlink()
-    assert "not there; IJB-S" in evaluate(capsys, "ijbs", run, lists, "--faces", faces, code=1)
+    err = evaluate(capsys, "ijbs", run, lists, "--faces", faces, code=1)
+    assert "is missing; request IJB-S" in err
 
 
 def test_rfw(capsys, run, tmp_path):
@@ -131,7 +132,7 @@ def test_rfw(capsys, run, tmp_path):
     assert found["skewed_error_ratio"] == pytest.approx((1 - accuracy).max() / (1 - accuracy).min())
     (root / "test" / "txts" / "Asian" / "Asian_lmk.txt").unlink()
     err = evaluate(capsys, "rfw", run, root, code=1)
-    assert "Asian_lmk.txt: not there; RFW is to be asked for" in err
+    assert "Asian_lmk.txt is missing; request RFW from" in err
     assert "--fmr 2 is no share" in evaluate(capsys, "rfw", run, root, "--fmr", "2", code=1)
 
 
@@ -209,7 +210,7 @@ def test_own_templates_and_galleries(capsys, run, people):
         ("pairs", "first,second,alike\n", "columns"),
         ("pairs", "first,second\n", "no column same"),
         ("pairs", "0/0.jpg,0/1.jpg,1\n0/0.jpg,7/9.jpg,0\n" * 5, "x.csv:2: no image .*; 1 of"),
-        ("pairs", "0/0.jpg,0/1.jpg,1\n" * 12, "pairs of one kind only"),
+        ("pairs", "0/0.jpg,0/1.jpg,1\n" * 12, "only same or only different pairs"),
         ("pairs", "0/0.jpg,0/1.jpg,1\n0/0.jpg,1/1.jpg,0\n", "2 pairs; at least 10"),
         ("pairs", "", "no rows"),
         ("identify", "image,subject\n0/0.jpg,0\n0/9.jpg,0\n", "x.csv:3: no image"),

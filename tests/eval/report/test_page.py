@@ -358,7 +358,7 @@ def test_report_and_thresholds_of_a_run(capsys, tmp_path, bin_file):
               "rec": str(tmp_path / "none")}  # fmt: skip
     amend_config(run, config)
     assert export.main([str(run), str(onnx_path)]) == 0
-    from eval.embedders.embed import open_embedder
+    from recognition.weights.networks import open_embedder
 
     metadata = open_embedder(onnx_path).facts["metadata"]
     assert json.loads(metadata["thresholds"])["points"] == chosen["points"]

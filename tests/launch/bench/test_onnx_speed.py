@@ -21,8 +21,7 @@ from torch import nn
 import launch.export
 import recognition.export.parity
 import recognition.export.to_onnx
-from data_tools import shards
-from eval.protocols import lfw
+from data_tools import shards, verification_bin
 from eval.report import results
 from recognition.backbones import BACKBONES
 from recognition.export.graph import check_graph
@@ -377,7 +376,7 @@ def test_thresholds_are_those_of_what_the_file_gives(tmp_path, capsys, flip_sum)
 
 def test_an_accuracy_says_in_what_it_differs(run, tmp_path, capsys, monkeypatch):
     encoded = [cv2.imencode(".png", image)[1].tobytes() for image in pixels(80)]
-    pairs = lfw.PairSet("forty", encoded, np.arange(40) % 2 == 0)
+    pairs = verification_bin.PairSet("forty", encoded, np.arange(40) % 2 == 0)
     monkeypatch.setattr(launch.export, "pairs_of", lambda *_: pairs)
     assert launch.export.main(["run", str(tmp_path / "x.onnx"), "--max-pairs", "20"]) == 0
     text = capsys.readouterr().out
@@ -425,7 +424,7 @@ def test_a_loss_that_cannot_be_told_is_refused(run, of_one, told, tmp_path, caps
     pixels = np.random.default_rng(0).integers(0, 256, (8, 112, 112, 3), dtype=np.uint8)
     encoded = [cv2.imencode(".png", image)[1].tobytes() for image in pixels]
     issame = np.array([True, True, True, True]) if of_one else np.array([True, False, True, False])
-    pairs = lfw.PairSet("few", encoded, issame)
+    pairs = verification_bin.PairSet("few", encoded, issame)
     monkeypatch.setattr(launch.export, "pairs_of", lambda *_: pairs)
     if not of_one:
         broken = lambda path: lambda images: np.full((len(images), 8), np.nan)  # noqa: E731

@@ -101,7 +101,7 @@ def test_export(trained, run_dir, tmp_path, capsys):
     assert card["trained_on"] == ["shards"] and "/" not in card["trained_on"][0]
     code, _ = said(capsys, "export", run_dir, tmp_path / "alone")
     assert code == 0 and "centres.safetensors" not in os.listdir(tmp_path / "alone")
-    from eval.embedders.embed import open_embedder  # what reads it
+    from recognition.weights.networks import open_embedder  # what reads it
 
     embedder = open_embedder(tmp_path / "alone" / "model.safetensors")
     assert embedder.facts["network"] == "mbf_tiny"

@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn import functional
 
 from data_tools.common.errors import UserError
-from eval.embedders.embed import open_embedder
 from recognition.backbones import BACKBONES
 from recognition.checkpoint import load_state
 from recognition.run.run_dir import initial_weights
 from recognition.weights import foreign, mxnet_params
+from recognition.weights.networks import open_embedder
 from tests.real import ROOT
 from tests.recognition.backbones.test_backbones import faces
 

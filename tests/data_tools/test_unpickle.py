@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from eval.embedders import unpickle
+from data_tools import unpickle
 from tests.real import ROOT
 
 IMAGES = [b"", b"\xff\xd8jpeg\x00\x80\n'\\", bytes(range(256)) * 300]
@@ -204,8 +204,8 @@ def test_deep_nesting_ends_in_an_error(tmp_path, depth, closing):
         content = b"\x80\x02" + b"]" * depth + b"0" * depth + b"."
     path = write(tmp_path, content)
     code = (
-        "import sys; from eval.protocols import lfw\n"
-        "try: lfw.load_bin(sys.argv[1])\n"
+        "import sys; from data_tools import verification_bin\n"
+        "try: verification_bin.load_bin(sys.argv[1])\n"
         "except ValueError as error: print('refused', len(str(error)) < 500)"
     )
     done = subprocess.run(

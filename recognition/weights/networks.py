@@ -1,13 +1,14 @@
-"""Networks as functions from aligned faces to embeddings: a run, a backbone file, or any ONNX.
+"""Opens trained networks as eval's Embedder: runs, weight files and any ONNX.
+
+Commands of data_tools and eval reach this module through data_tools.common.networks.
 
 Letters: n images of a call, D embedding size.
 """
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,28 +19,13 @@ from data_tools.common import files
 from data_tools.common.errors import UserError
 from eval.embedders.contract import InputContract, read_json, sidecar
 from eval.embedders.embed_onnx import OnnxEmbedder
+from eval.embedders.embedder import Embedder
 from recognition import checkpoint
 from recognition.backbones import BACKBONES
-from recognition.run.run_dir import initial_weights
-from recognition.weights.foreign import WEIGHT_FILES
+from recognition.weights.centres import Centres
+from recognition.weights.foreign import WEIGHT_FILES, read_weights
 
-
-class Embedder(Protocol):
-    facts: dict[str, object]  # what a report says of the network
-    digest: str  # sha256 of the weights
-    contract: InputContract
-
-    def prepare(self, images: NDArray[np.uint8]) -> Any:
-        """uint8 RGB [n, 112, 112, 3] -> what `forward` takes; any thread may call it."""
-
-    def forward(self, prepared: Any) -> NDArray[np.float32]:
-        """-> embeddings [n, D], not normalised."""
-
-    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 RGB [n, 112, 112, 3], any n >= 1 -> embeddings [n, D], not normalised."""
-
-    def with_contract(self, contract: InputContract) -> "Embedder":
-        """The same network fed otherwise."""
+__all__ = ["Centres", "TorchEmbedder", "open_embedder"]
 
 
 def open_embedder(
@@ -50,13 +36,15 @@ def open_embedder(
 ) -> Embedder:
     """The network at `path`: a run or checkpoint directory, published weights, or an .onnx.
 
-    batch_size: images that the network sees at once. The input contract of a backbone file or a
-    foreign ONNX is, the first that speaks: `changes` (flags), contract_file, NAME.contract.json
-    beside the model, the ONNX metadata of our export, InsightFace's convention.
+    batch_size: how many images the network processes at once. The input contract of a weight file
+    or a foreign ONNX comes from the first of these that states it: `changes` (flags),
+    contract_file, NAME.contract.json beside the model, the metadata that our export writes,
+    InsightFace's convention.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`, or a directory without a checkpoint.
-        ValueError: not a network for faces of 112 x 112 or 112 x 96, or a contract that cannot be.
+        FileNotFoundError: nothing is at `path`, or it is a directory without a checkpoint.
+        UserError: the network does not take faces of 112 x 112 or 112 x 96, or the stated contract
+            is impossible.
     """
     path = Path(path)
     stated: dict[str, Any] = {}
@@ -68,8 +56,10 @@ def open_embedder(
         stated, source = stated | dict(changes), f"{source} and the flags" if stated else source
     if files.is_dir(path):
         if stated:
-            raise UserError(f"{path}: the input of a run is known (RGB, (pixel - 127.5) / 127.5): "
-                             f"{source} must not state another")  # fmt: skip
+            raise UserError(
+                f"{path}: a run's input contract is fixed (RGB, (pixel - 127.5) / 127.5); remove "
+                f"what {source} states"
+            )
         return TorchEmbedder(*_from_run(path), batch_size)
     if not files.is_file(path):
         raise FileNotFoundError(f"no run directory, backbone file or .onnx file at {path}")
@@ -94,14 +84,14 @@ def _from_run(path: Path) -> tuple[nn.Module, dict[str, object], str]:
 
 def _from_weights(path: Path) -> tuple[nn.Module, dict[str, object], str]:
     try:
-        state = initial_weights(str(path))
-    except Exception as error:  # damaged bytes can fail anywhere in torch's reader
+        state = read_weights(str(path))
+    except UserError as error:
         raise UserError(f"{path} is not a backbone: {error}") from error
     name, size = _network_of({key: tuple(value.shape) for key, value in state.items()}, path)
     module = BACKBONES[name](embedding_size=size)
     checkpoint.load_state(module, state, str(path))
-    facts = {"path": str(path), "network": name, "embedding_size": size}
-    return module.float().eval(), facts, _sha256(path)
+    facts: dict[str, object] = {"path": str(path), "network": name, "embedding_size": size}
+    return module.float().eval(), facts, files.sha256(path)
 
 
 def _network_of(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[str, int]:
@@ -115,9 +105,10 @@ def _network_of(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[str,
             counters = {key for key in wanted if key.endswith("num_batches_tracked")}
             if {**{key: () for key in counters}, **shapes} == wanted:
                 return name, size
+    shown = ", ".join([*shapes][:8]) + (", ..." if len(shapes) > 8 else "")
     raise UserError(
-        f"{path}: its {len(shapes)} tensors ({', '.join([*shapes][:8])} ...) are those of none of "
-        f"{', '.join(BACKBONES)}; export the network to ONNX to evaluate it"
+        f"{path}: its {len(shapes)} tensors ({shown}) fit none of our networks "
+        f"({', '.join(BACKBONES)}): export the network to ONNX to evaluate it"
     )
 
 
@@ -172,8 +163,3 @@ class TorchEmbedder:
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self.forward(self.prepare(images))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
