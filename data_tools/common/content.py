@@ -49,7 +49,7 @@ def described(head: bytes) -> str | None:
         return "a tar archive: unpack it"
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 1 << 27:
         return "a safetensors file"
-    if head[:1] == b"\x08" and 3 <= head[1] <= 20 and head[2:3] in (b"\x12", b":"):
+    if len(head) > 2 and head[0] == 8 and 3 <= head[1] <= 20 and head[2:3] in (b"\x12", b":"):
         return "an ONNX model (.onnx)"
     if head.startswith(_PICKLES):
         return "a pickle (a .bin of pairs, or weights of an old torch.save)"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data_tools import shards
@@ -143,6 +143,7 @@ def test_damaged_zips(tmp_path, content, at, patch):
 
 @_QUICK
 @given(st.one_of(st.binary(max_size=80), st.text("0123456789.ajpg/\t\n", max_size=60)))
+@example(b"\x08")  # the first byte of an ONNX file
 def test_lists_of_any_bytes(tmp_path, content):
     path = tmp_path / "a.lst"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -102,6 +102,12 @@ def test_heads_that_end_anywhere_and_rubbish_never_fail(suffix, length):
     content.described(random.bytes(length))
 
 
+@pytest.mark.parametrize("length", [0, 1, 2, 3])
+def test_the_shortest_files_are_described_or_not_but_never_fail(length):
+    for first in range(256):
+        content.described(bytes([first, 8, 18])[:length])
+
+
 def test_names():
     for name in ("a.jpg", "A.JFIF", "a.jpe", "a.tif", "a.b.ppm", "a.TIFF"):
         assert is_image_name(name)
