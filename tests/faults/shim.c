@@ -154,7 +154,15 @@ static int consider(const char *operation, const char *path) {
   return 0;
 }
 
-static int at_path(const char *operation, int directory, const char *name) {
+// Whether a signal handler runs on its own small stack, as those of Python do after
+// faulthandler.enable(): the buffers here would run over its end, into the heap.
+static int in_signal_handler(void) {
+  stack_t stack;
+  return !sigaltstack(0, &stack) && (stack.ss_flags & SS_ONSTACK);
+}
+
+static __attribute__((noinline)) int look_at_path(const char *operation, int directory,
+                                                  const char *name) {
   int before = errno;
   char path[PATH_MAX];
   int failure = absolute(directory, name, path, sizeof path) ? consider(operation, path) : 0;
@@ -162,16 +170,23 @@ static int at_path(const char *operation, int directory, const char *name) {
   return failure;
 }
 
-static int at_descriptor(const char *operation, int fd) {
+static int at_path(const char *operation, int directory, const char *name) {
+  return in_signal_handler() ? 0 : look_at_path(operation, directory, name);
+}
+
+static __attribute__((noinline)) int look_at_descriptor(const char *operation, int fd) {
   int before = errno;
   char path[PATH_MAX];
   int failure = 0;
-  kill_after_call = 0;
-  if (fd > 2 && fd != log_file && (log_file >= 0 || position.left > 0) &&
+  if (fd != log_file && (log_file >= 0 || position.left > 0) &&
       path_of_descriptor(fd, path, sizeof path))
     failure = consider(operation, path);
   errno = before;
   return failure;
+}
+
+static int at_descriptor(const char *operation, int fd) {
+  return fd <= 2 || in_signal_handler() ? 0 : look_at_descriptor(operation, fd);
 }
 
 static void after_call(void) {
