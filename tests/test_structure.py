@@ -38,8 +38,7 @@ ROOMS: dict[str, list[str]] = {
     "recognition.losses": [],
     "recognition.backbones": [],
     "recognition.distributed": ["data_tools.*"],
-    "recognition.precision": ["recognition.distributed"],
-    "recognition.loss_scale": [],
+    "recognition.precision": ["recognition.distributed", "data_tools.*"],
     "recognition.head": [
         "recognition.config",
         "recognition.distributed",
@@ -51,7 +50,7 @@ ROOMS: dict[str, list[str]] = {
         "recognition.backbones",
         "recognition.distributed",
         "recognition.head",
-        "recognition.loss_scale",
+        "recognition.precision",
         "recognition.optim",
     ],
     "recognition.weights": [

@@ -23,9 +23,8 @@ import torch
 from torch.distributed import DistError, Store
 
 from recognition.distributed.collectives import LostContact
-from recognition.distributed.heartbeats import Heartbeats
+from recognition.distributed.heartbeats import SILENT, Heartbeats, suspects, what_it_does
 from recognition.distributed.preemption import Stopped
-from recognition.distributed.rank_status import SILENT, suspects, what_it_does
 
 _EVERY = 1.0  # seconds between two heartbeats
 _CAUSE_SECONDS = SILENT + _EVERY  # how long a rank that lost contact waits for the cause

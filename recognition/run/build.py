@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from data_tools.common.errors import UserError
 from data_tools.common.image_size import check_size
 from data_tools.load import dali
 from data_tools.load.loader import check_labels, make_order
-from data_tools.load.order import Blocks, Order
+from data_tools.load.order import Blocks
 from data_tools.shards import FORMAT, Shards
 from data_tools.union import Union, open_all
 from eval.protocols import lfw
@@ -29,70 +28,18 @@ from recognition.backbones.input import INPUT_SIZE
 from recognition.config import Config
 from recognition.distributed import collectives
 from recognition.distributed.runtime import Runtime
-from recognition.distributed.step_timer import Phases
 from recognition.head import PartialFC, multi_head
 from recognition.head.kernels.autotune import choose_all
-from recognition.loss_scale import LossScaler
 from recognition.optim import RowAdamW, RowSGD
-from recognition.precision import dtype_of, resolve
-from recognition.run import changes, elastic, resume
-from recognition.run.embedding import embed
-from recognition.run.nonfinite import FiniteGuard, SkippingStep
+from recognition.precision import LossScaler, dtype_of, embed, resolve
+from recognition.run import elastic, resume
+from recognition.run.nonfinite import FiniteGuard
 from recognition.run.run_dir import commit, initial_weights
 from recognition.run.schedule import Schedule
-from recognition.run.spikes import SpikeGuard, Window, make_guard, skipped
+from recognition.run.spikes import make_guard, skipped
+from recognition.run.state import TrainState
 from recognition.weights import distill, head_init, saved_rows
 from recognition.weights.freezing import freeze, train_mode
-
-
-@dataclass
-class TrainState:
-    """A run in progress. `step` and `samples_seen` say where; the rest is what moves."""
-
-    cfg: Config
-    runtime: Runtime
-    data: Shards | Union
-    order: Order
-    val_sets: list[lfw.PairSet]
-    precision: str
-    model: DistributedDataParallel
-    parts: checkpoint.Parts
-    schedule: Schedule | elastic.RescaledSchedule
-    guard: FiniteGuard
-    facts: dict[str, Any]  # what config.json says beside the configuration
-    saved_by: int | None = None  # ranks that wrote the checkpoint it continues from
-    loaded_step: int | None = None  # of that checkpoint
-    resized: str = ""  # what follows another number of processes
-    said: list[str] = field(default_factory=list)  # lines for the start of the log
-    owes_verification: bool = False  # of the step that it continues after
-    changes: list[str] = field(default_factory=list)  # against the run that saved it
-    set_aside: list[str] = field(default_factory=list)  # damaged checkpoints, what was wrong
-    spikes: SpikeGuard | None = None
-    skipped: list[Window] = field(default_factory=list)  # samples left out after spikes
-    step: int = 0  # completed optimiser steps
-    samples_seen: int = 0
-    teacher: distill.Teacher | None = None
-    head_losses: torch.Tensor | None = None  # [heads] of the last step, without their weights
-    phases: Phases = field(init=False)  # of the steps' time
-    step_backbone: SkippingStep = field(init=False)  # by parts.optimizer
-
-    def __post_init__(self) -> None:
-        self.step_backbone = SkippingStep(self.parts.optimizer, self.runtime.device)
-        self.phases = Phases(self.runtime.device)
-        first = next(p for p in self.parts.backbone.parameters() if p.requires_grad)
-        # The last gradient that the backward finds: what follows is the end of its exchange.
-        # Of the phases alone: what a hook holds is out of the collector's sight.
-        enter = self.phases.enter
-        first.register_post_accumulate_grad_hook(lambda _: enter("communication"))
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.parts.backbone
-
-    @property
-    def head(self) -> PartialFC:
-        """The head, where there is one."""
-        return self.parts.head
 
 
 def build(cfg: Config, runtime: Runtime) -> TrainState:
@@ -189,7 +136,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         state.skipped = skipped(cfg.output, manifest)
         if state.spikes is not None and manifest.get("spikes"):
             state.spikes.load(manifest["spikes"])
-        state.changes = changes.listed(manifest["config"], cfg, state.facts, resumed_from)
+        state.changes = resume.list_changes(manifest["config"], cfg, state.facts, resumed_from)
         due = state.step % cfg.verify_every == 0 and not manifest.get("metrics", True)
         pending = manifest.get(checkpoint.PENDING, False)
         state.owes_verification = bool(val_sets) and (due or pending)
@@ -198,7 +145,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         if manifest["global_batch"] != cfg.global_batch(runtime.world):
             batch = cfg.global_batch(runtime.world)
             state.changes.append(f"global batch {manifest['global_batch']} -> {batch}")
-        changes.refuse_ignored(state, manifest["config"], resumed_from)
+        resume.refuse_ignored(state, manifest["config"], resumed_from)
     return state
 
 

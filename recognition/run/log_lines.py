@@ -5,17 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, schedule
 
+from data_tools.load.loader import BatchSource
 from recognition import config
 from recognition.checkpoint.directory import directory_of
+from recognition.distributed.step_timer import Phases
 from recognition.head import multi_head
-from recognition.run import progress, sanity
-from recognition.run.build import TrainState
+from recognition.run import sanity
 from recognition.run.logger import Logger, as_numbers, histograms
+from recognition.run.state import TrainState
 
+_WAIT, _WARMUP, _ACTIVE = 3, 1, 3  # steps that a trace leaves out, drops and keeps
 _LEAST_SCALE = 2.0**-14  # of fp16; below it nothing is left of the gradient
 
 
@@ -77,7 +84,7 @@ def _continuation(state: TrainState) -> str:
 
 
 def log_step(
-    state: TrainState, logger: Logger, loss: Tensor, grad_norm: Tensor, watch: progress.Stopwatch
+    state: TrainState, logger: Logger, loss: Tensor, grad_norm: Tensor, watch: Stopwatch
 ) -> None:
     cfg = state.cfg
     global_batch = cfg.global_batch(state.runtime.world)
@@ -91,8 +98,8 @@ def log_step(
         "epoch": state.samples_seen / len(state.data),
         "loss": loss.item(),
         "lr": state.schedule.lr_at(state.step - 1),
-        **progress.speed(reading, global_batch),
-        "seconds": progress.where_time_went(state.phases, reading[0]),
+        **speed(reading, global_batch),
+        "seconds": where_time_went(state.phases, reading[0]),
         "grad_norm": grad_norm.item(),
     }
     if cfg.rec_heads:
@@ -112,10 +119,95 @@ def log_step(
                 f"the fp16 loss scale fell to {record['loss_scale']:.1e} by step {state.step}: "
                 "every step overflows. Use precision=bf16 or fp32, or lower lr"
             )
-    line = progress.line(record, state.schedule.total_steps, global_batch)
+    line = step_line(record, state.schedule.total_steps, global_batch)
     pictures = {
         f"{head and f'{head}/'}{name}": histogram
         for head, statistics in of_head.items()
         for name, histogram in histograms(statistics).items()
     }
     logger.record(record, line, pictures)
+
+
+class Stopwatch:
+    """Steps, seconds and seconds of waiting for data since the last reading, pauses left out."""
+
+    def __init__(self, source: BatchSource, step: int, phases: Phases) -> None:
+        self._source, self._phases = source, phases
+        phases.read()
+        self._last = (step, time.perf_counter(), source.wait_seconds)
+
+    def read(self, step: int) -> tuple[int, float, float]:
+        now = (step, time.perf_counter(), self._source.wait_seconds)
+        before, self._last = self._last, now
+        return now[0] - before[0], now[1] - before[1], now[2] - before[2]
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        with self._phases.pause():
+            yield
+        step, then, waited = self._last
+        self._last = (step, then + time.perf_counter() - began, waited)
+
+
+def speed(reading: tuple[int, float, float], global_batch: int) -> dict[str, float]:
+    """images/s over all processes, and the share of the time spent waiting for data."""
+    steps, seconds, waited = reading
+    seconds = max(seconds, 1e-9)
+    return {"images_per_second": steps * global_batch / seconds, "data_wait": waited / seconds}
+
+
+def where_time_went(phases: Phases, steps: int) -> dict[str, float]:
+    """Seconds a step of each phase since the last reading, on this rank."""
+    return {name: seconds / max(steps, 1) for name, seconds in phases.read().items()}
+
+
+def step_line(record: dict[str, Any], total_steps: int, global_batch: int) -> str:
+    """One readable line of a step's record."""
+    spent = record["seconds"]
+    whole = max(sum(spent.values()), 1e-9)
+    shares = " ".join(f"{name} {100 * part / whole:.0f} %" for name, part in spent.items())
+    left = int((total_steps - record["step"]) * global_batch / record["images_per_second"])
+    return (
+        f"step {record['step']}/{total_steps}  epoch {record['epoch']:.2f}  "
+        f"loss {record['loss']:.4f}  lr {record['lr']:.5f}  "
+        f"{record['images_per_second']:.0f} images/s  {shares}  "
+        f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    )
+
+
+@contextlib.contextmanager
+def trace_steps(
+    wanted: bool, output: str, rank: int, say: Callable[[str], None]
+) -> Iterator[Callable[[], None]]:
+    """What is to be called after each step. The steps after the first few are written to
+    <output>/trace-<rank>.json, with what the CPU and the GPU did in each; `say` is told where, or
+    that the run ended before."""
+    if not wanted:
+        yield lambda: None
+        return
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    path = os.path.join(output, f"trace-{rank}.json")
+    written = False
+
+    def write(trace: profile) -> None:
+        nonlocal written
+        last = min(trace.step_num, first + _ACTIVE - 1)
+        if last < first:  # the run ended when the tracing began
+            return
+        trace.export_chrome_trace(path)
+        written = True
+        say(f"profile: steps {first} to {last} of this start are in {path}, for ui.perfetto.dev "
+            "or chrome://tracing")  # fmt: skip
+
+    first = _WAIT + _WARMUP + 1
+    with profile(
+        activities=activities,
+        schedule=schedule(wait=_WAIT, warmup=_WARMUP, active=_ACTIVE, repeat=1),
+        on_trace_ready=write,
+    ) as trace:
+        yield trace.step
+    if not written:
+        say(f"warning: profile=true wrote no trace: a start of {first} steps or more does")

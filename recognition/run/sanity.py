@@ -9,7 +9,7 @@ from torch import nn
 
 from recognition.config import Config
 from recognition.head import multi_head
-from recognition.run.build import TrainState
+from recognition.run.state import TrainState
 
 # What recipes of the field use, and how far off is worth a word.
 _USUAL_LR = {"sgd": 0.1, "adamw": 1e-3}

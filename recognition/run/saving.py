@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from recognition import checkpoint
-from recognition.run.build import TrainState
 from recognition.run.logger import Logger
+from recognition.run.state import TrainState
 
 _LAST_WAITS = (5.0, 20.0)  # seconds before the run's last checkpoint is tried again
 

@@ -13,7 +13,7 @@ from recognition import checkpoint
 from recognition.distributed import replica_check, runtime
 from recognition.distributed.preemption import SIGNALS, Interrupted, StopRequest
 from recognition.distributed.watchdog import Watchdog, hearing
-from recognition.run.build import TrainState
+from recognition.run.state import TrainState
 
 
 class Overseer:

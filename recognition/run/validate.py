@@ -12,9 +12,9 @@ from data_tools.common.errors import UserError
 from data_tools.load.order import rank_slice
 from eval.protocols import lfw
 from recognition.distributed import collectives
-from recognition.run.build import TrainState
-from recognition.run.embedding import embed
+from recognition.precision import embed
 from recognition.run.logger import Logger
+from recognition.run.state import TrainState
 from recognition.weights import freezing
 
 _BATCH = 64  # images

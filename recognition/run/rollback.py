@@ -1,0 +1,86 @@
+"""What follows a spike: a warning, the end of the run, or a rollback that skips its samples."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from data_tools.common import files
+from recognition import checkpoint
+from recognition.distributed import collectives
+from recognition.run import resume
+from recognition.run.logger import Logger
+from recognition.run.nonfinite import FiniteGuard
+from recognition.run.spikes import SKIPPED_FILE, Window, make_guard
+from recognition.run.state import TrainState
+
+
+def heed(state: TrainState, logger: Logger) -> None:
+    """What on_spike says of a spike since the last call; to be called by all ranks.
+
+    Raises:
+        FloatingPointError: there was one, and the run is not to go on.
+    """
+    found = None if state.spikes is None else state.spikes.found()
+    if found is None:
+        return
+    if state.cfg.on_spike != "warn":
+        raise FloatingPointError(found)
+    logger.record({"step": state.step, "spike": found}, f"warning: {found}")
+
+
+def jump(state: TrainState) -> bool:
+    """Move past the window that the next sample lies in, if it lies in one."""
+    before = state.samples_seen
+    for window in state.skipped:
+        if window.start <= state.samples_seen < window.stop:
+            state.samples_seen = window.stop
+    return state.samples_seen != before
+
+
+def roll_back(state: TrainState, why: str) -> str:
+    """Go back to the newest checkpoint and leave out the samples from there to here; what to say.
+
+    To be called by all ranks.
+
+    Raises:
+        FloatingPointError: no checkpoint, or it has been done often enough.
+    """
+    cfg, runtime = state.cfg, state.runtime
+    collectives.check_same(runtime.group, step=state.step)  # and all have ended their saves
+    done = len(state.skipped)
+    if done >= cfg.max_rollbacks:
+        raise FloatingPointError(
+            f"{why}; {done} times the run went back already (max_rollbacks): lower lr, lengthen "
+            "warmup_epochs, or look at the data"
+        )
+    path, set_aside = resume.newest_good(cfg, runtime)
+    if path is None:
+        raise FloatingPointError(f"{why}; there is no checkpoint yet to go back to")
+    stop, spiked = state.samples_seen, state.step
+    manifest = checkpoint.load(path, state.parts)
+    state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
+    state.loaded_step = state.step
+    window = Window(state.samples_seen, stop, why)
+    state.skipped = sorted({*state.skipped, window})
+    state.set_aside = set_aside
+    state.owes_verification = False
+    if state.spikes is not None:
+        state.spikes = make_guard(cfg, runtime.group, runtime.device)
+        if state.spikes is not None and manifest.get("spikes"):
+            state.spikes.load(manifest["spikes"])
+    state.guard = FiniteGuard(runtime.group, runtime.device)
+    collectives.together(
+        runtime.group,
+        "note the skipped samples",
+        lambda: _note(cfg.output, state.skipped) if runtime.rank == 0 else None,
+    )
+    return (
+        f"{why}: back from step {spiked} to {state.step}, the samples {window.start} to "
+        f"{window.stop - 1} are left out ({done + 1} of {cfg.max_rollbacks} times)"
+    )
+
+
+def _note(run_dir: str, windows: list[Window]) -> None:
+    path = os.path.join(run_dir, SKIPPED_FILE)
+    files.write_text(path, json.dumps(windows))
