@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun may pass it on only now
             if state.runtime.rank == 0:
                 print(stopped, flush=True)
-            return preemption.leave(stopped)
+            return preemption.exit_code_of(stopped)
         except ConnectionError as error:
             raise SystemExit(_recorded(error, output, line=True)) from None
         except (FloatingPointError, *USER_ERRORS) as error:

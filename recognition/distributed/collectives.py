@@ -37,7 +37,7 @@ _reduce_scatter: Callable = (
 
 
 _POLL_SECONDS = (0.01, 0.2)  # between two looks into the store: first, and most
-_PATIENT_TIMES = 10  # the group's time-out: the watchdog's limit for what may take long
+_LONG_OPERATION_FACTOR = 10  # the group's time-out: the watchdog's limit for what may take long
 
 
 class LostContact(RuntimeError):
@@ -362,7 +362,7 @@ def gather_objects(value: object, group: ProcessGroup) -> list:
     return values
 
 
-class _Agreement:
+class _StoreExchange:
     """One exchange of values through the store in which the ranks met; no collective is in flight,
     so the ranks may arrive minutes apart."""
 
@@ -376,9 +376,9 @@ class _Agreement:
         self._store = dist.distributed_c10d._get_process_group_store(group).clone()  # type: ignore[attr-defined]
         backend = group._get_backend(torch.device("cpu"))
         timeout: timedelta = backend.options._timeout  # type: ignore[attr-defined]
-        self._seconds = _PATIENT_TIMES * timeout.total_seconds()
+        self._seconds = _LONG_OPERATION_FACTOR * timeout.total_seconds()
 
-    def leave(self, value: object, failure: str | None = None) -> None:
+    def put(self, value: object, failure: str | None = None) -> None:
         """This rank's value; or why it will not come back to the group."""
         self._store.set(self._key(self._number, self._group.rank()), pickle.dumps((value, failure)))
 
@@ -419,16 +419,16 @@ def gather_through_store(action: Callable[[], object], group: ProcessGroup) -> l
     if group.size() == 1:
         return [action()]
     with _naming_loss(group):
-        agreement = _Agreement(group)
+        exchange = _StoreExchange(group)
     try:
         value = action()
     except Exception as error:
         with contextlib.suppress(RuntimeError):  # the action's error is the one to tell
-            agreement.leave(None, f"{type(error).__name__}: {error}")
+            exchange.put(None, f"{type(error).__name__}: {error}")
         raise
     with _naming_loss(group):
-        agreement.leave(value)
-        return agreement.collect()
+        exchange.put(value)
+        return exchange.collect()
 
 
 def gather_parts(local: Tensor, rows_per_rank: Sequence[int], group: ProcessGroup) -> Tensor:
@@ -436,7 +436,7 @@ def gather_parts(local: Tensor, rows_per_rank: Sequence[int], group: ProcessGrou
     return _gather(local, rows_per_rank, group)
 
 
-def together(group: ProcessGroup, what: str, action: Callable[[], Any]) -> list:
+def run_on_all_ranks(group: ProcessGroup, what: str, action: Callable[[], Any]) -> list:
     """Every rank's result of `action`, in rank order. The ranks wait for one another through the
     store: an action mostly waits for a disk, which may be slow for one rank alone.
 

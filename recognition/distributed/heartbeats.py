@@ -32,7 +32,7 @@ _DOES = {
 }
 
 
-class Place(NamedTuple):
+class RankStatus(NamedTuple):
     """Where a rank is, as it told the others."""
 
     rank: int
@@ -66,7 +66,7 @@ class Heartbeats:
         with contextlib.suppress(RuntimeError):
             self._store.set(_KEY.format(self._rank), said)
 
-    def read(self, ranks: Sequence[int] | None = None) -> list[Place]:
+    def read(self, ranks: Sequence[int] | None = None) -> list[RankStatus]:
         """Where the ranks (None: all) that have sent a heartbeat are; [] if the store is gone.
 
         The age of a heartbeat counts from the first read() that saw it, so read() more than once.
@@ -77,7 +77,9 @@ class Heartbeats:
                 if self._store.check([_KEY.format(rank)]):
                     said = json.loads(self._store.get(_KEY.format(rank)))
                     number, step, does, still, host = said
-                    places.append(Place(rank, step, does, still, self._age(rank, number), host))
+                    places.append(
+                        RankStatus(rank, step, does, still, self._age(rank, number), host)
+                    )
         except (RuntimeError, DistError):
             return []
         return places
@@ -91,7 +93,7 @@ class Heartbeats:
         return now - since
 
 
-def suspects(places: list[Place]) -> tuple[list[Place], list[Place]]:
+def suspects(places: list[RankStatus]) -> tuple[list[RankStatus], list[RankStatus]]:
     """Those that hold up the others, and the others: who is not heard of, then who is behind, then
     who does something else than wait for other ranks."""
     waiting = _DOES["recognition/distributed/collectives.py"]
@@ -106,7 +108,7 @@ def suspects(places: list[Place]) -> tuple[list[Place], list[Place]]:
     return [], places
 
 
-def what_it_does(frame: FrameType | None) -> str:
+def describe_frame(frame: FrameType | None) -> str:
     """In words, by the innermost line of ours: file, line, function and text."""
     while frame is not None and not _ours(frame):
         frame = frame.f_back

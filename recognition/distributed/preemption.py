@@ -4,7 +4,7 @@ SIGUSR1 asks the run to end: schedulers send it before a time limit or a pre-emp
 that whoever started this process is about to end it; torchrun sends it before it starts its
 processes anew, too. SIGINT is a person's Ctrl-C. All lead to the same last step and a checkpoint of
 it. What differs is what torchrun is told: after SIGUSR1 it must not start the processes once more.
-A second Ctrl-C ends a process at once (watchdog.hearing).
+A second Ctrl-C ends a process at once (watchdog.listen_for_signals).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-def leave(stopped: Stopped) -> int:
+def exit_code_of(stopped: Stopped) -> int:
     """The exit code of a stopped process, once nobody will start it again unasked.
 
     torchrun takes any exit code but 0 for a failure and starts the processes anew while it has
@@ -117,12 +117,12 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 def end_now_on_request() -> None:
     """Before training begins there is nothing to save: SIGTERM ends the process as it always does,
-    SIGUSR1 as leave() says."""
+    SIGUSR1 as exit_code_of() says."""
     signal.signal(signal.SIGUSR1, _leave_at_once)
 
 
 def _leave_at_once(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(leave(Stopped(signal.Signals(number), 0)))
+    raise SystemExit(exit_code_of(Stopped(signal.Signals(number), 0)))
 
 
 def stopped(run_dir: str, rank: int, heard: signal.Signals, step: int) -> Stopped:

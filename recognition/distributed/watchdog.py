@@ -23,12 +23,12 @@ import torch
 from torch.distributed import DistError, Store
 
 from recognition.distributed.collectives import LostContact
-from recognition.distributed.heartbeats import SILENT, Heartbeats, suspects, what_it_does
+from recognition.distributed.heartbeats import SILENT, Heartbeats, describe_frame, suspects
 from recognition.distributed.preemption import Stopped
 
 _EVERY = 1.0  # seconds between two heartbeats
 _CAUSE_SECONDS = SILENT + _EVERY  # how long a rank that lost contact waits for the cause
-_PATIENT_TIMES = 10  # the time-out, for what may take long
+_LONG_OPERATION_FACTOR = 10  # the time-out, for what may take long
 _STOP_SECONDS = 10.0  # how long after a signal the loop may stand still
 _JOIN_SECONDS = 5.0  # more than the store takes to give up
 # Where DistributedDataParallel's exchange of the gradients fails.
@@ -53,7 +53,7 @@ class Watchdog:
         self._heartbeats = Heartbeats(store, rank, world)
         self._timeout, self._directory = timeout_seconds, directory
         self._step, self._moved = 0, time.monotonic()
-        self._patient = 0  # bodies of patience() entered
+        self._long_operations = 0  # bodies of long_operation() entered
         self._longest = 0.0  # seconds between two beats
         self._signalled: float | None = None
         self._told_at = time.monotonic()  # no rank had told a cause by then
@@ -70,15 +70,15 @@ class Watchdog:
         self._step, self._moved, self._reported = step, now, False
 
     @contextlib.contextmanager
-    def patience(self) -> Iterator[None]:
+    def long_operation(self) -> Iterator[None]:
         """What the body does may take ten times the time-out: writing a checkpoint, for one."""
-        self._patient += 1
+        self._long_operations += 1
         self._moved = time.monotonic()
         try:
             self._told_at = self._moved
             yield
         finally:
-            self._patient -= 1
+            self._long_operations -= 1
             self._moved, self._reported = time.monotonic(), False
 
     def signalled(self) -> None:
@@ -164,7 +164,7 @@ class Watchdog:
         while not self._ended.wait(min(_EVERY, self._timeout / 20)):
             still = time.monotonic() - self._moved
             self._send(still)
-            limit = self._timeout * (_PATIENT_TIMES if self._patient else 1)
+            limit = self._timeout * (_LONG_OPERATION_FACTOR if self._long_operations else 1)
             if still > self._timeout / 4:
                 self._heartbeats.read()  # so that their ages are known when they are reported
             if still > self._timeout / 2 and not self._reported:
@@ -172,7 +172,7 @@ class Watchdog:
                 self._report(still, limit)
             if still > limit:
                 self._end(f"has not moved for {still:.0f} s")
-            if self._patient:
+            if self._long_operations:
                 self._look_after_the_next()
                 continue
             if not self._signalled:
@@ -196,7 +196,7 @@ class Watchdog:
                 self._end(f"waits for a rank that was killed or is frozen: {place}")
 
     def _send(self, still: float) -> None:
-        self._heartbeats.send(self._step, what_it_does(_frame_of(self._main)), still)
+        self._heartbeats.send(self._step, describe_frame(_frame_of(self._main)), still)
 
     def _report(self, still: float, limit: float) -> None:
         path = os.path.join(self._directory, f"stacks-rank-{self._rank}.txt")
@@ -209,7 +209,7 @@ class Watchdog:
         places = self._heartbeats.read()
         _say(
             f"warning: rank {self._rank} has not moved for {still:.0f} s and ends at "
-            f"{limit:.0f} s: it {what_it_does(_frame_of(self._main))}. Stacks: {path}"
+            f"{limit:.0f} s: it {describe_frame(_frame_of(self._main))}. Stacks: {path}"
         )
         if places and self._rank == min(place.rank for place in places if place.age <= SILENT):
             first, others = suspects(places)
@@ -219,7 +219,7 @@ class Watchdog:
     def _end(self, why: str) -> None:
         """End this process, with the first cause as its last word."""
         first, _ = suspects(self._heartbeats.read())
-        said = f"error (rank {self._rank}): {why}: it {what_it_does(_frame_of(self._main))}"
+        said = f"error (rank {self._rank}): {why}: it {describe_frame(_frame_of(self._main))}"
         held_up = [place for place in first if place.rank != self._rank]
         _say(said + (f". Held up by {'; '.join(map(str, held_up))}" if held_up else ""))
         sys.stdout.flush()
@@ -261,7 +261,7 @@ def _say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def hearing(watchdog: Watchdog, signals: tuple[signal.Signals, ...]) -> Iterator[None]:
+def listen_for_signals(watchdog: Watchdog, signals: tuple[signal.Signals, ...]) -> Iterator[None]:
     """Tell the watchdog of a signal at once, even while the main thread is inside of a collective,
     where Python's own handlers wait for it to come back."""
     if threading.current_thread() is not threading.main_thread():

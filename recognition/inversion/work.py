@@ -38,7 +38,7 @@ from recognition.inversion import pictures
 from recognition.inversion.descent import Batch, Terms, descend
 from recognition.inversion.identity import ClosedSet, Identity
 from recognition.inversion.settings import Settings
-from recognition.run.run_dir import owned
+from recognition.run.run_dir import lock_run_dir
 
 _OURS = {".lock", "images", "state", "progress"}  # before settings.json
 
@@ -138,12 +138,12 @@ def directory(out: Path, facts: Mapping[str, Any], runtime: Runtime) -> Iterator
         def take() -> None:
             if runtime.rank == 0:
                 files.make_private(out)
-                held.enter_context(owned(str(out)))
+                held.enter_context(lock_run_dir(str(out)))
                 for name in ("images", "state", "progress"):
                     files.make_private(out / name)
                 write_json(out / "settings.json", facts)
 
-        collectives.together(runtime.group, f"use {out}", take)
+        collectives.run_on_all_ranks(runtime.group, f"use {out}", take)
         yield
 
 

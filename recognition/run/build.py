@@ -50,7 +50,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     """
     if cfg.loader == "dali":
         dali.check_installed()
-    resumed_from, set_aside = resume.choose(cfg, runtime)
+    resumed_from, damaged = resume.choose_checkpoint(cfg, runtime)
     manifest = checkpoint.read_manifest_of_run(resumed_from) if resumed_from else None
     plan = elastic.plan(cfg, manifest, runtime.world)
     cfg = plan.cfg
@@ -72,15 +72,17 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     dtype = dtype_of(precision)
 
     torch.manual_seed(hash_words(cfg.seed, Purpose.NETWORK) >> 1)  # the same network on every rank
-    backbone, said = _make_backbone(cfg), list[str]()
+    backbone, messages = _make_backbone(cfg), list[str]()
     for pairs in val_sets if cfg.resize else []:
         count = lfw.count_resized(pairs, cfg.resize)
-        said.append(f"{pairs.name}.bin: {count} of {len(pairs.encoded)} images are resized")
+        messages.append(f"{pairs.name}.bin: {count} of {len(pairs.encoded)} images are resized")
     if cfg.init_from and resumed_from is None:
         order_of = None if cfg.init_color_order == "auto" else cfg.init_color_order
         weights = initial_weights(cfg.init_from, order_of)
         checkpoint.load_state(backbone, weights, cfg.init_from)
-        said.append(f"init_from={cfg.init_from}: {len(weights)} tensors of the network are taken")
+        messages.append(
+            f"init_from={cfg.init_from}: {len(weights)} tensors of the network are taken"
+        )
     if cfg.freeze:
         freeze(backbone, cfg.freeze)
     if cfg.sync_bn:
@@ -89,18 +91,18 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     backbone = backbone.to(runtime.device, dtype)
     backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = _distribute(cfg, backbone, runtime)
-    own_heads = [
+    heads = [
         head.to(runtime.device, dtype) for head in multi_head.make_heads(cfg, data, runtime.group)
     ]
-    said_before = manifest["config"].get("head_forms") if manifest else None
-    choices = choose_all(cfg, own_heads, runtime.world, said_before)
+    saved_forms = manifest["config"].get("head_forms") if manifest else None
+    choices = choose_all(cfg, heads, runtime.world, saved_forms)
     optimizer = _make_optimizer(cfg, backbone)
     scaler = LossScaler(runtime.device) if precision == "fp16" else None
     encoder = None
-    if multi_head.encoder_momentum(own_heads) is not None:
+    if multi_head.encoder_momentum(heads) is not None:
         encoder = _make_backbone(cfg).to(runtime.device, dtype).eval().requires_grad_(False)
         encoder.load_state_dict(backbone.state_dict())
-    head_parts = [checkpoint.HeadParts(head, _row_optimizer(cfg, head)) for head in own_heads]
+    head_parts = [checkpoint.HeadParts(head, _row_optimizer(cfg, head)) for head in heads]
     parts = checkpoint.Parts(backbone, optimizer, head_parts, scaler, encoder)
     schedule = _make_schedule(plan.first(), len(data), runtime.world)
     state = TrainState(
@@ -113,8 +115,8 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
             "labels_crc32": labels_crc32, "data_sha256": _hashes(data), **plan.facts(),
             "head_forms": [choice.form for choice in choices],
         },
-        said=said + [choice.said for choice in choices if choice.said],
-        set_aside=set_aside,
+        messages=messages + [choice.said for choice in choices if choice.said],
+        damaged=damaged,
         spikes=make_guard(cfg, runtime.group, runtime.device),
         skipped=skipped(cfg.output, None),
     )  # fmt: skip
@@ -122,13 +124,13 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         state.teacher = distill.open_teacher(
             cfg.teacher, cfg.embedding_size, len(data), runtime.device, precision
         )
-        state.said.append(
+        state.messages.append(
             f"teacher={cfg.teacher}: {cfg.teacher_loss} loss, teacher_weight={cfg.teacher_weight:g}"
         )
     if resumed_from is None and cfg.init_head is not None:
         _start_centres(state)
     elif resumed_from is None:
-        state.said.append(f"all {data.num_classes} class centres start at random")
+        state.messages.append(f"all {data.num_classes} class centres start at random")
     if resumed_from is not None:
         manifest = checkpoint.load(resumed_from, parts)
         state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
@@ -141,7 +143,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         pending = manifest.get(checkpoint.PENDING, False)
         state.owes_verification = bool(val_sets) and (due or pending)
         state.schedule = plan.schedule(schedule, state.step, state.samples_seen)
-        state.resized = plan.said
+        state.elastic_message = plan.message
         if manifest["global_batch"] != cfg.global_batch(runtime.world):
             batch = cfg.global_batch(runtime.world)
             state.changes.append(f"global batch {manifest['global_batch']} -> {batch}")
@@ -182,11 +184,11 @@ def _start_centres(state: TrainState) -> None:
         except ValueError as error:  # perhaps of this rank's images alone
             raise OSError(str(error)) from error
 
-    filled = collectives.together(runtime.group, "start the class centres", fill)
+    filled = collectives.run_on_all_ranks(runtime.group, "start the class centres", fill)
     train_mode(state.backbone)
     state.facts["centres_started"] = sum(filled)
     others = state.data.num_classes - sum(filled)
-    state.said.append(
+    state.messages.append(
         f"init_head={source}: {sum(filled)} class centres start from {head_init.origin(source)}"
         + f"; the other {others} at random" * bool(others)
     )
@@ -291,12 +293,12 @@ def _check_keep_best(cfg: Config) -> None:
 
 
 def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
-    for name, said, true in [
+    for name, stated, true in [
         ("num_classes", cfg.num_classes, data.num_classes),
         ("num_image", cfg.num_image, data.num_images),
     ]:
-        if said is not None and said != true:
-            raise UserError(f"{name}={said}, but {cfg.rec} has {true}: leave {name} out")
+        if stated is not None and stated != true:
+            raise UserError(f"{name}={stated}, but {cfg.rec} has {true}: leave {name} out")
     # A share of a batch may be a row more or less from step to step.
     least = cfg.global_batch(world) // (world * cfg.accumulation) - len(
         cfg.rec_shares or cfg.rec_heads

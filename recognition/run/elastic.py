@@ -30,7 +30,7 @@ class Plan:
     cfg: Config
     first_batch: int  # images of a step over all processes, at the start of the run
     first_rows: int  # images per process and micro-step, at most, at the start of the run
-    said: str = ""  # what follows the number of processes, where it changed
+    message: str = ""  # what follows the number of processes, where it changed
 
     def first(self) -> Config:
         """The configuration that the schedule is made of: under elastic=lr that of the start."""
@@ -81,8 +81,8 @@ def plan(cfg: Config, manifest: Mapping[str, Any] | None, world: int) -> Plan:
     same = (batch, fitted.accumulation) == (cfg.global_batch(world), cfg.accumulation)
     if manifest["world"] == world:
         return Plan(cfg if same and rule != "lr" else fitted, first_batch, first_rows)
-    said = f"{manifest['world']} -> {world} processes, elastic={rule}: {how}"
-    return Plan(fitted, first_batch, first_rows, said)
+    message = f"{manifest['world']} -> {world} processes, elastic={rule}: {how}"
+    return Plan(fitted, first_batch, first_rows, message)
 
 
 def _asked_anew(cfg: Config, manifest: Mapping[str, Any]) -> bool:

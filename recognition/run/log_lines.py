@@ -26,7 +26,7 @@ _WAIT, _WARMUP, _ACTIVE = 3, 1, 3  # steps that a trace leaves out, drops and ke
 _LEAST_SCALE = 2.0**-14  # of fp16; below it nothing is left of the gradient
 
 
-def announce(state: TrainState, logger: Logger) -> None:
+def log_start(state: TrainState, logger: Logger) -> None:
     cfg, runtime = state.cfg, state.runtime
     losses = " + ".join(config.of_head(cfg, k).margin for k in range(len(cfg.rec_heads)))
     logger.say(
@@ -37,9 +37,9 @@ def announce(state: TrainState, logger: Logger) -> None:
     )
     if state.precision == "fp16" and runtime.device.type == "cpu":
         logger.say("warning: fp16 takes a CPU many times fp32's time: use precision=bf16 or fp32")
-    for line in [*state.said, *(sanity.lines(state) if runtime.rank == 0 else [])]:
+    for line in [*state.messages, *(sanity.lines(state) if runtime.rank == 0 else [])]:
         logger.say(line)
-    for damage in state.set_aside:
+    for damage in state.damaged:
         record = {"step": state.step, "damaged_checkpoint": damage}
         logger.record(record, f"warning: {damage}; going on from step {state.step}")
     if state.step >= state.schedule.total_steps:
@@ -47,12 +47,12 @@ def announce(state: TrainState, logger: Logger) -> None:
         total = state.schedule.total_steps
         logger.say(f"already complete: {state.step} of {total} steps{changes}")
     elif state.saved_by is not None:
-        if state.resized:
-            logger.say(state.resized)
+        if state.elastic_message:
+            logger.say(state.elastic_message)
         logger.say(f"continues after step {state.step}: {_continuation(state)}")
 
 
-def what_comes_next(state: TrainState, logger: Logger) -> None:
+def log_next_commands(state: TrainState, logger: Logger) -> None:
     """Where the trained model is, and the two commands that most people type next."""
     output = state.cfg.output
     found = []
@@ -84,7 +84,7 @@ def _continuation(state: TrainState) -> str:
 
 
 def log_step(
-    state: TrainState, logger: Logger, loss: Tensor, grad_norm: Tensor, watch: Stopwatch
+    state: TrainState, logger: Logger, loss: Tensor, grad_norm: Tensor, stopwatch: Stopwatch
 ) -> None:
     cfg = state.cfg
     global_batch = cfg.global_batch(state.runtime.world)
@@ -92,14 +92,14 @@ def log_step(
         name: part.head.statistics()
         for name, part in zip(multi_head.head_names(cfg), state.parts.heads, strict=True)
     }
-    reading = watch.read(state.step)
+    reading = stopwatch.read(state.step)
     record: dict[str, Any] = {
         "step": state.step,
         "epoch": state.samples_seen / len(state.data),
         "loss": loss.item(),
         "lr": state.schedule.lr_at(state.step - 1),
         **speed(reading, global_batch),
-        "seconds": where_time_went(state.phases, reading[0]),
+        "seconds": seconds_per_step(state.phases, reading[0]),
         "grad_norm": grad_norm.item(),
     }
     if cfg.rec_heads:
@@ -157,7 +157,7 @@ def speed(reading: tuple[int, float, float], global_batch: int) -> dict[str, flo
     return {"images_per_second": steps * global_batch / seconds, "data_wait": waited / seconds}
 
 
-def where_time_went(phases: Phases, steps: int) -> dict[str, float]:
+def seconds_per_step(phases: Phases, steps: int) -> dict[str, float]:
     """Seconds a step of each phase since the last reading, on this rank."""
     return {name: seconds / max(steps, 1) for name, seconds in phases.read().items()}
 

@@ -25,7 +25,7 @@ class FiniteGuard:
         self._names: list[str] = []
 
     @torch.no_grad()
-    def look(
+    def check(
         self, tensors: Mapping[str, Tensor], step: int, tolerated: Mapping[str, Tensor]
     ) -> Tensor:
         """1.0 if any tensor on any rank is not finite, else 0.0: float32 [], equal on all ranks.
@@ -40,7 +40,7 @@ class FiniteGuard:
         worst = largest_over_ranks(local, self._group)  # [2]
         if self._flags is None:
             self._names, self._flags = list(tensors), torch.zeros_like(flags)
-        assert self._names == list(tensors), "the names of the looked-at tensors have changed"
+        assert self._names == list(tensors), "the names of the checked tensors have changed"
         first = (self._found == 0) & (worst[0] > 0)
         self._flags = torch.where(first, flags, self._flags)
         self._step = torch.where(first, step, self._step)

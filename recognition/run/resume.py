@@ -13,13 +13,13 @@ from recognition import checkpoint
 from recognition.config import Config
 from recognition.distributed import collectives
 from recognition.distributed.runtime import Runtime
-from recognition.run.run_dir import check_ours, owned
+from recognition.run.run_dir import lock_run_dir, refuse_foreign_files
 
 if TYPE_CHECKING:
     from recognition.run.state import TrainState
 
 
-def choose(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
+def choose_checkpoint(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
     """The verified checkpoint that this run continues from, None for a new run; and what was wrong
     with those that were set aside on the way.
 
@@ -35,10 +35,12 @@ def choose(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
         ValueError: the ranks do not see the same checkpoints.
         OSError: a checkpoint cannot be read.
     """
-    _alike(runtime, lambda: check_ours(cfg.output) if runtime.rank == 0 else None)
+    _raise_on_all_ranks(
+        runtime, lambda: refuse_foreign_files(cfg.output) if runtime.rank == 0 else None
+    )
     if cfg.resume == "auto":
-        return newest_good(cfg, runtime)
-    path = _alike(runtime, lambda: _named(cfg))
+        return newest_intact(cfg, runtime)
+    path = _raise_on_all_ranks(runtime, lambda: _named_checkpoint(cfg))
     collectives.check_same(runtime.group, resumed_from=path and os.path.basename(path))
     if path is not None:
         try:
@@ -48,7 +50,7 @@ def choose(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
     return path, []
 
 
-def newest_good(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
+def newest_intact(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
     """The newest checkpoint of the run that is what was written, None where there is none; and what
     was wrong with newer ones, which are renamed.
 
@@ -59,7 +61,7 @@ def newest_good(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
         ValueError: the ranks do not see the same checkpoints.
         OSError: one cannot be read; or another run holds the output.
     """
-    found = _listed(cfg, runtime)
+    found = _checkpoints_of(cfg, runtime)
     wrong: list[tuple[str, str]] = []
     good = None
     for path in found:
@@ -79,18 +81,20 @@ def newest_good(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
     def rename() -> tuple[list[str], str]:
         if runtime.rank != 0:
             return [], ""
-        with owned(cfg.output):  # no other run may be writing there
+        with lock_run_dir(cfg.output):  # no other run may be writing there
             aside = [os.path.basename(checkpoint.set_aside(path)) for path, _ in wrong]
             return aside, checkpoint.take(good)
 
-    aside, taken = collectives.together(runtime.group, "set the checkpoint aside", rename)[0]
+    aside, taken = collectives.run_on_all_ranks(runtime.group, "set the checkpoint aside", rename)[
+        0
+    ]
     said = [f"{why}; it is now {name}" for (_, why), name in zip(wrong, aside, strict=True)]
     return taken, said
 
 
-def _listed(cfg: Config, runtime: Runtime) -> list[str]:
+def _checkpoints_of(cfg: Config, runtime: Runtime) -> list[str]:
     """What may be checkpoints of the run, the newest first, alike on all ranks."""
-    own = _alike(runtime, lambda: checkpoint.copies(cfg.output))
+    own = _raise_on_all_ranks(runtime, lambda: checkpoint.copies(cfg.output))
     collectives.check_same(runtime.group, resumed_from=[os.path.basename(path) for path in own])
     return own
 
@@ -105,11 +109,11 @@ def _refuse_none(cfg: Config, wrong: list[str]) -> None:
         )
 
 
-def _named(cfg: Config) -> str | None:
+def _named_checkpoint(cfg: Config) -> str | None:
     """The checkpoint directory that resume= names, None for a new run.
 
     Raises:
-        FileNotFoundError, FileExistsError: as choose().
+        FileNotFoundError, FileExistsError: as choose_checkpoint().
     """
     if cfg.resume is None:
         if checkpoint.copies(cfg.output) or checkpoint.named_damaged(cfg.output):
@@ -130,7 +134,7 @@ def _named(cfg: Config) -> str | None:
     return found
 
 
-def _alike(runtime: Runtime, action: Callable[[], Any]) -> Any:
+def _raise_on_all_ranks(runtime: Runtime, action: Callable[[], Any]) -> Any:
     """This rank's result of `action`.
 
     Raises:

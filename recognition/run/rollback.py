@@ -15,7 +15,7 @@ from recognition.run.spikes import SKIPPED_FILE, Window, make_guard
 from recognition.run.state import TrainState
 
 
-def heed(state: TrainState, logger: Logger) -> None:
+def handle_spike(state: TrainState, logger: Logger) -> None:
     """What on_spike says of a spike since the last call; to be called by all ranks.
 
     Raises:
@@ -29,7 +29,7 @@ def heed(state: TrainState, logger: Logger) -> None:
     logger.record({"step": state.step, "spike": found}, f"warning: {found}")
 
 
-def jump(state: TrainState) -> bool:
+def skip_samples(state: TrainState) -> bool:
     """Move past the window that the next sample lies in, if it lies in one."""
     before = state.samples_seen
     for window in state.skipped:
@@ -54,7 +54,7 @@ def roll_back(state: TrainState, why: str) -> str:
             f"{why}; {done} times the run went back already (max_rollbacks): lower lr, lengthen "
             "warmup_epochs, or look at the data"
         )
-    path, set_aside = resume.newest_good(cfg, runtime)
+    path, damaged = resume.newest_intact(cfg, runtime)
     if path is None:
         raise FloatingPointError(f"{why}; there is no checkpoint yet to go back to")
     stop, spiked = state.samples_seen, state.step
@@ -63,14 +63,14 @@ def roll_back(state: TrainState, why: str) -> str:
     state.loaded_step = state.step
     window = Window(state.samples_seen, stop, why)
     state.skipped = sorted({*state.skipped, window})
-    state.set_aside = set_aside
+    state.damaged = damaged
     state.owes_verification = False
     if state.spikes is not None:
         state.spikes = make_guard(cfg, runtime.group, runtime.device)
         if state.spikes is not None and manifest.get("spikes"):
             state.spikes.load(manifest["spikes"])
     state.guard = FiniteGuard(runtime.group, runtime.device)
-    collectives.together(
+    collectives.run_on_all_ranks(
         runtime.group,
         "note the skipped samples",
         lambda: _note(cfg.output, state.skipped) if runtime.rank == 0 else None,

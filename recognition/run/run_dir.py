@@ -44,7 +44,7 @@ def initial_weights(path: str, color_order: str | None = None) -> Mapping[str, T
 
 
 @contextlib.contextmanager
-def owned(output: str) -> Iterator[None]:
+def lock_run_dir(output: str) -> Iterator[None]:
     """Hold the run directory: two runs at once would overwrite one another's files.
 
     Raises:
@@ -56,7 +56,7 @@ def owned(output: str) -> Iterator[None]:
         yield
 
 
-def check_ours(output: str) -> None:
+def refuse_foreign_files(output: str) -> None:
     """Refuse a directory where a run would write over files of something else.
 
     Raises:

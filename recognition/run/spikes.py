@@ -59,7 +59,7 @@ class SpikeGuard:
         self._first = zeros[:5]  # of the first spike: step, the two, their means
 
     @torch.no_grad()
-    def look(self, loss: Tensor, grad_norm: Tensor, step: int) -> None:
+    def observe(self, loss: Tensor, grad_norm: Tensor, step: int) -> None:
         """Take in the loss [] and gradient norm [] of a step; no host synchronisation."""
         now = torch.stack([loss.double(), grad_norm.double()])
         means = self._sums / (1 - _MOMENTUM**self._count).clamp_min(1e-12)

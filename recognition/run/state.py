@@ -42,11 +42,11 @@ class TrainState:
     facts: dict[str, Any]  # what config.json says beside the configuration
     saved_by: int | None = None  # ranks that wrote the checkpoint it continues from
     loaded_step: int | None = None  # of that checkpoint
-    resized: str = ""  # what follows another number of processes
-    said: list[str] = field(default_factory=list)  # lines for the start of the log
+    elastic_message: str = ""  # what follows another number of processes
+    messages: list[str] = field(default_factory=list)  # lines for the start of the log
     owes_verification: bool = False  # of the step that it continues after
     changes: list[str] = field(default_factory=list)  # against the run that saved it
-    set_aside: list[str] = field(default_factory=list)  # damaged checkpoints, what was wrong
+    damaged: list[str] = field(default_factory=list)  # damaged checkpoints, what was wrong
     spikes: SpikeGuard | None = None
     skipped: list[Window] = field(default_factory=list)  # samples left out after spikes
     step: int = 0  # completed optimiser steps

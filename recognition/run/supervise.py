@@ -12,11 +12,11 @@ from data_tools.load.loader import Batch
 from recognition import checkpoint
 from recognition.distributed import replica_check, runtime
 from recognition.distributed.preemption import SIGNALS, Interrupted, StopRequest
-from recognition.distributed.watchdog import Watchdog, hearing
+from recognition.distributed.watchdog import Watchdog, listen_for_signals
 from recognition.run.state import TrainState
 
 
-class Overseer:
+class Supervisor:
     """Around each step: before_step(), the step, after_step()."""
 
     def __init__(self, state: TrainState) -> None:
@@ -29,7 +29,7 @@ class Overseer:
         self._record: replica_check.SampleRecord | None = None
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[Overseer]:
+    def watching(self) -> Iterator[Supervisor]:
         """Watch while the body runs.
 
         Raises:
@@ -39,7 +39,7 @@ class Overseer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._watchdog)
             stack.enter_context(self._stop.listening())
-            stack.enter_context(hearing(self._watchdog, SIGNALS))
+            stack.enter_context(listen_for_signals(self._watchdog, SIGNALS))
             if self._state.cfg.debug:
                 self._record = replica_check.SampleRecord(self._state.cfg.output, self._stop.group)
                 stack.callback(self._record.close)
@@ -62,7 +62,7 @@ class Overseer:
             replica_check.check_equal(_replicated(state), self._stop.group, state.step)
         return self._stop.answer()
 
-    def turn(self) -> None:
+    def between_batches(self) -> None:
         """Between the parts of what is no step, of which all ranks have as many: it moves, too.
 
         Raises:
@@ -73,9 +73,9 @@ class Overseer:
         if (heard := self._stop.answer()) is not None:
             raise Interrupted(heard)
 
-    def patience(self) -> contextlib.AbstractContextManager[None]:
+    def long_operation(self) -> contextlib.AbstractContextManager[None]:
         """Around what may take long and has no parts."""
-        return self._watchdog.patience()
+        return self._watchdog.long_operation()
 
 
 def _replicated(state: TrainState) -> dict[str, Tensor]:

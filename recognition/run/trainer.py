@@ -24,9 +24,9 @@ from recognition.head import multi_head
 from recognition.precision import autocast, dtype_of
 from recognition.run import log_lines, rollback, saving
 from recognition.run.logger import Logger, as_numbers, histograms
-from recognition.run.run_dir import owned, write_config
+from recognition.run.run_dir import lock_run_dir, write_config
 from recognition.run.state import TrainState
-from recognition.run.supervise import Overseer
+from recognition.run.supervise import Supervisor
 from recognition.run.validate import verify
 from recognition.weights import distill
 
@@ -46,7 +46,7 @@ def train(state: TrainState) -> dict[str, Any]:
     while True:
         with _open(state, rolled_back) as run:
             samples_before = state.samples_seen
-            if rollback.jump(state):
+            if rollback.skip_samples(state):
                 _end_epochs(state, run.logger, samples_before)
             results = _verify(state, run) if state.step == 0 or state.owes_verification else {}
             while state.step < total:  # once for each stretch of samples between skipped ones
@@ -59,7 +59,7 @@ def train(state: TrainState) -> dict[str, Any]:
                         run.supervisor.before_step()
                         loss, grad_norm = take_step(state, batches)
                         run.step_traced()
-                        skipped = rollback.jump(state)
+                        skipped = rollback.skip_samples(state)
                         heard = run.supervisor.after_step()
                         stop = heard if state.step < total else None
                         _end_epochs(state, run.logger, samples_before)
@@ -69,7 +69,7 @@ def train(state: TrainState) -> dict[str, Any]:
                         save = _is_due(state.step, cfg.checkpoint_every, total)
                         if on_cpu or log or validate or save or stop is not None:
                             state.guard.raise_if_found()
-                            rollback.heed(state, run.logger)
+                            rollback.handle_spike(state, run.logger)
                         if log:
                             log_lines.log_step(state, run.logger, loss, grad_norm, stopwatch)
                         with stopwatch.paused():
@@ -79,10 +79,10 @@ def train(state: TrainState) -> dict[str, Any]:
                             if validate:
                                 results = _verify(state, run)
                             if save:
-                                with run.supervisor.patience():
+                                with run.supervisor.long_operation():
                                     saving.save(run.saver, state, results if validate else {})
             run.saver.finish()
-            log_lines.what_comes_next(state, run.logger)
+            log_lines.log_next_commands(state, run.logger)
             return results
         # Only a FloatingPointError under on_spike=rollback leaves the block without a return.
         rolled_back = rollback.roll_back(state, run.failure)
@@ -97,7 +97,7 @@ class _Run:
 
     logger: Logger
     saver: checkpoint.Saver
-    supervisor: Overseer
+    supervisor: Supervisor
     step_traced: Callable[[], None]  # to be called after each step
     failure: str = ""  # the error to roll back from
 
@@ -116,17 +116,17 @@ def _open(state: TrainState, rolled_back: str | None) -> Iterator[_Run]:
 
         def take_output() -> None:
             if runtime.rank == 0:
-                outer.enter_context(owned(cfg.output))
+                outer.enter_context(lock_run_dir(cfg.output))
                 write_config(cfg, state.facts)
                 preemption.remove_note(cfg.output)
 
-        collectives.together(runtime.group, "start the run", take_output)
-        supervisor = outer.enter_context(Overseer(state).watching())
+        collectives.run_on_all_ranks(runtime.group, "start the run", take_output)
+        supervisor = outer.enter_context(Supervisor(state).watching())
         try:
             with contextlib.ExitStack() as inner:
                 logger = inner.enter_context(Logger(cfg.output, runtime.rank, state.step))
                 saver = inner.enter_context(saving.make_saver(state, logger))
-                log_lines.announce(state, logger)
+                log_lines.log_start(state, logger)
                 inner.enter_context(state.phases.running())
                 trace = log_lines.trace_steps(cfg.profile, cfg.output, runtime.rank, logger.say)
                 run = _Run(logger, saver, supervisor, inner.enter_context(trace))
@@ -151,7 +151,7 @@ def _verify(state: TrainState, run: _Run) -> dict[str, Any]:
         ValueError: as verify().
     """
     try:
-        results = verify(state, run.logger, run.supervisor.turn)
+        results = verify(state, run.logger, run.supervisor.between_batches)
     except preemption.Interrupted as interrupted:
         _save_and_stop(state, run, interrupted.heard)
     saving.note_verified(run.saver, state, results)
@@ -165,7 +165,7 @@ def _save_and_stop(state: TrainState, run: _Run, heard: signal.Signals) -> NoRet
         Stopped: it is saved.
         OSError: it cannot be saved.
     """
-    with run.supervisor.patience():
+    with run.supervisor.long_operation():
         saving.save_now(run.saver, state)
     raise preemption.stopped(state.cfg.output, state.runtime.rank, heard, state.step)
 
@@ -185,7 +185,7 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
     parts.optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=runtime.device)
     by_head = torch.zeros(len(parts.heads), device=runtime.device)
-    looked_at: dict[str, Tensor] = {}
+    checked: dict[str, Tensor] = {}
     for part in parts.heads if cfg.update_in_backward else []:
         part.row_optimizer.begin(lr)
     for micro in range(cfg.accumulation):
@@ -198,18 +198,18 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
             state.phases.enter("data")
             batch = next(batches)
             state.phases.enter("backbone")
-            joint, seen = _forward(state, batch, micro, rows)
-            scaled = joint.total * share
+            head_loss, seen = _forward(state, batch, micro, rows)
+            scaled = head_loss.total * share
             if parts.scaler is not None:
                 scaled = scaled * parts.scaler.scale
             scaled.backward()
         state.phases.enter("optimizer")
-        loss = loss + joint.total.detach() * share
-        by_head = by_head + joint.by_head * share
-        looked_at |= {f"{name} of micro-step {micro}": x for name, x in seen.items()}
-    grad_norm = _update(state, lr, looked_at | {"loss": loss})
+        loss = loss + head_loss.total.detach() * share
+        by_head = by_head + head_loss.by_head * share
+        checked |= {f"{name} of micro-step {micro}": x for name, x in seen.items()}
+    grad_norm = _update(state, lr, checked | {"loss": loss})
     if state.spikes is not None:
-        state.spikes.look(loss, grad_norm, state.step + 1)
+        state.spikes.observe(loss, grad_norm, state.step + 1)
     state.head_losses = by_head
     state.step += 1
     state.samples_seen += global_batch
@@ -219,7 +219,7 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
 
 def _forward(
     state: TrainState, batch: Batch, micro: int, rows: list[list[int]]
-) -> tuple[multi_head.Joint, dict[str, Tensor]]:
+) -> tuple[multi_head.MultiHeadLoss, dict[str, Tensor]]:
     """The loss of a micro-batch, and what this rank's networks gave, by name.
 
     rows: [world][sets] of the micro-batch.
@@ -239,19 +239,19 @@ def _forward(
     if seen["embeddings"].requires_grad:  # its gradient ends the head's backward
         seen["embeddings"].register_hook(lambda _: state.phases.enter("backbone"))
     features = seen.get("slow encoder's embeddings")
-    own = [part.head for part in state.parts.heads]
-    loss = multi_head.joint_loss(cfg, own, seen["embeddings"], batch.labels, rows, features)
+    heads = [part.head for part in state.parts.heads]
+    loss = multi_head.multi_head_loss(cfg, heads, seen["embeddings"], batch.labels, rows, features)
     if state.teacher is not None:
         taught = state.teacher(pixels, batch.ids)
         counts = [sum(sets) for sets in rows]
-        lesson = distill.lesson(
+        distillation = distill.distillation_loss(
             seen["embeddings"], taught, cfg.teacher_loss, counts, runtime.group
         )  # fmt: skip
-        loss = loss._replace(total=loss.total + cfg.teacher_weight * lesson)
+        loss = loss._replace(total=loss.total + cfg.teacher_weight * distillation)
     return loss, seen
 
 
-def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tensor:
+def _update(state: TrainState, lr: float, checked: dict[str, Tensor]) -> Tensor:
     """Clip, step both optimisers unless something is not finite, average BatchNorm's statistics."""
     cfg, parts = state.cfg, state.parts
     scale = None if parts.scaler is None else parts.scaler.scale
@@ -263,13 +263,13 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
     for name, part in parts.named_heads():
         if (rows := part.head.gradient_in_passing()) is not None:
             gradients[f"gradient of the {name}class rows"] = rows
-        for own, parameter in part.head.margin.named_parameters():
+        for parameter_name, parameter in part.head.margin.named_parameters():
             if parameter.grad is not None:
-                gradients[f"gradient of the {name}margin's {own}"] = parameter.grad
+                gradients[f"gradient of the {name}margin's {parameter_name}"] = parameter.grad
     if parts.scaler is None:
-        found = state.guard.look(looked_at | gradients, state.step + 1, {})
+        found = state.guard.check(checked | gradients, state.step + 1, {})
     else:
-        found = state.guard.look(looked_at, state.step + 1, gradients)
+        found = state.guard.check(checked, state.step + 1, gradients)
 
     grad_norm = nn.utils.get_total_norm(grads)
     if cfg.clip_norm is not None:

@@ -22,11 +22,11 @@ _BATCH = 64  # images
 
 @torch.no_grad()
 def verify(
-    state: TrainState, logger: Logger, turn: Callable[[], None] = lambda: None
+    state: TrainState, logger: Logger, before_batch: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Ten-fold accuracy on every val_target, the images spread over the ranks.
 
-    turn: called before each use of the network, equally often on every rank; what it raises on all
+    before_batch: called before each use of the network, equally often on every rank; what it raises on all
     of them alike ends the verification.
 
     Raises:
@@ -34,7 +34,7 @@ def verify(
     """
     state.backbone.eval()
     try:
-        results = {pairs.name: _score(state, pairs, turn) for pairs in state.val_sets}
+        results = {pairs.name: _score(state, pairs, before_batch) for pairs in state.val_sets}
     finally:
         freezing.train_mode(state.backbone)
     if results:
@@ -54,7 +54,9 @@ def verify(
     return results
 
 
-def _score(state: TrainState, pairs: lfw.PairSet, turn: Callable[[], None]) -> dict[str, Any]:
+def _score(
+    state: TrainState, pairs: lfw.PairSet, before_batch: Callable[[], None]
+) -> dict[str, Any]:
     rank, world, group = state.runtime.rank, state.runtime.world, state.runtime.group
     slices = [rank_slice(len(pairs.encoded), world, r) for r in range(world)]
     counts = [stop - start for start, stop in slices]
@@ -64,7 +66,7 @@ def _score(state: TrainState, pairs: lfw.PairSet, turn: Callable[[], None]) -> d
     def forward(images: np.ndarray) -> np.ndarray:
         nonlocal left
         left -= 1
-        turn()
+        before_batch()
         return embed(state.backbone, images, state.precision, state.runtime.device)
 
     local, failure = None, None
@@ -74,7 +76,7 @@ def _score(state: TrainState, pairs: lfw.PairSet, turn: Callable[[], None]) -> d
     except ValueError as error:
         failure = f"rank {rank}: {error}"
     for _ in range(left):  # of those that have more images, or could read theirs
-        turn()
+        before_batch()
     failures = [text for text in collectives.gather_objects(failure, group) if text]
     if failures or local is None:
         raise UserError(f"cannot verify: {'; '.join(failures)}")

@@ -101,7 +101,7 @@ def continued(keys):
 
 
 def test_two_runs_do_not_share_a_directory(keys):
-    with run_dir.owned(keys["output"]):
+    with run_dir.lock_run_dir(keys["output"]):
         messages = ranks.run(2, train_message, keys)
     assert all("is in use by another run" in message for message in messages)
     assert os.listdir(keys["output"]) == [".lock"]

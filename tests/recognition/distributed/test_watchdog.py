@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from recognition import config
 from recognition.distributed import collectives, replica_check, runtime, watchdog
-from recognition.distributed.heartbeats import Heartbeats, Place, suspects
+from recognition.distributed.heartbeats import Heartbeats, RankStatus, suspects
 from recognition.run import build, trainer
 from tests import ranks
 from tests.conftest import run
@@ -191,7 +191,7 @@ WAITS = "waits for the other ranks (recognition/distributed/collectives.py:1, f:
     ids=["data wait", "a step behind", "silent", "all alike"],
 )
 def test_who_holds_up_whom(told, first):
-    holding_up, others = suspects([Place(*place) for place in told])
+    holding_up, others = suspects([RankStatus(*place) for place in told])
     assert [place.rank for place in holding_up] == first
     assert len(holding_up) + len(others) == len(told)
 
@@ -249,7 +249,7 @@ _PATIENT = """
 import time, torch.distributed as dist
 from recognition.distributed import watchdog
 with watchdog.Watchdog(dist.HashStore(), 0, 1, 0.5, {directory!r}) as dog:
-    with dog.patience():
+    with dog.long_operation():
         time.sleep({seconds})
     print("patient")
 """
