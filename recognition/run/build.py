@@ -1,4 +1,4 @@
-"""What a run is made of: build(cfg, runtime) puts data, network, head and optimisers together."""
+"""build(cfg, runtime) assembles a run: data, network, heads, optimisers and schedule."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from recognition.weights.freezing import freeze, train_mode
 
 
 def build(cfg: Config, runtime: Runtime) -> TrainState:
-    """Data, network, head and optimisers, at the start of the run or at the checkpoint it resumes.
+    """The state of a new run, or of a run that resumes from a checkpoint.
 
     Raises:
-        ValueError, KeyError, FileNotFoundError: a mistake in the configuration or the data.
+        ValueError, KeyError, FileNotFoundError: the configuration or the data has a mistake.
     """
     if cfg.loader == "dali":
         dali.check_installed()
@@ -152,7 +152,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
 
 
 def _hashes(data: Shards | Union) -> list[dict[str, str]]:
-    """What the run trains on, noted now: later the directory may hold another set."""
+    """Hashes of the data sets. The run records them because a directory may be repacked later."""
     return [
         {
             "name": one.path.name,
@@ -164,7 +164,7 @@ def _hashes(data: Shards | Union) -> list[dict[str, str]]:
 
 
 def _start_centres(state: TrainState) -> None:
-    """The class centres as init_head says, on every rank its own."""
+    """Initialise the class centres of this rank from init_head."""
     cfg, runtime = state.cfg, state.runtime
     if len(state.parts.heads) > 1:
         raise UserError("init_head fills one head: a run of several heads starts from new centres")
@@ -181,7 +181,7 @@ def _start_centres(state: TrainState) -> None:
                 lambda images: embed(state.backbone, images, state.precision, runtime.device),
                 cfg.resize,
             )  # fmt: skip
-        except ValueError as error:  # perhaps of this rank's images alone
+        except ValueError as error:  # it may concern this rank's images only
             raise OSError(str(error)) from error
 
     filled = collectives.run_on_all_ranks(runtime.group, "start the class centres", fill)
@@ -199,14 +199,14 @@ def _make_backbone(cfg: Config) -> nn.Module:
 
 
 def _distribute(cfg: Config, backbone: nn.Module, runtime: Runtime) -> DistributedDataParallel:
-    """The backbone under DDP, its buckets in their final order.
+    """The backbone wrapped in DDP, with its buckets in their final order.
 
-    DDP reorders its buckets after the first backward, and the order of a sum over three or more
-    ranks follows. One backward before the first step lets a resumed run add in the order of the
-    unbroken one.
+    DDP reorders its buckets after the first backward, which changes the order in which three or
+    more ranks are summed. One backward before the first step makes a resumed run sum in the same
+    order as a run that was never interrupted.
     """
     if cfg.compile:
-        backbone.compile()  # in place: its parameters keep their names
+        backbone.compile()  # in place, so that its parameters keep their names
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
     new_name = "forward_sync_buffers" in known  # torch 2.13 renamed it
@@ -219,7 +219,7 @@ def _distribute(cfg: Config, backbone: nn.Module, runtime: Runtime) -> Distribut
         **buffers,
     )
     if cfg.gradient_compression == "bf16":
-        # Under its own name DDP takes the hook for nccl alone; gloo sums bf16 too.
+        # DDP accepts the hook by name for nccl only; wrapped in a lambda it also runs on gloo.
         model.register_comm_hook(
             runtime.group, lambda group, bucket: bf16_compress_hook(group, bucket)
         )
@@ -241,7 +241,7 @@ def _make_optimizer(cfg: Config, backbone: nn.Module) -> Optimizer:
     optimizer = SGD(
         parameters, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=True
     )
-    # torch's fused step allocates a momentum unwritten and leaves it so if it is told to skip.
+    # torch's fused step allocates the momentum buffer uninitialised and leaves it so when it skips.
     for parameter in parameters if cfg.momentum else []:
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -274,7 +274,7 @@ def _load_val_set(data: Shards | Union, name: str, resize: bool) -> lfw.PairSet:
             f"{name}.bin has {same} pairs of one person and {len(pairs.issame) - same} of two: ten "
             "folds need ten pairs, and pairs of both kinds"
         )
-    lfw.count_resized(pairs, resize)  # now, and not after the first steps
+    lfw.count_resized(pairs, resize)  # fail now rather than at the first verification
     return pairs
 
 
@@ -299,7 +299,7 @@ def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
     ]:
         if stated is not None and stated != true:
             raise UserError(f"{name}={stated}, but {cfg.rec} has {true}: leave {name} out")
-    # A share of a batch may be a row more or less from step to step.
+    # From step to step a set's share of the batch may vary by one row.
     least = cfg.global_batch(world) // (world * cfg.accumulation) - len(
         cfg.rec_shares or cfg.rec_heads
     )

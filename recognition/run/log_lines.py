@@ -1,4 +1,4 @@
-"""What a run says of itself: once at its start, and at each log step."""
+"""The log lines of a run: at its start, at each log step and at its end; speed and traces."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from recognition.run.logger import Logger, as_numbers, histograms
 from recognition.run.state import TrainState
 
 _WAIT, _WARMUP, _ACTIVE = 3, 1, 3  # steps that a trace leaves out, drops and keeps
-_LEAST_SCALE = 2.0**-14  # of fp16; below it nothing is left of the gradient
+_LEAST_SCALE = 2.0**-14  # fp16: below it gradients underflow to zero
 
 
 def log_start(state: TrainState, logger: Logger) -> None:
@@ -53,11 +53,11 @@ def log_start(state: TrainState, logger: Logger) -> None:
 
 
 def log_next_commands(state: TrainState, logger: Logger) -> None:
-    """Where the trained model is, and the two commands that most people type next."""
+    """Log where the trained model is, and the two commands that most users run next."""
     output = state.cfg.output
     found = []
     for name in state.cfg.val_targets:
-        with contextlib.suppress(OSError):  # it was there at the start
+        with contextlib.suppress(OSError):  # it existed when the run started
             found.append(state.data.bin_path(name.removesuffix(".bin")))
     bins = " ".join(shlex.quote(str(path)) for path in found) or "lfw.bin"
     logger.say(
@@ -69,7 +69,7 @@ def log_next_commands(state: TrainState, logger: Logger) -> None:
 
 
 def _continuation(state: TrainState) -> str:
-    """In what sense a resumed run is the one that was saved."""
+    """How closely the resumed run reproduces the run that saved the checkpoint."""
     processes = f"saved by {state.saved_by} processes"
     if state.changes:
         return f"{processes}, with changes: {', '.join(state.changes)}"
@@ -108,7 +108,7 @@ def log_step(
         record["heads"] = {n: {"loss": losses[n], **as_numbers(x)} for n, x in of_head.items()}
     else:
         record["head"] = as_numbers(of_head[""])
-    if cfg.rec_shares or cfg.rec_heads:  # how often each set has been seen by now
+    if cfg.rec_shares or cfg.rec_heads:  # epochs seen of each set
         seen = zip(cfg.recs, state.order.count(state.samples_seen), state.order.sizes, strict=True)
         record["set_epoch"] = {rec: count / size for rec, count, size in seen}
     if state.parts.scaler is not None:
@@ -129,7 +129,7 @@ def log_step(
 
 
 class Stopwatch:
-    """Steps, seconds and seconds of waiting for data since the last reading, pauses left out."""
+    """Steps, seconds and seconds of waiting for data since the last reading, without pauses."""
 
     def __init__(self, source: BatchSource, step: int, phases: Phases) -> None:
         self._source, self._phases = source, phases
@@ -151,19 +151,19 @@ class Stopwatch:
 
 
 def speed(reading: tuple[int, float, float], global_batch: int) -> dict[str, float]:
-    """images/s over all processes, and the share of the time spent waiting for data."""
+    """images/s of all processes, and the fraction of time spent waiting for data."""
     steps, seconds, waited = reading
     seconds = max(seconds, 1e-9)
     return {"images_per_second": steps * global_batch / seconds, "data_wait": waited / seconds}
 
 
 def seconds_per_step(phases: Phases, steps: int) -> dict[str, float]:
-    """Seconds a step of each phase since the last reading, on this rank."""
+    """Mean seconds per step of each phase on this rank since the last reading."""
     return {name: seconds / max(steps, 1) for name, seconds in phases.read().items()}
 
 
 def step_line(record: dict[str, Any], total_steps: int, global_batch: int) -> str:
-    """One readable line of a step's record."""
+    """The console line of a step's record."""
     spent = record["seconds"]
     whole = max(sum(spent.values()), 1e-9)
     shares = " ".join(f"{name} {100 * part / whole:.0f} %" for name, part in spent.items())
@@ -180,9 +180,10 @@ def step_line(record: dict[str, Any], total_steps: int, global_batch: int) -> st
 def trace_steps(
     wanted: bool, output: str, rank: int, say: Callable[[str], None]
 ) -> Iterator[Callable[[], None]]:
-    """What is to be called after each step. The steps after the first few are written to
-    <output>/trace-<rank>.json, with what the CPU and the GPU did in each; `say` is told where, or
-    that the run ended before."""
+    """Trace a few steps for chrome://tracing or Perfetto; yields what to call after each step.
+
+    CPU and GPU activity of the steps that follow the first few goes to <output>/trace-<rank>.json.
+    `say` receives the path, or a warning that the run ended before the trace began."""
     if not wanted:
         yield lambda: None
         return
@@ -195,7 +196,7 @@ def trace_steps(
     def write(trace: profile) -> None:
         nonlocal written
         last = min(trace.step_num, first + _ACTIVE - 1)
-        if last < first:  # the run ended when the tracing began
+        if last < first:  # the run ended just as the trace began
             return
         trace.export_chrome_trace(path)
         written = True

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 def choose_checkpoint(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
-    """The verified checkpoint that this run continues from, None for a new run; and what was wrong
-    with those that were set aside on the way.
+    """The verified checkpoint to resume from, or None for a new run; and what was wrong with newer
+    checkpoints that were passed over.
 
     With resume=auto a damaged checkpoint is renamed to step-N.damaged and the one before it is
-    taken: nobody has to come for it. One that resume= names is not.
+    used, so that no person has to intervene. A checkpoint that resume= names is never renamed.
 
     Raises:
         FileNotFoundError: resume= names no checkpoint.
-        FileExistsError: a new run is asked for where one lies already; or the output holds files
-            of something else.
-        Damaged: the checkpoint that resume= names, with the file and the checkpoint before it; or,
-            with resume=auto, every one that there is.
+        FileExistsError: a new run was requested but the output holds a run already, or files that
+            no run wrote.
+        Damaged: the checkpoint that resume= names is damaged (the message names the file and the
+            checkpoint before it); or, with resume=auto, all checkpoints are.
         ValueError: the ranks do not see the same checkpoints.
         OSError: a checkpoint cannot be read.
     """
@@ -51,15 +51,15 @@ def choose_checkpoint(cfg: Config, runtime: Runtime) -> tuple[str | None, list[s
 
 
 def newest_intact(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
-    """The newest checkpoint of the run that is what was written, None where there is none; and what
-    was wrong with newer ones, which are renamed.
+    """The run's newest intact checkpoint, or None if it has no checkpoint; and what was wrong with
+    newer ones, which are renamed.
 
-    A complete one that a killed save did not rename is given its name.
+    If a save was killed after writing all files but before the final rename, the rename is done.
 
     Raises:
-        Damaged: there are checkpoints, and none is what was written; they stay as they are.
+        Damaged: every checkpoint is damaged; they keep their names.
         ValueError: the ranks do not see the same checkpoints.
-        OSError: one cannot be read; or another run holds the output.
+        OSError: a checkpoint cannot be read, or another run holds the output.
     """
     found = _checkpoints_of(cfg, runtime)
     wrong: list[tuple[str, str]] = []
@@ -81,26 +81,26 @@ def newest_intact(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]
     def rename() -> tuple[list[str], str]:
         if runtime.rank != 0:
             return [], ""
-        with lock_run_dir(cfg.output):  # no other run may be writing there
+        with lock_run_dir(cfg.output):  # no other run may write there meanwhile
             aside = [os.path.basename(checkpoint.set_aside(path)) for path, _ in wrong]
             return aside, checkpoint.take(good)
 
     aside, taken = collectives.run_on_all_ranks(runtime.group, "set the checkpoint aside", rename)[
         0
     ]
-    said = [f"{why}; it is now {name}" for (_, why), name in zip(wrong, aside, strict=True)]
-    return taken, said
+    damaged = [f"{why}; it is now {name}" for (_, why), name in zip(wrong, aside, strict=True)]
+    return taken, damaged
 
 
 def _checkpoints_of(cfg: Config, runtime: Runtime) -> list[str]:
-    """What may be checkpoints of the run, the newest first, alike on all ranks."""
-    own = _raise_on_all_ranks(runtime, lambda: checkpoint.copies(cfg.output))
-    collectives.check_same(runtime.group, resumed_from=[os.path.basename(path) for path in own])
-    return own
+    """Candidate checkpoints of the run, newest first; the same list on all ranks."""
+    found = _raise_on_all_ranks(runtime, lambda: checkpoint.copies(cfg.output))
+    collectives.check_same(runtime.group, resumed_from=[os.path.basename(path) for path in found])
+    return found
 
 
 def _refuse_none(cfg: Config, wrong: list[str]) -> None:
-    """Raises: Damaged, if there were checkpoints: to start anew is then for a person to decide."""
+    """Raise Damaged if there were checkpoints: only a person may decide to start over."""
     known = [f"{path} was set aside" for path in checkpoint.named_damaged(cfg.output)]
     if wrong or known:
         raise checkpoint.Damaged(
@@ -125,28 +125,28 @@ def _named_checkpoint(cfg: Config) -> str | None:
         found = checkpoint.find(cfg.resume)
     except FileNotFoundError:
         raise FileNotFoundError(f"resume={cfg.resume}: no complete checkpoint there") from None
-    own = checkpoint.newest(cfg.output)
-    if own and not os.path.samefile(own, found):
+    newest = checkpoint.newest(cfg.output)
+    if newest and not os.path.samefile(newest, found):
         raise FileExistsError(
-            f"{cfg.output} holds {os.path.basename(own)} already, which resume={cfg.resume} would "
-            "leave behind: resume=auto continues it; or choose another output="
+            f"{cfg.output} holds {os.path.basename(newest)} already, which resume={cfg.resume} "
+            "would leave behind: resume=auto continues it; or choose another output="
         )
     return found
 
 
 def _raise_on_all_ranks(runtime: Runtime, action: Callable[[], Any]) -> Any:
-    """This rank's result of `action`.
+    """This rank's result of `action`; if the action fails on any rank, all ranks raise.
 
     Raises:
-        OSError: this rank's own, or that of the first rank that has one.
+        OSError: the error of this rank, or else of the first rank that failed.
     """
     result, failure = None, None
     try:
         result = action()
     except OSError as error:
         failure = error
-    said = failure and f"rank {runtime.rank}: {failure}"
-    others = [text for text in collectives.gather_objects(said, runtime.group) if text]
+    message = failure and f"rank {runtime.rank}: {failure}"
+    others = [text for text in collectives.gather_objects(message, runtime.group) if text]
     if failure is not None:
         raise failure
     if others:
@@ -156,17 +156,17 @@ def _raise_on_all_ranks(runtime: Runtime, action: Callable[[], Any]) -> Any:
 
 # --- What the configuration changes ---------------------------------------------------------------
 
-# What may change at a resume without a word: none of it moves a number of the run.
+# Keys that may change at a resume without a log line: none of them changes a number of the run.
 _FREE = {"first_batch", "first_rows", "commit", "world"} | {
     name for name, option in options_of(Config).items() if option.may_change
 }
 
 
 def list_changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path: str) -> list[str]:
-    """What a resumed run does otherwise than the one that saved, "key was -> is".
+    """What has changed since the checkpoint was saved, as "key was -> is".
 
     Raises:
-        ValueError: the order of samples would be another one.
+        ValueError: the change would alter the order of samples.
     """
     now = dataclasses.asdict(cfg) | facts
     order = {"seed": "seed", "labels_crc32": "data set", "shuffle_block": "shuffle_block"}
@@ -180,22 +180,27 @@ def list_changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path
     for key, what in order.items():
         if saved.get(key) != now[key]:
             raise UserError(
-                f"cannot resume from {path} with another {what}: images of the epoch would come "
-                "twice or never. Start a new run with init_from= and another output"
+                f"cannot resume from {path} with another {what}: images of the epoch would be "
+                "repeated or skipped. Start a new run with init_from= and another output"
             )
     return [f"{key} {saved.get(key)} -> {now[key]}" for key in now
             if key not in _FREE and saved.get(key) != now[key]]  # fmt: skip
 
 
-# Of the start of a new run: another value than the saved one would do nothing.
+# Keys that only a new run reads: at a resume another value would have no effect.
 _OF_THE_START = ("init_from", "init_head", "init_label_map")
-# May differ in a run that is complete: its length is compared, the others follow the processes.
+# Keys that may differ in a complete run: total_steps has been compared already, and accumulation
+# follows the world size.
 _OF_THE_LENGTH = {"max_steps", "num_epochs", "accumulation"}
 
 
 def refuse_ignored(state: TrainState, saved: Mapping[str, Any], path: str) -> None:
-    """Raises: ValueError, where what was asked would be ignored: the start of a run that has begun,
-    and all that would change the steps of one that has no more to take."""
+    """Refuse options that would have no effect.
+
+    Raises:
+        ValueError: an option of the start was changed in a run that has begun, or an option of the
+            steps in a run that has no steps left.
+    """
     cfg = state.cfg
     for key in _OF_THE_START:
         asked, was = getattr(cfg, key), saved.get(key)

@@ -16,10 +16,10 @@ from recognition.run.state import TrainState
 
 
 def handle_spike(state: TrainState, logger: Logger) -> None:
-    """What on_spike says of a spike since the last call; to be called by all ranks.
+    """Act on a spike since the last call as on_spike says. All ranks must call it.
 
     Raises:
-        FloatingPointError: there was one, and the run is not to go on.
+        FloatingPointError: there was a spike and on_spike is not "warn".
     """
     found = None if state.spikes is None else state.spikes.found()
     if found is None:
@@ -30,7 +30,7 @@ def handle_spike(state: TrainState, logger: Logger) -> None:
 
 
 def skip_samples(state: TrainState) -> bool:
-    """Move past the window that the next sample lies in, if it lies in one."""
+    """If the next sample lies in a skipped window, move to its end; returns whether it moved."""
     before = state.samples_seen
     for window in state.skipped:
         if window.start <= state.samples_seen < window.stop:
@@ -39,15 +39,17 @@ def skip_samples(state: TrainState) -> bool:
 
 
 def roll_back(state: TrainState, why: str) -> str:
-    """Go back to the newest checkpoint and leave out the samples from there to here; what to say.
+    """Return to the newest checkpoint and skip the samples between it and the present step.
 
-    To be called by all ranks.
+    All ranks must call it. Returns the message for the log.
 
     Raises:
-        FloatingPointError: no checkpoint, or it has been done often enough.
+        FloatingPointError: there is no checkpoint, or max_rollbacks is reached.
     """
     cfg, runtime = state.cfg, state.runtime
-    collectives.check_same(runtime.group, step=state.step)  # and all have ended their saves
+    collectives.check_same(
+        runtime.group, step=state.step
+    )  # by then all ranks have ended their saves
     done = len(state.skipped)
     if done >= cfg.max_rollbacks:
         raise FloatingPointError(

@@ -27,7 +27,7 @@ from recognition.weights import distill
 
 @dataclass
 class TrainState:
-    """A run in progress. `step` and `samples_seen` say where; the rest is what moves."""
+    """A run in progress: `step` and `samples_seen` are its position."""
 
     cfg: Config
     runtime: Runtime
@@ -39,29 +39,31 @@ class TrainState:
     parts: checkpoint.Parts
     schedule: Schedule | RescaledSchedule
     guard: FiniteGuard
-    facts: dict[str, Any]  # what config.json says beside the configuration
-    saved_by: int | None = None  # ranks that wrote the checkpoint it continues from
-    loaded_step: int | None = None  # of that checkpoint
-    elastic_message: str = ""  # what follows another number of processes
-    messages: list[str] = field(default_factory=list)  # lines for the start of the log
-    owes_verification: bool = False  # of the step that it continues after
-    changes: list[str] = field(default_factory=list)  # against the run that saved it
-    damaged: list[str] = field(default_factory=list)  # damaged checkpoints, what was wrong
+    facts: dict[str, Any]  # recorded in config.json beside the configuration
+    saved_by: int | None = None  # world size of the run that saved the checkpoint
+    loaded_step: int | None = None  # step of the checkpoint that was loaded
+    elastic_message: str = ""  # what the new world size changes
+    messages: list[str] = field(default_factory=list)  # lines to log at the start
+    owes_verification: bool = False  # the loaded step still has to be verified
+    changes: list[str] = field(default_factory=list)  # of configuration since the checkpoint
+    damaged: list[str] = field(
+        default_factory=list
+    )  # what was wrong with checkpoints that were passed over
     spikes: SpikeGuard | None = None
-    skipped: list[Window] = field(default_factory=list)  # samples left out after spikes
+    skipped: list[Window] = field(default_factory=list)  # samples skipped after spikes
     step: int = 0  # completed optimiser steps
     samples_seen: int = 0
     teacher: distill.Teacher | None = None
-    head_losses: torch.Tensor | None = None  # [heads] of the last step, without their weights
-    phases: Phases = field(init=False)  # of the steps' time
-    step_backbone: SkippingStep = field(init=False)  # by parts.optimizer
+    head_losses: torch.Tensor | None = None  # [heads] of the last step, unweighted
+    phases: Phases = field(init=False)  # where the time of each step goes
+    step_backbone: SkippingStep = field(init=False)  # wraps parts.optimizer
 
     def __post_init__(self) -> None:
         self.step_backbone = SkippingStep(self.parts.optimizer, self.runtime.device)
         self.phases = Phases(self.runtime.device)
         first = next(p for p in self.parts.backbone.parameters() if p.requires_grad)
-        # The last gradient that the backward finds: what follows is the end of its exchange.
-        # Of the phases alone: what a hook holds is out of the collector's sight.
+        # The backward computes this gradient last; what follows waits for the all-reduce.
+        # The hook refers to `phases` only: the garbage collector does not see what it holds.
         enter = self.phases.enter
         first.register_post_accumulate_grad_hook(lambda _: enter("communication"))
 
@@ -71,5 +73,5 @@ class TrainState:
 
     @property
     def head(self) -> PartialFC:
-        """The head, where there is one."""
+        """The head of a run that has only one."""
         return self.parts.head

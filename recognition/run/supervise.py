@@ -1,4 +1,4 @@
-"""What watches over the loop: stop requests, the watchdog, the comparisons of debug=true."""
+"""Supervision of the loop: stop requests, the watchdog, and the replica checks of debug=true."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recognition.run.state import TrainState
 
 
 class Supervisor:
-    """Around each step: before_step(), the step, after_step()."""
+    """Call before_step() and after_step() around each step."""
 
     def __init__(self, state: TrainState) -> None:
         cfg, place = state.cfg, state.runtime
@@ -30,11 +30,11 @@ class Supervisor:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Supervisor]:
-        """Watch while the body runs.
+        """Supervise the body.
 
         Raises:
-            ConnectionError: the body failed because other ranks are gone; it says what is known
-                of the first cause.
+            ConnectionError: the body failed because other ranks are gone; the message says what is
+                known of the first cause.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._watchdog)
@@ -46,7 +46,7 @@ class Supervisor:
             yield self
 
     def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches; under debug=true their ids are noted."""
+        """The same batches; with debug=true their image ids are recorded."""
         if self._record is None:
             return batches
         return self._record.of(batches, lambda: self._state.step)
@@ -55,7 +55,7 @@ class Supervisor:
         self._stop.ask()
 
     def after_step(self) -> signal.Signals | None:
-        """The signal on which all ranks end now, the same on all; usually none."""
+        """The signal on which all ranks stop now, the same on all; usually None."""
         state = self._state
         self._watchdog.beat(state.step)
         if state.cfg.debug and state.step % state.cfg.debug_every == 0:
@@ -63,10 +63,12 @@ class Supervisor:
         return self._stop.answer()
 
     def between_batches(self) -> None:
-        """Between the parts of what is no step, of which all ranks have as many: it moves, too.
+        """Send a heartbeat and check for a stop request between two verification batches.
+
+        Every rank must call it equally often.
 
         Raises:
-            Interrupted: on every rank alike; a signal asks the run to end.
+            Interrupted: on all ranks; a signal asked the run to stop.
         """
         self._watchdog.beat(self._state.step)
         self._stop.ask()
@@ -74,12 +76,12 @@ class Supervisor:
             raise Interrupted(heard)
 
     def long_operation(self) -> contextlib.AbstractContextManager[None]:
-        """Around what may take long and has no parts."""
+        """Surround an operation that may take long and sends no heartbeat."""
         return self._watchdog.long_operation()
 
 
 def _replicated(state: TrainState) -> dict[str, Tensor]:
-    """What every rank holds alike, by the names of the checkpoint."""
+    """The tensors that are equal on all ranks, by their names in the checkpoint."""
     parts = state.parts
     tensors = dict(parts.backbone.state_dict())
     tensors |= checkpoint.optimizer_tensors(parts.backbone, parts.optimizer, parts.scaler)

@@ -220,12 +220,12 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
 def _forward(
     state: TrainState, batch: Batch, micro: int, rows: list[list[int]]
 ) -> tuple[multi_head.MultiHeadLoss, dict[str, Tensor]]:
-    """The loss of a micro-batch, and what this rank's networks gave, by name.
+    """The loss of a micro-batch, and the embeddings of this rank's networks by name.
 
     rows: [world][sets] of the micro-batch.
     """
     cfg, runtime = state.cfg, state.runtime
-    # Dropout's draw is a function of its place in the run, not of what was drawn before it.
+    # Dropout's seed depends on the position in the run only, not on earlier draws.
     torch.manual_seed(hash_words(cfg.seed, Purpose.DROPOUT, state.step, micro, runtime.rank) >> 1)
     pixels = batch.images.to(runtime.device, non_blocking=True)
     flip = batch.flip.to(runtime.device, non_blocking=True)
@@ -236,7 +236,7 @@ def _forward(
             with torch.no_grad():
                 seen["slow encoder's embeddings"] = state.parts.encoder(pixels)
     state.phases.enter("head")
-    if seen["embeddings"].requires_grad:  # its gradient ends the head's backward
+    if seen["embeddings"].requires_grad:  # the head's backward ends with this gradient
         seen["embeddings"].register_hook(lambda _: state.phases.enter("backbone"))
     features = seen.get("slow encoder's embeddings")
     heads = [part.head for part in state.parts.heads]
@@ -252,7 +252,8 @@ def _forward(
 
 
 def _update(state: TrainState, lr: float, checked: dict[str, Tensor]) -> Tensor:
-    """Clip, step both optimisers unless something is not finite, average BatchNorm's statistics."""
+    """Clip the gradients, step all optimisers unless a tensor is not finite, and average the
+    statistics of BatchNorm; returns the gradient norm of the backbone."""
     cfg, parts = state.cfg, state.parts
     scale = None if parts.scaler is None else parts.scaler.scale
     named = [(name, p) for name, p in parts.backbone.named_parameters() if p.grad is not None]
@@ -295,8 +296,8 @@ def _update(state: TrainState, lr: float, checked: dict[str, Tensor]) -> Tensor:
 def _follow(
     encoder: nn.Module, backbone: nn.Module, momentum: float | None, found_inf: Tensor
 ) -> None:
-    """Move the slow copy's parameters by 1 - momentum towards the backbone's, unless the step was
-    skipped; copy the buffers, BatchNorm's statistics among them."""
+    """Update the slow encoder: parameters += (1 - momentum) * (backbone's - parameters), unless the
+    step was skipped. Buffers, BatchNorm's statistics among them, are copied."""
     assert momentum is not None
     taken = found_inf == 0
     for parameter, target in zip(encoder.parameters(), backbone.parameters(), strict=True):
@@ -306,22 +307,22 @@ def _follow(
 
 
 def _end_epochs(state: TrainState, logger: Logger, seen_before: int) -> None:
-    """Where an epoch of a head's images is over, the classes' own margins are computed anew; what
-    the log says of them."""
+    """Let each head whose epoch has just ended recompute its per-class margins, and log them."""
     parts = state.parts.heads
     over = multi_head.epochs_over(state.order, len(parts), seen_before, state.samples_seen)
     for name, part, epoch in zip(multi_head.head_names(state.cfg), parts, over, strict=True):
         statistics = {} if epoch is None else part.head.end_epoch()
         if statistics:
             record = {"step": state.step, "epoch": epoch, "epoch_end": as_numbers(statistics)}
-            said = f"step {state.step}  epoch {epoch}{name and f' of {name}'} is over"
-            logger.record(record, said, histograms(statistics))
+            line = f"step {state.step}  epoch {epoch}{name and f' of {name}'} is over"
+            logger.record(record, line, histograms(statistics))
 
 
-# --- Small parts ----------------------------------------------------------------------------------
+# --- The data -------------------------------------------------------------------------------------
 
 
 def make_loader(state: TrainState) -> BatchSource:
+    """This rank's batches from `state.samples_seen` on."""
     cfg, runtime = state.cfg, state.runtime
     stream: dict[str, Any] = dict(
         seed=cfg.seed,

@@ -1,4 +1,4 @@
-"""Verification while training: ten-fold accuracy of the network as it stands, on all ranks."""
+"""Verification during training: ten-fold accuracy of the present network, on all ranks."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _BATCH = 64  # images
 def verify(
     state: TrainState, logger: Logger, before_batch: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Ten-fold accuracy on every val_target, the images spread over the ranks.
+    """Ten-fold accuracy on every val_target, with the images divided among the ranks.
 
-    before_batch: called before each use of the network, equally often on every rank; what it raises on all
-    of them alike ends the verification.
+    before_batch: called before each forward pass, equally often on every rank; an exception that it
+        raises on all ranks aborts the verification.
 
     Raises:
-        ValueError: on every rank alike; an image that some rank cannot read, named.
+        ValueError: on all ranks, if one cannot read an image; the message names the image.
     """
     state.backbone.eval()
     try:
@@ -61,7 +61,7 @@ def _score(
     slices = [rank_slice(len(pairs.encoded), world, r) for r in range(world)]
     counts = [stop - start for start, stop in slices]
     start, stop = slices[rank]
-    left = max(_uses(count) for count in counts)
+    left = max(_num_forwards(count) for count in counts)
 
     def forward(images: np.ndarray) -> np.ndarray:
         nonlocal left
@@ -75,7 +75,7 @@ def _score(
         local = lfw.embed(forward, pairs.encoded[start:stop], _BATCH, where, state.cfg.resize)
     except ValueError as error:
         failure = f"rank {rank}: {error}"
-    for _ in range(left):  # of those that have more images, or could read theirs
+    for _ in range(left):  # other ranks have more images, or this one failed early
         before_batch()
     failures = [text for text in collectives.gather_objects(failure, group) if text]
     if failures or local is None:
@@ -86,6 +86,6 @@ def _score(
     return lfw.score(sums.numpy(), norms.numpy(), pairs.issame)
 
 
-def _uses(images: int) -> int:
-    """How often lfw.embed() uses the network: on each batch and its mirror image, at least once."""
+def _num_forwards(images: int) -> int:
+    """Forward passes of lfw.embed(): two a batch (plain and mirrored), and at least one."""
     return 2 * -(-images // _BATCH) or 1

@@ -86,7 +86,7 @@ def test_another_order_of_samples_is_refused(keys, change, shards_dir, tmp_path)
                 "--seed", 9, "--hold-out", 4, "--pairs", 40)  # fmt: skip
         change = {"rec": str(tmp_path / "other")}
     kind, message = ranks.run(1, failure, keys | change)[0]
-    assert kind == "UserError" and "twice or never" in message
+    assert kind == "UserError" and "repeated or skipped" in message
 
 
 def test_other_changes_are_named(keys):
