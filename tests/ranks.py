@@ -41,12 +41,20 @@ class _Pool:
             self._workers.append(worker)
 
     def run(self, function: Callable, arguments: tuple) -> list:
+        try:
+            return self._run(function, arguments)
+        except BaseException:
+            # Ranks may now disagree about what comes next, and an answer that nobody has read, of a
+            # test that a time-out ended, would be taken for that of the next call.
+            self.close()
+            raise
+
+    def _run(self, function: Callable, arguments: tuple) -> list:
         for pipe in self._pipes:
             pipe.send((function, arguments))
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(_SECONDS):
-                self.close()
                 raise TimeoutError(
                     f"rank {rank} of {self._world} has not answered for {_SECONDS} s"
                     + "".join(failures)
@@ -56,7 +64,6 @@ class _Pool:
             if failed:
                 failures.append(f"\nrank {rank} of {self._world}:\n{result}")
         if failures:
-            self.close()  # ranks may now disagree about what comes next
             raise AssertionError("".join(failures))
         return results
 

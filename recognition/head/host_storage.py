@@ -5,7 +5,7 @@ With sample_rate < 1 the rows of a step are staged on the device with their stat
 while the step before is computed, for the draw is known beforehand; the batch's own classes that
 the draw missed when the batch comes. A row that the step before updates as well is copied from its
 stage, on the device, so that no number differs from DeviceStorage's. With sample_rate 1 all rows
-are streamed through the device in chunks (lane.StreamedTables).
+are streamed through the device in chunks (async_copy.StreamedTables).
 """
 
 from __future__ import annotations

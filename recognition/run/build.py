@@ -181,7 +181,7 @@ def _start_centres(state: TrainState) -> None:
                 lambda images: embed(state.backbone, images, state.precision, runtime.device),
                 cfg.resize,
             )  # fmt: skip
-        except ValueError as error:  # it may concern this rank's images only
+        except UserError as error:  # it may concern this rank's images only
             raise OSError(str(error)) from error
 
     filled = collectives.run_on_all_ranks(runtime.group, "start the class centres", fill)

@@ -39,7 +39,7 @@ def initial_weights(path: str, color_order: str | None = None) -> Mapping[str, T
         raise FileNotFoundError(f"init_from={path}: no such file or directory")
     try:
         return convert.read_weights(path, color_order)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"init_from: {error}") from error
 
 

@@ -73,7 +73,7 @@ def _score(
     try:
         where = f"{pairs.name}.bin, counted from image {start}:"
         local = lfw.embed(forward, pairs.encoded[start:stop], _BATCH, where, state.cfg.resize)
-    except ValueError as error:
+    except UserError as error:
         failure = f"rank {rank}: {error}"
     for _ in range(left):  # other ranks have more images, or this one failed early
         before_batch()

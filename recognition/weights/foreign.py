@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from data_tools.common import content, files
-from data_tools.common.errors import UserError
+from data_tools.common.errors import USER_ERRORS, UserError
 from recognition.backbones import BACKBONES
 from recognition.checkpoint.backbone import misfit
 from recognition.weights import mxnet_params
@@ -296,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"{args.source} holds no backbone: not one tensor of it is left")
         network = network_of(state, args.source)
         _write(state, out, {"source": args.source, "color_order": "RGB"})
-    except (ValueError, OSError, safetensors.SafetensorError) as error:
+    except (*USER_ERRORS, safetensors.SafetensorError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     size = sum(value.numel() for value in state.values())

@@ -16,7 +16,7 @@ from recognition.head.multi_head import limits_of
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
 from tests.conftest import command, run
-from tests.recognition.head.test_partial_fc import _memory_events
+from tests.recognition.head.test_partial_fc import _memory_events, memory_profile
 
 RECIPE = "launch/configs/wf42m_r100_cosface_pfc02.py"
 SIZES = {
@@ -53,7 +53,7 @@ def test_the_heads_bytes_are_those_that_are_measured(size):
     if cfg.head_storage == "host":
         head.storage.copies  # noqa: B018  its buffers are there before
     x, labels = torch.randn(batch, 128, requires_grad=True), torch.arange(batch)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with memory_profile() as profile:
         if cfg.update_in_backward:
             rows.begin(0.1)
         head(x, labels).backward()
@@ -67,7 +67,7 @@ def test_the_backbones_weights_and_activations():
     network = BACKBONES["mbf_tiny"](embedding_size=512)
     assert predicted["backbone: weights"] == sum(p.numel() for p in network.parameters()) * 4
     x = torch.randn(8, 3, 112, 112)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with memory_profile() as profile:
         embeddings = network(x)
     live = sum(step for _, step in _memory_events(profile))  # what the graph still holds
     assert len(embeddings) == 8
@@ -91,7 +91,7 @@ def test_a_transformers_activations(arguments):
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     x = torch.randn(16, 3, 112, 112)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with memory_profile() as profile:
         network(x).sum().backward()
     assert predicted["backbone: activations"] == pytest.approx(_peak(profile), rel=0.15)
 

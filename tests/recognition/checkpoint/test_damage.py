@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 
 import pytest
 import torch
@@ -19,16 +20,24 @@ from tests.recognition import runs
 _MANIFESTS = ["garbage", "[]", "{}", "", None]  # None: one number of it changed
 
 
-@pytest.fixture
-def keys(shards_dir, tmp_path):
+@pytest.fixture(scope="module")
+def saved(shards_dir, tmp_path_factory):
     """Keys of a run that has checkpoints of steps 1 and 2, saved on two ranks."""
     keys = {
-        "rec": str(shards_dir), "precision": "fp32", "output": str(tmp_path / "run"),
-        "checkpoint_every": 1, "max_steps": 3,
+        "rec": str(shards_dir), "precision": "fp32", "checkpoint_every": 1, "max_steps": 3,
+        "output": str(tmp_path_factory.mktemp("saved") / "run"),
     }  # fmt: skip
     ranks.run(2, runs.run, keys | {"keep_checkpoints": 9}, 1)
     ranks.run(2, runs.run, keys | {"keep_checkpoints": 9}, 2)
     return keys
+
+
+@pytest.fixture
+def keys(saved, tmp_path):
+    """Keys of a copy of that run, for a test to damage."""
+    output = str(tmp_path / "run")
+    shutil.copytree(saved["output"], output)
+    return saved | {"output": output}
 
 
 def flip_a_bit(path):

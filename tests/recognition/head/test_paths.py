@@ -170,7 +170,7 @@ def test_no_gradient_of_the_rows_exists():
     rows = RowSGD(head)
     x, labels = torch.randn(64, 64, requires_grad=True), torch.arange(64)
     rows.begin(0.1)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with test_partial_fc.memory_profile() as profile:
         head(x, labels).backward()
     live = peak = 0
     for _, size in sorted(test_partial_fc._memory_events(profile)):

@@ -460,6 +460,23 @@ def test_tensors_of_one_storage_are_written_each(tmp_path, capsys):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.pt", "y.safetensors"]
 
 
+def test_a_bug_in_a_reader_is_no_mistake_of_the_users(tmp_path, monkeypatch):
+    """It keeps its type, and so its traceback, through the command and through init_from=."""
+
+    def unwrapped(state):
+        raise ValueError("not enough values to unpack")
+
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.pt")
+    monkeypatch.setattr(foreign, "_unwrapped", unwrapped)
+    for call in (
+        lambda: foreign.main([str(tmp_path / "x.pt"), str(tmp_path / "y.safetensors")]),
+        lambda: initial_weights(str(tmp_path / "x.pt")),
+    ):
+        with pytest.raises(ValueError, match="not enough values") as raised:
+            call()
+        assert type(raised.value) is ValueError
+
+
 def test_an_ir_network_of_odd_tensors_is_listed(tmp_path):
     odd = {"input_layer.0.weight": torch.ones(1), "body.0.res_layer.4.weight": torch.tensor(1.0)}
     torch.save(odd, tmp_path / "x.pt")
