@@ -22,7 +22,7 @@ from launch.preflight_checks import links, machine
 from recognition import config
 from recognition.distributed import collectives, runtime
 from recognition.distributed.collectives import LostContact
-from recognition.run import failures
+from recognition.run import run_dir
 
 
 def check(cfg: config.Config, place: runtime.Runtime, seconds: float) -> links.Findings:
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
             if args.json and place.rank == 0:
                 print(json.dumps(found.numbers | {"warnings": found.warnings}))
     except LostContact as error:
-        failures.record(error, "", int(os.environ.get("RANK", "0")))
+        run_dir.record_failure(error, "", int(os.environ.get("RANK", "0")))
         return 1
     except USER_ERRORS as error:
         print(f"error (rank {os.environ.get('RANK', '0')}): {one_line(error)}", file=sys.stderr)

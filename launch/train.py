@@ -28,7 +28,7 @@ from recognition import config
 from recognition.backbones import BACKBONES
 from recognition.distributed import preemption, runtime, watchdog
 from recognition.losses import MARGINS
-from recognition.run import build, failures, trainer
+from recognition.run import build, run_dir, trainer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun may pass it on only now
             if state.runtime.rank == 0:
                 print(stopped, flush=True)
-            return preemption.leave(stopped)
+            return preemption.exit_code_of(stopped)
         except ConnectionError as error:
             raise SystemExit(_recorded(error, output, line=True)) from None
         except (FloatingPointError, *USER_ERRORS) as error:
@@ -103,7 +103,7 @@ def _recorded(error: Exception, output: str, line: bool = False) -> int:
 
     line: the error's line last.
     """
-    failures.record(error, output, int(os.environ.get("RANK", "0")))
+    run_dir.record_failure(error, output, int(os.environ.get("RANK", "0")))
     return _said(error) if line else 1
 
 

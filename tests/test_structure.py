@@ -39,8 +39,7 @@ ROOMS: dict[str, list[str]] = {
     "recognition.losses": [],
     "recognition.backbones": [],
     "recognition.distributed": ["data_tools.*"],
-    "recognition.precision": ["recognition.distributed"],
-    "recognition.loss_scale": [],
+    "recognition.precision": ["recognition.distributed", "data_tools.*"],
     "recognition.head": [
         "recognition.config",
         "recognition.distributed",
@@ -52,7 +51,7 @@ ROOMS: dict[str, list[str]] = {
         "recognition.backbones",
         "recognition.distributed",
         "recognition.head",
-        "recognition.loss_scale",
+        "recognition.precision",
         "recognition.optim",
     ],
     "recognition.weights": [

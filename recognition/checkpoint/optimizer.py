@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data_tools.common.errors import UserError
-from recognition.loss_scale import LossScaler
+from recognition.precision import LossScaler
 
 
 def optimizer_tensors(

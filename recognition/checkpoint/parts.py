@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from recognition.checkpoint.optimizer import optimizer_tensors
 from recognition.head import PartialFC
-from recognition.loss_scale import LossScaler
 from recognition.optim import RowAdamW, RowSGD
+from recognition.precision import LossScaler
 
 MAY_LACK = ("votes",)  # for the log alone; the first checkpoints did not have them
 

@@ -18,7 +18,7 @@ from recognition.checkpoint.directory import Damaged, all_rows, read_manifest
 from recognition.checkpoint.optimizer import load_optimizer
 from recognition.checkpoint.parts import MAY_LACK, HeadParts, Parts
 from recognition.checkpoint.tensors import problem, readable
-from recognition.distributed.collectives import together
+from recognition.distributed.collectives import run_on_all_ranks
 from recognition.head import PartialFC
 
 
@@ -46,7 +46,7 @@ def verify(
         names = _share(chosen, group.size())[group.rank()]
         return [wrong for name in names if (wrong := problem(path, name, manifest))]
 
-    found = together(group, "verify the checkpoint", own_share)
+    found = run_on_all_ranks(group, "verify the checkpoint", own_share)
     if wrong := list(dict.fromkeys(text for own in found for text in own)):
         raise Damaged("; ".join(wrong))
 

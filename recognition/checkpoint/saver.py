@@ -32,7 +32,7 @@ from recognition.checkpoint.writing import (
     reports,
     write_files,
 )
-from recognition.distributed.collectives import gather_through_store, together
+from recognition.distributed.collectives import gather_through_store, run_on_all_ranks
 
 _COPYING = 2  # threads
 _PIECE = 16 << 20  # elements that one of them copies at a time
@@ -87,7 +87,7 @@ class Saver:
             return rank == 0 and prepare(path, self._known)
 
         try:
-            wanted = together(self.group, "prepare the checkpoint", begin)[0]
+            wanted = run_on_all_ranks(self.group, "prepare the checkpoint", begin)[0]
         except OSError as error:
             self._end(step, str(error))
             return
@@ -225,7 +225,7 @@ class _Save:
                 raise OSError(self._failure)
 
         try:
-            together(self.group, "complete the checkpoint", end)
+            run_on_all_ranks(self.group, "complete the checkpoint", end)
         except OSError as error:
             return str(error)
         return None

@@ -36,21 +36,21 @@ _reduce_scatter: Callable = (
 )
 
 
-_POLL_SECONDS = (0.01, 0.2)  # between two looks into the store: first, and most
-_PATIENT_TIMES = 10  # the group's time-out: the watchdog's limit for what may take long
+_POLL_SECONDS = (0.01, 0.2)  # between two polls of the store: first and longest
+_LONG_OPERATION_FACTOR = 10  # times the group's time-out, as in the watchdog
 
 
 class LostContact(RuntimeError):
-    """A collective failed because another rank cannot be reached any more. Its __cause__ is the
-    library's error."""
+    """A collective failed because another rank can no longer be reached. Its __cause__ is the error
+    of the library."""
 
 
 @contextlib.contextmanager
 def _naming_loss(group: ProcessGroup) -> Iterator[None]:
-    """Errors of the library inside the body leave as LostContact.
+    """Turn the library's errors inside the body into LostContact.
 
     gloo raises a bare RuntimeError (torch 2.13), nccl and the store a DistError. At world size 1
-    there is nobody to lose, so an error stays what it is.
+    there is no other rank to lose, so errors pass unchanged.
     """
     try:
         yield
@@ -62,19 +62,19 @@ def _naming_loss(group: ProcessGroup) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _exchange(group: ProcessGroup) -> Iterator[None]:
-    """Around a collective: the phases count it as communication, its errors are LostContact."""
+    """Surround a collective: its time counts as communication, its errors become LostContact."""
     with communication(), _naming_loss(group):
         yield
 
 
 def world_group() -> ProcessGroup:
-    """The default process group; a group of this process alone where none was initialised."""
+    """The default process group, or a group of this process alone if none was initialised."""
     return dist.distributed_c10d._get_default_group() if dist.is_initialized() else _lone_group()
 
 
 @functools.cache
 def _lone_group() -> ProcessGroup:
-    atexit.register(_lone_group.cache_clear)  # its threads must end before the interpreter does
+    atexit.register(_lone_group.cache_clear)  # its threads must end before the interpreter
     store = dist.HashStore()
     group = dist.ProcessGroup(store, 0, 1)
     backend = dist.ProcessGroupGloo(store, 0, 1, timedelta(minutes=5))
@@ -322,7 +322,7 @@ def average_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
 
 
 def largest_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
-    """The maximum over the ranks, the same on all: how ranks agree on what one may decide alone."""
+    """The maximum over the ranks, the same on all: how ranks agree on one rank's decision."""
     largest = values.detach().clone()
     with _exchange(group):
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
@@ -330,8 +330,8 @@ def largest_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def start_largest(value: int, group: ProcessGroup) -> Callable[[], int]:
-    """The maximum over the ranks, asked for now and fetched by calling what comes back: nobody
-    waits in between. One all-reduce of 8 bytes in the host's memory, behind the caller's back."""
+    """Start computing the maximum over the ranks; call the result to wait for it and get it. One
+    asynchronous all-reduce of 8 bytes in host memory."""
     largest = torch.tensor(value)
     with _naming_loss(group):
         work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=group, async_op=True)
@@ -362,24 +362,24 @@ def gather_objects(value: object, group: ProcessGroup) -> list:
     return values
 
 
-class _Agreement:
-    """One exchange of values through the store in which the ranks met; no collective is in flight,
-    so the ranks may arrive minutes apart."""
+class _StoreExchange:
+    """One exchange of values through the rendezvous store. No collective is in flight, so the ranks
+    may arrive minutes apart."""
 
-    _numbers: ClassVar[dict[str, int]] = {}  # by group: how many there have been
+    _numbers: ClassVar[dict[str, int]] = {}  # exchanges so far, by group
 
     def __init__(self, group: ProcessGroup, least_seconds: float = 0.0) -> None:
         self._group, name = group, group.group_name
         self._number = self._numbers.get(name, 0)
         self._numbers[name] = self._number + 1
-        # Of its own: a look must not wait behind a request that the library has under way.
+        # A separate connection: a poll must not queue behind a request of the library.
         self._store = dist.distributed_c10d._get_process_group_store(group).clone()  # type: ignore[attr-defined]
         backend = group._get_backend(torch.device("cpu"))
         timeout: timedelta = backend.options._timeout  # type: ignore[attr-defined]
-        self._seconds = max(_PATIENT_TIMES * timeout.total_seconds(), least_seconds)
+        self._seconds = max(_LONG_OPERATION_FACTOR * timeout.total_seconds(), least_seconds)
 
-    def leave(self, value: object, failure: str | None = None) -> None:
-        """This rank's value; or why it will not come back to the group."""
+    def put(self, value: object, failure: str | None = None) -> None:
+        """Publish this rank's value, or why this rank has left the group."""
         self._store.set(self._key(self._number, self._group.rank()), json.dumps([value, failure]))
 
     def collect(self) -> list:
@@ -390,7 +390,7 @@ class _Agreement:
             if failure is not None:
                 raise LostContact(f"rank {rank} has failed: {failure}")
             values.append(value)
-        if self._number > 0:  # all ranks have come here, so all have read the one before
+        if self._number > 0:  # all ranks are here, so all have read the previous exchange
             self._store.delete_key(self._key(self._number - 1, self._group.rank()))
         return values
 
@@ -411,29 +411,29 @@ class _Agreement:
 def gather_through_store(
     action: Callable[[], Any], group: ProcessGroup, least_seconds: float = 0.0
 ) -> list:
-    """What `action` returns on every rank, in rank order. It travels as JSON, so a tuple arrives as
-    a list. For what waits for a disk: gather_objects would end the run after the group's own
-    time-out, this waits ten times as long.
+    """Every rank's result of `action`, in rank order. It travels as JSON: tuples become lists.
+    For actions that wait for a disk: gather_objects would fail after the group's time-out, this
+    function waits ten times as long.
 
     least_seconds: how long to wait at least, however short the time-out is.
 
     Raises:
-        LostContact: the action has failed on another rank, which has left; or the store is gone;
-            or a rank has not come in time.
+        LostContact: the action failed on another rank, which has left; or the store is gone; or a
+            rank did not arrive in time.
     """
     if group.size() == 1:
         return [action()]
     with _naming_loss(group):
-        agreement = _Agreement(group, least_seconds)
+        exchange = _StoreExchange(group, least_seconds)
     try:
         value = action()
     except Exception as error:
-        with contextlib.suppress(RuntimeError):  # the action's error is the one to tell
-            agreement.leave(None, f"{type(error).__name__}: {error}")
+        with contextlib.suppress(RuntimeError):  # the error of the action matters more
+            exchange.put(None, f"{type(error).__name__}: {error}")
         raise
     with _naming_loss(group):
-        agreement.leave(value)
-        return agreement.collect()
+        exchange.put(value)
+        return exchange.collect()
 
 
 def gather_parts(local: Tensor, rows_per_rank: Sequence[int], group: ProcessGroup) -> Tensor:
@@ -441,17 +441,17 @@ def gather_parts(local: Tensor, rows_per_rank: Sequence[int], group: ProcessGrou
     return _gather(local, rows_per_rank, group)
 
 
-def together(
+def run_on_all_ranks(
     group: ProcessGroup, what: str, action: Callable[[], Any], least_seconds: float = 0.0
 ) -> list:
-    """Every rank's result of `action`, in rank order, as gather_through_store() gives it. The ranks
-    wait for one another through the store: an action mostly waits for a disk, which may be slow for
-    one rank alone.
+    """Run `action` on all ranks; every rank's result, in rank order, as gather_through_store()
+    gives it. The ranks wait for each other through the store, as an action usually waits for a
+    disk, which may be slow on one rank only.
 
     least_seconds: as of gather_through_store().
 
     Raises:
-        OSError: on every rank alike, if it raised one on any; the message names the ranks.
+        OSError: on all ranks, if the action raised one on any; the message names the ranks.
     """
 
     def attempt() -> tuple[Any, str | None]:
@@ -468,10 +468,10 @@ def together(
 
 
 def check_same(group: ProcessGroup, **facts: Any) -> None:
-    """Refuse ranks that would train on other data or from another step.
+    """Refuse to run if the ranks would use different data or different steps.
 
     Raises:
-        ValueError: on every rank alike, with the first fact that differs.
+        ValueError: on all ranks; it names the first fact that differs.
     """
     everywhere = gather_through_store(lambda: facts, group)
     for name in facts:

@@ -1,57 +1,87 @@
-"""Heartbeats of all ranks in the store through which they met, and how old they are.
+"""Heartbeats of all ranks in the rendezvous store, their ages, and which rank holds up the others.
 
-A heartbeat carries a number, and its reader takes the time at which the number changed by its own
-monotonic clock: the clocks of other machines, which may be seconds off, play no part.
+A heartbeat carries a counter. The reader measures, by its own monotonic clock, how long ago the
+counter changed, so the clocks of other machines, which may be seconds off, do not matter.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import linecache
+import os
 import socket
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from types import FrameType
+from typing import NamedTuple
 
 from torch.distributed import DistError, Store
 
-from recognition.distributed.rank_status import Place
-
 _KEY = "watchdog/rank-{}"
-_STORE_SECONDS = 2  # after which the store counts as gone
+_STORE_SECONDS = 2  # time-out after which the store counts as gone
+SILENT = 4.0  # seconds without a heartbeat after which a rank counts as silent
+_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
+# What a rank is doing, by the file of its innermost line of ours; the first match counts.
+_DOES = {
+    "data_tools/": "waits for data",
+    "recognition/distributed/collectives.py": "waits for the other ranks",
+    "recognition/checkpoint/": "saves",
+    "eval/": "verifies",
+}
+
+
+class RankStatus(NamedTuple):
+    """What a rank is doing, from its last heartbeat."""
+
+    rank: int
+    step: int
+    does: str
+    since: float  # seconds without progress, at the heartbeat
+    age: float  # seconds since the heartbeat
+    host: str = ""
+
+    def __str__(self) -> str:
+        silent = f", not heard of for {self.age:.0f} s" if self.age > SILENT else ""
+        return (
+            f"rank {self.rank} on {self.host} {self.does} in step {self.step} "
+            f"for {self.since + self.age:.0f} s{silent}"
+        )
 
 
 class Heartbeats:
-    """store: one that no other thread of this process uses."""
+    """store: a connection that no other thread of this process uses."""
 
     def __init__(self, store: Store, rank: int, world: int) -> None:
         self._store, self._rank, self._world = store, rank, world
-        self._number = 0  # of this rank's last heartbeat
-        self._seen: dict[int, tuple[int, float]] = {}  # by rank: number, and since when it is that
+        self._number = 0  # counter of this rank's last heartbeat
+        self._seen: dict[int, tuple[int, float]] = {}  # by rank: its counter, and when it changed
         store.set_timeout(timedelta(seconds=_STORE_SECONDS))
 
     def send(self, step: int, does: str, still: float) -> None:
-        """Tell the others what this rank does, for `still` seconds by now. Never fails."""
+        """Tell the others what this rank does and for how many seconds (`still`). Never fails."""
         self._number += 1
-        said = json.dumps([self._number, step, does, still, socket.gethostname()])
+        heartbeat = json.dumps([self._number, step, does, still, socket.gethostname()])
         with contextlib.suppress(RuntimeError):
-            self._store.set(_KEY.format(self._rank), said)
+            self._store.set(_KEY.format(self._rank), heartbeat)
 
-    def read(self, ranks: Sequence[int] | None = None) -> list[Place]:
-        """Where the ranks (None: all) that have sent a heartbeat are; [] if the store is gone.
+    def read(self, ranks: Sequence[int] | None = None) -> list[RankStatus]:
+        """The status of `ranks` (None: all) that have sent a heartbeat; [] if the store is gone.
 
-        The age of a heartbeat counts from the first read() that saw it, so read() more than once.
+        A heartbeat's age counts from the first read() that saw it, so call read() repeatedly.
         """
-        places = []
+        statuses = []
         try:
             for rank in range(self._world) if ranks is None else ranks:
                 if self._store.check([_KEY.format(rank)]):
-                    said = json.loads(self._store.get(_KEY.format(rank)))
-                    number, step, does, still, host = said
-                    places.append(Place(rank, step, does, still, self._age(rank, number), host))
+                    heartbeat = json.loads(self._store.get(_KEY.format(rank)))
+                    number, step, does, still, host = heartbeat
+                    age = self._age(rank, number)
+                    statuses.append(RankStatus(rank, step, does, still, age, host))
         except (RuntimeError, DistError):
             return []
-        return places
+        return statuses
 
     def _age(self, rank: int, number: int) -> float:
         now = time.monotonic()
@@ -60,3 +90,41 @@ class Heartbeats:
             since = now
         self._seen[rank] = number, since
         return now - since
+
+
+def suspects(statuses: list[RankStatus]) -> tuple[list[RankStatus], list[RankStatus]]:
+    """The ranks that hold up the others, and the others.
+
+    Suspects are the silent ranks; if there are none, those that are a step behind; if there are
+    none, those that do anything but wait for other ranks.
+    """
+    waiting = _DOES["recognition/distributed/collectives.py"]
+    for holds_up in (
+        lambda status: status.age > SILENT,
+        lambda status: status.step < max(p.step for p in statuses),
+        lambda status: waiting not in status.does and "averages" not in status.does,
+    ):
+        first = [status for status in statuses if holds_up(status)]
+        if first:
+            return first, [status for status in statuses if status not in first]
+    return [], statuses
+
+
+def describe_frame(frame: FrameType | None) -> str:
+    """What a thread does, in words: file, line, function and text of its innermost line of ours."""
+    while frame is not None and not _ours(frame):
+        frame = frame.f_back
+    if frame is None:
+        return "is outside of the run"
+    path = frame.f_code.co_filename.removeprefix(_ROOT)
+    does = next((words for start, words in _DOES.items() if path.startswith(start)), "computes")
+    text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    if text.endswith(".backward()"):
+        does = "computes or averages gradients"
+    return f"{does} ({path}:{frame.f_lineno}, {frame.f_code.co_name}: {text})"
+
+
+def _ours(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(_ROOT) and "site-packages" not in (
+        frame.f_code.co_filename
+    )

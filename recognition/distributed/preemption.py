@@ -1,10 +1,10 @@
-"""Pre-emption: a signal that one process hears ends all of them after one and the same step.
+"""Pre-emption: a signal to any process stops all of them after the same step.
 
 SIGUSR1 asks the run to end: schedulers send it before a time limit or a pre-emption. SIGTERM says
-that whoever started this process is about to end it; torchrun sends it before it starts its
-processes anew, too. SIGINT is a person's Ctrl-C. All lead to the same last step and a checkpoint of
-it. What differs is what torchrun is told: after SIGUSR1 it must not start the processes once more.
-A second Ctrl-C ends a process at once (watchdog.hearing).
+that the parent is about to end this process; torchrun also sends it before it restarts its
+processes. SIGINT is a person's Ctrl-C. After each of them all ranks finish the same step and save
+it. They differ in what torchrun must do: after SIGUSR1 it must not restart the processes. A second
+Ctrl-C ends a process at once (watchdog.listen_for_signals).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from data_tools.common import files
 from recognition.distributed.collectives import start_largest
 from recognition.distributed.runtime import torchrun
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: no error; run the same command again
 _NOTE = "stopped.json"  # in the run directory, from a stop to the next start
-# The later one wins where ranks heard different ones.
+# If ranks received different signals, the later one in this order counts.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _AGENT_SECONDS = 30.0  # torchrun's own --shutdown-timeout
 
 
 class Stopped(Exception):
-    """The run has ended early because it was asked to; its checkpoint is written."""
+    """The run has ended early, as requested, and its checkpoint is written."""
 
     def __init__(self, heard: signal.Signals, step: int) -> None:
         super().__init__(
@@ -43,7 +43,7 @@ class Stopped(Exception):
 
 
 class Interrupted(Exception):
-    """All ranks leave what they are in, before the same batch: one of them heard a signal."""
+    """A rank received a signal, and all ranks abort their verification before the same batch."""
 
     def __init__(self, heard: signal.Signals) -> None:
         super().__init__(f"interrupted by {heard.name}")
@@ -51,29 +51,32 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """What this process has heard, and what all have agreed on. One small all-reduce a step in the
-    host's memory, begun before the step and read after it: nobody waits for it."""
+    """The signals that this process received, and the one that all ranks agreed on.
+
+    One small all-reduce per step in host memory, started before the step and read after it, so no
+    rank waits for it.
+    """
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
-        self._heard = 0  # place in SIGNALS, from 1
+        self._heard = 0  # 1 + index in SIGNALS; 0: none
         self._agreed: Callable[[], int] | None = None
 
     def ask(self) -> None:
-        """Tell the others, at the start of a step, what this rank has heard."""
+        """Send this rank's signal to the others at the start of a step."""
         self._agreed = start_largest(self._heard, self.group)
 
     def answer(self) -> signal.Signals | None:
-        """The signal on which all ranks end after this step, the same on all; usually none."""
+        """The signal on which all ranks stop after this step, the same on all; usually None."""
         assert self._agreed is not None, "ask() comes first"
-        place = self._agreed()
-        return SIGNALS[place - 1] if place else None
+        agreed = self._agreed()
+        return SIGNALS[agreed - 1] if agreed else None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear the signals while the body runs, then do with them what was done before.
+        """Receive the signals while the body runs, then restore the earlier handlers.
 
-        Only a main thread can: in another one this does nothing.
+        Only the main thread can set handlers; in any other thread this does nothing.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -90,13 +93,13 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-def leave(stopped: Stopped) -> int:
-    """The exit code of a stopped process, once nobody will start it again unasked.
+def exit_code_of(stopped: Stopped) -> int:
+    """The exit code of a stopped process; returns only once torchrun will not restart it.
 
-    torchrun takes any exit code but 0 for a failure and starts the processes anew while it has
+    torchrun treats any exit code but 0 as a failure and restarts the processes while it has
     restarts left. So after SIGUSR1 the first process of each machine ends its torchrun by SIGTERM,
-    which torchrun sends back to all of its processes. A parent that is no torchrun (numactl, a
-    script) is left alone.
+    which torchrun forwards to all of its processes. A parent that is not torchrun (numactl, a
+    script) receives no signal.
     """
     if stopped.heard == signal.SIGUSR1 and "TORCHELASTIC_RUN_ID" in os.environ:
         for number in SIGNALS:
@@ -116,20 +119,20 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 def end_now_on_request() -> None:
-    """Before training begins there is nothing to save: SIGTERM ends the process as it always does,
-    SIGUSR1 as leave() says."""
+    """Until training begins, when there is nothing to save, let SIGUSR1 end the process with
+    exit_code_of(). SIGTERM keeps its default action."""
     signal.signal(signal.SIGUSR1, _leave_at_once)
 
 
 def _leave_at_once(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(leave(Stopped(signal.Signals(number), 0)))
+    raise SystemExit(exit_code_of(Stopped(signal.Signals(number), 0)))
 
 
 def stopped(run_dir: str, rank: int, heard: signal.Signals, step: int) -> Stopped:
-    """What to raise when `step` is saved; rank 0 leaves stopped.json, by which a batch script knows
-    a run to be continued from one that failed.
+    """The exception to raise once `step` is saved. Rank 0 writes stopped.json, by which a batch
+    script tells a run to be continued from one that failed.
 
-    Without it the exit code still says so: an error is said, and is none of the run's.
+    If the file cannot be written, the run only warns: the exit code says the same.
     """
     if rank == 0:
         path = os.path.join(run_dir, _NOTE)

@@ -1,4 +1,4 @@
-"""debug=true: what every rank holds alike is compared, and which images it trained on is kept."""
+"""Checks of debug=true: replicated tensors are compared, and trained images are recorded."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from recognition.distributed import collectives
 
 
 def check_equal(tensors: Mapping[str, Tensor], group: ProcessGroup, step: int) -> None:
-    """Compare the bits of each tensor over the ranks. One gather of 4 bytes for each name.
+    """Compare each tensor bit by bit across the ranks. One all-gather of 8 bytes per tensor.
 
     Raises:
-        RuntimeError: on every rank alike, naming the tensors and the ranks that are not with most.
+        RuntimeError: on all ranks; it names the tensors that differ, and on which ranks.
     """
-    own = torch.tensor([_crc32(tensor) for tensor in tensors.values()], dtype=torch.int64)
-    every = collectives.gather_parts(own[None], [1] * group.size(), group)  # [W, names]
+    sums_here = torch.tensor([_crc32(tensor) for tensor in tensors.values()], dtype=torch.int64)
+    every = collectives.gather_parts(sums_here[None], [1] * group.size(), group)  # [W, names]
     found = []
     for name, sums in zip(tensors, every.T.tolist(), strict=True):
         most = Counter(sums).most_common(1)[0][0]
@@ -41,15 +41,15 @@ def check_equal(tensors: Mapping[str, Tensor], group: ProcessGroup, step: int) -
 
 
 def _crc32(tensor: Tensor) -> int:
-    held = tensor.detach().cpu().contiguous()
-    return zlib.crc32(held.reshape(-1).view(torch.uint8).numpy().data) if held.numel() else 0
+    on_host = tensor.detach().cpu().contiguous()
+    return zlib.crc32(on_host.reshape(-1).view(torch.uint8).numpy().data) if on_host.numel() else 0
 
 
 class SampleRecord:
-    """samples/<start>-rank-<r>.jsonl of the run directory: which images this rank trained on.
+    """Records which images this rank trained on, in <run>/samples/<start>-rank-<r>.jsonl.
 
-    start: rank 0's clock when the processes started, in ns: steps that are done again after a
-    resume stand in the files of the later start.
+    start: rank 0's clock when the processes started, in ns. Steps that are repeated after a resume
+    appear again in the files of the later start.
     """
 
     def __init__(self, run_dir: str, group: ProcessGroup) -> None:
@@ -58,17 +58,17 @@ class SampleRecord:
         earlier = [
             int(name.partition("-")[0]) + 1 for name in os.listdir(directory) if "-rank-" in name
         ]
-        now = max(earlier, default=0), time.time_ns()  # the clock may have been set back
+        now = max(earlier, default=0), time.time_ns()  # the clock may have been set back since
         start = collectives.gather_objects(max(now), group)[0]
         path = os.path.join(directory, f"{start:020d}-rank-{group.rank()}.jsonl")
         self._file = open(path, "w", encoding="utf-8", buffering=1)
 
     def note(self, step: int, ids: np.ndarray) -> None:
-        """The images of a micro-step of the step that follows `step` completed ones."""
+        """Record the images of a micro-step of the step that follows `step` completed steps."""
         self._file.write(json.dumps([step + 1, ids.tolist()]) + "\n")
 
     def of(self, batches: Iterator[Batch], step: Callable[[], int]) -> Iterator[Batch]:
-        """The batches, each noted as it is handed out; step() is the number of completed ones."""
+        """The same batches, each recorded as it is yielded; step() returns the completed steps."""
         for batch in batches:
             self.note(step(), batch.ids)
             yield batch
@@ -78,7 +78,7 @@ class SampleRecord:
 
 
 def samples_of(run_dir: str) -> dict[int, list[int]]:
-    """The ids that each step trained on, on all ranks, as noted at the last start that did it."""
+    """The ids that each step trained on, over all ranks, from the last start that ran the step."""
     found: dict[int, tuple[int, list[int]]] = {}
     directory = os.path.join(run_dir, "samples")
     for name in sorted(os.listdir(directory)):  # earlier starts first
@@ -86,7 +86,7 @@ def samples_of(run_dir: str) -> dict[int, list[int]]:
         with open(os.path.join(directory, name), encoding="utf-8") as lines:
             for line in lines:
                 if not line.endswith("\n"):
-                    break  # killed in the middle of it
+                    break  # the run was killed while it wrote this line
                 step, ids = json.loads(line)
                 if found.get(step, (0, []))[0] != start:
                     found[step] = (start, [])

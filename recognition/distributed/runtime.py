@@ -1,4 +1,4 @@
-"""One process of a run: its device, its place among the others, and how they reach each other."""
+"""One process of a run: its device, its rank, and how it finds the other processes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-# Its functions have the group that exists when it is imported as a default, and torch imports it
-# late (for torch.compile, among others): that group would never end. Here there is none yet.
+# Its functions take the default group at import time as a default argument, and torch imports it
+# late (for torch.compile, for example): that group would never be freed. Now there is none yet.
 import torch.distributed.nn  # noqa: F401
 from torch.distributed import ProcessGroup
 
 from data_tools.common.errors import UserError
 
-_LAUNCHER_WORDS = 8  # of its command line: the interpreter's options stand before the module
+_LAUNCHER_WORDS = 8  # words of its command line: the interpreter's options precede the module
 
 
 class Runtime(NamedTuple):
@@ -36,10 +36,10 @@ class Runtime(NamedTuple):
 
 @contextlib.contextmanager
 def start(timeout_seconds: float = 600.0) -> Iterator[Runtime]:
-    """The process group of torchrun, or of this process alone where torchrun did not start it.
+    """Join torchrun's process group, or create one of this process alone without torchrun.
 
-    Tensors in host memory travel by gloo, tensors on a GPU by nccl. The group is left without
-    ceremony when the body fails: the other ranks must not wait for one that will not come.
+    gloo carries tensors in host memory, nccl tensors on a GPU. If the body fails, the group is not
+    destroyed: that would make this rank wait for the others.
 
     Raises:
         ValueError: more processes on this machine than it has GPUs.
@@ -58,33 +58,33 @@ def start(timeout_seconds: float = 600.0) -> Iterator[Runtime]:
         dist.init_process_group(
             backend, timeout=timeout, store=meeting, rank=rank, world_size=world
         )
-    # The group waits for its threads when its last reference goes, which may sit in a cycle. One of
-    # them that still holds a tensor while the interpreter ends aborts the process.
+    # The group joins its threads when its last reference goes, which may be part of a cycle. A
+    # thread that still holds a tensor while the interpreter ends would abort the process.
     atexit.register(gc.collect)
     yield Runtime(device, dist.distributed_c10d._get_default_group(), rank, world)
     dist.destroy_process_group()
 
 
 def store() -> dist.Store:
-    """A connection of its own to the store through which the ranks of this run met."""
+    """A separate connection to the rendezvous store of this run."""
     return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bf16 pays: on Ampere and newer GPUs. The small networks that one trains on a CPU gain
-    nothing (PReLU and depthwise convolutions decide there), whatever its matrix units."""
+    """Whether bf16 is faster than fp32: on Ampere and newer GPUs. Small networks on a CPU gain
+    nothing even with its matrix units: PReLU and depthwise convolutions dominate there."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attempts_store(timeout: timedelta) -> dist.Store | None:
-    """What this attempt of torchrun's has to itself of a store that outlives attempts; None where
-    the environment names a store of its own, or where attempts have no number of their own.
+    """A store for this attempt (restart) of torchrun alone, as a prefix of the shared one; None if
+    the store is not shared, or on several machines.
 
     Unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, torchrun (2.13) keeps one store for all attempts,
-    and gloo finds the addresses of the attempt before. It reads the variable before it starts us,
-    and on several machines it also keeps the first meeting's address when another machine has
-    become the first, and counts attempts apart: there nothing but the variable helps, and preflight
-    asks for it.
+    in which gloo would find the addresses of the previous attempt. torchrun reads the variable
+    before it starts this process. On several machines it also keeps the first rendezvous' address
+    after another machine has become the first, and each machine counts attempts separately: only
+    the variable helps there, and preflight asks for it.
     """
     if not shares_store() or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
         return None
@@ -94,12 +94,12 @@ def _attempts_store(timeout: timedelta) -> dist.Store | None:
 
 
 def shares_store() -> bool:
-    """Whether the attempts of the torchrun that started this process meet in one store."""
+    """Whether all attempts of the torchrun that started this process share one store."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def torchrun() -> int | None:
-    """The process id of the torchrun that this process descends from; None if there is none.
+    """The process id of the torchrun that is an ancestor of this process; None if there is none.
 
     It need not be the parent: `torchrun --no-python numactl ... python launch/train.py`.
     """
@@ -124,7 +124,7 @@ def _is_torchrun(word: str) -> bool:
 
 
 def _end_with_parent() -> None:
-    """Ask Linux to kill this process when its launcher dies: nobody else would end it."""
+    """Ask Linux to kill this process when its launcher dies; nothing else would end it."""
     if sys.platform != "linux":
         return
     pr_set_pdeathsig, parent = 1, os.getppid()
@@ -137,7 +137,7 @@ def _end_with_parent() -> None:
             file=sys.stderr,
             flush=True,
         )
-    elif os.getppid() != parent:  # it died before Linux knew
+    elif os.getppid() != parent:  # the launcher died before the call
         raise SystemExit("the launcher of this process has ended")
 
 

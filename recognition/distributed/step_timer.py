@@ -1,8 +1,8 @@
-"""Where the time of the steps goes: data, backbone, head, optimiser, communication, and the rest.
+"""Where the time of a step goes: data, backbone, head, optimiser, communication and the rest.
 
-One clock is handed from phase to phase, so the parts add up to the whole. On a GPU events on its
-stream mark the changes: the parts are then of the GPU's time, data is how long it stood idle for a
-batch, and nothing waits for it.
+Exactly one phase runs at any time, so the phases add up to the whole. On a GPU, events on the
+stream mark the changes of phase and nothing waits for them: the phases divide the GPU's time, and
+"data" is how long the GPU was idle for lack of a batch.
 """
 
 from __future__ import annotations
@@ -14,30 +14,32 @@ from collections.abc import Iterator
 
 import torch
 
-# communication: collectives and what the backbone's gradients, which travel during its backward,
-# take longer than it; on each the wait for the slowest rank. other: between the steps.
+# communication: collectives, and the part of the gradient all-reduce that outlasts the backbone's
+# backward; both include the wait for the slowest rank. other: between the steps.
 NAMES = ("data", "backbone", "head", "optimizer", "communication", "other")
-_PAUSE = "pause"  # verification and checkpoints, which are no step's
+_PAUSE = "pause"  # verification and checkpoints, which belong to no step
 
 _running: list[Phases] = []
 
 
 class Phases:
+    """Seconds spent in each phase."""
+
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
-        self._name = "other"  # of the phase that runs
+        self._name = "other"  # the phase that is running
         self._marks: collections.deque[tuple[str, torch.cuda.Event]] = collections.deque()
         self._seconds = dict.fromkeys((*NAMES, _PAUSE), 0.0)
         self._began = 0.0
         self._mark(self._name)
 
     def enter(self, name: str) -> None:
-        """What follows is of this phase."""
+        """Begin the phase `name`, which lasts until the next call."""
         self._mark(name)
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """What is inside is of this phase, what follows of the one before it."""
+        """Count the body as the phase `name`, then return to the phase before it."""
         before = self._name
         self._mark(name)
         try:
@@ -46,12 +48,12 @@ class Phases:
             self._mark(before)
 
     def pause(self) -> contextlib.AbstractContextManager[None]:
-        """What is inside is not counted."""
+        """Do not count the body."""
         return self.during(_PAUSE)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Collectives count as communication of these phases."""
+        """While the body runs, collectives count as communication of this object."""
         _running.append(self)
         try:
             yield
@@ -59,7 +61,7 @@ class Phases:
             _running.remove(self)
 
     def read(self) -> dict[str, float]:
-        """Seconds of each phase since the last reading; on a GPU, of what it has done by now."""
+        """Seconds of each phase since the last reading; on a GPU, of its finished work."""
         self._mark(self._name)
         seconds = {name: self._seconds[name] for name in NAMES}
         self._seconds = dict.fromkeys(self._seconds, 0.0)
@@ -78,12 +80,12 @@ class Phases:
         self._name = name
 
     def _fold(self) -> None:
-        """Add up what lies between events that have happened; asking does not wait."""
+        """Add up the time between completed events, without waiting for any."""
         while len(self._marks) > 1 and self._marks[1][1].query():
             name, began = self._marks.popleft()
             self._seconds[name] += began.elapsed_time(self._marks[0][1]) / 1e3
 
 
 def communication() -> contextlib.AbstractContextManager[None]:
-    """What is inside is a collective, for the phases that run."""
+    """Count the body as communication, if a Phases object is running()."""
     return _running[-1].during("communication") if _running else contextlib.nullcontext()

@@ -1,9 +1,10 @@
-"""A thread beside the training loop that says which rank holds up the others, and where.
+"""A thread beside the training loop that reports which rank holds up the others, and where.
 
-Every second each rank sends a heartbeat through the store in which the ranks met: the step it is
-in, the line of code, since when. A rank that has not moved for half of the time-out writes the
-stacks of its threads and says what all ranks do; at the time-out it ends its process. A rank that
-fails leaves the cause in the store first, and the others, which only lose contact, name it.
+Every second each rank sends a heartbeat through the rendezvous store: its step, its line of code,
+and for how long it has been there. A rank that has not moved for half of the time-out writes the
+stacks of its threads and reports what all ranks are doing; at the time-out it ends its process. A
+rank that fails first writes the cause to the store, so that the others, which only lose contact,
+can name it.
 """
 
 from __future__ import annotations
@@ -23,28 +24,27 @@ import torch
 from torch.distributed import DistError, Store
 
 from recognition.distributed.collectives import LostContact
-from recognition.distributed.heartbeats import Heartbeats
+from recognition.distributed.heartbeats import SILENT, Heartbeats, describe_frame, suspects
 from recognition.distributed.preemption import Stopped
-from recognition.distributed.rank_status import SILENT, suspects, what_it_does
 
 _EVERY = 1.0  # seconds between two heartbeats
 _CAUSE_SECONDS = SILENT + _EVERY  # how long a rank that lost contact waits for the cause
-_PATIENT_TIMES = 10  # the time-out, for what may take long
-_STOP_SECONDS = 10.0  # how long after a signal the loop may stand still
-_JOIN_SECONDS = 5.0  # more than the store takes to give up
-# Where DistributedDataParallel's exchange of the gradients fails.
+_LONG_OPERATION_FACTOR = 10  # times the time-out: the limit of a long operation
+_STOP_SECONDS = 10.0  # how long the loop may stand still after a signal
+_JOIN_SECONDS = 5.0  # longer than the store's own time-out
+# The files in which a failed gradient all-reduce of DistributedDataParallel surfaces.
 _OF_DDP = (torch.autograd.graph.__file__, torch.nn.parallel.distributed.__file__)
-_INTERRUPTED = 130  # the exit code of a process that SIGINT ends
-# torchrun passes the first Ctrl-C on as SIGINT (to ranks in its own session a second time), and
-# sends SIGTERM at the second one.
+_INTERRUPTED = 130  # exit code of a process that SIGINT ended
+# torchrun forwards the first Ctrl-C as SIGINT (ranks in its session receive it twice), and sends
+# SIGTERM at the second one.
 _SECOND_PRESS = signal.SIGTERM if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIGINT
 
 
 class Watchdog:
     """Use it as a context manager around the loop, and call beat() whenever the loop moves.
 
-    store: one that the ranks share, and none that the loop uses. timeout_seconds: how long a rank
-    may stand still. directory: for the stacks, stacks-rank-<r>.txt.
+    store: shared by the ranks; the loop must not use this connection. timeout_seconds: how long a
+    rank may stand still. directory: where stacks-rank-<r>.txt is written.
     """
 
     def __init__(
@@ -54,36 +54,36 @@ class Watchdog:
         self._heartbeats = Heartbeats(store, rank, world)
         self._timeout, self._directory = timeout_seconds, directory
         self._step, self._moved = 0, time.monotonic()
-        self._patient = 0  # bodies of patience() entered
-        self._longest = 0.0  # seconds between two beats
+        self._long_operations = 0  # nesting depth of long_operation()
+        self._longest = 0.0  # most seconds between two beats
         self._signalled: float | None = None
-        self._told_at = time.monotonic()  # no rank had told a cause by then
+        self._told_at = time.monotonic()  # when no rank had reported a cause yet
         self._reported = False
         self._main = threading.get_ident()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._cause = f"watchdog/cause of {directory}"  # not that of a run before in this group
+        self._cause = f"watchdog/cause of {directory}"  # an earlier run may have used the store
 
     def beat(self, step: int) -> None:
-        """The loop moves: it is in `step`."""
+        """Tell the watchdog that the loop moves and is in `step`."""
         now = time.monotonic()
         self._longest = max(self._longest, now - self._moved)
         self._step, self._moved, self._reported = step, now, False
 
     @contextlib.contextmanager
-    def patience(self) -> Iterator[None]:
-        """What the body does may take ten times the time-out: writing a checkpoint, for one."""
-        self._patient += 1
+    def long_operation(self) -> Iterator[None]:
+        """Allow the body ten times the time-out, to write a checkpoint for example."""
+        self._long_operations += 1
         self._moved = time.monotonic()
         try:
             self._told_at = self._moved
             yield
         finally:
-            self._patient -= 1
+            self._long_operations -= 1
             self._moved, self._reported = time.monotonic(), False
 
     def signalled(self) -> None:
-        """A signal asks the process to end: a loop that then stands still is not waited for."""
+        """Note that a signal asked the process to end: from now on a stalled loop is ended soon."""
         self._signalled = self._signalled or time.monotonic()
 
     def __enter__(self) -> Watchdog:
@@ -93,7 +93,7 @@ class Watchdog:
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         self._ended.set()
-        # A thread that is inside of the store when the interpreter ends aborts the process.
+        # If the thread is in a store call when the interpreter ends, the process aborts.
         self._thread.join(_JOIN_SECONDS)
         if not isinstance(error, Exception) or isinstance(error, Stopped):
             return
@@ -110,43 +110,43 @@ class Watchdog:
             ) from error
 
     def tell_cause(self, cause: str) -> None:
-        """Why the run fails, for those that will only lose contact; the first cause stays."""
+        """Tell the other ranks why the run fails: they only lose contact. The first cause stays."""
         with contextlib.suppress(RuntimeError, DistError):
             self._store.compare_set(self._cause, "", cause)
 
     def first_cause(self) -> str:
-        """What the rank that failed first said, or who is not there any more."""
+        """The cause that the first failing rank reported, or which ranks have disappeared."""
         return self._first_cause() or self._slowest()
 
     def _first_cause(self) -> str | None:
-        """As first_cause(); None if the other ranks are there and have said nothing."""
+        """As first_cause(); None if all other ranks are alive and none reported a cause."""
         deadline = time.monotonic() + _CAUSE_SECONDS
-        self._send(0.0)  # so that only a store that is gone holds no heartbeat
-        places = self._heartbeats.read()
-        # A killed rank says nothing, and its launcher, which sees it first, is to report it first.
-        while time.monotonic() < deadline and places:
+        self._send(0.0)  # so that no heartbeat at all means that the store is gone
+        statuses = self._heartbeats.read()
+        # A killed rank reports nothing; its launcher notices first and should report first.
+        while time.monotonic() < deadline and statuses:
             if (told := self._told()) is not None:
                 return f"The first cause: {told}"
             time.sleep(0.1)
-            self._send(0.0)  # the thread that did so has ended, this rank has not
-            places = self._heartbeats.read()
-        if not places:
+            self._send(0.0)  # the thread that sends them has ended, but this rank lives
+            statuses = self._heartbeats.read()
+        if not statuses:
             return "The rank that holds the store, rank 0 or its torchrun, has ended"
-        silent = [p for p in places if p.rank != self._rank and p.age > SILENT]
+        silent = [p for p in statuses if p.rank != self._rank and p.age > SILENT]
         if not silent:
             return None
-        if self._rank == min(p.rank for p in places if p not in silent):
-            for place in silent:
-                _say(_banner(f"rank {place.rank} on {place.host} was killed or is frozen"))
+        if self._rank == min(p.rank for p in statuses if p not in silent):
+            for status in silent:
+                _say(_banner(f"rank {status.rank} on {status.host} was killed or is frozen"))
         return (
             f"Killed or frozen, without a word: {'; '.join(map(str, silent))}. The kernel's log of "
             "that machine says whether it ran out of memory"
         )
 
     def _slowest(self) -> str:
-        """What is known where no rank is silent and none has said a cause."""
+        """What is known if no rank is silent and none has reported a cause."""
         first = [
-            place for place in suspects(self._heartbeats.read())[0] if place.rank != self._rank
+            status for status in suspects(self._heartbeats.read())[0] if status.rank != self._rank
         ]
         behind = f"Held up by {'; '.join(map(str, first))}. " if first else ""
         return (
@@ -155,7 +155,7 @@ class Watchdog:
         )
 
     def _told(self) -> str | None:
-        """The cause that a rank has left in the store."""
+        """The cause that a rank has left in the store, if any."""
         with contextlib.suppress(RuntimeError):
             if self._store.check([self._cause]):
                 return self._store.get(self._cause).decode()
@@ -165,39 +165,39 @@ class Watchdog:
         while not self._ended.wait(min(_EVERY, self._timeout / 20)):
             still = time.monotonic() - self._moved
             self._send(still)
-            limit = self._timeout * (_PATIENT_TIMES if self._patient else 1)
+            limit = self._timeout * (_LONG_OPERATION_FACTOR if self._long_operations else 1)
             if still > self._timeout / 4:
-                self._heartbeats.read()  # so that their ages are known when they are reported
+                self._heartbeats.read()  # a first reading, from which ages are counted
             if still > self._timeout / 2 and not self._reported:
                 self._reported = True
                 self._report(still, limit)
             if still > limit:
                 self._end(f"has not moved for {still:.0f} s")
-            if self._patient:
-                self._look_after_the_next()
+            if self._long_operations:
+                self._check_next_rank()
                 continue
             if not self._signalled:
                 continue
-            patience = max(_STOP_SECONDS, 3 * self._longest)
-            if min(still, time.monotonic() - self._signalled) > patience:
+            stop_limit = max(_STOP_SECONDS, 3 * self._longest)
+            if min(still, time.monotonic() - self._signalled) > stop_limit:
                 self._end(f"was asked to end and has not moved for {still:.0f} s")
 
-    def _look_after_the_next(self) -> None:
-        """What may take long waits for the other ranks without a collective, which would notice
-        that one of them is gone: each rank looks after the next one."""
+    def _check_next_rank(self) -> None:
+        """Check that the next rank is alive. A long operation waits for the other ranks without a
+        collective, so nothing else would notice that one of them is gone."""
         if self._world == 1:
             return
         if (told := self._told()) is None:
             self._told_at = time.monotonic()
-        elif time.monotonic() - self._told_at > _CAUSE_SECONDS:  # this rank is not ending either
+        elif time.monotonic() - self._told_at > _CAUSE_SECONDS:  # and this rank still waits
             self._end(f"waits for ranks that have ended. The first cause: {told}")
-        for place in self._heartbeats.read([(self._rank + 1) % self._world]):
-            if place.age > self._timeout:
-                self.tell_cause(f"{place}: killed or frozen")
-                self._end(f"waits for a rank that was killed or is frozen: {place}")
+        for status in self._heartbeats.read([(self._rank + 1) % self._world]):
+            if status.age > self._timeout:
+                self.tell_cause(f"{status}: killed or frozen")
+                self._end(f"waits for a rank that was killed or is frozen: {status}")
 
     def _send(self, still: float) -> None:
-        self._heartbeats.send(self._step, what_it_does(_frame_of(self._main)), still)
+        self._heartbeats.send(self._step, describe_frame(_frame_of(self._main)), still)
 
     def _report(self, still: float, limit: float) -> None:
         path = os.path.join(self._directory, f"stacks-rank-{self._rank}.txt")
@@ -207,37 +207,39 @@ class Watchdog:
         except OSError:
             path = "stderr"
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        places = self._heartbeats.read()
+        statuses = self._heartbeats.read()
         _say(
             f"warning: rank {self._rank} has not moved for {still:.0f} s and ends at "
-            f"{limit:.0f} s: it {what_it_does(_frame_of(self._main))}. Stacks: {path}"
+            f"{limit:.0f} s: it {describe_frame(_frame_of(self._main))}. Stacks: {path}"
         )
-        if places and self._rank == min(place.rank for place in places if place.age <= SILENT):
-            first, others = suspects(places)
+        if statuses and self._rank == min(
+            status.rank for status in statuses if status.age <= SILENT
+        ):
+            first, others = suspects(statuses)
             named = f"held up by {'; '.join(map(str, first))}" if first else "all ranks are alike"
             _say(f"warning: {named}" + (f". Of the others, {others[0]}" if others else ""))
 
     def _end(self, why: str) -> None:
-        """End this process, with the first cause as its last word."""
+        """Report why and who holds this rank up, and end the process."""
         first, _ = suspects(self._heartbeats.read())
-        said = f"error (rank {self._rank}): {why}: it {what_it_does(_frame_of(self._main))}"
-        held_up = [place for place in first if place.rank != self._rank]
-        _say(said + (f". Held up by {'; '.join(map(str, held_up))}" if held_up else ""))
+        message = f"error (rank {self._rank}): {why}: it {describe_frame(_frame_of(self._main))}"
+        held_up = [status for status in first if status.rank != self._rank]
+        _say(message + (f". Held up by {'; '.join(map(str, held_up))}" if held_up else ""))
         sys.stdout.flush()
         os._exit(1)
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether an error says no more than that other ranks cannot be reached: by its type alone."""
+    """Whether the type of an error says that other ranks cannot be reached, and nothing else."""
     return isinstance(error, LostContact | DistError)
 
 
 def _may_be_gloos(error: BaseException) -> bool:
-    """Whether it is a bare RuntimeError out of torch's backward or DistributedDataParallel.
+    """Whether the error is a bare RuntimeError of torch's backward or DistributedDataParallel.
 
-    The one collective that collectives.py does not call itself, DistributedDataParallel's average
-    of the gradients, fails so where gloo does. Errors of a backward do too, so whether the other
-    ranks are gone decides.
+    DistributedDataParallel's gradient all-reduce, the one collective that collectives.py does not
+    call, raises it when gloo fails. Other errors of a backward look the same, so the caller must
+    also find out whether the other ranks are gone.
     """
     frames = traceback.extract_tb(error.__traceback__)
     return type(error) is RuntimeError and bool(frames) and frames[-1].filename in _OF_DDP
@@ -253,7 +255,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _banner(text: str) -> str:
-    """A line that stands out from torchrun's report, which follows it."""
+    """A line that stands out from the report that torchrun prints after it."""
     return f"\n{'=' * 20} {text} {'=' * 20}\n"
 
 
@@ -262,9 +264,9 @@ def _say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def hearing(watchdog: Watchdog, signals: tuple[signal.Signals, ...]) -> Iterator[None]:
-    """Tell the watchdog of a signal at once, even while the main thread is inside of a collective,
-    where Python's own handlers wait for it to come back."""
+def listen_for_signals(watchdog: Watchdog, signals: tuple[signal.Signals, ...]) -> Iterator[None]:
+    """Tell the watchdog about a signal immediately, even while the main thread is in a collective:
+    Python runs its own handlers only after the collective returns."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

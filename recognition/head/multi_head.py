@@ -26,7 +26,7 @@ from recognition.head.partial_fc import Limits
 from recognition.losses import Margin, make_margin
 
 
-class Joint(NamedTuple):
+class MultiHeadLoss(NamedTuple):
     """The loss of a micro-batch, and that of each head without its weight."""
 
     total: Tensor  # []
@@ -140,18 +140,18 @@ def check_rows(cfg: Config, order: Order, world: int) -> None:
         )
 
 
-def joint_loss(
+def multi_head_loss(
     cfg: Config,
     heads: Sequence[PartialFC],
     embeddings: Tensor,  # [b, D] of this rank, set by set
     labels: Tensor,  # int64 [b] in the numbering of all classes
     rows: Sequence[Sequence[int]],  # [W][sets] rows of each rank
     features: Tensor | None,  # [b, D] of the slow encoder
-) -> Joint:
+) -> MultiHeadLoss:
     """The loss of a micro-batch; its collectives are those of each head in turn."""
     if not cfg.rec_heads:
         loss = heads[0](embeddings, labels, [sum(own) for own in rows], features)
-        return Joint(loss, loss.detach()[None])
+        return MultiHeadLoss(loss, loss.detach()[None])
     num_rows = sum(map(sum, rows))
     mine = rows[heads[0].group.rank()]
     losses, weighted, start, first_class = [], [], 0, 0
@@ -165,7 +165,7 @@ def joint_loss(
         weighted.append(loss * (cfg.rec_heads[k].get("loss_weight", 1.0) * sum(counts) / num_rows))
         losses.append(loss.detach())
         start, first_class = part.stop, first_class + head.num_classes
-    return Joint(torch.stack(weighted).sum(), torch.stack(losses))
+    return MultiHeadLoss(torch.stack(weighted).sum(), torch.stack(losses))
 
 
 def epochs_over(order: Order, num_heads: int, before: int, after: int) -> list[int | None]:

@@ -39,7 +39,7 @@ from recognition.inversion import pictures
 from recognition.inversion.descent import Batch, Terms, descend
 from recognition.inversion.identity import ClosedSet, Identity
 from recognition.inversion.settings import Settings
-from recognition.run.run_dir import OWNED_SECONDS, owned
+from recognition.run.run_dir import OWNED_SECONDS, lock_run_dir
 
 _OURS = {".lock", "images", "state", "progress"}  # before settings.json
 
@@ -136,12 +136,12 @@ def directory(out: Path, facts: Mapping[str, Any], runtime: Runtime) -> Iterator
         def take() -> None:
             if runtime.rank == 0:
                 files.make_private(out)
-                held.enter_context(owned(str(out)))
+                held.enter_context(lock_run_dir(str(out)))
                 for name in ("images", "state", "progress"):
                     files.make_private(out / name)
                 write_json(out / "settings.json", facts)
 
-        collectives.together(runtime.group, f"use {out}", take, OWNED_SECONDS)
+        collectives.run_on_all_ranks(runtime.group, f"use {out}", take, OWNED_SECONDS)
         yield
 
 

@@ -1,10 +1,9 @@
-"""What a run is made of: build(cfg, runtime) puts data, network, head and optimisers together."""
+"""build(cfg, runtime) assembles a run: data, network, heads, optimisers and schedule."""
 
 from __future__ import annotations
 
 import inspect
 import zlib
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from data_tools.common.errors import UserError
 from data_tools.common.image_size import check_size
 from data_tools.load import dali
 from data_tools.load.loader import check_labels, make_order
-from data_tools.load.order import Blocks, Order
+from data_tools.load.order import Blocks
 from data_tools.shards import FORMAT, Shards
 from data_tools.union import Union, open_all
 from eval.protocols import lfw
@@ -30,81 +29,29 @@ from recognition.backbones.input import INPUT_SIZE
 from recognition.config import Config
 from recognition.distributed import collectives
 from recognition.distributed.runtime import Runtime
-from recognition.distributed.step_timer import Phases
 from recognition.head import PartialFC, multi_head
 from recognition.head.kernels.autotune import choose_all
-from recognition.loss_scale import LossScaler
 from recognition.optim import RowAdamW, RowSGD
-from recognition.precision import dtype_of, resolve
-from recognition.run import changes, elastic, resume
-from recognition.run.embedding import embed
-from recognition.run.nonfinite import FiniteGuard, SkippingStep
+from recognition.precision import LossScaler, dtype_of, embed, resolve
+from recognition.run import elastic, resume
+from recognition.run.nonfinite import FiniteGuard
 from recognition.run.run_dir import commit, initial_weights
 from recognition.run.schedule import Schedule
-from recognition.run.spikes import SpikeGuard, Window, make_guard, skipped
+from recognition.run.spikes import make_guard, skipped
+from recognition.run.state import TrainState
 from recognition.weights import distill, head_init, saved_rows
 from recognition.weights.freezing import freeze, train_mode
 
 
-@dataclass
-class TrainState:
-    """A run in progress. `step` and `samples_seen` say where; the rest is what moves."""
-
-    cfg: Config
-    runtime: Runtime
-    data: Shards | Union
-    order: Order
-    val_sets: list[verification_bin.PairSet]
-    precision: str
-    model: DistributedDataParallel
-    parts: checkpoint.Parts
-    schedule: Schedule | elastic.RescaledSchedule
-    guard: FiniteGuard
-    facts: dict[str, Any]  # what config.json says beside the configuration
-    saved_by: int | None = None  # ranks that wrote the checkpoint it continues from
-    loaded_step: int | None = None  # of that checkpoint
-    resized: str = ""  # what follows another number of processes
-    said: list[str] = field(default_factory=list)  # lines for the start of the log
-    owes_verification: bool = False  # of the step that it continues after
-    changes: list[str] = field(default_factory=list)  # against the run that saved it
-    set_aside: list[str] = field(default_factory=list)  # damaged checkpoints, what was wrong
-    spikes: SpikeGuard | None = None
-    skipped: list[Window] = field(default_factory=list)  # samples left out after spikes
-    step: int = 0  # completed optimiser steps
-    samples_seen: int = 0
-    teacher: distill.Teacher | None = None
-    head_losses: torch.Tensor | None = None  # [heads] of the last step, without their weights
-    phases: Phases = field(init=False)  # of the steps' time
-    step_backbone: SkippingStep = field(init=False)  # by parts.optimizer
-
-    def __post_init__(self) -> None:
-        self.step_backbone = SkippingStep(self.parts.optimizer, self.runtime.device)
-        self.phases = Phases(self.runtime.device)
-        first = next(p for p in self.parts.backbone.parameters() if p.requires_grad)
-        # The last gradient that the backward finds: what follows is the end of its exchange.
-        # Of the phases alone: what a hook holds is out of the collector's sight.
-        enter = self.phases.enter
-        first.register_post_accumulate_grad_hook(lambda _: enter("communication"))
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.parts.backbone
-
-    @property
-    def head(self) -> PartialFC:
-        """The head, where there is one."""
-        return self.parts.head
-
-
 def build(cfg: Config, runtime: Runtime) -> TrainState:
-    """Data, network, head and optimisers, at the start of the run or at the checkpoint it resumes.
+    """The state of a new run, or of a run that resumes from a checkpoint.
 
     Raises:
-        ValueError, KeyError, FileNotFoundError: a mistake in the configuration or the data.
+        ValueError, KeyError, FileNotFoundError: the configuration or the data has a mistake.
     """
     if cfg.loader == "dali":
         dali.check_installed()
-    resumed_from, set_aside = resume.choose(cfg, runtime)
+    resumed_from, damaged = resume.choose_checkpoint(cfg, runtime)
     manifest = checkpoint.read_manifest_of_run(resumed_from) if resumed_from else None
     plan = elastic.plan(cfg, manifest, runtime.world)
     cfg = plan.cfg
@@ -126,15 +73,17 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     dtype = dtype_of(precision)
 
     torch.manual_seed(hash_words(cfg.seed, Purpose.NETWORK) >> 1)  # the same network on every rank
-    backbone, said = _make_backbone(cfg), list[str]()
+    backbone, messages = _make_backbone(cfg), list[str]()
     for pairs in val_sets if cfg.resize else []:
         count = lfw.count_resized(pairs, cfg.resize)
-        said.append(f"{pairs.name}.bin: {count} of {len(pairs.encoded)} images are resized")
+        messages.append(f"{pairs.name}.bin: {count} of {len(pairs.encoded)} images are resized")
     if cfg.init_from and resumed_from is None:
         order_of = None if cfg.init_color_order == "auto" else cfg.init_color_order
         weights = initial_weights(cfg.init_from, order_of)
         checkpoint.load_state(backbone, weights, cfg.init_from)
-        said.append(f"init_from={cfg.init_from}: {len(weights)} tensors of the network are taken")
+        messages.append(
+            f"init_from={cfg.init_from}: {len(weights)} tensors of the network are taken"
+        )
     if cfg.freeze:
         freeze(backbone, cfg.freeze)
     if cfg.sync_bn:
@@ -143,18 +92,18 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     backbone = backbone.to(runtime.device, dtype)
     backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = _distribute(cfg, backbone, runtime)
-    own_heads = [
+    heads = [
         head.to(runtime.device, dtype) for head in multi_head.make_heads(cfg, data, runtime.group)
     ]
-    said_before = manifest["config"].get("head_forms") if manifest else None
-    choices = choose_all(cfg, own_heads, runtime.world, said_before)
+    saved_forms = manifest["config"].get("head_forms") if manifest else None
+    choices = choose_all(cfg, heads, runtime.world, saved_forms)
     optimizer = _make_optimizer(cfg, backbone)
     scaler = LossScaler(runtime.device) if precision == "fp16" else None
     encoder = None
-    if multi_head.encoder_momentum(own_heads) is not None:
+    if multi_head.encoder_momentum(heads) is not None:
         encoder = _make_backbone(cfg).to(runtime.device, dtype).eval().requires_grad_(False)
         encoder.load_state_dict(backbone.state_dict())
-    head_parts = [checkpoint.HeadParts(head, _row_optimizer(cfg, head)) for head in own_heads]
+    head_parts = [checkpoint.HeadParts(head, _row_optimizer(cfg, head)) for head in heads]
     parts = checkpoint.Parts(backbone, optimizer, head_parts, scaler, encoder)
     schedule = _make_schedule(plan.first(), len(data), runtime.world)
     state = TrainState(
@@ -167,8 +116,8 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
             "labels_crc32": labels_crc32, "data_sha256": _hashes(data), **plan.facts(),
             "head_forms": [choice.form for choice in choices],
         },
-        said=said + [choice.said for choice in choices if choice.said],
-        set_aside=set_aside,
+        messages=messages + [choice.said for choice in choices if choice.said],
+        damaged=damaged,
         spikes=make_guard(cfg, runtime.group, runtime.device),
         skipped=skipped(cfg.output, None),
     )  # fmt: skip
@@ -176,13 +125,13 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         state.teacher = distill.open_teacher(
             cfg.teacher, cfg.embedding_size, len(data), runtime.device, precision
         )
-        state.said.append(
+        state.messages.append(
             f"teacher={cfg.teacher}: {cfg.teacher_loss} loss, teacher_weight={cfg.teacher_weight:g}"
         )
     if resumed_from is None and cfg.init_head is not None:
         _start_centres(state)
     elif resumed_from is None:
-        state.said.append(f"all {data.num_classes} class centres start at random")
+        state.messages.append(f"all {data.num_classes} class centres start at random")
     if resumed_from is not None:
         manifest = checkpoint.load(resumed_from, parts)
         state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
@@ -190,21 +139,21 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         state.skipped = skipped(cfg.output, manifest)
         if state.spikes is not None and manifest.get("spikes"):
             state.spikes.load(manifest["spikes"])
-        state.changes = changes.listed(manifest["config"], cfg, state.facts, resumed_from)
+        state.changes = resume.list_changes(manifest["config"], cfg, state.facts, resumed_from)
         due = state.step % cfg.verify_every == 0 and not manifest.get("metrics", True)
         pending = manifest.get(checkpoint.PENDING, False)
         state.owes_verification = bool(val_sets) and (due or pending)
         state.schedule = plan.schedule(schedule, state.step, state.samples_seen)
-        state.resized = plan.said
+        state.elastic_message = plan.message
         if manifest["global_batch"] != cfg.global_batch(runtime.world):
             batch = cfg.global_batch(runtime.world)
             state.changes.append(f"global batch {manifest['global_batch']} -> {batch}")
-        changes.refuse_ignored(state, manifest["config"], resumed_from)
+        resume.refuse_ignored(state, manifest["config"], resumed_from)
     return state
 
 
 def _hashes(data: Shards | Union) -> list[dict[str, str]]:
-    """What the run trains on, noted now: later the directory may hold another set."""
+    """Hashes of the data sets. The run records them because a directory may be repacked later."""
     return [
         {
             "name": one.path.name,
@@ -216,7 +165,7 @@ def _hashes(data: Shards | Union) -> list[dict[str, str]]:
 
 
 def _start_centres(state: TrainState) -> None:
-    """The class centres as init_head says, on every rank its own."""
+    """Initialise the class centres of this rank from init_head."""
     cfg, runtime = state.cfg, state.runtime
     if len(state.parts.heads) > 1:
         raise UserError("init_head fills one head: a run of several heads starts from new centres")
@@ -233,14 +182,14 @@ def _start_centres(state: TrainState) -> None:
                 lambda images: embed(state.backbone, images, state.precision, runtime.device),
                 cfg.resize,
             )  # fmt: skip
-        except UserError as error:  # perhaps of this rank's images alone
+        except UserError as error:  # it may concern this rank's images only
             raise OSError(str(error)) from error
 
-    filled = collectives.together(runtime.group, "start the class centres", fill)
+    filled = collectives.run_on_all_ranks(runtime.group, "start the class centres", fill)
     train_mode(state.backbone)
     state.facts["centres_started"] = sum(filled)
     others = state.data.num_classes - sum(filled)
-    state.said.append(
+    state.messages.append(
         f"init_head={source}: {sum(filled)} class centres start from {head_init.origin(source)}"
         + f"; the other {others} at random" * bool(others)
     )
@@ -251,14 +200,14 @@ def _make_backbone(cfg: Config) -> nn.Module:
 
 
 def _distribute(cfg: Config, backbone: nn.Module, runtime: Runtime) -> DistributedDataParallel:
-    """The backbone under DDP, its buckets in their final order.
+    """The backbone wrapped in DDP, with its buckets in their final order.
 
-    DDP reorders its buckets after the first backward, and the order of a sum over three or more
-    ranks follows. One backward before the first step lets a resumed run add in the order of the
-    unbroken one.
+    DDP reorders its buckets after the first backward, which changes the order in which three or
+    more ranks are summed. One backward before the first step makes a resumed run sum in the same
+    order as a run that was never interrupted.
     """
     if cfg.compile:
-        backbone.compile()  # in place: its parameters keep their names
+        backbone.compile()  # in place, so that its parameters keep their names
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
     new_name = "forward_sync_buffers" in known  # torch 2.13 renamed it
@@ -271,7 +220,7 @@ def _distribute(cfg: Config, backbone: nn.Module, runtime: Runtime) -> Distribut
         **buffers,
     )
     if cfg.gradient_compression == "bf16":
-        # Under its own name DDP takes the hook for nccl alone; gloo sums bf16 too.
+        # DDP accepts the hook by name for nccl only; wrapped in a lambda it also runs on gloo.
         model.register_comm_hook(
             runtime.group, lambda group, bucket: bf16_compress_hook(group, bucket)
         )
@@ -293,7 +242,7 @@ def _make_optimizer(cfg: Config, backbone: nn.Module) -> Optimizer:
     optimizer = SGD(
         parameters, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=True
     )
-    # torch's fused step allocates a momentum unwritten and leaves it so if it is told to skip.
+    # torch's fused step allocates the momentum buffer uninitialised and leaves it so when it skips.
     for parameter in parameters if cfg.momentum else []:
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -326,7 +275,7 @@ def _load_val_set(data: Shards | Union, name: str, resize: bool) -> verification
             f"{name}.bin has {same} pairs of one person and {len(pairs.issame) - same} of two: ten "
             "folds need ten pairs, and pairs of both kinds"
         )
-    lfw.count_resized(pairs, resize)  # now, and not after the first steps
+    lfw.count_resized(pairs, resize)  # fail now rather than at the first verification
     return pairs
 
 
@@ -345,13 +294,13 @@ def _check_keep_best(cfg: Config) -> None:
 
 
 def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
-    for name, said, true in [
+    for name, stated, true in [
         ("num_classes", cfg.num_classes, data.num_classes),
         ("num_image", cfg.num_image, data.num_images),
     ]:
-        if said is not None and said != true:
-            raise UserError(f"{name}={said}, but {cfg.rec} has {true}: leave {name} out")
-    # A share of a batch may be a row more or less from step to step.
+        if stated is not None and stated != true:
+            raise UserError(f"{name}={stated}, but {cfg.rec} has {true}: leave {name} out")
+    # From step to step a set's share of the batch may vary by one row.
     least = cfg.global_batch(world) // (world * cfg.accumulation) - len(
         cfg.rec_shares or cfg.rec_heads
     )

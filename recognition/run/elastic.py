@@ -1,14 +1,14 @@
-"""A run that goes on at another number of processes: what of its batch stays and what follows.
+"""What adapts when a run resumes at another world size, as elastic= chooses.
 
-elastic=       global batch   images per process   accumulation   learning rate
-batch_size     stays          follows              stays          stays
-accumulation   stays          at most the first    follows        stays
-lr             follows        stays                stays          linear in the batch
-auto           accumulation; with sync_bn=true batch_size, which leaves the statistics, and with
-               them the curve, as they are
+elastic=       global batch   images per process        accumulation   learning rate
+batch_size     kept           adapts                    kept           kept
+accumulation   kept           at most as at the start   adapts         kept
+lr             adapts         kept                      kept           linear in the batch
+auto           accumulation; with sync_bn=true batch_size, which keeps BatchNorm's statistics and
+               thereby the loss curve
 
-The linear rule: arXiv:1706.02677 section 2.1. Under it the schedule goes by images, not by steps:
-the run ends after as many images as it would have seen.
+The linear rule is that of arXiv:1706.02677 section 2.1. With it the schedule counts images instead
+of steps, so the run ends after the same number of images as planned at its start.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from recognition.run.schedule import Schedule
 
 @dataclass(frozen=True)
 class Plan:
-    """The configuration as the number of processes makes it, and what the run began with."""
+    """The configuration adapted to the world size, and the batch that the run began with."""
 
     cfg: Config
-    first_batch: int  # images of a step over all processes, at the start of the run
-    first_rows: int  # images per process and micro-step, at most, at the start of the run
-    said: str = ""  # what follows the number of processes, where it changed
+    first_batch: int  # global batch at the start of the run
+    first_rows: int  # most images per process and micro-step at that start
+    message: str = ""  # for the log, if the world size has changed
 
     def first(self) -> Config:
-        """The configuration that the schedule is made of: under elastic=lr that of the start."""
+        """The configuration that defines the schedule: with elastic=lr that of the start."""
         if self.cfg.elastic != "lr":
             return self.cfg
         return dataclasses.replace(self.cfg, global_batch_size=self.first_batch)
@@ -41,7 +41,7 @@ class Plan:
     def schedule(
         self, first: Schedule, step: int, samples_seen: int
     ) -> Schedule | RescaledSchedule:
-        """The schedule after `step` steps, from the one made of first()."""
+        """The schedule from `step` on; `first` is the one made from first()."""
         batch = self.cfg.global_batch_size
         if self.cfg.elastic != "lr" or batch is None:
             return first
@@ -52,7 +52,7 @@ class Plan:
 
 
 def plan(cfg: Config, manifest: Mapping[str, Any] | None, world: int) -> Plan:
-    """What a run does with its batch on `world` processes; manifest: what it continues from."""
+    """Adapt the batch to `world` processes; manifest: of the checkpoint resumed from."""
     if manifest is None or _asked_anew(cfg, manifest):
         batch = cfg.global_batch(world)
         return Plan(cfg, batch, _rows(batch, world, cfg.accumulation))
@@ -65,7 +65,7 @@ def plan(cfg: Config, manifest: Mapping[str, Any] | None, world: int) -> Plan:
     if rule == "lr":
         batch = first_rows * world * cfg.accumulation
         if world * cfg.accumulation == first_batch // first_rows:
-            batch = first_batch  # as at the start, where it did not divide
+            batch = first_batch  # exactly as at the start, even if that did not divide evenly
         fitted = dataclasses.replace(cfg, global_batch_size=batch)
         how = f"lr times {batch / first_batch:g}, with the batch of {first_batch} -> {batch}"
     else:
@@ -81,12 +81,12 @@ def plan(cfg: Config, manifest: Mapping[str, Any] | None, world: int) -> Plan:
     same = (batch, fitted.accumulation) == (cfg.global_batch(world), cfg.accumulation)
     if manifest["world"] == world:
         return Plan(cfg if same and rule != "lr" else fitted, first_batch, first_rows)
-    said = f"{manifest['world']} -> {world} processes, elastic={rule}: {how}"
-    return Plan(fitted, first_batch, first_rows, said)
+    message = f"{manifest['world']} -> {world} processes, elastic={rule}: {how}"
+    return Plan(fitted, first_batch, first_rows, message)
 
 
 def _asked_anew(cfg: Config, manifest: Mapping[str, Any]) -> bool:
-    """Whether another batch was typed than that which the run began with."""
+    """Whether the user asks for another batch than the run began with."""
     saved = manifest["config"]
     if cfg.global_batch_size is None:
         return cfg.batch_size != saved["batch_size"]
@@ -99,12 +99,12 @@ def _rows(batch: int, world: int, accumulation: int) -> int:
 
 @dataclass(frozen=True)
 class RescaledSchedule:
-    """The schedule of a run whose batch has changed, by the images that it has seen."""
+    """The schedule of a run whose batch has changed, as a function of the images seen."""
 
-    first: Schedule  # of the run at its first batch
+    first: Schedule  # the schedule at the first batch
     first_batch: int
     batch: int
-    step: int  # completed when it changed
+    step: int  # completed when the batch changed
     samples_seen: int  # by then
 
     @property

@@ -1,5 +1,4 @@
-"""What a run says: one readable line, one JSON object and TensorBoard scalars from the same
-record."""
+"""The log of a run: one record becomes a console line, a JSON object and TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -20,18 +19,18 @@ from recognition.losses.margin import Histogram, Statistics
 
 
 class Logger:
-    """metrics.jsonl, TensorBoard events and the console of rank 0; silent on the other ranks.
+    """Writes metrics.jsonl, TensorBoard events and the console on rank 0; other ranks log nothing.
 
-    A resumed run continues the files: what they say of steps after `step`, which are about to be
-    done again, is removed. Where they cannot be written (a full disk) the run goes on, says so, and
-    metrics.jsonl gets the records when it can be; TensorBoard lacks them.
+    A resumed run appends to the files after removing the records of steps after `step`, which are
+    about to be repeated. If the files cannot be written (a full disk), the run warns and continues:
+    metrics.jsonl receives the records once it is writable again, TensorBoard loses them.
     """
 
     def __init__(self, run_dir: str, rank: int, step: int) -> None:
         self._file: IO[bytes] | None = None
         self._writer: SummaryWriter | None = None
         self._events, self._purge = os.path.join(run_dir, "events"), step + 1
-        self._waiting = b""  # of metrics.jsonl, not written yet
+        self._waiting = b""  # records of metrics.jsonl that are not written yet
         self._failing = False
         if rank == 0:
             os.makedirs(run_dir, exist_ok=True)
@@ -45,10 +44,10 @@ class Logger:
         line: str,
         histograms: Mapping[str, Histogram] | None = None,
     ) -> None:
-        """One object of metrics.jsonl, its numbers to TensorBoard, and `line` on the console.
+        """Write the record to metrics.jsonl, its numbers to TensorBoard and `line` to the console.
 
-        `step` must be there; nested objects become names with slashes in TensorBoard. Histograms
-        go to TensorBoard alone, as head/<name>.
+        The record must have a `step`; nested objects become names with slashes in TensorBoard.
+        Histograms go to TensorBoard only, as head/<name>.
         """
         if self._file is None:
             return
@@ -77,7 +76,7 @@ class Logger:
                     self._writer.add_scalar(name, value, record["step"])
             for name, histogram in histograms.items():
                 _add_histogram(self._writer, f"head/{name}", histogram, record["step"])
-        except OSError:  # from its thread, which has ended
+        except OSError:  # raised in the writer's thread, which has ended
             self._writer, self._purge = None, record["step"]
             raise
 
@@ -92,8 +91,8 @@ class Logger:
         return self
 
     def _quiet_writer(self, failed: threading.ExceptHookArgs) -> None:
-        """The error of TensorBoard's own thread reaches record() too, which reports it on one
-        line: no traceback of the thread."""
+        """Suppress the traceback of TensorBoard's writer thread: record() receives the same error
+        and reports it on one line."""
         if not (
             isinstance(failed.exc_value, OSError)
             and type(failed.thread).__name__ == "_AsyncWriterThread"
@@ -118,7 +117,7 @@ class Logger:
 
 
 def as_numbers(statistics: Statistics) -> dict[str, float]:
-    """What is one number of the statistics. One host synchronisation for each."""
+    """The scalar statistics. One host synchronisation for each."""
     return {name: x.item() for name, x in statistics.items() if isinstance(x, Tensor)}
 
 
@@ -143,8 +142,8 @@ def _add_histogram(writer: SummaryWriter, name: str, histogram: Histogram, step:
 
 
 def _forget_after(path: str, step: int) -> None:
-    """Cut off the records after `step` (all, at 0), and a line that a killed run left unfinished.
-    Needs no room on the disk."""
+    """Remove the records after `step` (all of them at step 0), and an incomplete last line that a
+    killed run left. Needs no disk space."""
     if not files.exists(path):
         return
     end = size = 0
@@ -158,7 +157,7 @@ def _forget_after(path: str, step: int) -> None:
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with null for numbers that JSON does not have."""
+    """The record with null in place of inf and nan, which JSON lacks."""
     return {
         name: _finite(value)
         if isinstance(value, Mapping)

@@ -1,4 +1,4 @@
-"""The guard against inf and nan: found on the device, agreed over the ranks, named on the host."""
+"""The guard against inf and nan: found on the device, agreed on by all ranks, named on the host."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from recognition.distributed.collectives import gather_objects, largest_over_ran
 
 
 class FiniteGuard:
-    """Looks at the tensors of each step. A step with a non-finite one is to be skipped by all
-    ranks; raise_if_found() then stops the run with their names."""
+    """Checks the tensors of each step. All ranks skip a step that has a non-finite tensor;
+    raise_if_found() then stops the run and names the tensors."""
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self._group = group
-        self._found = torch.zeros((), device=device)  # 1.0 from the first bad step on
+        self._found = torch.zeros((), device=device)  # 1.0 once a step was not finite
         self._step = torch.zeros((), dtype=torch.int64, device=device)
-        self._flags: Tensor | None = None  # bool [number of names], of the first bad step
+        self._flags: Tensor | None = None  # bool [names] of that first step
         self._names: list[str] = []
 
     @torch.no_grad()
-    def look(
+    def check(
         self, tensors: Mapping[str, Tensor], step: int, tolerated: Mapping[str, Tensor]
     ) -> Tensor:
         """1.0 if any tensor on any rank is not finite, else 0.0: float32 [], equal on all ranks.
 
-        No host synchronisation; one all-reduce of two numbers. `tolerated` tensors count for the
-        answer but not for raise_if_found(): fp16 gradients overflow now and then. The names must be
-        the same at every step.
+        No host synchronisation; one all-reduce of two numbers. `tolerated` tensors affect the
+        result but not raise_if_found(): fp16 gradients overflow occasionally. The names must be the
+        same at every step.
         """
         device = self._found.device
         flags, tolerated_flags = _non_finite(tensors, device), _non_finite(tolerated, device)
@@ -40,7 +40,7 @@ class FiniteGuard:
         worst = largest_over_ranks(local, self._group)  # [2]
         if self._flags is None:
             self._names, self._flags = list(tensors), torch.zeros_like(flags)
-        assert self._names == list(tensors), "the names of the looked-at tensors have changed"
+        assert self._names == list(tensors), "the names of the checked tensors have changed"
         first = (self._found == 0) & (worst[0] > 0)
         self._flags = torch.where(first, flags, self._flags)
         self._step = torch.where(first, step, self._step)
@@ -70,17 +70,17 @@ class FiniteGuard:
 
 
 class SkippingStep:
-    """The step of a torch optimiser, left out by the flag that the ranks agreed on.
+    """A torch optimiser's step that is skipped when the flag that the ranks agreed on is set.
 
-    torch's fused optimisers read the flag on the device, without a host synchronisation. Whether
-    this one does is tried once, on a parameter of its own; for any other the host reads the flag.
+    torch's fused optimisers read the flag on the device, without a host synchronisation. A trial
+    step on a separate parameter tells whether this optimiser does; otherwise the host reads it.
     """
 
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         self._optimizer = optimizer
         self.on_device = _honours_found_inf(optimizer, device)
 
-    def __call__(self, found_inf: Tensor) -> None:  # [] not 0: leave the step out
+    def __call__(self, found_inf: Tensor) -> None:  # []; not 0: skip the step
         if self.on_device:
             _set_found_inf(self._optimizer, found_inf)
         elif found_inf.item():
@@ -89,7 +89,7 @@ class SkippingStep:
 
 
 def _honours_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
-    """Whether an optimiser of this type and options leaves a step out if it is told to."""
+    """Whether an optimiser of this type and these options obeys the flag `found_inf`."""
     first = next(p for group in optimizer.param_groups for p in group["params"])
     parameter = nn.Parameter(torch.ones(2, device=device, dtype=first.dtype))
     taken = inspect.signature(type(optimizer)).parameters
@@ -99,7 +99,7 @@ def _honours_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
         parameter.grad = torch.ones_like(parameter)
         _set_found_inf(probe, torch.ones((), device=device))
         probe.step()
-    except Exception:  # each has its own way of refusing the flag
+    except Exception:  # optimisers reject the flag in different ways
         return False
     return bool((parameter == 1).all())
 
@@ -109,11 +109,11 @@ def _set_found_inf(optimizer: Optimizer, found_inf: Tensor) -> None:
 
 
 def _non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """Which tensors hold an inf or a nan: bool [number of tensors]; an empty one does not."""
+    """Which tensors contain an inf or a nan: bool [tensors]; False for an empty tensor."""
     filled = [tensor.detach().flatten() for tensor in tensors.values() if tensor.numel()]
     norms = iter(torch._foreach_norm(filled, torch.inf) if filled else [])
     nothing = torch.zeros((), device=device)
-    # Of class rows in host memory the gradient is there too.
+    # The gradient of class rows in host memory lies on the host as well.
     worst = [
         next(norms).float().to(device) if tensor.numel() else nothing for tensor in tensors.values()
     ]

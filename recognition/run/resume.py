@@ -1,38 +1,46 @@
-"""Where a run goes on: the checkpoint that all ranks agree on and that is what was written."""
+"""Which checkpoint a run resumes from, and what the new configuration may change."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
+from data_tools.common.errors import UserError
+from data_tools.common.schema import options_of
 from recognition import checkpoint
 from recognition.config import Config
 from recognition.distributed import collectives
 from recognition.distributed.runtime import Runtime
-from recognition.run.run_dir import OWNED_SECONDS, check_ours, owned
+from recognition.run.run_dir import OWNED_SECONDS, lock_run_dir, refuse_foreign_files
+
+if TYPE_CHECKING:
+    from recognition.run.state import TrainState
 
 
-def choose(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
-    """The verified checkpoint that this run continues from, None for a new run; and what was wrong
-    with those that were set aside on the way.
+def choose_checkpoint(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
+    """The verified checkpoint to resume from, or None for a new run; and what was wrong with newer
+    checkpoints that were passed over.
 
     With resume=auto a damaged checkpoint is renamed to step-N.damaged and the one before it is
-    taken: nobody has to come for it. One that resume= names is not.
+    used, so that no person has to intervene. A checkpoint that resume= names is never renamed.
 
     Raises:
         FileNotFoundError: resume= names no checkpoint.
-        FileExistsError: a new run is asked for where one lies already; or the output holds files
-            of something else.
-        Damaged: the checkpoint that resume= names, with the file and the checkpoint before it; or,
-            with resume=auto, every one that there is.
+        FileExistsError: a new run was requested but the output holds a run already, or files that
+            no run wrote.
+        Damaged: the checkpoint that resume= names is damaged (the message names the file and the
+            checkpoint before it); or, with resume=auto, all checkpoints are.
         ValueError: the ranks do not see the same checkpoints.
         OSError: a checkpoint cannot be read.
     """
-    _alike(runtime, lambda: check_ours(cfg.output) if runtime.rank == 0 else None)
+    _raise_on_all_ranks(
+        runtime, lambda: refuse_foreign_files(cfg.output) if runtime.rank == 0 else None
+    )
     if cfg.resume == "auto":
-        return newest_good(cfg, runtime)
-    path = _alike(runtime, lambda: _named(cfg))
+        return newest_intact(cfg, runtime)
+    path = _raise_on_all_ranks(runtime, lambda: _named_checkpoint(cfg))
     collectives.check_same(runtime.group, resumed_from=path and os.path.basename(path))
     if path is not None:
         try:
@@ -42,18 +50,18 @@ def choose(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
     return path, []
 
 
-def newest_good(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
-    """The newest checkpoint of the run that is what was written, None where there is none; and what
-    was wrong with newer ones, which are renamed.
+def newest_intact(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
+    """The run's newest intact checkpoint, or None if it has no checkpoint; and what was wrong with
+    newer ones, which are renamed.
 
-    A complete one that a killed save did not rename is given its name.
+    If a save was killed after writing all files but before the final rename, the rename is done.
 
     Raises:
-        Damaged: there are checkpoints, and none is what was written; they stay as they are.
+        Damaged: every checkpoint is damaged; they keep their names.
         ValueError: the ranks do not see the same checkpoints.
-        OSError: one cannot be read; or another run holds the output.
+        OSError: a checkpoint cannot be read, or another run holds the output.
     """
-    found = _listed(cfg, runtime)
+    found = _checkpoints_of(cfg, runtime)
     wrong: list[tuple[str, str]] = []
     good = None
     for path in found:
@@ -73,25 +81,25 @@ def newest_good(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
     def rename() -> tuple[list[str], str]:
         if runtime.rank != 0:
             return [], ""
-        with owned(cfg.output):  # no other run may be writing there
+        with lock_run_dir(cfg.output):  # no other run may write there meanwhile
             aside = [os.path.basename(checkpoint.set_aside(path)) for path, _ in wrong]
             return aside, checkpoint.take(good)
 
     what = "set the checkpoint aside"
-    aside, taken = collectives.together(runtime.group, what, rename, OWNED_SECONDS)[0]
-    said = [f"{why}; it is now {name}" for (_, why), name in zip(wrong, aside, strict=True)]
-    return taken, said
+    aside, taken = collectives.run_on_all_ranks(runtime.group, what, rename, OWNED_SECONDS)[0]
+    damaged = [f"{why}; it is now {name}" for (_, why), name in zip(wrong, aside, strict=True)]
+    return taken, damaged
 
 
-def _listed(cfg: Config, runtime: Runtime) -> list[str]:
-    """What may be checkpoints of the run, the newest first, alike on all ranks."""
-    own = _alike(runtime, lambda: checkpoint.copies(cfg.output))
-    collectives.check_same(runtime.group, resumed_from=[os.path.basename(path) for path in own])
-    return own
+def _checkpoints_of(cfg: Config, runtime: Runtime) -> list[str]:
+    """Candidate checkpoints of the run, newest first; the same list on all ranks."""
+    found = _raise_on_all_ranks(runtime, lambda: checkpoint.copies(cfg.output))
+    collectives.check_same(runtime.group, resumed_from=[os.path.basename(path) for path in found])
+    return found
 
 
 def _refuse_none(cfg: Config, wrong: list[str]) -> None:
-    """Raises: Damaged, if there were checkpoints: to start anew is then for a person to decide."""
+    """Raise Damaged if there were checkpoints: only a person may decide to start over."""
     known = [f"{path} was set aside" for path in checkpoint.named_damaged(cfg.output)]
     if wrong or known:
         raise checkpoint.Damaged(
@@ -100,11 +108,11 @@ def _refuse_none(cfg: Config, wrong: list[str]) -> None:
         )
 
 
-def _named(cfg: Config) -> str | None:
+def _named_checkpoint(cfg: Config) -> str | None:
     """The checkpoint directory that resume= names, None for a new run.
 
     Raises:
-        FileNotFoundError, FileExistsError: as choose().
+        FileNotFoundError, FileExistsError: as choose_checkpoint().
     """
     if cfg.resume is None:
         if checkpoint.copies(cfg.output) or checkpoint.named_damaged(cfg.output):
@@ -116,30 +124,99 @@ def _named(cfg: Config) -> str | None:
         found = checkpoint.find(cfg.resume)
     except FileNotFoundError:
         raise FileNotFoundError(f"resume={cfg.resume}: no complete checkpoint there") from None
-    own = checkpoint.newest(cfg.output)
-    if own and not os.path.samefile(own, found):
+    newest = checkpoint.newest(cfg.output)
+    if newest and not os.path.samefile(newest, found):
         raise FileExistsError(
-            f"{cfg.output} holds {os.path.basename(own)} already, which resume={cfg.resume} would "
-            "leave behind: resume=auto continues it; or choose another output="
+            f"{cfg.output} holds {os.path.basename(newest)} already, which resume={cfg.resume} "
+            "would leave behind: resume=auto continues it; or choose another output="
         )
     return found
 
 
-def _alike(runtime: Runtime, action: Callable[[], Any]) -> Any:
-    """This rank's result of `action`.
+def _raise_on_all_ranks(runtime: Runtime, action: Callable[[], Any]) -> Any:
+    """This rank's result of `action`; if the action fails on any rank, all ranks raise.
 
     Raises:
-        OSError: this rank's own, or that of the first rank that has one.
+        OSError: the error of this rank, or else of the first rank that failed.
     """
     result, failure = None, None
     try:
         result = action()
     except OSError as error:
         failure = error
-    said = failure and f"rank {runtime.rank}: {failure}"
-    others = [text for text in collectives.gather_objects(said, runtime.group) if text]
+    message = failure and f"rank {runtime.rank}: {failure}"
+    others = [text for text in collectives.gather_objects(message, runtime.group) if text]
     if failure is not None:
         raise failure
     if others:
         raise OSError(others[0])
     return result
+
+
+# --- What the configuration changes ---------------------------------------------------------------
+
+# Keys that may change at a resume without a log line: none of them changes a number of the run.
+_FREE = {"first_batch", "first_rows", "commit", "world"} | {
+    name for name, option in options_of(Config).items() if option.may_change
+}
+
+
+def list_changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path: str) -> list[str]:
+    """What has changed since the checkpoint was saved, as "key was -> is".
+
+    Raises:
+        ValueError: the change would alter the order of samples.
+    """
+    now = dataclasses.asdict(cfg) | facts
+    order = {"seed": "seed", "labels_crc32": "data set", "shuffle_block": "shuffle_block"}
+    if cfg.rec_shares or saved.get("rec_shares"):
+        order["rec_shares"] = "rec_shares"
+    if cfg.shuffle_block:
+        order["shuffle_window"] = "shuffle_window"
+    facts_since = ("head_forms", "data_sha256")
+    newer = dataclasses.asdict(Config(rec="")) | {key: now[key] for key in facts_since}
+    saved = newer | saved  # keys newer than the checkpoint
+    for key, what in order.items():
+        if saved.get(key) != now[key]:
+            raise UserError(
+                f"cannot resume from {path} with another {what}: images of the epoch would be "
+                "repeated or skipped. Start a new run with init_from= and another output"
+            )
+    return [f"{key} {saved.get(key)} -> {now[key]}" for key in now
+            if key not in _FREE and saved.get(key) != now[key]]  # fmt: skip
+
+
+# Keys that only a new run reads: at a resume another value would have no effect.
+_OF_THE_START = ("init_from", "init_head", "init_label_map")
+# Keys that may differ in a complete run: total_steps has been compared already, and accumulation
+# follows the world size.
+_OF_THE_LENGTH = {"max_steps", "num_epochs", "accumulation"}
+
+
+def refuse_ignored(state: TrainState, saved: Mapping[str, Any], path: str) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        ValueError: an option of the start was changed in a run that has begun, or an option of the
+            steps in a run that has no steps left.
+    """
+    cfg = state.cfg
+    for key in _OF_THE_START:
+        asked, was = getattr(cfg, key), saved.get(key)
+        if asked is not None and (was is None or os.path.abspath(asked) != os.path.abspath(was)):
+            raise UserError(
+                f"{key}={asked} would be ignored: the run continues from {path}, which began with "
+                f"{key}={was or 'none'}. Leave it as it was, or start a new run in another output"
+            )
+    if state.step < state.schedule.total_steps:
+        return
+    asked_for = {field.name for field in dataclasses.fields(cfg)} - set(state.facts)
+    ignored = [
+        change for change in state.changes if change.split()[0] in asked_for - _OF_THE_LENGTH
+    ]
+    if ignored:
+        raise UserError(
+            f"{cfg.output} is complete after {state.step} steps, and so {', '.join(ignored)} would "
+            "be ignored: choose another output= for a new run (init_from= starts it from this "
+            "network), or more steps to go on with it"
+        )

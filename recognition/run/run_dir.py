@@ -1,12 +1,15 @@
-"""A run directory around training: what to start from, who writes there, what was asked."""
+"""The run directory: initial weights, its lock, config.json, and the traceback of a failed rank."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import subprocess
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,13 +27,13 @@ _SOURCE_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def initial_weights(path: str, color_order: str | None = None) -> Mapping[str, Tensor]:
-    """The backbone's state to start from: a run or checkpoint directory, or a published file.
+    """The backbone's initial state, from a run or checkpoint directory or from a published file.
 
-    color_order: of a file's training images, where it is not the one that its kind has.
+    color_order: channel order that the file's network expects; None: the usual one of its format.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: the file holds something else than tensors by name.
+        FileNotFoundError: `path` does not exist.
+        ValueError: the file does not hold named tensors.
     """
     if files.is_dir(path):
         return checkpoint.load_backbone(path)[0].state_dict()
@@ -43,8 +46,8 @@ def initial_weights(path: str, color_order: str | None = None) -> Mapping[str, T
 
 
 @contextlib.contextmanager
-def owned(output: str) -> Iterator[None]:
-    """Hold the run directory: two runs at once would overwrite one another's files.
+def lock_run_dir(output: str) -> Iterator[None]:
+    """Lock the run directory while the body runs: two runs would overwrite each other's files.
 
     Raises:
         OSError: another process holds it; the message names its host and process id.
@@ -55,17 +58,17 @@ def owned(output: str) -> Iterator[None]:
         yield
 
 
-def check_ours(output: str) -> None:
-    """Refuse a directory where a run would write over files of something else.
+def refuse_foreign_files(output: str) -> None:
+    """Refuse an output directory in which the run would overwrite files that no run wrote.
 
     Raises:
-        FileExistsError: naming them.
-        OSError: they cannot be read.
+        FileExistsError: there are such files; the message names them.
+        OSError: a file cannot be read.
     """
     there = [name for name in _WRITTEN if files.exists(os.path.join(output, name))]
     foreign = [name for name in there if not _WRITTEN[name](_start_of(output, name))]
     if not foreign and "config.json" not in there and not _has_checkpoints(output):
-        # Files like ours, with nothing beside them that says that they are.
+        # They look like files of a run, but nothing else here belongs to one.
         foreign = [name for name in there if _start_of(output, name)]
         foreign += [name for name in _DIRECTORIES if files.names(os.path.join(output, name))]
     if foreign:
@@ -76,7 +79,7 @@ def check_ours(output: str) -> None:
 
 
 def _start_of(output: str, name: str) -> bytes:
-    """What a file begins with."""
+    """The first bytes of a file."""
     path = os.path.join(output, name)
     with files.naming(path), open(path, "rb") as file:
         return file.read(_START_BYTES)
@@ -96,7 +99,7 @@ def _is_config(start: bytes) -> bool:
 
 def _is_metrics(start: bytes) -> bool:
     line, newline, _ = start.partition(b"\n")
-    if not newline:  # of a run that was killed at its first record
+    if not newline:  # the run was killed while it wrote its first record
         return b'{"step"'.startswith(line[:7])
     return "step" in (_object(line) or {})
 
@@ -110,7 +113,7 @@ def _is_list(start: bytes) -> bool:
 
 
 _START_BYTES = 1 << 20
-# What a run writes over, and whether it was a run's before; an empty file is nobody's.
+# The files that a run overwrites, and how to tell that a run wrote them. An empty file is free.
 _WRITTEN: dict[str, Callable[[bytes], bool]] = {
     "config.json": _is_config,
     "metrics.jsonl": _is_metrics,
@@ -121,22 +124,22 @@ _DIRECTORIES = ("checkpoints",)
 
 
 def _has_checkpoints(output: str) -> bool:
-    """Whether there is a checkpoint of ours, whole, damaged or half written."""
+    """Whether there is a checkpoint of a run: complete, damaged or partly written."""
     return bool(checkpoint.newest(output) or checkpoint.named_damaged(output))
 
 
 def write_config(cfg: Config, facts: Mapping[str, Any]) -> None:
-    """config.json of the run: every key as resolved, and `facts` (world, precision, data...)."""
+    """Write config.json: every resolved key, and `facts` (world, precision, data, ...)."""
     os.makedirs(cfg.output, exist_ok=True)
     path = os.path.join(cfg.output, "config.json")
     text = json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1)
     if files.exists(path) and files.read_bytes(path) == text.encode():
-        return  # a restart needs no room on a full disk
+        return  # so that a restart works on a full disk
     files.write_text(path, text)
 
 
 def commit() -> str | None:
-    """The git commit of the code that runs, with '+' after it where files differ from it."""
+    """The git commit of the running code, with '+' appended if the working tree differs."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
@@ -145,3 +148,18 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return described.stdout.strip()
+
+
+def record_failure(error: BaseException, directory: str, rank: int) -> None:
+    """Print the full traceback of the error and its causes on stderr, and append it to
+    error-rank-<rank>.txt in `directory` unless that is "". Never fails."""
+    text = "".join(traceback.format_exception(error))
+    print(text, file=sys.stderr, end="", flush=True)
+    if not directory:
+        return
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    with (
+        contextlib.suppress(OSError),
+        open(os.path.join(directory, f"error-rank-{rank}.txt"), "a", encoding="utf-8") as file,
+    ):
+        file.write(f"{now}, process {os.getpid()}\n{text}\n")

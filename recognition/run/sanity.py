@@ -1,4 +1,4 @@
-"""What a training is likely to suffer from, said at its start with the counts."""
+"""Likely mistakes in the data and the options, which a run reports at its start."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 
 from recognition.config import Config
 from recognition.head import multi_head
-from recognition.run.build import TrainState
+from recognition.run.state import TrainState
 
-# What recipes of the field use, and how far off is worth a word.
+# Usual values, and the factor from which a deviation is reported.
 _USUAL_LR = {"sgd": 0.1, "adamw": 1e-3}
 _FAR_LR = 20.0
 _FAR_SCALE = 4.0
-_NAMES = 3  # listed of many
+_NAMES = 3  # of frozen parameters that are listed
 
 
 def lines(state: TrainState) -> list[str]:
-    """Lines for the start of the log; those that begin with "warning: " name a likely mistake."""
+    """Lines for the start of the log; "warning: " marks a likely mistake."""
     per_class = np.bincount(state.data.labels, minlength=state.data.num_classes)  # [C]
     batch = state.cfg.global_batch(state.runtime.world)
     found = [
@@ -66,7 +66,7 @@ def _classes(per_class: np.ndarray) -> list[str]:
 
 def _lr(cfg: Config) -> list[str]:
     usual = _USUAL_LR[cfg.optimizer]
-    low = cfg.lr < usual / _FAR_LR and cfg.init_from is None  # fine-tuning takes small ones
+    low = cfg.lr < usual / _FAR_LR and cfg.init_from is None  # fine-tuning uses small rates
     if not low and cfg.lr <= usual * _FAR_LR:
         return []
     return [
@@ -83,7 +83,7 @@ def _scales(state: TrainState) -> list[str]:
         if "scale" not in known or not isinstance(known["scale"].default, int | float):
             continue
         usual, scale = float(known["scale"].default), getattr(margin, "scale", None)
-        if not isinstance(scale, int | float):  # it is learned
+        if not isinstance(scale, int | float):  # the scale is learned
             continue
         if not usual / _FAR_SCALE <= scale <= usual * _FAR_SCALE:
             found.append(

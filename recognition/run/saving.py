@@ -1,4 +1,4 @@
-"""When and with what a run saves: the facts of its checkpoints, and what the log says of them."""
+"""Checkpoints of a run: when one is written, and what its manifest records."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from recognition import checkpoint
-from recognition.run.build import TrainState
 from recognition.run.logger import Logger
+from recognition.run.state import TrainState
 
-_LAST_WAITS = (5.0, 20.0)  # seconds before the run's last checkpoint is tried again
+_LAST_WAITS = (5.0, 20.0)  # seconds before the last checkpoint is retried
 
 
 def make_saver(state: TrainState, logger: Logger) -> checkpoint.Saver:
-    """The run's saver; the log gets what fails, and the run goes on."""
+    """The run's saver. A save that fails is logged, and the run continues."""
     cfg = state.cfg
 
     def report(step: int, why: str) -> None:
@@ -31,12 +31,12 @@ def make_saver(state: TrainState, logger: Logger) -> checkpoint.Saver:
 
 
 def save(saver: checkpoint.Saver, state: TrainState, results: Mapping[str, Any]) -> None:
-    """Begin a checkpoint of the present step; of the last step, end it.
+    """Start saving the present step; at the last step, wait until it is saved.
 
-    results: of the verification of this step, by set.
+    results: of this step's verification, by set.
 
     Raises:
-        OSError: the last checkpoint cannot be written, again and again.
+        OSError: the last checkpoint could not be written, after all retries.
     """
     if state.step < state.schedule.total_steps:
         saver.save(state.parts, facts(state, results))
@@ -47,15 +47,15 @@ def save(saver: checkpoint.Saver, state: TrainState, results: Mapping[str, Any])
 def save_now(
     saver: checkpoint.Saver, state: TrainState, results: Mapping[str, Any] | None = None
 ) -> str:
-    """Write a checkpoint of the present step before the run ends here; its path."""
+    """Write a checkpoint of the present step before the run ends; returns its path."""
     return saver.save_now(state.parts, facts(state, results or {}), _LAST_WAITS)
 
 
 def save_here(state: TrainState) -> str:
-    """A checkpoint of the present step for those who write a loop of their own; its path.
+    """Save the present step from a user's own training loop; returns the checkpoint's path.
 
     Raises:
-        OSError: some rank could not write. No trace of the attempt stays, older checkpoints do.
+        OSError: a rank could not write. The attempt leaves no files; older checkpoints stay.
     """
     saver = checkpoint.Saver(
         state.cfg.output, state.runtime.group, _keep(state), False, loaded=state.loaded_step
@@ -64,15 +64,15 @@ def save_here(state: TrainState) -> str:
 
 
 def note_verified(saver: checkpoint.Saver, state: TrainState, results: Mapping[str, Any]) -> None:
-    """Add the results of a verification to the checkpoint that the run has continued from, if that
-    is the step that was verified."""
+    """Add a verification's results to the checkpoint that the run resumed from, if they belong to
+    its step."""
     if state.step == state.loaded_step:
         saver.note_metrics(state.step, accuracies(results))
         state.owes_verification = False
 
 
 def accuracies(results: Mapping[str, Any]) -> dict[str, float]:
-    """What a manifest says of a verification, by set."""
+    """The accuracies that a manifest records, by set."""
     return {name: result["accuracy_mean"] for name, result in results.items()}
 
 
@@ -82,19 +82,19 @@ def is_due(state: TrainState, every: int) -> bool:
 
 
 def is_verification_due(state: TrainState) -> bool:
-    """Whether the present step is one that is verified."""
+    """Whether the present step is to be verified."""
     return bool(state.val_sets) and is_due(state, state.cfg.verify_every)
 
 
 def facts(state: TrainState, results: Mapping[str, Any]) -> dict[str, Any]:
-    """What the manifest says beside the files."""
+    """What the manifest records beside the list of files."""
     return {
         "step": state.step,
         "samples_seen": state.samples_seen,
         "global_batch": state.cfg.global_batch(state.runtime.world),
         "epoch": state.samples_seen / len(state.data),
         "metrics": accuracies(results),
-        # Of a run that stops first: the step may be the best, so nobody removes it before.
+        # A run that stops before it verifies this step: it may be the best, so keep it until then.
         **({checkpoint.PENDING: True} if is_verification_due(state) and not results else {}),
         "skipped": [list(window) for window in state.skipped],
         "spikes": None if state.spikes is None else state.spikes.state(),

@@ -1,4 +1,4 @@
-"""Learning rates."""
+"""Learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Schedule:
     lr: float  # after the warm-up
     total_steps: int
     warmup_steps: int = 0
-    power: float = 1.0  # of the polynomial
+    power: float = 1.0  # exponent of the polynomial
     milestones: Sequence[int] = ()  # steps after which "step" multiplies by gamma
     gamma: float = 0.1
 
     def lr_at(self, step: float) -> float:
-        """The rate of the optimiser step that follows `step` completed ones.
+        """The learning rate of the step that follows `step` completed steps.
 
         Linear warm-up to lr over warmup_steps; then lr * (1 - p)^power, lr * (1 + cos(pi p)) / 2,
-        or lr * gamma^(milestones passed), with p the share done of the steps after the warm-up.
+        or lr * gamma^(milestones passed), with p the completed fraction of the steps after warm-up.
         """
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps

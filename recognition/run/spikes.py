@@ -1,18 +1,17 @@
-"""Loss and gradient spikes: seen on the device, agreed over the ranks, and what follows.
+"""Detection of loss and gradient spikes: measured on the device, agreed on by all ranks.
 
-on_spike="warn" says it, "stop" ends the run, "rollback" goes back to the newest checkpoint and
-leaves out the samples from there to the spike (as PaLM's training did, arXiv:2204.02311 section
-5.1). A run's skipped windows stand in skipped.json and in every later checkpoint, so that each
-resume leaves out the same.
+on_spike="warn" logs a spike, "stop" ends the run, "rollback" returns to the newest checkpoint and
+skips the samples between it and the spike (as PaLM's training did, arXiv:2204.02311 section 5.1).
+rollback.py does so. skipped.json and every later checkpoint list the skipped windows, so that every
+resume skips the same samples.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,23 +19,16 @@ from torch.distributed import ProcessGroup
 
 from data_tools.common import files, text
 from data_tools.common.errors import UserError
-from recognition import checkpoint
+from recognition.config import Config
 from recognition.distributed import collectives
-from recognition.run import resume
-from recognition.run.logger import Logger
-from recognition.run.nonfinite import FiniteGuard
-
-if TYPE_CHECKING:
-    from recognition.config import Config
-    from recognition.run.build import TrainState
 
 _MOMENTUM = 0.98  # of the running means: the last 50 steps weigh 64 %
-_LEAST_STEPS = 20  # before a mean says anything
-_FILE = "skipped.json"
+_LEAST_STEPS = 20  # before the means are trusted
+SKIPPED_FILE = "skipped.json"
 
 
 class Window(NamedTuple):
-    """Samples that the run leaves out: positions [start, stop) of its order."""
+    """Samples that the run skips: positions [start, stop) in its sample order."""
 
     start: int
     stop: int
@@ -44,10 +36,10 @@ class Window(NamedTuple):
 
 
 class SpikeGuard:
-    """Compares the loss and the gradient's norm of each step with their running means.
+    """Compares the loss and gradient norm of each step with their running means.
 
-    Steps that spike do not enter the means. loss_factor, norm_factor: a value above so many times
-    its mean is a spike; None: not looked at.
+    Steps that spike do not enter the means. loss_factor, norm_factor: a value above this multiple
+    of its mean is a spike; None turns the check off.
     """
 
     def __init__(
@@ -60,17 +52,17 @@ class SpikeGuard:
         self._group = group
         factors = [math.inf if x is None else x for x in (loss_factor, norm_factor)]
         zeros = torch.zeros(5, dtype=torch.float64, device=device)
-        self._factors = zeros.new_tensor(factors)  # [2]: of the loss, of the norm
-        self._sums = zeros[:2]  # exponential sums of the two
-        self._count = zeros[0]  # steps in them
-        self._first = zeros[:5]  # of the first spike: step, the two, their means
+        self._factors = zeros.new_tensor(factors)  # [2]: loss, norm
+        self._sums = zeros[:2]  # exponential sums of loss and norm
+        self._count = zeros[0]  # number of steps in the sums
+        self._first = zeros[:5]  # first spike: step, loss, norm, their means
 
     @torch.no_grad()
-    def look(self, loss: Tensor, grad_norm: Tensor, step: int) -> None:
-        """Take in the loss [] and gradient norm [] of a step; no host synchronisation."""
+    def observe(self, loss: Tensor, grad_norm: Tensor, step: int) -> None:
+        """Record the loss [] and gradient norm [] of a step, without a host synchronisation."""
         now = torch.stack([loss.double(), grad_norm.double()])
         means = self._sums / (1 - _MOMENTUM**self._count).clamp_min(1e-12)
-        above = (now > self._factors * means) & now.isfinite()  # nonfinite.py has the others
+        above = (now > self._factors * means) & now.isfinite()  # nonfinite.py handles inf and nan
         spike = above.any() & (self._count >= _LEAST_STEPS)
         seen = torch.cat([torch.full_like(now[:1], step), now, means])
         self._first = torch.where(spike & (self._first[0] == 0), seen, self._first)
@@ -79,8 +71,8 @@ class SpikeGuard:
         self._count = self._count + good
 
     def found(self) -> str | None:
-        """What the first spike since the last call was; the same on all ranks. One host
-        synchronisation and an all-reduce of five numbers."""
+        """A description of the first spike since the last call, the same on all ranks; None if
+        there was none. One host synchronisation and one all-reduce of five numbers."""
         step, loss, norm, mean_loss, mean_norm = collectives.largest_over_ranks(
             self._first, self._group
         ).tolist()
@@ -101,34 +93,20 @@ class SpikeGuard:
 
 
 def make_guard(cfg: Config, group: ProcessGroup, device: torch.device) -> SpikeGuard | None:
-    """The guard that `cfg` asks for."""
+    """The guard, or None if `cfg` sets no factor."""
     if cfg.loss_spike_factor is None and cfg.norm_spike_factor is None:
         return None
     return SpikeGuard(group, device, cfg.loss_spike_factor, cfg.norm_spike_factor)
 
 
-def heed(state: TrainState, logger: Logger) -> None:
-    """What on_spike says of a spike since the last call; to be called by all ranks.
-
-    Raises:
-        FloatingPointError: there was one, and the run is not to go on.
-    """
-    found = None if state.spikes is None else state.spikes.found()
-    if found is None:
-        return
-    if state.cfg.on_spike != "warn":
-        raise FloatingPointError(found)
-    logger.record({"step": state.step, "spike": found}, f"warning: {found}")
-
-
 def skipped(run_dir: str, manifest: Mapping[str, Any] | None) -> list[Window]:
-    """The windows that a run leaves out: those that its checkpoint knows, and later ones.
+    """The windows that a run skips: those in its checkpoint's manifest and those in skipped.json.
 
     Raises:
         ValueError: skipped.json is damaged.
     """
     found = {Window(*entry) for entry in (manifest or {}).get("skipped", [])}
-    path = os.path.join(run_dir, _FILE)
+    path = os.path.join(run_dir, SKIPPED_FILE)
     if files.is_file(path):
         try:
             entries = text.read_json(path)
@@ -139,60 +117,3 @@ def skipped(run_dir: str, manifest: Mapping[str, Any] | None) -> list[Window]:
                 "[[start, stop, why]]. Set it right, or remove it to train on all"
             ) from error
     return sorted(found)
-
-
-def jump(state: TrainState) -> bool:
-    """Move past the window that the next sample lies in, if it lies in one."""
-    before = state.samples_seen
-    for window in state.skipped:
-        if window.start <= state.samples_seen < window.stop:
-            state.samples_seen = window.stop
-    return state.samples_seen != before
-
-
-def roll_back(state: TrainState, why: str) -> str:
-    """Go back to the newest checkpoint and leave out the samples from there to here; what to say.
-
-    To be called by all ranks.
-
-    Raises:
-        FloatingPointError: no checkpoint, or it has been done often enough.
-    """
-    cfg, runtime = state.cfg, state.runtime
-    collectives.check_same(runtime.group, step=state.step)  # and all have ended their saves
-    done = len(state.skipped)
-    if done >= cfg.max_rollbacks:
-        raise FloatingPointError(
-            f"{why}; {done} times the run went back already (max_rollbacks): lower lr, lengthen "
-            "warmup_epochs, or look at the data"
-        )
-    path, set_aside = resume.newest_good(cfg, runtime)
-    if path is None:
-        raise FloatingPointError(f"{why}; there is no checkpoint yet to go back to")
-    stop, spiked = state.samples_seen, state.step
-    manifest = checkpoint.load(path, state.parts)
-    state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
-    state.loaded_step = state.step
-    window = Window(state.samples_seen, stop, why)
-    state.skipped = sorted({*state.skipped, window})
-    state.set_aside = set_aside
-    state.owes_verification = False
-    if state.spikes is not None:
-        state.spikes = make_guard(cfg, runtime.group, runtime.device)
-        if state.spikes is not None and manifest.get("spikes"):
-            state.spikes.load(manifest["spikes"])
-    state.guard = FiniteGuard(runtime.group, runtime.device)
-    collectives.together(
-        runtime.group,
-        "note the skipped samples",
-        lambda: _note(cfg.output, state.skipped) if runtime.rank == 0 else None,
-    )
-    return (
-        f"{why}: back from step {spiked} to {state.step}, the samples {window.start} to "
-        f"{window.stop - 1} are left out ({done + 1} of {cfg.max_rollbacks} times)"
-    )
-
-
-def _note(run_dir: str, windows: list[Window]) -> None:
-    path = os.path.join(run_dir, _FILE)
-    files.write_text(path, json.dumps(windows))

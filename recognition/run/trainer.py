@@ -1,10 +1,15 @@
-"""The training loop: train(state) runs a state that build.py made to its last step."""
+"""The training loop: train(state) takes the state that build() made to its last step.
+
+train() is the whole loop. Below it stand what it opens, how it ends, and one optimiser step.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,119 +22,156 @@ from recognition import checkpoint
 from recognition.distributed import collectives, preemption
 from recognition.head import multi_head
 from recognition.precision import autocast, dtype_of
-from recognition.run import log_lines, progress, saving, spikes
-from recognition.run.build import TrainState
-from recognition.run.early_stop import end_early, verify_or_end
+from recognition.run import log_lines, rollback, saving
 from recognition.run.logger import Logger, as_numbers, histograms
-from recognition.run.profiling import traced
-from recognition.run.run_dir import OWNED_SECONDS, owned, write_config
-from recognition.run.supervise import Overseer
+from recognition.run.run_dir import OWNED_SECONDS, lock_run_dir, write_config
+from recognition.run.state import TrainState
+from recognition.run.supervise import Supervisor
+from recognition.run.validate import verify
 from recognition.weights import distill
 
 
 def train(state: TrainState) -> dict[str, Any]:
-    """Run to the last step; the last verification's results by set.
+    """Train to the last step; returns the results of the last verification by set.
 
     Raises:
-        FloatingPointError: a non-finite loss or gradient, named; a spike that is to stop the run.
-        OSError: another run holds the output, or a file of it cannot be written; or the other
-            ranks are gone.
+        FloatingPointError: the loss or a gradient is not finite, or a spike is to stop the run.
+        OSError: another run holds the output, a file of it cannot be written, or the other ranks
+            are gone.
         Stopped: a signal asked the run to end early; its last step is saved.
     """
+    cfg, total = state.cfg, state.schedule.total_steps
+    on_cpu = state.runtime.device.type == "cpu"
     rolled_back = None
     while True:
-        outcome = _attempt(state, rolled_back)
-        if not isinstance(outcome, FloatingPointError):
-            return outcome
-        rolled_back = spikes.roll_back(state, str(outcome))
+        with _open(state, rolled_back) as run:
+            samples_before = state.samples_seen
+            if rollback.skip_samples(state):
+                _end_epochs(state, run.logger, samples_before)
+            results = _verify(state, run) if state.step == 0 or state.owes_verification else {}
+            while state.step < total:  # once for each stretch of samples between skipped ones
+                with make_loader(state) as loader:
+                    batches = run.supervisor.batches(iter(loader))
+                    stopwatch = log_lines.Stopwatch(loader, state.step, state.phases)
+                    skipped = False
+                    while state.step < total and not skipped:
+                        samples_before = state.samples_seen
+                        run.supervisor.before_step()
+                        loss, grad_norm = take_step(state, batches)
+                        run.step_traced()
+                        skipped = rollback.skip_samples(state)
+                        heard = run.supervisor.after_step()
+                        stop = heard if state.step < total else None
+                        _end_epochs(state, run.logger, samples_before)
+
+                        log = _is_due(state.step, cfg.log_every, total)
+                        validate = _is_due(state.step, cfg.verify_every, total)
+                        save = _is_due(state.step, cfg.checkpoint_every, total)
+                        if on_cpu or log or validate or save or stop is not None:
+                            state.guard.raise_if_found()
+                            rollback.handle_spike(state, run.logger)
+                        if log:
+                            log_lines.log_step(state, run.logger, loss, grad_norm, stopwatch)
+                        with stopwatch.paused():
+                            if stop is not None:
+                                _save_and_stop(state, run, stop)
+                            # In this order: a run that is killed in between repeats both.
+                            if validate:
+                                results = _verify(state, run)
+                            if save:
+                                with run.supervisor.long_operation():
+                                    saving.save(run.saver, state, results if validate else {})
+            run.saver.finish()
+            log_lines.log_next_commands(state, run.logger)
+            return results
+        # Only a FloatingPointError under on_spike=rollback leaves the block without a return.
+        rolled_back = rollback.roll_back(state, run.failure)
 
 
-def _attempt(state: TrainState, rolled_back: str | None) -> dict[str, Any] | FloatingPointError:
-    """The last verification's results; or, with on_spike=rollback, what to go back from."""
+# --- What the loop opens, and how it ends ---------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    """What stays open while the loop runs."""
+
+    logger: Logger
+    saver: checkpoint.Saver
+    supervisor: Supervisor
+    step_traced: Callable[[], None]  # to be called after each step
+    failure: str = ""  # the error to roll back from
+
+
+@contextlib.contextmanager
+def _open(state: TrainState, rolled_back: str | None) -> Iterator[_Run]:
+    """Lock the output directory and open the supervisor, the log, the saver and the trace.
+
+    With on_spike=rollback a FloatingPointError of the body, which all ranks raise alike, ends the
+    block without an exception and is noted as `failure`: the supervisor must not report it to the
+    other ranks as the cause of a failed run. All is closed by then, so that the rollback may read
+    and rename checkpoints.
+    """
     cfg, runtime = state.cfg, state.runtime
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as outer:
 
         def take_output() -> None:
             if runtime.rank == 0:
-                stack.enter_context(owned(cfg.output))
+                outer.enter_context(lock_run_dir(cfg.output))
                 write_config(cfg, state.facts)
                 preemption.remove_note(cfg.output)
 
-        collectives.together(runtime.group, "start the run", take_output, OWNED_SECONDS)
-        overseer = stack.enter_context(Overseer(state).watching())
+        collectives.run_on_all_ranks(runtime.group, "start the run", take_output, OWNED_SECONDS)
+        supervisor = outer.enter_context(Supervisor(state).watching())
         try:
-            return _to_the_end(state, overseer, rolled_back)
-        except FloatingPointError as error:  # on all ranks alike
+            with contextlib.ExitStack() as inner:
+                logger = inner.enter_context(Logger(cfg.output, runtime.rank, state.step))
+                saver = inner.enter_context(saving.make_saver(state, logger))
+                log_lines.log_start(state, logger)
+                inner.enter_context(state.phases.running())
+                trace = log_lines.trace_steps(cfg.profile, cfg.output, runtime.rank, logger.say)
+                run = _Run(logger, saver, supervisor, inner.enter_context(trace))
+                if rolled_back:
+                    record = {"step": state.step, "rollback": rolled_back}
+                    logger.record(record, f"warning: {rolled_back}")
+                yield run
+        except FloatingPointError as error:
             if cfg.on_spike != "rollback":
                 raise
-            return error
+            run.failure = str(error)
 
 
-def _to_the_end(state: TrainState, overseer: Overseer, rolled_back: str | None) -> dict[str, Any]:
-    with contextlib.ExitStack() as stack:
-        logger = stack.enter_context(Logger(state.cfg.output, state.runtime.rank, state.step))
-        saver = stack.enter_context(saving.make_saver(state, logger))
-        log_lines.announce(state, logger)
-        stack.enter_context(state.phases.running())
-        trace = traced(state.cfg.profile, state.cfg.output, state.runtime.rank, logger.say)
-        stepped = stack.enter_context(trace)
-        if rolled_back:
-            record = {"step": state.step, "rollback": rolled_back}
-            logger.record(record, f"warning: {rolled_back}")
-        seen_before = state.samples_seen
-        if spikes.jump(state):
-            _end_epochs(state, logger, seen_before)
-        owes = state.step == 0 or state.owes_verification
-        results = verify_or_end(state, logger, saver, overseer) if owes else {}
-        while state.step < state.schedule.total_steps:
-            with make_loader(state) as loader:
-                results = _run(state, logger, loader, saver, overseer, stepped, results)
-        saver.finish()
-        log_lines.what_comes_next(state, logger)
-        return results
+def _verify(state: TrainState, run: _Run) -> dict[str, Any]:
+    """The results of a verification by set.
 
+    A signal aborts it: the present step is then saved as not yet verified, and the run that resumes
+    from it verifies it first.
 
-def _run(
-    state: TrainState,
-    logger: Logger,
-    loader: BatchSource,
-    saver: checkpoint.Saver,
-    overseer: Overseer,
-    stepped: Callable[[], None],
-    results: dict[str, Any],
-) -> dict[str, Any]:
-    """To the last step, or to samples that are left out; the last verification's results."""
-    cfg, runtime, total = state.cfg, state.runtime, state.schedule.total_steps
-    batches = overseer.batches(iter(loader))
-    watch = progress.Stopwatch(loader, state.step, state.phases)
-    jumped = False
-    while state.step < total and not jumped:
-        seen_before = state.samples_seen
-        overseer.before_step()
-        loss, grad_norm = take_step(state, batches)
-        stepped()
-        jumped = spikes.jump(state)
-        heard = overseer.after_step()
-        _end_epochs(state, logger, seen_before)
-        logging = saving.is_due(state, cfg.log_every)
-        verifying = saving.is_due(state, cfg.verify_every)
-        due = saving.is_due(state, cfg.checkpoint_every)
-        stopping = heard is not None and state.step < total
-        if runtime.device.type == "cpu" or logging or verifying or due or stopping:
-            state.guard.raise_if_found()
-            spikes.heed(state, logger)
-        if logging:
-            log_lines.log_step(state, logger, loss, grad_norm, watch)
-        with watch.paused():
-            if heard is not None and stopping:
-                end_early(state, saver, overseer, heard)
-            # In this order: a run killed in between does both again.
-            if verifying:
-                results = verify_or_end(state, logger, saver, overseer)
-            if due:
-                with overseer.patience():
-                    saving.save(saver, state, results if verifying else {})
+    Raises:
+        Stopped, OSError: as _save_and_stop().
+        ValueError: as verify().
+    """
+    try:
+        results = verify(state, run.logger, run.supervisor.between_batches)
+    except preemption.Interrupted as interrupted:
+        _save_and_stop(state, run, interrupted.heard)
+    saving.note_verified(run.saver, state, results)
     return results
+
+
+def _save_and_stop(state: TrainState, run: _Run, heard: signal.Signals) -> NoReturn:
+    """Save the present step and end the run.
+
+    Raises:
+        Stopped: it is saved.
+        OSError: it cannot be saved.
+    """
+    with run.supervisor.long_operation():
+        saving.save_now(run.saver, state)
+    raise preemption.stopped(state.cfg.output, state.runtime.rank, heard, state.step)
+
+
+def _is_due(step: int, every: int, total: int) -> bool:
+    return step % every == 0 or step == total
 
 
 # --- One step -------------------------------------------------------------------------------------
@@ -143,7 +185,7 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
     parts.optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=runtime.device)
     by_head = torch.zeros(len(parts.heads), device=runtime.device)
-    looked_at: dict[str, Tensor] = {}
+    checked: dict[str, Tensor] = {}
     for part in parts.heads if cfg.update_in_backward else []:
         part.row_optimizer.begin(lr)
     for micro in range(cfg.accumulation):
@@ -156,18 +198,18 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
             state.phases.enter("data")
             batch = next(batches)
             state.phases.enter("backbone")
-            joint, seen = _forward(state, batch, micro, rows)
-            scaled = joint.total * share
+            head_loss, seen = _forward(state, batch, micro, rows)
+            scaled = head_loss.total * share
             if parts.scaler is not None:
                 scaled = scaled * parts.scaler.scale
             scaled.backward()
         state.phases.enter("optimizer")
-        loss = loss + joint.total.detach() * share
-        by_head = by_head + joint.by_head * share
-        looked_at |= {f"{name} of micro-step {micro}": x for name, x in seen.items()}
-    grad_norm = _update(state, lr, looked_at | {"loss": loss})
+        loss = loss + head_loss.total.detach() * share
+        by_head = by_head + head_loss.by_head * share
+        checked |= {f"{name} of micro-step {micro}": x for name, x in seen.items()}
+    grad_norm = _update(state, lr, checked | {"loss": loss})
     if state.spikes is not None:
-        state.spikes.look(loss, grad_norm, state.step + 1)
+        state.spikes.observe(loss, grad_norm, state.step + 1)
     state.head_losses = by_head
     state.step += 1
     state.samples_seen += global_batch
@@ -177,13 +219,13 @@ def take_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tens
 
 def _forward(
     state: TrainState, batch: Batch, micro: int, rows: list[list[int]]
-) -> tuple[multi_head.Joint, dict[str, Tensor]]:
-    """The loss of a micro-batch, and what this rank's networks gave, by name.
+) -> tuple[multi_head.MultiHeadLoss, dict[str, Tensor]]:
+    """The loss of a micro-batch, and the embeddings of this rank's networks by name.
 
     rows: [world][sets] of the micro-batch.
     """
     cfg, runtime = state.cfg, state.runtime
-    # Dropout's draw is a function of its place in the run, not of what was drawn before it.
+    # Dropout's seed depends on the position in the run only, not on earlier draws.
     torch.manual_seed(hash_words(cfg.seed, Purpose.DROPOUT, state.step, micro, runtime.rank) >> 1)
     pixels = batch.images.to(runtime.device, non_blocking=True)
     flip = batch.flip.to(runtime.device, non_blocking=True)
@@ -194,23 +236,24 @@ def _forward(
             with torch.no_grad():
                 seen["slow encoder's embeddings"] = state.parts.encoder(pixels)
     state.phases.enter("head")
-    if seen["embeddings"].requires_grad:  # its gradient ends the head's backward
+    if seen["embeddings"].requires_grad:  # the head's backward ends with this gradient
         seen["embeddings"].register_hook(lambda _: state.phases.enter("backbone"))
     features = seen.get("slow encoder's embeddings")
-    own = [part.head for part in state.parts.heads]
-    loss = multi_head.joint_loss(cfg, own, seen["embeddings"], batch.labels, rows, features)
+    heads = [part.head for part in state.parts.heads]
+    loss = multi_head.multi_head_loss(cfg, heads, seen["embeddings"], batch.labels, rows, features)
     if state.teacher is not None:
         taught = state.teacher(pixels, batch.ids)
         counts = [sum(sets) for sets in rows]
-        lesson = distill.lesson(
+        distillation = distill.distillation_loss(
             seen["embeddings"], taught, cfg.teacher_loss, counts, runtime.group
         )  # fmt: skip
-        loss = loss._replace(total=loss.total + cfg.teacher_weight * lesson)
+        loss = loss._replace(total=loss.total + cfg.teacher_weight * distillation)
     return loss, seen
 
 
-def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tensor:
-    """Clip, step both optimisers unless something is not finite, average BatchNorm's statistics."""
+def _update(state: TrainState, lr: float, checked: dict[str, Tensor]) -> Tensor:
+    """Clip the gradients, step all optimisers unless a tensor is not finite, and average the
+    statistics of BatchNorm; returns the gradient norm of the backbone."""
     cfg, parts = state.cfg, state.parts
     scale = None if parts.scaler is None else parts.scaler.scale
     named = [(name, p) for name, p in parts.backbone.named_parameters() if p.grad is not None]
@@ -221,13 +264,13 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
     for name, part in parts.named_heads():
         if (rows := part.head.gradient_in_passing()) is not None:
             gradients[f"gradient of the {name}class rows"] = rows
-        for own, parameter in part.head.margin.named_parameters():
+        for parameter_name, parameter in part.head.margin.named_parameters():
             if parameter.grad is not None:
-                gradients[f"gradient of the {name}margin's {own}"] = parameter.grad
+                gradients[f"gradient of the {name}margin's {parameter_name}"] = parameter.grad
     if parts.scaler is None:
-        found = state.guard.look(looked_at | gradients, state.step + 1, {})
+        found = state.guard.check(checked | gradients, state.step + 1, {})
     else:
-        found = state.guard.look(looked_at, state.step + 1, gradients)
+        found = state.guard.check(checked, state.step + 1, gradients)
 
     grad_norm = nn.utils.get_total_norm(grads)
     if cfg.clip_norm is not None:
@@ -253,8 +296,8 @@ def _update(state: TrainState, lr: float, looked_at: dict[str, Tensor]) -> Tenso
 def _follow(
     encoder: nn.Module, backbone: nn.Module, momentum: float | None, found_inf: Tensor
 ) -> None:
-    """Move the slow copy's parameters by 1 - momentum towards the backbone's, unless the step was
-    skipped; copy the buffers, BatchNorm's statistics among them."""
+    """Update the slow encoder: parameters += (1 - momentum) * (backbone's - parameters), unless the
+    step was skipped. Buffers, BatchNorm's statistics among them, are copied."""
     assert momentum is not None
     taken = found_inf == 0
     for parameter, target in zip(encoder.parameters(), backbone.parameters(), strict=True):
@@ -264,22 +307,22 @@ def _follow(
 
 
 def _end_epochs(state: TrainState, logger: Logger, seen_before: int) -> None:
-    """Where an epoch of a head's images is over, the classes' own margins are computed anew; what
-    the log says of them."""
+    """Let each head whose epoch has just ended recompute its per-class margins, and log them."""
     parts = state.parts.heads
     over = multi_head.epochs_over(state.order, len(parts), seen_before, state.samples_seen)
     for name, part, epoch in zip(multi_head.head_names(state.cfg), parts, over, strict=True):
         statistics = {} if epoch is None else part.head.end_epoch()
         if statistics:
             record = {"step": state.step, "epoch": epoch, "epoch_end": as_numbers(statistics)}
-            said = f"step {state.step}  epoch {epoch}{name and f' of {name}'} is over"
-            logger.record(record, said, histograms(statistics))
+            line = f"step {state.step}  epoch {epoch}{name and f' of {name}'} is over"
+            logger.record(record, line, histograms(statistics))
 
 
-# --- Small parts ----------------------------------------------------------------------------------
+# --- The data -------------------------------------------------------------------------------------
 
 
 def make_loader(state: TrainState) -> BatchSource:
+    """This rank's batches from `state.samples_seen` on."""
     cfg, runtime = state.cfg, state.runtime
     stream: dict[str, Any] = dict(
         seed=cfg.seed,

@@ -1,4 +1,4 @@
-"""Verification while training: ten-fold accuracy of the network as it stands, on all ranks."""
+"""Verification during training: ten-fold accuracy of the present network, on all ranks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from data_tools.load.order import rank_slice
 from data_tools.verification_bin import PairSet
 from eval.protocols import lfw
 from recognition.distributed import collectives
-from recognition.run.build import TrainState
-from recognition.run.embedding import embed
+from recognition.precision import embed
 from recognition.run.logger import Logger
+from recognition.run.state import TrainState
 from recognition.weights import freezing
 
 _BATCH = 64  # images
@@ -23,19 +23,19 @@ _BATCH = 64  # images
 
 @torch.no_grad()
 def verify(
-    state: TrainState, logger: Logger, turn: Callable[[], None] = lambda: None
+    state: TrainState, logger: Logger, before_batch: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Ten-fold accuracy on every val_target, the images spread over the ranks.
+    """Ten-fold accuracy on every val_target, with the images divided among the ranks.
 
-    turn: called before each use of the network, equally often on every rank; what it raises on all
-    of them alike ends the verification.
+    before_batch: called before each forward pass, equally often on every rank; an exception that it
+        raises on all ranks aborts the verification.
 
     Raises:
-        ValueError: on every rank alike; an image that some rank cannot read, named.
+        ValueError: on all ranks, if one cannot read an image; the message names the image.
     """
     state.backbone.eval()
     try:
-        results = {pairs.name: _score(state, pairs, turn) for pairs in state.val_sets}
+        results = {pairs.name: _score(state, pairs, before_batch) for pairs in state.val_sets}
     finally:
         freezing.train_mode(state.backbone)
     if results:
@@ -55,17 +55,17 @@ def verify(
     return results
 
 
-def _score(state: TrainState, pairs: PairSet, turn: Callable[[], None]) -> dict[str, Any]:
+def _score(state: TrainState, pairs: PairSet, before_batch: Callable[[], None]) -> dict[str, Any]:
     rank, world, group = state.runtime.rank, state.runtime.world, state.runtime.group
     slices = [rank_slice(len(pairs.encoded), world, r) for r in range(world)]
     counts = [stop - start for start, stop in slices]
     start, stop = slices[rank]
-    left = max(_uses(count) for count in counts)
+    left = max(_num_forwards(count) for count in counts)
 
     def forward(images: np.ndarray) -> np.ndarray:
         nonlocal left
         left -= 1
-        turn()
+        before_batch()
         return embed(state.backbone, images, state.precision, state.runtime.device)
 
     local, failure = None, None
@@ -74,8 +74,8 @@ def _score(state: TrainState, pairs: PairSet, turn: Callable[[], None]) -> dict[
         local = lfw.embed(forward, pairs.encoded[start:stop], _BATCH, where, state.cfg.resize)
     except UserError as error:
         failure = f"rank {rank}: {error}"
-    for _ in range(left):  # of those that have more images, or could read theirs
-        turn()
+    for _ in range(left):  # other ranks have more images, or this one failed early
+        before_batch()
     failures = [text for text in collectives.gather_objects(failure, group) if text]
     if failures or local is None:
         raise UserError(f"cannot verify: {'; '.join(failures)}")
@@ -85,6 +85,6 @@ def _score(state: TrainState, pairs: PairSet, turn: Callable[[], None]) -> dict[
     return lfw.score(sums.numpy(), norms.numpy(), pairs.issame)
 
 
-def _uses(images: int) -> int:
-    """How often lfw.embed() uses the network: on each batch and its mirror image, at least once."""
+def _num_forwards(images: int) -> int:
+    """Forward passes of lfw.embed(): two a batch (plain and mirrored), and at least one."""
     return 2 * -(-images // _BATCH) or 1

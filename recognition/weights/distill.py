@@ -119,7 +119,7 @@ class Stored:
         return torch.from_numpy(rows).to(self.device)
 
 
-def lesson(
+def distillation_loss(
     student: Tensor,  # [b, D]
     teacher: Tensor,  # [b, D]
     kind: str,  # "cosine" | "feature"

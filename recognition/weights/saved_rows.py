@@ -98,7 +98,7 @@ def verify(source: str, group: ProcessGroup) -> None:
         Damaged: on every rank alike, naming the files.
         OSError: some rank cannot read them.
     """
-    found = collectives.together(group, "find init_head", lambda: checkpoint_at(source))
+    found = collectives.run_on_all_ranks(group, "find init_head", lambda: checkpoint_at(source))
     path = found[group.rank()]
     if path is not None:
         checkpoint.verify(path, group, lambda name: "rows-" in name)

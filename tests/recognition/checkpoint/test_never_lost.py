@@ -14,7 +14,7 @@ import torch
 from recognition import checkpoint, config
 from recognition.checkpoint import directory, writing
 from recognition.distributed import preemption
-from recognition.run import build, early_stop, trainer
+from recognition.run import build, trainer
 from tests import ranks
 from tests.recognition import runs
 
@@ -157,7 +157,7 @@ def test_no_step_is_written_over_by_a_run_that_did_not_load_it(keys):
 
 def stop_in_verification(keys):
     """A run that hears SIGTERM in its next verification after the first step."""
-    plain = early_stop.verify
+    plain = trainer.verify
 
     def verify(state, *arguments):
         if state.step:
@@ -165,7 +165,7 @@ def stop_in_verification(keys):
         return plain(state, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(early_stop, "verify", verify)
+        patch.setattr(trainer, "verify", verify)
         state = build.build(config.make(runs.BASE | keys), runs.here())
         with pytest.raises(preemption.Stopped):
             trainer.train(state)

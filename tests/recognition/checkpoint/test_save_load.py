@@ -86,7 +86,7 @@ def test_another_order_of_samples_is_refused(keys, change, shards_dir, tmp_path)
                 "--seed", 9, "--hold-out", 4, "--pairs", 40)  # fmt: skip
         change = {"rec": str(tmp_path / "other")}
     kind, message = ranks.run(1, failure, keys | change)[0]
-    assert kind == "UserError" and "twice or never" in message
+    assert kind == "UserError" and "repeated or skipped" in message
 
 
 def test_other_changes_are_named(keys):
@@ -101,7 +101,7 @@ def continued(keys):
 
 
 def test_two_runs_do_not_share_a_directory(keys):
-    with run_dir.owned(keys["output"]):
+    with run_dir.lock_run_dir(keys["output"]):
         messages = ranks.run(2, train_message, keys)
     assert all("is in use by another run" in message for message in messages)
     assert os.listdir(keys["output"]) == [".lock"]

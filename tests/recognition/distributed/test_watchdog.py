@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 
 from recognition import config
-from recognition.distributed import collectives, rank_status, replica_check, runtime, watchdog
-from recognition.distributed.heartbeats import Heartbeats
-from recognition.distributed.rank_status import Place
+from recognition.distributed import collectives, replica_check, runtime, watchdog
+from recognition.distributed.heartbeats import Heartbeats, RankStatus, suspects
 from recognition.run import build, trainer
 from tests import ranks
 from tests.conftest import run
@@ -192,9 +191,9 @@ WAITS = "waits for the other ranks (recognition/distributed/collectives.py:1, f:
     ids=["data wait", "a step behind", "silent", "all alike"],
 )
 def test_who_holds_up_whom(told, first):
-    suspects, others = rank_status.suspects([Place(*place) for place in told])
-    assert [place.rank for place in suspects] == first
-    assert len(suspects) + len(others) == len(told)
+    holding_up, others = suspects([RankStatus(*place) for place in told])
+    assert [place.rank for place in holding_up] == first
+    assert len(holding_up) + len(others) == len(told)
 
 
 def test_debug_names_the_parameter_and_the_rank(shards_dir, tmp_path):
@@ -250,7 +249,7 @@ _PATIENT = """
 import time, torch.distributed as dist
 from recognition.distributed import watchdog
 with watchdog.Watchdog(dist.HashStore(), 0, 1, 0.5, {directory!r}) as dog:
-    with dog.patience():
+    with dog.long_operation():
         time.sleep({seconds})
     print("patient")
 """

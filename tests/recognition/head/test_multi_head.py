@@ -61,7 +61,7 @@ def joint(rows: list[list[int]]) -> tuple:
             *range(total + sum(r[1] for r in rows[:rank]),
                    total + sum(r[1] for r in rows[: rank + 1]))]  # fmt: skip
     local = x[mine].clone().requires_grad_()
-    made = multi_head.joint_loss(cfg, own, local, labels[mine], rows, None)
+    made = multi_head.multi_head_loss(cfg, own, local, labels[mine], rows, None)
     made.total.backward()
     grads = [torch.zeros(h.num_classes, _SIZE, dtype=torch.float64) for h in own]
     for head, grad in zip(own, grads, strict=True):

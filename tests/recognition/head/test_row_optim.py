@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from recognition.head import PartialFC
-from recognition.loss_scale import LossScaler
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
+from recognition.precision import LossScaler
 from recognition.run.schedule import Schedule
 
 C, D = 50, 8

@@ -43,7 +43,7 @@ def test_the_rules(saved_world, keys, rule, world, batch, accumulation):
     found = plan(world, saved_world, elastic=rule, **keys)
     assert found.cfg.global_batch(world) == batch and found.cfg.accumulation == accumulation
     assert (found.first_batch, found.first_rows) == (32, 8)
-    assert bool(found.said) == (world != saved_world)
+    assert bool(found.message) == (world != saved_world)
 
 
 def test_with_synchronised_statistics_auto_leaves_the_micro_batch_whole():

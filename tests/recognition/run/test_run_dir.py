@@ -63,9 +63,9 @@ def test_what_runs_leave_is_ours(keys, tmp_path):
     (tmp_path / "run" / "notes.txt").write_text("mine")
     ranks.run(1, runs.run, keys | {"max_steps": 1})
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    run_dir.check_ours(keys["output"])
+    run_dir.refuse_foreign_files(keys["output"])
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "lo')
-    run_dir.check_ours(keys["output"])
+    run_dir.refuse_foreign_files(keys["output"])
     ranks.run(1, runs.run, keys | {"max_steps": 1})
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
@@ -94,7 +94,7 @@ def test_the_start_of_a_run_is_not_asked_for_again(keys, tmp_path):
 def test_a_note_that_cannot_be_written_leaves_the_exit_code(tmp_path, capsys):
     (tmp_path / "stopped.json").mkdir()
     stopped = preemption.stopped(str(tmp_path), 0, signal.SIGTERM, 3)
-    assert preemption.leave(stopped) == preemption.EXIT_CODE
+    assert preemption.exit_code_of(stopped) == preemption.EXIT_CODE
     assert "stopped.json is not written" in capsys.readouterr().err
 
 

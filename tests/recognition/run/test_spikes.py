@@ -28,7 +28,7 @@ def guard(loss=2.0, norm=None):
 
 def looked(own, losses, norm=1.0, first=1):
     for step, loss in enumerate(losses, first):
-        own.look(torch.tensor(loss), torch.tensor(norm), step)
+        own.observe(torch.tensor(loss), torch.tensor(norm), step)
     return own.found()
 
 

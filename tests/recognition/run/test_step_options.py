@@ -9,8 +9,8 @@ import torch
 
 from recognition import config
 from recognition.run import build
+from recognition.run.log_lines import trace_steps
 from recognition.run.nonfinite import SkippingStep
-from recognition.run.profiling import traced
 from tests import ranks
 from tests.recognition import runs
 
@@ -86,7 +86,7 @@ def test_a_profile_is_written(shards_dir, tmp_path):
 def test_where_a_trace_is_or_why_there_is_none(tmp_path):
     for num_steps, words in ((9, "5 to 7"), (6, "5 to 6"), (4, "no trace"), (1, "no trace")):
         said = []
-        with traced(True, str(tmp_path), 0, said.append) as stepped:
+        with trace_steps(True, str(tmp_path), 0, said.append) as stepped:
             for _ in range(num_steps):
                 stepped()
         assert len(said) == 1 and words in said[0]

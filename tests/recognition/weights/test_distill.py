@@ -38,7 +38,7 @@ def of_rank(counts, kind):
     rank = dist.get_rank()
     start = sum(counts[:rank])
     own = slice(start, start + counts[rank])
-    loss = distill.lesson(images[own] @ weight, t[own], kind, counts, dist.group.WORLD)
+    loss = distill.distillation_loss(images[own] @ weight, t[own], kind, counts, dist.group.WORLD)
     loss.backward()
     dist.all_reduce(weight.grad)
     return loss.item(), weight.grad / len(counts)

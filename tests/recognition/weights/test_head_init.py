@@ -249,7 +249,7 @@ def test_the_log_says_where_the_centres_come_from(keys, tmp_path):
 
 
 def said_at_start(keys):
-    return "\n".join(build.build(config.make(runs.BASE | keys), runs.here()).said)
+    return "\n".join(build.build(config.make(runs.BASE | keys), runs.here()).messages)
 
 
 @pytest.mark.parametrize("damage", ["gap", "bit"])
