@@ -14,9 +14,11 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from data_tools.common.errors import UserError, UserKeyError, UserTypeError
+
+Schema = TypeVar("Schema")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +30,29 @@ class Option:
     unit: str = ""
     low: float = -math.inf
     high: float = math.inf
+    open_ends: Literal["", "low", "high"] = ""  # which of the two is itself out of range
     may_change: bool = False  # whether a resumed run may have another value
     metavar: str | None = None
+    note: str = ""  # where the default comes from, or what it stands for
 
     @property
     def range(self) -> str:
-        """`0 to 1`, `at least 1`, or nothing."""
+        """`0 to 1`, `at least 1`, `above 0`, `0 to below 1`, or nothing."""
         if self.low == -math.inf:
             return ""
-        return (
-            f"at least {self.low:g}" if self.high == math.inf else f"{self.low:g} to {self.high:g}"
-        )
+        if self.high == math.inf:
+            return f"{'above' if self.open_ends == 'low' else 'at least'} {self.low:g}"
+        return f"{self.low:g} to {'below ' if self.open_ends == 'high' else ''}{self.high:g}"
+
+    def broken_bound(self, value: float) -> str:
+        """The bound that a value breaks, such as `1 or more`; nothing for a value in range."""
+        if self.open_ends == "low" and not value > self.low:
+            return f"more than {self.low:g}"
+        if not value >= self.low:
+            return f"{self.low:g} or more"
+        if self.open_ends == "high" and not value < self.high:
+            return f"less than {self.high:g}"
+        return "" if value <= self.high else f"{self.high:g} or less"
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -77,24 +91,29 @@ def checked(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
     result = {}
     for name, value in values.items():
         if name not in options:
-            raise UserKeyError(f"unknown key {name!r}: {nearest(str(name), options)}")
+            raise UserKeyError(f"unknown key {name!r}: {nearest(name, options)}")
         result[name] = checked_value(name, value, hints[name], options[name])
     return result
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?`, or the list of what is known."""
+def nearest(name: Any, known: Iterable[str], otherwise: str = "the keys are") -> str:
+    """`did you mean x?`, or the list of what is known after `otherwise`."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
+    near = difflib.get_close_matches(str(name).lower(), known, 1)
+    return f"did you mean {near[0]}?" if near else f"{otherwise} {', '.join(known)}"
 
 
 def checked_value(name: str, value: Any, hint: Any, bounds: Option | None = None) -> Any:
     """A value of the type `hint`; whole numbers become floats, and words lists, where asked for.
 
+    A name that begins with -- is a flag's, and an error shows the value as it is typed there.
+
     Raises: UserTypeError, UserError: as checked().
     """
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    is_flag = name.startswith("--")
+    lead = f"{name} " if is_flag else f"{name}="
+    shown = lead + (str(value) if is_flag else repr(value))
+    kinds = _kinds(hint)
     if value is None and type(None) in kinds:
         return None
     kind = kinds[0]
@@ -102,67 +121,83 @@ def checked_value(name: str, value: Any, hint: Any, bounds: Option | None = None
         kind = next(k for k in kinds if typing.get_origin(k) is list)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
-            raise UserError(f"{name}={value!r}: one of {', '.join(typing.get_args(kind))}")
+            raise UserError(f"{shown}: must be one of {', '.join(typing.get_args(kind))}")
         return value
     if typing.get_origin(kind) is list:
         items = [part for part in value.split(",") if part] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
-            raise UserTypeError(f"{name}={value!r}: expected a list")
+            raise UserTypeError(f"{shown}: expected a list")
         inner = typing.get_args(kind)[0]
         return [checked_value(f"{name}[{i}]", item, inner) for i, item in enumerate(items)]
     if kind is dict:
         if not isinstance(value, Mapping):
-            raise UserTypeError(f"{name}={value!r}: expected a dict")
+            raise UserTypeError(f"{shown}: expected a dict")
         return dict(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)  # a directory called 2024, typed on the command line
+    if kind is Path and isinstance(value, str):
+        value = Path(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserTypeError(f"{name}={value!r} is {type(value).__name__}: expected {kind.__name__}")
-    if bounds is not None and kind in (int, float) and not bounds.low <= value <= bounds.high:
-        raise UserError(f"{name}={value}: expected {bounds.range}")
+        raise UserTypeError(f"{shown} is {type(value).__name__}: expected {kind.__name__}")
+    if bounds is not None and kind in (int, float) and (bound := bounds.broken_bound(value)):
+        wanted = f"must be {bound}" if is_flag else f"expected {bounds.range}"
+        raise UserError(f"{lead}{value}: {wanted}")
     if kind is float and not math.isfinite(value):
-        raise UserError(f"{name}={value}: expected a finite number")
+        raise UserError(f"{lead}{value}: expected a finite number")
     return value
 
 
+def flag_of(name: str) -> str:
+    """The flag of an option: `--max-images` of max_images."""
+    return f"--{name.replace('_', '-')}"
+
+
 def add_flags(parser: argparse._ActionsContainer, schema: type) -> None:
-    """A flag for each option, with its default in its help."""
+    """A flag for each option, with its default in its help.
+
+    One without a default is required. A switch has no value. A flag of a list may be repeated.
+    """
     hints = typing.get_type_hints(schema)
     for name, entry in options_of(schema).items():
-        default, hint = default_of(schema, name), hints[name]
-        flag = f"--{name.replace('_', '-')}"
-        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if kinds[0] is bool:
-            parser.add_argument(flag, action="store_true", help=_flag_help(entry, ""))
-            continue
-        choices = typing.get_args(kinds[0]) if typing.get_origin(kinds[0]) is Literal else None
-        shown = "" if default in (None, "") or isinstance(default, Path) else f"{default}"
-        parser.add_argument(
-            flag,
-            type=str if choices else kinds[0],
-            default=default,
-            choices=choices,
-            metavar=None if choices else entry.metavar,
-            help=_flag_help(entry, shown),
-        )
+        default, kind = default_of(schema, name), _kinds(hints[name])[0]
+        how: dict[str, Any] = {"default": default, "help": _flag_help(entry, default)}
+        if kind is bool:
+            how["action"] = "store_true"
+        elif typing.get_origin(kind) is Literal:
+            how["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is list:
+            how |= {"action": "append", "type": typing.get_args(kind)[0], "metavar": entry.metavar}
+        else:
+            how |= {"type": kind, "metavar": entry.metavar}
+        if default is dataclasses.MISSING:
+            how |= {"default": None, "required": True}
+        parser.add_argument(flag_of(name), **how)
 
 
-def from_flags(schema: type, args: argparse.Namespace) -> Any:
-    """The dataclass of parsed flags, checked.
+def from_flags(schema: type[Schema], args: argparse.Namespace, **more: Any) -> Schema:
+    """The dataclass of parsed flags, checked; more: its fields that are no options.
 
     Raises: UserError: a value out of its range; it names the flag.
     """
+    return schema(**_checked_flags(schema, vars(args)), **more)
+
+
+def check(made: Any) -> None:
+    """Checks the options of a dataclass that a caller has made, in its __post_init__.
+
+    Raises: UserTypeError, UserError: as checked(); the message names the flag.
+    """
+    _checked_flags(type(made), {name: getattr(made, name) for name in options_of(type(made))})
+
+
+def _checked_flags(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(schema)
-    values = {}
-    for name, entry in options_of(schema).items():
-        flag = f"--{name.replace('_', '-')}"
-        try:
-            values[name] = checked_value(flag, getattr(args, name), hints[name], entry)
-        except UserError as error:
-            raise type(error)(str(error).replace(f"{flag}=", f"{flag} ", 1)) from None
-    return schema(**values)
+    return {
+        name: checked_value(flag_of(name), values[name], hints[name], entry)
+        for name, entry in options_of(schema).items()
+    }
 
 
 def markdown(schema: type) -> str:
@@ -192,18 +227,27 @@ def _fields(schema: type) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(schema)
 
 
-def _flag_help(entry: Option, shown: str) -> str:
-    notes = ", ".join(
-        part for part in (shown and f"default {shown}", entry.range, entry.unit) if part
+def _flag_help(entry: Option, default: Any) -> str:
+    says_nothing = (
+        default is dataclasses.MISSING or isinstance(default, bool | list) or default in (None, "")
     )
+    shown = "" if says_nothing else f"default {default}"
+    parts = (shown, entry.note, entry.range, entry.unit)
+    notes = "; ".join(part for part in parts if part)
     return (f"{entry.help} ({notes})" if notes else entry.help).replace("%", "%%")
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # of a Literal: the other
+    return typing.get_args(hint) if is_union else (hint,)
 
 
 def _type_text(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return ", ".join(f"`{word}`" for word in typing.get_args(hint))
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_type_text(kind) for kind in typing.get_args(hint))
+    if len(_kinds(hint)) > 1:
+        return " or ".join(_type_text(kind) for kind in _kinds(hint))
     if hint is type(None):
         return "none"
     return str(hint) if typing.get_origin(hint) else hint.__name__

@@ -14,20 +14,18 @@ shards until then; remove it to start afresh.
 import argparse
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count, file_size
+from data_tools.common.schema import add_flags, from_flags
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import HELD_OUT, Options, Sources
 from data_tools.pack.pairs import resized_text
-from data_tools.sources.source import JOINS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    standard = Options()
     parser.add_argument(
         "sources",
         type=Path,
@@ -38,115 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "with or without .idx; a set packed before",
     )
     parser.add_argument("out", type=Path, help="directory to make")
-    parser.add_argument(
-        "--join",
-        choices=JOINS,
-        default="offset",
-        help="several sources: nobody of one is in another (offset), or the same name is the same "
-        "person (name)",
-    )
-    parser.add_argument(
-        "--nested",
-        action="store_true",
-        help="folders: look for identities at any depth; every folder with images is one",
-    )
-    parser.add_argument(
-        "--identity-level",
-        type=int,
-        default=0,
-        metavar="N",
-        help="folders: the first N folders of an image's path name its identity; 1 joins CFP's "
-        "frontal/ and profile/ of each person",
-    )
-    parser.add_argument(
-        "--root", type=Path, metavar="DIR", help="where the paths of a .lst start (beside it)"
-    )
-    parser.add_argument(
-        "--relabel", type=Path, metavar="FILE", help="follow this relabel index of a record source"
-    )
-    parser.add_argument(
-        "--shards",
-        type=int,
-        default=standard.shards,
-        help="files to cut the images into (one for each 1000 images, 1 to 8)",
-    )
+    add_flags(parser, Sources)
+    add_flags(parser, Options)
     parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
         help="processes, at most one per shard and none for small sets (all cores)",
-    )
-    parser.add_argument("--seed", type=int, default=standard.seed, help="of every draw (0)")
-    parser.add_argument(
-        "--size", type=int, default=standard.size, help="side of the images in pixels (112)"
-    )
-    parser.add_argument(
-        "--quality",
-        type=int,
-        default=standard.quality,
-        help="of images that are encoded again; a JPEG of the right size is kept as it is (95)",
-    )
-    parser.add_argument(
-        "--hold-out",
-        type=int,
-        default=standard.hold_out,
-        metavar="N",
-        help=f"leave N identities out of training and make {HELD_OUT}.bin of them (0)",
-    )
-    parser.add_argument(
-        "--pairs",
-        type=int,
-        default=standard.pairs,
-        help="verification pairs of the identities held out, a multiple of 20; fewer where these "
-        "people do not have so many (3000)",
-    )
-    parser.add_argument(
-        "--split",
-        default="",
-        metavar="WHAT=SHARE",
-        help="set images=SHARE of each identity, or identities=SHARE, aside as the set OUT/split",
-    )
-    parser.add_argument(
-        "--min-images", type=int, default=1, metavar="N", help="leave out identities with fewer (1)"
-    )
-    parser.add_argument(
-        "--max-images", type=int, default=0, metavar="N", help="of an identity, drawn (all)"
-    )
-    parser.add_argument(
-        "--pass-through",
-        action="store_true",
-        help="keep the bytes of every image and do not decode it: damaged pixels show only in "
-        "`verify --deep`",
-    )
-    parser.add_argument(
-        "--resize",
-        action="store_true",
-        help="the faces are aligned at another size: resize square images (with --pass-through "
-        "keep them, and train with resize=true); without it an image of another size than --size "
-        "is skipped",
-    )
-    parser.add_argument(
-        "--exif",
-        choices=("ignore", "follow"),
-        default="",
-        help="an orientation that an image states (ignored; followed with --align)",
-    )
-    parser.add_argument(
-        "--align",
-        action="store_true",
-        help="warp each face to the template by five points: of --landmarks, of the .lst, or found",
-    )
-    parser.add_argument(
-        "--landmarks", type=Path, metavar="FILE", help="lines: path [score] x1 y1 .. x5 y5"
-    )
-    parser.add_argument(
-        "--detector",
-        type=Path,
-        metavar="FILE",
-        help="an ONNX file of YuNet or SCRFD that finds the five points",
-    )
-    parser.add_argument(
-        "--walk", action="store_true", help="read an InsightFace .rec without its .idx"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a data set")
 
@@ -163,16 +59,8 @@ def other_size(images: int, size: int) -> str:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be 1 or more")
-    options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
-    sources = Sources(
-        args.sources,
-        args.join,
-        args.nested,
-        args.root,
-        args.relabel,
-        args.identity_level,
-        args.walk,
-    )
+    options = from_flags(Options, args)
+    sources = from_flags(Sources, args, paths=args.sources)
     done = pack(sources, args.out, options, args.workers, args.overwrite)
     if done["skipped"] or done["empty_identities"]:
         print(

@@ -4,16 +4,17 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
+from data_tools.common.schema import check, option
 from data_tools.pack.alignment import Aligner
 from data_tools.pack.conversion import Conversion
 from data_tools.pack.detectors import detector_sha256
 from data_tools.pack.pairs import check_num_pairs
 from data_tools.pack.split import Choice
-from data_tools.sources.source import JOINS, JoinedSource, Source, open_source
+from data_tools.sources.source import Join, JoinedSource, Source, open_source
 
 HELD_OUT = "heldout"
 SPLIT = "split"  # the second set, a directory in the first
@@ -24,33 +25,67 @@ MAX_SIZE = 1024  # pixels: a slip of the finger beyond it would run for hours an
 class Options:
     """What the bytes of the shards depend on, besides the source."""
 
-    shards: int | None = None  # None: as many as fit the images, see packing.plan()
-    seed: int = 0
-    size: int = 112  # pixels
-    quality: int = 95  # of images that have to be encoded again
-    hold_out: int = 0  # identities
-    pairs: int = 3000  # of the held-out identities, at most; nothing without them
-    split: str = ""  # "images=SHARE" or "identities=SHARE": set aside as a second set
-    min_images: int = 1  # of an identity
-    max_images: int = 0  # of an identity; 0: all
-    pass_through: bool = False
-    exif: str = ""  # "ignore" | "follow"; default: ignored, followed when aligning
-    align: bool = False
-    landmarks: Path | None = None
-    detector: Path | None = None
-    resize: bool = False  # the faces are aligned at another size
+    shards: int | None = option(
+        None,
+        "files to cut the images into",
+        note="default: one for each 1000 images, 1 to 8",
+        low=1,
+    )
+    seed: int = option(0, "of every draw", low=0)
+    size: int = option(112, "side of the images", low=1, high=MAX_SIZE, unit="pixels")
+    quality: int = option(
+        95,
+        "JPEG quality of images that are encoded again; a JPEG of the right size is kept as it is",
+        low=1,
+    )
+    hold_out: int = option(
+        0,
+        f"leave N identities out of training and make {HELD_OUT}.bin of them",
+        low=0,
+        metavar="N",
+    )
+    pairs: int = option(
+        3000,
+        "verification pairs of the identities held out, a multiple of 20; fewer where these people "
+        "do not have so many",
+        low=0,
+    )
+    split: str = option(
+        "",
+        "set images=SHARE of each identity, or identities=SHARE, aside as the set OUT/split",
+        metavar="WHAT=SHARE",
+    )
+    min_images: int = option(1, "leave out identities with fewer", low=1, metavar="N")
+    max_images: int = option(
+        0, "keep N drawn images of each identity", note="0: all", low=0, metavar="N"
+    )
+    pass_through: bool = option(
+        False,
+        "keep the bytes of every image and do not decode it: damaged pixels show only in "
+        "`verify --deep`",
+    )
+    exif: Literal["ignore", "follow"] | None = option(
+        None,
+        "what becomes of an orientation that an image states",
+        note="default: ignored, but followed with --align",
+    )
+    align: bool = option(
+        False,
+        "warp each face to the template by five points: of --landmarks, of the .lst, or found",
+    )
+    landmarks: Path | None = option(None, "lines: path [score] x1 y1 .. x5 y5", metavar="FILE")
+    detector: Path | None = option(
+        None, "an ONNX file of YuNet or SCRFD that finds the five points", metavar="FILE"
+    )
+    resize: bool = option(
+        False,
+        "the faces are aligned at another size: resize square images (with --pass-through keep "
+        "them, and train with resize=true); without it an image of another size than --size is "
+        "skipped",
+    )
 
     def __post_init__(self) -> None:
-        lowest = {
-            "shards": 1, "seed": 0, "size": 1, "quality": 1, "hold_out": 0, "pairs": 0,
-            "min_images": 1, "max_images": 0,
-        }  # fmt: skip
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be {low} or more")
-        if self.size > MAX_SIZE:
-            raise UserError(f"--size {self.size}: must be {MAX_SIZE} or less")
+        check(self)
         if self.quality > 100:
             raise UserError(f"--quality {self.quality}: a JPEG's quality is at most 100")
         if self.hold_out:
@@ -99,26 +134,40 @@ class Sources:
     """Where the images come from."""
 
     paths: Sequence[Path]
-    join: str = "offset"  # or "name"
-    nested: bool = False
-    root: Path | None = None
-    relabel: Path | None = None
-    level: int = 0  # folders: the first `level` parts of a path name the identity
-    walk: bool = False
+    join: Join = option(
+        "offset",
+        "several sources: nobody of one is in another (offset), or the same name is the same "
+        "person (name)",
+    )
+    nested: bool = option(
+        False, "folders: look for identities at any depth; every folder with images is one"
+    )
+    root: Path | None = option(
+        None, "where the paths of a .lst start", note="default: beside it", metavar="DIR"
+    )
+    relabel: Path | None = option(
+        None, "follow this relabel index of a record source", metavar="FILE"
+    )
+    identity_level: int = option(
+        0,
+        "folders: the first N folders of an image's path name its identity; 1 joins CFP's frontal/ "
+        "and profile/ of each person",
+        metavar="N",
+    )
+    walk: bool = option(False, "read an InsightFace .rec without its .idx")
 
     def open(self) -> Source:
-        if self.join not in JOINS:
-            raise UserError(f"--join {self.join}: must be one of {', '.join(JOINS)}")
+        check(self)
         if self.relabel and len(self.paths) > 1:
             raise UserError("--relabel is of one set: pack the others by themselves")
-        if self.level < 0:
-            raise UserError(f"--identity-level {self.level}: must be 1 or more")
-        if self.level and self.nested:
+        if self.identity_level < 0:
+            raise UserError(f"--identity-level {self.identity_level}: must be 1 or more")
+        if self.identity_level and self.nested:
             raise UserError(
                 "--nested and --identity-level N each say what an identity is: take one"
             )
         opened = [
-            open_source(path, self.nested, self.root, self.relabel, self.level, self.walk)
+            open_source(path, self.nested, self.root, self.relabel, self.identity_level, self.walk)
             for path in self.paths
         ]
         return opened[0] if len(opened) == 1 else JoinedSource(opened, self.join)

@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from data_tools.sources.archives import ArchiveSource, is_archive, refuse_packed
 from data_tools.sources.folders import FolderSource, stamp
 from data_tools.sources.lst import ListSource
 
-JOINS = ("offset", "name")
+Join = Literal["offset", "name"]
 
 
 class Images(Protocol):
@@ -190,7 +190,7 @@ class JoinedSource(Joined):
 
     kind = "joined"
 
-    def __init__(self, sources: list[Source], join: str = "offset") -> None:
+    def __init__(self, sources: list[Source], join: Join = "offset") -> None:
         sizes = [len(source) for source in sources]
         super().__init__(
             list(sources),

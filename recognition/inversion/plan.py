@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.common import files
+from data_tools.common import files, schema
 from data_tools.common.errors import UserError
 from recognition import checkpoint
 from recognition.distributed.runtime import Runtime
-from recognition.inversion import settings as knobs
 from recognition.inversion import work
 from recognition.inversion.faces import Faces, finite, load_embeddings, open_faces
 from recognition.inversion.identity import ClosedSet, Identity, OpenSet, centres, head_facts
-from recognition.inversion.settings import Settings
+from recognition.inversion.settings import Request, Settings
 from recognition.weights.networks import TorchEmbedder, open_embedder
 
 # Seconds that a process waits for the others: one with a batch more than they takes as long as it.
@@ -53,32 +52,8 @@ class Plan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of every kind of inversion."""
-    parser.add_argument(
-        "--ids", metavar="0-9,40", help="which of them to invert: classes, rows of the "
-        "embeddings, or people of the images by label; default: --count drawn by --seed",
-    )  # fmt: skip
-    parser.add_argument("--count", type=int, default=256, metavar="N", help="default 256")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
-    parser.add_argument(
-        "--other", action="append", default=[], metavar="MODEL",
-        help="another network to measure with, a run directory or an .onnx; may be repeated",
-    )  # fmt: skip
-    parser.add_argument(
-        "--fid", metavar="MODEL", help="network whose output are the features of a Frechet distance"
-    )
-    parser.add_argument(
-        "--resize", action="store_true",
-        help="the real faces are aligned at another size than 112 x 112: resize them",
-    )  # fmt: skip
-    knobs.add_arguments(parser)
-    parser.add_argument(
-        "--save-every", type=int, default=500, metavar="N", help="steps (500); from there a killed "
-        "run goes on",
-    )  # fmt: skip
-    parser.add_argument(
-        "--picture-every", type=int, default=1000, metavar="N",
-        help="steps (1000) between two pictures of a batch, in OUT/progress",
-    )  # fmt: skip
+    schema.add_flags(parser, Request)
+    schema.add_flags(parser.add_argument_group("settings"), Settings)
 
 
 def check_networks(args: argparse.Namespace) -> None:
@@ -94,10 +69,8 @@ def check_networks(args: argparse.Namespace) -> None:
 
 
 def every_of(args: argparse.Namespace) -> work.Every:
-    for name in ("save_every", "picture_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: 1 or more")
-    return work.Every(args.save_every, args.picture_every)
+    request = schema.from_flags(Request, args)
+    return work.Every(request.save_every, request.picture_every)
 
 
 def network_of(run: str) -> TorchEmbedder:

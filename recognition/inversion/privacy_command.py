@@ -14,8 +14,9 @@ import shutil
 from typing import Any
 
 from data_tools.common.errors import UserError
+from data_tools.common.schema import from_flags
 from recognition.inversion import plan as plans
-from recognition.inversion import settings as knobs
+from recognition.inversion.settings import Settings
 from recognition.inversion.synthesise_command import make, prior_told
 
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from recognition.distributed import runtime
     from recognition.inversion import measure, privacy, work
 
-    settings, every = knobs.of_arguments(args), plans.every_of(args)
+    settings, every = from_flags(Settings, args), plans.every_of(args)
     if wrong := [far for far in args.far if not 0 < far < 1]:
         raise UserError(f"--far {wrong[0]}: between 0 and 1")
     plan = plans.open_set(args, settings, args.data)

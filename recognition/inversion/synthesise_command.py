@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from data_tools.common.errors import UserError
+from data_tools.common.schema import from_flags
 from recognition.inversion import plan as plans
-from recognition.inversion import settings as knobs
+from recognition.inversion.settings import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from recognition.distributed import runtime
     from recognition.inversion import measure, pictures, work
 
-    settings, every = knobs.of_arguments(args), plans.every_of(args)
+    settings, every = from_flags(Settings, args), plans.every_of(args)
     if args.embeddings is not None or args.images is not None:
         if args.data is not None:
             raise UserError("--data goes with classes; real images of embeddings: --images")

@@ -79,7 +79,7 @@ def test_four_nodes(shards_dir, tmp_path):
 @pytest.mark.parametrize(
     "typed, words",
     [
-        ("sample_rat=0.1", "did you mean 'sample_rate'"),
+        ("sample_rat=0.1", "did you mean sample_rate"),
         ("rec=/nowhere", "/nowhere"),
         ("val_targets=lfw", "heldout"),
         ("margin_args.margn=1", "did you mean margin"),

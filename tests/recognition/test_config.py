@@ -62,7 +62,7 @@ def test_overrides(recipe, typed, key, value):
 @pytest.mark.parametrize(
     "typed, error, words",
     [
-        ("sample_rat=0.1", KeyError, "did you mean 'sample_rate'"),
+        ("sample_rat=0.1", KeyError, "did you mean sample_rate"),
         ("lr=fast", TypeError, "lr='fast' is str: expected float"),
         ("lr=nan", TypeError, "lr='nan'"),
         ("sample_rate=1.5", ValueError, "0 to 1"),

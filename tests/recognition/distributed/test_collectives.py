@@ -198,7 +198,7 @@ def come_late():
 
         if group.rank() == 1:  # rank 0 goes on only when rank 1 has waited past its time-out
             release.after_seconds(1.0)
-        return collectives.together(group, "wait", action, least_seconds=60.0) == [0, 1]
+        return collectives.run_on_all_ranks(group, "wait", action, least_seconds=60.0) == [0, 1]
     finally:
         collectives._PATIENT_TIMES = times
 

@@ -139,7 +139,7 @@ def test_a_run_with_two_heads_is_the_same_at_any_world_size_and_resumes(two_sets
     ("own", "kind", "said"),
     [
         ([{}], ValueError, "has 1 heads and rec 2 data sets"),
-        ([{"magrin": "cosface"}, {}], KeyError, "unknown key 'magrin': did you mean 'margin'"),
+        ([{"magrin": "cosface"}, {}], KeyError, "unknown key 'magrin': did you mean margin"),
         ([{"lr": 0.1}, {}], KeyError, "rec_heads[0]: unknown key 'lr'"),
         ([{}, {"sample_rate": 2.0}], ValueError, "rec_heads[1]: sample_rate=2.0"),
         ([{}, 5], TypeError, "rec_heads[1]=5: expected a dict"),
