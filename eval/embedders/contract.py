@@ -4,7 +4,6 @@ A number without its contract cannot be reproduced: channel order and scaling va
 published networks, and a wrong one costs some points without any error.
 """
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from data_tools.common import text
 from data_tools.common.errors import UserError
+from data_tools.common.schema import nearest
 
 SIZES = {(112, 112): slice(0, 112), (112, 96): slice(8, 104)}  # (height, width): kept columns
 ORDERS = ("RGB", "BGR")
@@ -54,9 +54,8 @@ class InputContract(NamedTuple):
         """
         for name in changes:
             if name not in self._fields:
-                near = difflib.get_close_matches(name, self._fields, 1)
-                hint = f"; did you mean {near[0]}?" if near else f"; known: {list(self._fields)}"
-                raise UserError(f"{source}: unknown entry {name!r}{hint}")
+                hint = nearest(name, self._fields, "the entries are")
+                raise UserError(f"{source}: unknown entry {name!r}; {hint}")
         for name, value in changes.items():
             wanted = str if name == "color_order" else int | float
             if not isinstance(value, wanted) or isinstance(value, bool):

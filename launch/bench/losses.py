@@ -17,7 +17,6 @@ OMP_NUM_THREADS says: torchrun makes that one a process. One JSON line comes las
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import statistics
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from data_tools.common.errors import USER_ERRORS, UserError, UserKeyError, one_line
+from data_tools.common.schema import nearest
 from launch.bench.hardware import machine
 from launch.bench.processes import slowest
 from recognition.distributed import collectives, runtime
@@ -147,11 +147,7 @@ def _chosen(typed: str | None) -> list[str]:
     names = list(dict.fromkeys(typed.split(",")))
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise UserKeyError(
-                f"--losses {name!r}: one of {', '.join(known)}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
+            raise UserKeyError(f"--losses {name!r}: {nearest(name, known, 'one of')}")
     return names
 
 

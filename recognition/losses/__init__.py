@@ -1,11 +1,11 @@
 """The margin losses by the names that recipes use; `python -m recognition.losses` lists them."""
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from data_tools.common.errors import UserError, UserKeyError
+from data_tools.common.schema import nearest
 from recognition.losses.adaptive import AdaCos, AdaFace, ElasticFace, MagFace
 from recognition.losses.arguments import checked_arguments
 from recognition.losses.classwise import AdaMSoftmax, DynamicArcFace, JAMsFace
@@ -56,9 +56,7 @@ def make_margin(name: str, arguments: Mapping[str, Any] = MappingProxyType({})) 
         TypeError, ValueError: an argument of the wrong type or out of range.
     """
     if name not in MARGINS:
-        near = difflib.get_close_matches(str(name).lower(), MARGINS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(MARGINS)}"
-        raise UserKeyError(f"margin={name!r}: {hint}")
+        raise UserKeyError(f"margin={name!r}: {nearest(name, MARGINS, 'one of')}")
     checked = checked_arguments(name, MARGINS[name], arguments)
     try:
         return MARGINS[name](**checked)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import numbers
 import types
@@ -11,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from data_tools.common.errors import UserKeyError, UserTypeError
+from data_tools.common.schema import nearest
 from recognition.losses.margin import Margin, Options
 
 
@@ -47,11 +47,8 @@ def checked_arguments(
     taken, checked = arguments_of(margin), {}
     for argument, value in arguments.items():
         if argument not in taken:
-            near = difflib.get_close_matches(str(argument), taken, 1)
-            raise UserKeyError(
-                f"margin_args.{argument}: {name} takes {', '.join(taken)}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
+            hint = nearest(argument, taken, f"{name} takes")
+            raise UserKeyError(f"margin_args.{argument}: {hint}")
         kinds = taken[argument].kinds
         if value is None and any("none" in typing.get_args(kind) for kind in kinds):
             value = "none"  # as the command line reads that word
