@@ -1,6 +1,6 @@
 """`python launch/bench/evaluation.py`: what an evaluation costs, against the plain algorithms.
 
-The baseline is tests/eval/baseline.py, the field's own scripts written plainly; both run here, one
+The baseline is plain_metrics.py, the field's own scripts written plainly; both run here, one
 after the other, on the same generated features, so what counts is the ratio. One JSON line, with
 the targets beside the figures. Peak memory is that of a process of its own for each side.
 """
@@ -9,14 +9,14 @@ import argparse
 import json
 import multiprocessing
 import resource
-import runpy
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from launch.bench import plain_metrics
 
 FACES, TEMPLATES, PAIRS, SAME, DIM = 469_375, 23_124, 15_658_489, 19_557, 512
 PROBES, GALLERIES = 19_593, (1772, 1759)
@@ -25,7 +25,6 @@ TARGETS = {
     "ijbc_seconds": 10.0, "ijbc_gib": 3.0, "ijbc_ratio": 8.0, "search_seconds": 3.0,
     "ten_fold_ratio": 50.0, "extraction_share": 0.95,
 }  # fmt: skip
-_BASELINE = Path(__file__).resolve().parents[2] / "tests" / "eval" / "baseline.py"
 
 
 def main() -> None:
@@ -114,12 +113,11 @@ def _ijbc_ours(scale: float) -> dict[str, Any]:
 
 
 def _ijbc_plain(scale: float) -> dict[str, Any]:
-    plain = runpy.run_path(str(_BASELINE))
     features, template, media, score, first, second, labels = _ijbc(scale)
     began = time.perf_counter()
-    ids, pooled = plain["pool"](features * score[:, None], template, media)
-    values = plain["scores"](ids, pooled, first, second)
-    tars, strict = plain["tars"](labels, values, FARS)
+    ids, pooled = plain_metrics.pool(features * score[:, None], template, media)
+    values = plain_metrics.scores(ids, pooled, first, second)
+    tars, strict = plain_metrics.tars(labels, values, FARS)
     return {"seconds": time.perf_counter() - began, "gib": _peak_gib(), "tars": tars,
             "strict": strict}  # fmt: skip
 
@@ -127,7 +125,6 @@ def _ijbc_plain(scale: float) -> dict[str, Any]:
 def _search(scale: float) -> dict[str, Any]:
     from eval import identification
 
-    plain = runpy.run_path(str(_BASELINE))
     rng = np.random.default_rng(0)
     sizes = [max(10, int(x * scale)) for x in GALLERIES]
     people = sum(sizes)
@@ -147,7 +144,7 @@ def _search(scale: float) -> dict[str, Any]:
         ours = [identification.evaluate(gallery[x], ids[x], probes, probe_ids) for x in parts]
         seconds.append(time.perf_counter() - began)
     began = time.perf_counter()
-    theirs = [plain["search"](gallery[x], ids[x], probes, probe_ids) for x in parts]
+    theirs = [plain_metrics.search(gallery[x], ids[x], probes, probe_ids) for x in parts]
     of_plain = time.perf_counter() - began
     for one, other in zip(ours, theirs, strict=True):
         assert one["rank1"] == other["rank1"] and one["tpir_at_fpir"][0.01] == other[0.01]
@@ -159,7 +156,6 @@ def _search(scale: float) -> dict[str, Any]:
 def _ten_fold(scale: float) -> dict[str, Any]:
     from eval import verification
 
-    plain = runpy.run_path(str(_BASELINE))
     rng = np.random.default_rng(0)
     num = max(100, int(6000 * min(scale * 10, 1)))
     issame = np.arange(num) // (num // 20) % 2 == 0
@@ -178,7 +174,7 @@ def _ten_fold(scale: float) -> dict[str, Any]:
             seconds.append(time.perf_counter() - began)
         return statistics.median(seconds)
 
-    mean, std, folds, _, value, far = plain["evaluate"](embeddings, issame)
+    mean, std, folds, _, value, far = plain_metrics.evaluate(embeddings, issame)
     ours = verification.evaluate(embeddings, issame)
     np.testing.assert_allclose(ours["fold_accuracy"], folds, rtol=0, atol=1e-12)
     found = [ours[key] for key in ("accuracy_mean", "accuracy_std", "val_mean", "val_far_mean")]
@@ -188,11 +184,11 @@ def _ten_fold(scale: float) -> dict[str, Any]:
     return {
         # Embeddings in, accuracy, VAL and ROC out; then the same without VAL's loops in the
         # baseline, and from distances that are there already.
-        "ten_fold_ratio": times(lambda: plain["evaluate"](embeddings, issame), 3) / whole,
+        "ten_fold_ratio": times(lambda: plain_metrics.evaluate(embeddings, issame), 3) / whole,
         "ten_fold_seconds": whole,
-        "ten_fold_ratio_without_val": times(lambda: plain["ten_fold"](embeddings, issame), 3)
+        "ten_fold_ratio_without_val": times(lambda: plain_metrics.ten_fold(embeddings, issame), 3)
         / whole,
-        "ten_fold_ratio_of_distances": times(lambda: plain["ten_fold_of"](distance, issame), 3)
+        "ten_fold_ratio_of_distances": times(lambda: plain_metrics.ten_fold_of(distance, issame), 3)
         / folds_alone,
     }
 

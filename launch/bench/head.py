@@ -3,6 +3,7 @@
     python launch/bench/head.py --suite cpu
     python launch/bench/head.py --suite gpu
     python launch/bench/head.py --classes 100000 --batch 256 --sample-rate 0.1 --processes 2
+    python launch/bench/head.py --plot OUT.svg      how the time of a step grows with each size
 
 A step is forward, backward and the update of the class rows (SGD with momentum), CosFace, rows of a
 batch spread over all processes; it lasts as long as on the slowest of them. The rival is the
@@ -35,6 +36,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import matplotlib
 import torch
 
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
@@ -53,7 +55,7 @@ _FUSED = ("compiled", "triton")
 _FORMS = ("plain", "native", *_FUSED)  # as config.py's head_kernel
 _OF_A_CASE = (
     "classes", "batch", "embedding_size", "sample_rate", "dtype", "stored_mib",
-    "update_in_backward", "piece", "kernel", "forms", "storage", "alone",
+    "update_in_backward", "piece", "kernel", "forms", "storage", "alone", "plot",
 )  # fmt: skip
 SUITES = {
     "cpu": [
@@ -108,6 +110,10 @@ def main(arguments: list[str] | None = None) -> int:
                 storage=_storage(args, device, world),
             )
         ]  # fmt: skip
+        if args.plot:
+            base = Measurement(cases[0], world, args.pairs, args.warmup, device)
+            print(json.dumps({"ms": _plot(args.plot, base)}), flush=True)
+            return 0
         reports = []
         for case in cases:
             if case.batch % world:
@@ -144,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--forms", nargs="+", choices=_FORMS, default=(), help="others, to be timed beside it")
     add("--storage", choices=["device", "host", "auto"], default="device", help="of the rows")
     add("--alone", action="store_true", help="no rival, no floor")
+    add("--plot", metavar="OUT.svg", help="vary each size from this case, and draw our step's time")
     add("--processes", type=int, metavar="W", help="default: one a GPU, two on a CPU")
     add("--pairs", type=int, default=7, metavar="N", help="timed; default %(default)s")
     add("--warmup", type=int, default=2, metavar="N", help="pairs before them; %(default)s")
@@ -156,6 +163,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         for name in _OF_A_CASE:
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} is of one case: leave out --suite")
+    if args.plot and not args.plot.endswith((".svg", ".png")):
+        parser.error(f"--plot {args.plot}: give a name that ends in .svg or .png")
     least = {"classes": 1, "batch": 1, "embedding_size": 1, "stored_mib": 0, "piece": 1,
              "processes": 1, "pairs": 1, "warmup": 0}  # fmt: skip
     for name, number in least.items():
@@ -208,11 +217,60 @@ def _peak_of_rival(plain: Measurement) -> int:
     return together(plain.world, plain.device, _peaks, plain, ["rival"])["rival"]
 
 
-def _report(told: Measurement) -> dict[str, Any]:
-    case = told.case
+def _times(told: Measurement) -> dict[str, Any]:
+    """What _time gives on the first of fresh processes.
+
+    Raises: UserError: the form of --kernel is not available here.
+    """
     times = together(told.world, told.device, _time, told)
     if "unavailable" in times:
-        raise UserError(f"--kernel {case.kernel}: {times['unavailable']}")
+        raise UserError(f"--kernel {told.case.kernel}: {times['unavailable']}")
+    return times
+
+
+def _plot(path: str, base: Measurement) -> dict[str, dict[float, float]]:
+    """Milliseconds of our step where one size changes and the others are those of `base`, drawn."""
+    case = base.case._replace(alone=True)
+
+    def cases(**changes: Any) -> Measurement:
+        return base._replace(case=case._replace(**changes))
+
+    classes = [max(1, int(case.classes * 2.0**power)) for power in range(-2, 5)]
+    batches = [base.world * max(1, int(case.batch * 2.0**power) // base.world)
+               for power in range(-2, 3)]  # fmt: skip
+    lines: dict[str, dict[float, Measurement]] = {
+        "classes": {c: cases(classes=c) for c in classes},
+        "classes, r 0.1": {c: cases(classes=c, sample_rate=0.1) for c in classes},
+        "batch": {b: cases(batch=b) for b in batches},
+        "sample rate": {r: cases(sample_rate=r) for r in (0.05, 0.1, 0.2, 0.5, 1.0)},
+        "processes": {
+            w: cases()._replace(world=w) for w in range(1, base.world + 1) if case.batch % w == 0
+        },
+    }
+    ms: dict[str, dict[float, float]] = {name: {} for name in lines}
+    for name, measurements in lines.items():
+        for size, told in measurements.items():
+            ms[name][size] = round(1e3 * statistics.median(_times(told)["seconds"]["ours"]), 3)
+            print(f"{name} {size:g}: {ms[name][size]:.1f} ms", file=sys.stderr, flush=True)
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(11, 2.6), layout="constrained", sharey=True)
+    for name, points in ms.items():
+        label = name.partition(",")[0]
+        axis = axes[["classes", "batch", "sample rate", "processes"].index(label)]
+        axis.plot(*zip(*points.items(), strict=True), "o-", ms=3, label=name)
+        axis.set(xscale="log", yscale="log", xlabel=label)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=7)
+    axes[0].set_ylabel(f"ms a step, D {case.embedding_size}")
+    figure.savefig(path, metadata={"Date": None} if path.endswith("svg") else None)
+    return ms
+
+
+def _report(told: Measurement) -> dict[str, Any]:
+    case = told.case
+    times = _times(told)
     seconds: dict[str, list[float]] = times["seconds"]
     timed = [name for name in seconds if name != "floor"]
     if case.alone:  # a large one is not built twice

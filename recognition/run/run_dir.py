@@ -21,7 +21,7 @@ from recognition import checkpoint
 from recognition.config import Config
 from recognition.weights import foreign as convert
 
-# How long lock_run_dir() may take: without flock it looks for a sign of a holder on another machine.
+# How long lock_run_dir() may take: without flock it waits for a sign of a holder elsewhere.
 OWNED_SECONDS = 2 * locks.STALE_SECONDS
 _SOURCE_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -1,12 +1,12 @@
-"""Hundreds of generated cases against the field's own algorithms, written plainly in baseline.py:
-ties, duplicates, tiny sets, one-sided sets."""
+"""Hundreds of generated cases against the field's own algorithms, written plainly in
+launch/bench/plain_metrics.py: ties, duplicates, tiny sets, one-sided sets."""
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
 from eval import identification, roc, templates, verification
-from tests.eval import baseline
+from launch.bench import plain_metrics as baseline
 
 FARS = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
 

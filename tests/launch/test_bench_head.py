@@ -65,6 +65,7 @@ def test_a_size_alone_where_it_fits():
         (["--classes", 0], "--classes 0: at least 1", 2),
         (["--pairs", 0], "--pairs 0: at least 1", 2),
         (["--sample-rate", 2], "--sample-rate 2", 2),
+        (["--plot", "growth.txt"], "--plot growth.txt: give a name that ends in .svg", 2),
     ],
 )
 def test_a_mistake_is_said(typed, words, code):
@@ -72,20 +73,13 @@ def test_a_mistake_is_said(typed, words, code):
     assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("typed", [("--steps", 0), ("--embedding-size", 0), ("--largest", 5)])
-def test_a_mistake_of_a_picture_is_said(tmp_path, typed):
-    done = run("launch/bench/growth.py", tmp_path / "growth.svg", *typed)
-    assert done.returncode == 2 and f"{typed[0]} {typed[1]}: at least" in done.stderr
-
-
 @pytest.mark.long
 def test_the_picture_of_growth(tmp_path):
     picture = tmp_path / "growth.svg"
-    done = command(
-        "launch/bench/growth.py", picture, "--largest", 25_000, "--embedding-size", 16, "--steps", 1
-    )
+    done = command(SCRIPT, *SMALL, "--plot", picture)
     points = json.loads(done.stdout.splitlines()[-1])["ms"]
-    assert list(points["classes, r 0.1"]) == ["25000"] and len(points["batch"]) == 5
+    assert list(points["classes"])[0::6] == ["150", "9600"] and list(points["batch"])[0] == "2"
+    assert list(points["processes"]) == ["1", "2"] and len(points["sample rate"]) == 5
     assert all(ms > 0 for panel in points.values() for ms in panel.values())
     assert picture.read_text().rstrip().endswith("</svg>")
 

@@ -15,8 +15,9 @@ from data_tools.common.errors import UserError
 from eval import __main__ as cli
 from eval.protocols import ijb
 from eval.report import results
+from launch.bench import plain_metrics as baseline
 from recognition.export.to_onnx import export_onnx
-from tests.eval import baseline, official
+from tests.eval import official
 from tests.eval.embedders.test_embed import make_run
 from tests.real import ROOT
 

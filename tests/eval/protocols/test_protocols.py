@@ -9,8 +9,9 @@ from scipy.io import loadmat
 from eval import __main__ as cli
 from eval.embedders.images import Files
 from eval.protocols import ijbs
+from launch.bench import plain_metrics as baseline
 from recognition.weights import networks
-from tests.eval import baseline, official
+from tests.eval import official
 from tests.eval.embedders.test_embed import make_run
 
 

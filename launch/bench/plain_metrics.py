@@ -4,13 +4,19 @@ Pooling with one np.where per template, scikit-learn's roc_curve, Python loops o
 folds and probes. It imports nothing of ours.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import normalize
 
+Array = NDArray[Any]
 
-def pool(features, templates, medias):
+
+def pool(features: Array, templates: Array, medias: Array) -> tuple[Array, Array]:
     """(unique ids, L2-normalised templates): media mean, then sum, template by template."""
     ids = np.unique(templates)
     pooled = np.zeros((len(ids), features.shape[1]))
@@ -28,7 +34,8 @@ def pool(features, templates, medias):
     return ids, normalize(pooled)
 
 
-def scores(ids, templates, first, second, step=100_000):
+def scores(ids: Array, templates: Array, first: Array, second: Array, step: int = 100_000) -> Array:
+    """The cosine of each pair of templates, looked up by their ids."""
     place = np.zeros((max(ids) + 1, 1), dtype=int)
     for row, uid in enumerate(ids):
         place[uid] = row
@@ -40,7 +47,7 @@ def scores(ids, templates, first, second, step=100_000):
     return result
 
 
-def tars(labels, values, targets):
+def tars(labels: Array, values: Array, targets: Sequence[float]) -> tuple[Array, Array]:
     """(insightface, strict) at each target."""
     fpr, tpr, _ = roc_curve(labels, values)
     fpr, tpr = np.flipud(fpr), np.flipud(tpr)
@@ -53,15 +60,17 @@ def tars(labels, values, targets):
     return np.array(nearest), np.array(strict)
 
 
-def ten_fold(embeddings, issame):
+def ten_fold(embeddings: Array, issame: Array) -> tuple[float, float, list[float], list[float]]:
     """(mean, std, accuracy of each fold, threshold of each fold) of rows 2i against 2i + 1."""
     unit = normalize(embeddings)
     return ten_fold_of(np.sum(np.square(unit[0::2] - unit[1::2]), 1), issame)
 
 
-def ten_fold_of(distance, issame):
+def ten_fold_of(distance: Array, issame: Array) -> tuple[float, float, list[float], list[float]]:
+    """The same, from the squared distance of each pair."""
     thresholds = np.arange(0, 4, 0.01)
-    accuracies, chosen = [], []
+    accuracies: list[float] = []
+    chosen: list[float] = []
     for train, test in KFold(n_splits=10, shuffle=False).split(np.arange(len(issame))):
         on_train = np.zeros(len(thresholds))
         for k, threshold in enumerate(thresholds):
@@ -71,17 +80,17 @@ def ten_fold_of(distance, issame):
             rates(threshold, distance[test], issame[test])
         accuracies.append(accuracy(thresholds[best], distance[test], issame[test]))
         chosen.append(thresholds[best])
-    return np.mean(accuracies), np.std(accuracies), accuracies, chosen
+    return float(np.mean(accuracies)), float(np.std(accuracies)), accuracies, chosen
 
 
-def evaluate(embeddings, issame):
+def evaluate(embeddings: Array, issame: Array) -> tuple[Any, ...]:
     """All that InsightFace's `evaluate` computes: the ten folds, then VAL at FAR 1e-3."""
     unit = normalize(embeddings)
     distance = np.sum(np.square(unit[0::2] - unit[1::2]), 1)
     return (*ten_fold_of(distance, issame), *val(distance, issame))
 
 
-def val(distance, issame, target=1e-3):
+def val(distance: Array, issame: Array, target: float = 1e-3) -> tuple[float, float]:
     """(mean VAL, mean FAR) at the largest threshold with FAR <= target on the other folds."""
     thresholds = np.arange(0, 4, 0.001)
     vals, fars = [], []
@@ -93,23 +102,32 @@ def val(distance, issame, target=1e-3):
         value, far = rates(chosen, distance[test], issame[test])
         vals.append(value)
         fars.append(far)
-    return np.mean(vals), np.mean(fars)
+    return float(np.mean(vals)), float(np.mean(fars))
 
 
-def accuracy(threshold, distance, issame):
+def accuracy(threshold: float, distance: Array, issame: Array) -> float:
+    """The share of the pairs that a threshold on the distance calls as they are."""
     called = np.less(distance, threshold)
     tp = np.sum(np.logical_and(called, issame))
     tn = np.sum(np.logical_and(np.logical_not(called), np.logical_not(issame)))
     return float(tp + tn) / distance.size
 
 
-def rates(threshold, distance, issame):
+def rates(threshold: float, distance: Array, issame: Array) -> tuple[float, float]:
+    """(true positive rate, false positive rate) of a threshold on the distance."""
     called = np.less(distance, threshold)
     tp, fp = np.sum(called & issame), np.sum(called & ~issame)
     return tp / max(1, np.sum(issame)), fp / max(1, np.sum(~issame))
 
 
-def search(gallery, gallery_ids, probes, probe_ids, ranks=(1, 5, 10), fpirs=(0.01, 0.1)):
+def search(
+    gallery: Array,
+    gallery_ids: Array,
+    probes: Array,
+    probe_ids: Array,
+    ranks: Sequence[int] = (1, 5, 10),
+    fpirs: Sequence[float] = (0.01, 0.1),
+) -> dict[Any, float]:
     """One probe at a time against a gallery of one template a subject: the corrected rule."""
     similarity = np.dot(probes, gallery.T)
     found, mated, rivals, strangers = [], [], [], []
@@ -122,10 +140,10 @@ def search(gallery, gallery_ids, probes, probe_ids, ranks=(1, 5, 10), fpirs=(0.0
         found.append(np.where(gallery_ids[order] == subject)[0][0])
         mated.append(similarity[row, own[0]])
         rivals.append(np.delete(similarity[row], own[0]).max(initial=-np.inf))
-    found, mated, rivals = np.array(found), np.array(mated), np.array(rivals)
-    result = {f"rank{k}": np.mean(found < k) for k in ranks}
-    strangers = np.sort(strangers)[::-1]
+    result: dict[Any, float] = {f"rank{k}": float(np.mean(np.array(found) < k)) for k in ranks}
+    falling = np.sort(strangers)[::-1]
+    is_first = np.array(mated) > np.array(rivals)
     for x in fpirs:
-        threshold = strangers[max(int(len(strangers) * x) - 1, 0)]
-        result[x] = np.mean((mated > rivals) & (mated > threshold))
+        threshold = falling[max(int(len(falling) * x) - 1, 0)]
+        result[x] = float(np.mean(is_first & (np.array(mated) > threshold)))
     return result
