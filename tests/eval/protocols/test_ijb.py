@@ -235,7 +235,7 @@ def damaged(root, tmp_path):
         ("template_pair_label.txt", lambda x: [*x[:3], "1 2", *x[4:]], r"label.txt:4: '1 2' is no"),
         ("template_pair_label.txt", lambda x: [*x[:2], "1 2", "3 4 5 6", *x[4:]], r"label.txt:3:"),
         ("template_pair_label.txt", lambda x: [*x[:3], "1 a 0", *x[4:]], r"label.txt:4: '1 a 0'"),
-        ("template_pair_label.txt", lambda x: [y for y in x if y.endswith("0")], "of one kind"),
+        ("template_pair_label.txt", lambda x: [y for y in x if y.endswith("0")], "only same or only different pairs"),
         ("1N_probe_mixed.csv", lambda x: [*x[:3], "9999,1,x", *x[4:]],
          r"probe_mixed.csv:4: template 9999 has no face"),
         ("1N_gallery_G2.csv", lambda x: [*x[:2], "x,y", *x[3:]], r"G2.csv:3: 'x,y' is not"),
