@@ -32,6 +32,7 @@ from data_tools.common import content, files
 from data_tools.common.errors import UserError
 from recognition.backbones import BACKBONES
 from recognition.checkpoint.backbone import misfit
+from recognition.checkpoint.tensors import mapping
 from recognition.weights import mxnet_params
 
 WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".safetensors", ".params")
@@ -119,7 +120,8 @@ def _tensors(path: str) -> dict[str, Tensor]:
         return {n.split(":", 1)[-1]: torch.from_numpy(a).float() for n, a in arrays.items()}
     if path.endswith(".safetensors"):
         try:
-            return safetensors.torch.load_file(path)
+            with mapping(path):
+                return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
             hint = content.hint(path, "a safetensors")
             raise UserError(f"{path} cannot be read as weights: {error}{hint}") from error
