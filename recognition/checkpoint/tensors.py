@@ -131,14 +131,25 @@ def readable(path: str, name: str) -> Iterator[None]:
         OSError: it cannot be opened or mapped.
     """
     full = os.path.join(path, name)
+    with mapping(full):
+        try:
+            yield
+        except safetensors.SafetensorError as error:
+            raise Damaged(f"{full} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def mapping(full: str) -> Iterator[None]:
+    """Around reading the file at `full` by safetensors, which maps it and names it in no error.
+
+    Raises: OSError, if it cannot be opened or mapped; it names the file.
+    """
     with open(full, "rb"):
         pass
     try:
         yield
     except Damaged:
         raise
-    except safetensors.SafetensorError as error:
-        raise Damaged(f"{full} is damaged: {error}") from error
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise

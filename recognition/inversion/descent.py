@@ -18,6 +18,7 @@ from data_tools.common import files
 from data_tools.common.draws import Purpose, hash_words
 from data_tools.common.errors import UserError
 from recognition.backbones.input import INPUT_SIZE
+from recognition.checkpoint.tensors import mapping
 from recognition.inversion.identity import ClosedSet, Identity
 from recognition.inversion.prior import BnPrior, length, total_variation
 from recognition.inversion.settings import Settings
@@ -52,14 +53,15 @@ class Batch:
         files.write_bytes(path, safetensors.torch.save(tensors, {"step": str(self.step)}))
 
     def load(self, path: str, expected: int) -> None:
-        """Raises: ValueError for a file that is not what was written after `expected` steps."""
+        """Raises: ValueError for a file that is not what was written after `expected` steps;
+        OSError for one that cannot be read."""
         try:
-            with safe_open(path, "pt") as file:
+            with mapping(path), safe_open(path, "pt") as file:
                 step = int(file.metadata()["step"])
                 tensors = {name: file.get_tensor(name) for name in ("images", *_MOMENTS)}
             if step != expected:
                 raise UserError(f"it is of step {step}")
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it and start again") from error
         if tensors["images"].shape != self.images.shape:
             raise UserError(

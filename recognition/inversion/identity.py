@@ -20,6 +20,7 @@ from data_tools.common.errors import UserError
 from data_tools.union import open_all
 from recognition import checkpoint, config
 from recognition.checkpoint.reading import load_head
+from recognition.checkpoint.tensors import readable
 from recognition.head import PartialFC, multi_head
 
 
@@ -146,7 +147,7 @@ def centres(path: str, number: int = 0, block: int = 65536) -> Iterator[np.ndarr
     """The class centres of a head in order, [m, (K,) D] of up to `block` classes at a time."""
     place = checkpoint.find(path)
     for name, start, stop in checkpoint.row_files(checkpoint.read_manifest(place), number):
-        with safe_open(os.path.join(place, name), "pt") as file:
+        with readable(place, name), safe_open(os.path.join(place, name), "pt") as file:
             rows = file.get_slice("weight")
             for first in range(0, stop - start, block):
                 yield rows[first : first + block].float().numpy()

@@ -32,6 +32,7 @@ from data_tools.common import content, files
 from data_tools.common.errors import USER_ERRORS, UserError
 from recognition.backbones import BACKBONES
 from recognition.checkpoint.backbone import misfit
+from recognition.checkpoint.tensors import mapping
 from recognition.weights import mxnet_params
 
 WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".safetensors", ".params")
@@ -119,7 +120,7 @@ def _tensors(path: str) -> dict[str, Tensor]:
         return {n.split(":", 1)[-1]: torch.from_numpy(a).float() for n, a in arrays.items()}
     if path.endswith(".safetensors"):
         try:
-            with open(path, "rb"):  # its own error of a directory names no file
+            with open(path, "rb"), mapping(path):  # open()'s own error of a directory names it
                 return _plain(safetensors.torch.load_file(path), path)
         except safetensors.SafetensorError as error:
             hint = content.hint(path, "a safetensors")
