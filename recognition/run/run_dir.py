@@ -68,8 +68,9 @@ def refuse_foreign_files(output: str) -> None:
     there = [name for name in _WRITTEN if files.exists(os.path.join(output, name))]
     foreign = [name for name in there if not _WRITTEN[name](_start_of(output, name))]
     if not foreign and "config.json" not in there and not _has_checkpoints(output):
-        # They look like files of a run, but nothing else here belongs to one.
-        foreign = [name for name in there if _start_of(output, name)]
+        # They look like files of a run, but nothing else here belongs to one. A list of skipped
+        # samples may be given to a new run, which reads it first.
+        foreign = [name for name in there if name != "skipped.json" and _start_of(output, name)]
         foreign += [name for name in _DIRECTORIES if files.names(os.path.join(output, name))]
     if foreign:
         raise FileExistsError(

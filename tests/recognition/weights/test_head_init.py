@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,6 +16,7 @@ from recognition import checkpoint, config
 from recognition.backbones import BACKBONES
 from recognition.checkpoint import directory
 from recognition.export.to_onnx import export_onnx
+from recognition.head import PartialFC
 from recognition.losses import MARGINS
 from recognition.run import build
 from recognition.weights import head_init, saved_rows
@@ -130,7 +130,7 @@ def test_a_map_without_a_head_of_others_is_refused(keys):
     with pytest.raises(ValueError, match="give that too"):
         config.make(keys | {"init_label_map": "map.txt"})
     with pytest.raises(ValueError, match="leave the map out"):
-        head = SimpleNamespace(shard=(0, 1), weight=torch.ones(1, D))
+        head = PartialFC(MARGINS["arcface"](), D, 1)
         head_init.start_centres(head, "features", "map.txt", None, lambda pixels: pixels)
 
 
