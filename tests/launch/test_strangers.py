@@ -17,7 +17,7 @@ import launch.compare_photographs
 from data_tools.common.template import TEMPLATE, warp
 from data_tools.pack.alignment import detect
 from recognition.export.to_onnx import Bake, export_onnx
-from tests.launch.bench.test_onnx_speed import normalised, trained, unit
+from tests.launch.test_export import normalised, trained, unit
 from tests.real import ROOT, real
 
 PEER = ROOT / ".venv-strangers" / "bin" / "python"

@@ -77,6 +77,9 @@ def test_the_command_prints_one_json_line_last(source, tmp_path):
         "pairs_made": 0,
         "verification": [],
         "left_out": {},
+        "ignored_files": 0,
+        "too_few_images": 0,
+        "beyond_max_images": 0,
     }
     assert "images" in error and "31/31" in error  # the progress
 

@@ -120,9 +120,7 @@ def test_files_that_are_no_backbone(tmp_path):
     with pytest.raises(ValueError, match="a.pt is not a backbone"):
         networks.open_embedder(tmp_path / "a.pt")
     torch.save({"x": torch.ones(2, 3)}, tmp_path / "b.pt")
-    with pytest.raises(
-        ValueError, match=r"b.pt: its 1 tensors \(x \.\.\.\) fit none of our networks"
-    ):
+    with pytest.raises(ValueError, match=r"b.pt: its 1 tensors \(x\) fit none of our networks"):
         networks.open_embedder(tmp_path / "b.pt")
 
 

@@ -15,7 +15,7 @@ from recognition.export.graph import build_graph
 from recognition.export.parity import LIMITS, Agreement, ExportError, Limits
 from recognition.export.quantise import to_int8, without_batch_norms
 from recognition.export.to_onnx import Bake, export_onnx
-from tests.launch.bench.test_onnx_speed import (
+from tests.launch.test_export import (
     Linear,
     NormalisingInside,
     normalised,

@@ -80,7 +80,9 @@ def test_a_profile_is_written(shards_dir, tmp_path):
                             "max_steps": 8})  # fmt: skip
     for rank in range(2):
         trace = json.loads((tmp_path / f"trace-{rank}.json").read_text())
-        assert any("_GateBackward" in str(event.get("name")) for event in trace["traceEvents"])
+        assert any(
+            "_ReducedLogitsBackward" in str(event.get("name")) for event in trace["traceEvents"]
+        )
 
 
 def test_where_a_trace_is_or_why_there_is_none(tmp_path):

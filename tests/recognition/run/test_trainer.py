@@ -345,7 +345,7 @@ def test_ranks_that_see_different_data_are_refused_on_all(shards_dir, tmp_path):
     ranks.run(1, runs.run, runs_on[1], 1)  # a checkpoint that rank 1 alone will find
     messages = ranks.run(2, refused_apart, runs_on)
     assert messages[0] == messages[1]
-    assert "resumed_from is None on rank 0 and step-1 on rank 1" in messages[0]
+    assert "resumed_from is [] on rank 0 and ['step-1'] on rank 1" in messages[0]
 
 
 def refused_apart(runs_on):

@@ -278,7 +278,7 @@ def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
 def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
     path = tmp_path / "x.onnx"
     program = (
-        "import os, signal, sys, tests.launch.bench.test_onnx_speed as t\n"
+        "import os, signal, sys, tests.launch.test_export as t\n"
         "t.export_onnx(t.Linear().eval(), sys.argv[1], metadata={},\n"
         "              verify=lambda aside: os.kill(os.getpid(), signal.SIGKILL))"
     )
@@ -317,6 +317,7 @@ def test_missing_directory_is_told_before_the_work(tmp_path):
 @pytest.fixture
 def run(monkeypatch):
     config = {**METADATA, "rec": "nowhere", "val_targets": [], "lr": 0.1, "seed": 3}
+    monkeypatch.setattr(launch.export, "find", lambda path: path)
     monkeypatch.setattr(launch.export, "load_backbone", lambda path: (Linear().eval(), config))
     monkeypatch.setattr(launch.export, "_weights", lambda *_: {})
 
