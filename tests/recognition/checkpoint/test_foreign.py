@@ -147,9 +147,11 @@ def refusals(keys, tmp_path):
     return said
 
 
-def test_a_nested_manifest_is_damaged_and_set_aside(run_dir, tmp_path):
+def test_a_nested_manifest_is_damaged(run_dir, tmp_path):
+    """It is the only checkpoint: the run says how to go on and changes nothing."""
     output = tmp_path / "run"
     shutil.copytree(run_dir["output"], output)
     (output / "checkpoints" / "step-2" / "manifest.json").write_text("[" * 100_000)
-    tensors = ranks.run(1, runs.run, run_dir | {"output": str(output)}, 2)[0]
-    assert tensors and os.path.isdir(output / "checkpoints" / "step-2.damaged")
+    with pytest.raises(AssertionError, match="(?s)Damaged: .*step-2.*resume=none"):
+        ranks.run(1, runs.run, run_dir | {"output": str(output)}, 2)
+    assert os.listdir(output / "checkpoints") == ["step-2"]
