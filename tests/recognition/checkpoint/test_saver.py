@@ -48,7 +48,7 @@ def slow_disk(gate=None, seconds=0.0):
 
 @contextlib.contextmanager
 def full_disk():
-    """No room for a checkpoint. (A limit on file sizes would stop the pool's store, a file, too.)"""
+    """No room for a checkpoint. (A limit on file sizes would stop the pool's store as well.)"""
 
     def full(path, *_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
