@@ -37,7 +37,7 @@ _reduce_scatter: Callable = (
 
 
 _POLL_SECONDS = (0.01, 0.2)  # between two polls of the store: first and longest
-_LONG_OPERATION_FACTOR = 10  # times the group's time-out, as in the watchdog
+LONG_OPERATION_FACTOR = 10  # a long operation may take this many times the group's time-out
 
 
 class LostContact(RuntimeError):
@@ -376,7 +376,7 @@ class _StoreExchange:
         self._store = dist.distributed_c10d._get_process_group_store(group).clone()  # type: ignore[attr-defined]
         backend = group._get_backend(torch.device("cpu"))
         timeout: timedelta = backend.options._timeout  # type: ignore[attr-defined]
-        self._seconds = max(_LONG_OPERATION_FACTOR * timeout.total_seconds(), least_seconds)
+        self._seconds = max(LONG_OPERATION_FACTOR * timeout.total_seconds(), least_seconds)
 
     def put(self, value: object, failure: str | None = None) -> None:
         """Publish this rank's value, or why this rank has left the group."""

@@ -23,13 +23,12 @@ from types import FrameType
 import torch
 from torch.distributed import DistError, Store
 
-from recognition.distributed.collectives import LostContact
+from recognition.distributed.collectives import LONG_OPERATION_FACTOR, LostContact
 from recognition.distributed.heartbeats import SILENT, Heartbeats, describe_frame, suspects
 from recognition.distributed.preemption import Stopped
 
 _EVERY = 1.0  # seconds between two heartbeats
 _CAUSE_SECONDS = SILENT + _EVERY  # how long a rank that lost contact waits for the cause
-_LONG_OPERATION_FACTOR = 10  # times the time-out: the limit of a long operation
 _STOP_SECONDS = 10.0  # how long the loop may stand still after a signal
 _JOIN_SECONDS = 5.0  # longer than the store's own time-out
 # The files in which a failed gradient all-reduce of DistributedDataParallel surfaces.
@@ -165,9 +164,11 @@ class Watchdog:
         while not self._ended.wait(min(_EVERY, self._timeout / 20)):
             still = time.monotonic() - self._moved
             self._send(still)
-            limit = self._timeout * (_LONG_OPERATION_FACTOR if self._long_operations else 1)
-            if still > self._timeout / 4:
-                self._heartbeats.read()  # a first reading, from which ages are counted
+            limit = self._timeout * (LONG_OPERATION_FACTOR if self._long_operations else 1)
+            # A first reading, from which ages are counted: soon enough to know by the time of the
+            # report which ranks are silent.
+            if still > min(self._timeout / 4, self._timeout / 2 - SILENT - 2 * _EVERY):
+                self._heartbeats.read()
             if still > self._timeout / 2 and not self._reported:
                 self._reported = True
                 self._report(still, limit)
@@ -246,7 +247,11 @@ def _may_be_gloos(error: BaseException) -> bool:
 
 
 def _frame_of(thread: int) -> FrameType | None:
-    return sys._current_frames().get(thread)
+    """The thread's innermost frame outside this file, as the main thread sends heartbeats too."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return frame
 
 
 def _first_line(error: BaseException) -> str:

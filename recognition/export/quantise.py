@@ -124,6 +124,9 @@ def to_int8(
 
     Weights signed and by output channel, activations unsigned, their range that of all but the
     outermost _PERCENTILE of the values on `images`: what ONNX Runtime's CPU kernels use VNNI for.
+    Weights take 7 of the 8 bits. Where a processor has no VNNI, those kernels add two products in
+    16 bits, which saturate with weights of 8: the mean cosine of a small MobileFaceNet with fp32
+    fell to 0.975 there, against 0.991 everywhere with 7 bits and 0.993 with 8 under VNNI.
     Products of two activations stay in fp32, and convolutions of few channels: the first one and
     those in small groups. VNNI adds four products at a time, so 8 bits gain them no time, and they
     carry half of the error of a MobileFaceNet.
@@ -147,6 +150,7 @@ def to_int8(
             op_types_to_quantize=_QUANTISED,
             nodes_to_exclude=narrow,
             per_channel=True,
+            reduce_range=True,
             weight_type=QuantType.QInt8,
             activation_type=QuantType.QUInt8,
             calibrate_method=CalibrationMethod.Percentile,

@@ -104,14 +104,15 @@ def share():
 def test_merge_log_sum_exp():
     """Row 1 has classes on rank 1 only, row 2 on none; row 3 is not a number on rank 0."""
     results = ranks.run(2, merge)
-    inputs = torch.tensor([r[0] for r in results]).requires_grad_()
+    inputs = torch.tensor([r[0] for r in results]).double().requires_grad_()
     assert all(torch.tensor(r[1]).isnan().tolist() == [False] * 3 + [True] for r in results)
     expected = torch.logsumexp(inputs, 0)
     expected[:2].sum().backward()
     for rank, (_, merged, grad) in enumerate(results):
         assert merged[2] == float("-inf") and grad[2] == 0
+        # Some eight roundings to fp32 of numbers below one, each of at most 6e-8.
         assert merged[:2] == pytest.approx(expected[:2].tolist(), rel=1e-6)
-        assert grad[:2] == pytest.approx(inputs.grad[rank, :2].tolist(), rel=1e-6)
+        assert grad[:2] == pytest.approx(inputs.grad[rank, :2].tolist(), rel=5e-7)
 
 
 def merge():
@@ -186,8 +187,8 @@ def test_a_slow_rank_is_waited_for_as_long_as_its_action_may_take():
 
 
 def come_late():
-    group, times = dist.group.WORLD, collectives._PATIENT_TIMES
-    collectives._PATIENT_TIMES = 0  # a time-out that has passed before the other rank comes
+    group, factor = dist.group.WORLD, collectives.LONG_OPERATION_FACTOR
+    collectives.LONG_OPERATION_FACTOR = 0  # a time-out that has passed before the other rank comes
     release = _Release(group)
     try:
 
@@ -200,7 +201,7 @@ def come_late():
             release.after_seconds(1.0)
         return collectives.run_on_all_ranks(group, "wait", action, least_seconds=60.0) == [0, 1]
     finally:
-        collectives._PATIENT_TIMES = times
+        collectives.LONG_OPERATION_FACTOR = factor
 
 
 class _Release:
