@@ -22,7 +22,7 @@ import torch
 
 from data_tools.common import files, text
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
-from data_tools.common.image_file import is_image_name
+from data_tools.images.image_file import is_image_name
 from data_tools.pack.pairs import PAIRS_STEP
 
 _ROOT = Path(__file__).resolve().parents[1]

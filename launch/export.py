@@ -13,9 +13,9 @@ from rich.console import Console
 
 from data_tools import shards
 from data_tools.common import files
-from data_tools.common.decode import decode
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
-from data_tools.common.template import TEMPLATE
+from data_tools.images.decode import decode
+from data_tools.images.template import TEMPLATE
 from data_tools.verification_bin import PairSet, load_bin
 from eval.embedders.embed_onnx import OnnxEmbedder
 from eval.protocols import drop, session, thresholds_command

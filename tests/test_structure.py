@@ -23,14 +23,15 @@ FILES = sorted(ROOT / path for path in house.files() if path.parts[0] in house.P
 # unless it has a line of its own.
 ROOMS: dict[str, list[str]] = {
     "data_tools.common": [],
+    "data_tools.images": [],
     "data_tools": [],  # the formats
-    "data_tools.load": ["data_tools"],
-    "data_tools.sources": ["data_tools"],
-    "data_tools.pack": ["data_tools", "data_tools.sources"],
-    "data_tools.clean": ["data_tools", "data_tools.sources"],
-    "data_tools.inspect": ["data_tools", "data_tools.clean"],
+    "data_tools.load": ["data_tools", "data_tools.images"],
+    "data_tools.sources": ["data_tools", "data_tools.images"],
+    "data_tools.pack": ["data_tools", "data_tools.images", "data_tools.sources"],
+    "data_tools.clean": ["data_tools", "data_tools.images", "data_tools.sources"],
+    "data_tools.inspect": ["data_tools", "data_tools.images", "data_tools.clean"],
     "data_tools.synthetic": [],
-    "eval": [],  # the metrics
+    "eval": ["data_tools.images"],  # the metrics, and the alignment template under its public name
     "eval.embedders": ["eval", "data_tools.*"],
     "eval.report": ["eval", "data_tools.*"],
     "eval.protocols": ["eval", "eval.embedders", "eval.report", "data_tools.*"],

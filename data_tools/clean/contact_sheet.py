@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 
 from data_tools.common import files
-from data_tools.common.decode import decode_any_size
 from data_tools.common.errors import UserError
+from data_tools.images.decode import decode_any_size
 from data_tools.shards import Shards
 
 _TEXT = 14  # pixels for a line

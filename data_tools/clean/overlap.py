@@ -24,10 +24,10 @@ from data_tools.clean.decisions import before_cleaning, write_decision
 from data_tools.clean.features import Features
 from data_tools.clean.hashes import near_pairs, perceptual_hash, pixel_hash
 from data_tools.common import files
-from data_tools.common.decode import decode_any_size
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.common.parallel import Advance, run_tasks
+from data_tools.images.decode import decode_any_size
 from data_tools.sources.source import Images, RecordSource, open_source
 from data_tools.verification_bin import load_bin
 

@@ -5,8 +5,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data_tools.common.decode import decode_any_size
 from data_tools.common.errors import UserError
+from data_tools.images.decode import decode_any_size
 from data_tools.shards import Shards
 
 _KINDS = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"BM": "bmp", b"RI": "webp"}

@@ -11,11 +11,11 @@ import numpy as np
 
 from data_tools import insightface, shards
 from data_tools.common import files
-from data_tools.common.decode import decode
 from data_tools.common.errors import UserError
 from data_tools.common.files import is_file
 from data_tools.common.messages import count
 from data_tools.common.parallel import Advance, Tasks, run_tasks
+from data_tools.images.decode import decode
 from data_tools.recordio import Header, RecordFile, read_idx, unpack_record
 
 _BLOCK = 1 << 16  # records of an InsightFace .rec that make a task

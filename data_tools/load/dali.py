@@ -22,9 +22,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from data_tools.common.decode import decode, decode_any_size
 from data_tools.common.errors import UserError
-from data_tools.common.image_file import fault, is_plain
+from data_tools.images.decode import decode, decode_any_size
+from data_tools.images.image_file import fault, is_plain
 from data_tools.load import augment
 from data_tools.load.loader import Batch, Stream, check_workers
 from data_tools.shards import Shards

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.common.decode import decode
 from data_tools.common.errors import UserError
+from data_tools.images.decode import decode
 from data_tools.load import augment
 from data_tools.load.order import Blocks, Order
 from data_tools.load.read_ahead import ReadAhead

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_tools.common.errors import UserError
-from data_tools.common.template import warp
+from data_tools.images.template import warp
 from data_tools.pack.detectors import detect as detect
 from data_tools.pack.detectors import find_face
 

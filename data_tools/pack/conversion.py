@@ -23,17 +23,17 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from data_tools.common.decode import (
+from data_tools.common.errors import UserError
+from data_tools.common.parallel import Advance
+from data_tools.images.decode import (
     check_jpeg,
     check_pixels,
     decode_any_size,
     resized,
     size_of,
 )
-from data_tools.common.errors import UserError
-from data_tools.common.image_file import channels_of, has_exif
-from data_tools.common.image_size import check_size
-from data_tools.common.parallel import Advance
+from data_tools.images.image_file import channels_of, has_exif
+from data_tools.images.image_size import check_size
 from data_tools.pack.alignment import Aligner
 from data_tools.sources.source import Images
 

@@ -14,8 +14,8 @@ import numpy as np
 from data_tools import shards
 from data_tools.common import files
 from data_tools.common.errors import UserError
-from data_tools.common.image_table import Names
-from data_tools.common.landmarks import LandmarkFile
+from data_tools.images.image_table import Names
+from data_tools.images.landmarks import LandmarkFile
 from data_tools.pack.pack_job import Packing, plan
 from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options, Sources
 from data_tools.shard_writer import ShardWriter, tidy

@@ -20,8 +20,8 @@ import numpy as np
 
 from data_tools.common import content, files
 from data_tools.common.errors import UserError
-from data_tools.common.image_file import HEAD, Chooser
-from data_tools.common.image_table import Names, back_slashes, number_by_name, repeated
+from data_tools.images.image_file import HEAD, Chooser
+from data_tools.images.image_table import Names, back_slashes, number_by_name, repeated
 from data_tools.sources import zip_index
 
 ARCHIVES = (".zip", ".tar")

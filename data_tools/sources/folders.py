@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from data_tools.common.errors import UserError
-from data_tools.common.image_file import HEAD, Chooser, is_hidden
-from data_tools.common.image_table import Names
+from data_tools.images.image_file import HEAD, Chooser, is_hidden
+from data_tools.images.image_table import Names
 
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 

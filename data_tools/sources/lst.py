@@ -22,8 +22,8 @@ import numpy as np
 
 from data_tools.common import content, files, text
 from data_tools.common.errors import UserError
-from data_tools.common.image_file import ending, is_hidden, is_image_name
-from data_tools.common.image_table import Names, back_slashes, repeated
+from data_tools.images.image_file import ending, is_hidden, is_image_name
+from data_tools.images.image_table import Names, back_slashes, repeated
 from data_tools.sources.folders import Paths
 
 _BOX, _POINTS = 4, 10

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
-from data_tools.common.landmarks import five_points
 from data_tools.common.text import numbered_lines, refuse_utf16
+from data_tools.images.landmarks import five_points
 from eval import templates
 from eval.embedders.images import Files
 

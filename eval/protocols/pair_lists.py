@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.common import files
-from data_tools.common import landmarks as points
 from data_tools.common.errors import UserError
 from data_tools.common.files import is_file
-from data_tools.common.image_file import SUFFIXES, is_image_name
-from data_tools.common.image_table import back_slashes
 from data_tools.common.text import numbered_lines
+from data_tools.images import landmarks as points
+from data_tools.images.image_file import SUFFIXES, is_image_name
+from data_tools.images.image_table import back_slashes
 from data_tools.verification_bin import load_bin
 from eval.embedders.images import Encoded, Files, ImageSet
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
-from data_tools.common.landmarks import five_points, points_of, read_landmarks
 from data_tools.common.text import numbered_lines
+from data_tools.images.landmarks import five_points, points_of, read_landmarks
 from eval.embedders.images import Files
 
 FACES = ("image", "subject", "template", "media", "score")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
-from data_tools.common.image_file import is_image_name
+from data_tools.images.image_file import is_image_name
 from eval import identification, templates
 from eval.embedders.images import Files
 from eval.protocols import identify_command, session

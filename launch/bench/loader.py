@@ -41,8 +41,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from data_tools import shards
 from data_tools.common import text
-from data_tools.common.decode import _FLAGS
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
+from data_tools.images.decode import _FLAGS
 from data_tools.load import order
 from data_tools.load.augment import Probabilities
 from data_tools.load.dali import Dali

@@ -34,8 +34,8 @@ from torch import nn
 
 from data_tools import verification_bin
 from data_tools.common import files
-from data_tools.common.decode import decode
 from data_tools.common.errors import USER_ERRORS, one_line
+from data_tools.images.decode import decode
 from eval.embedders.embed_onnx import OnnxEmbedder
 from eval.protocols import drop
 from launch.export import MOST_PAIRS, NUM_EXAMPLES, images_of

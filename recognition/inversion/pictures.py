@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from data_tools.common import files
-from data_tools.common.decode import decode
+from data_tools.images.decode import decode
 from recognition.backbones.input import INPUT_SIZE
 
 

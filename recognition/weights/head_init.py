@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_tools.common.decode import decode
 from data_tools.common.errors import UserError
 from data_tools.common.text import numbered_lines
+from data_tools.images.decode import decode
 from data_tools.shards import Shards
 from data_tools.union import Union
 from eval.embedders.embed_onnx import OnnxEmbedder

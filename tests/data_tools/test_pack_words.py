@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 
 from data_tools import shards
 from data_tools.__main__ import main
-from data_tools.common.decode import MAX_PIXELS, decode_any_size
-from data_tools.common.image_file import judge
+from data_tools.images.decode import MAX_PIXELS, decode_any_size
+from data_tools.images.image_file import judge
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_job import plan
 from data_tools.pack.pack_options import Options

@@ -11,11 +11,11 @@ import pytest
 
 from data_tools import shards
 from data_tools.__main__ import main
-from data_tools.common.decode import decode
+from data_tools.images.decode import decode
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import Options, Sources
 from data_tools.recordio import Header, IndexedReader, Writer
-from tests.data_tools.common.test_decode import exif
+from tests.data_tools.images.test_decode import exif
 from tests.data_tools.samples import encoded, folder
 from tests.real import REAL, ROOT, real
 

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from scipy.io import savemat
 
-from data_tools.common.template import TEMPLATE
+from data_tools.images.template import TEMPLATE
 from data_tools.synthetic import generate
 
 

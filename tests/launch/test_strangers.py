@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import launch.compare_photographs
-from data_tools.common.template import TEMPLATE, warp
+from data_tools.images.template import TEMPLATE, warp
 from data_tools.pack.alignment import detect
 from recognition.export.to_onnx import Bake, export_onnx
 from tests.launch.test_export import normalised, trained, unit
@@ -90,7 +90,7 @@ def test_the_example_aligns_as_we_do(detector):
     points = TEMPLATE @ np.array([[2.0, 0.3], [-0.3, 2.0]], np.float32) + rng.normal(0, 2, (5, 2))
     rows = [r for x, y in points for r in ((x, -y, 1, 0), (y, x, 0, 1))]
     a, b, tx, ty = np.linalg.lstsq(np.array(rows), np.ravel(TEMPLATE), rcond=None)[0]
-    from data_tools.common.template import similarity
+    from data_tools.images.template import similarity
 
     assert np.abs(np.array([[a, -b, tx], [b, a, ty]]) - similarity(points)).max() < 1e-3
     import onnxruntime

@@ -17,7 +17,7 @@ from data_tools.clean.hashes import near_pairs, perceptual_hash, pixel_hash
 from data_tools.clean.merge import halves, lowest_of_chain, same_pairs
 from data_tools.clean.purify import dominant_cosines
 from data_tools.common import files
-from data_tools.common.decode import decode
+from data_tools.images.decode import decode
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import Options
 from recognition.weights.centres import Centres

@@ -11,18 +11,18 @@ from PIL import Image
 
 from data_tools import shards
 from data_tools.__main__ import main
-from data_tools.common.decode import decode, decode_any_size, size_of
-from data_tools.common.image_file import channels_of
-from data_tools.common.image_table import Names
-from data_tools.common.landmarks import LandmarkFile
-from data_tools.common.template import TEMPLATE, warp
+from data_tools.images.decode import decode, decode_any_size, size_of
+from data_tools.images.image_file import channels_of
+from data_tools.images.image_table import Names
+from data_tools.images.landmarks import LandmarkFile
+from data_tools.images.template import TEMPLATE, warp
 from data_tools.pack import detectors
 from data_tools.pack.alignment import Aligner
 from data_tools.pack.conversion import Conversion, convert
 from data_tools.pack.detectors import detect
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import Options
-from tests.data_tools.common.test_decode import exif
+from tests.data_tools.images.test_decode import exif
 from tests.data_tools.samples import encoded, folder, pixels
 from tests.data_tools.scrfd import as_scrfd
 from tests.real import real

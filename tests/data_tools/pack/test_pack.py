@@ -11,7 +11,7 @@ import pytest
 from data_tools import shards
 from data_tools.__main__ import main
 from data_tools.common import parallel
-from data_tools.common.decode import decode
+from data_tools.images.decode import decode
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import Options
 from data_tools.recordio import Header, Writer

@@ -8,7 +8,7 @@ import pytest
 
 from data_tools import shards
 from data_tools.__main__ import main
-from data_tools.common.decode import decode
+from data_tools.images.decode import decode
 from data_tools.pack import pairs
 from data_tools.pack.pairs import draw_pairs, most_pairs, write_bin
 from tests.data_tools.samples import encoded, folder

@@ -11,7 +11,7 @@ import pytest
 
 from data_tools import shards
 from data_tools.__main__ import main
-from data_tools.common.image_table import Names, repeated
+from data_tools.images.image_table import Names, repeated
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import Options, Sources
 from data_tools.recordio import Header, Writer

@@ -11,8 +11,8 @@ import pytest
 
 from data_tools.__main__ import main
 from data_tools.common import parallel
-from data_tools.common.decode import decode
 from data_tools.common.partial_directory import mark
+from data_tools.images.decode import decode
 from data_tools.synthetic import generate
 from data_tools.synthetic.canvas import Sheet
 from data_tools.synthetic.generate import Options, encode, render, synthesize

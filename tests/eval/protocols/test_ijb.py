@@ -317,7 +317,7 @@ def test_a_list_in_utf16_is_named(root, tmp_path):
 
 
 def test_68_points_are_averaged_to_five():
-    from data_tools.common.landmarks import five_points
+    from data_tools.images.landmarks import five_points
 
     points = np.random.default_rng(0).normal(size=(68, 2)).astype(np.float32)
     five = five_points([str(x) for x in points.ravel()])

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from data_tools.common.landmarks import read_landmarks
-from data_tools.common.template import TEMPLATE
+from data_tools.images.landmarks import read_landmarks
+from data_tools.images.template import TEMPLATE
 from eval.embedders.images import FIVE_POINTS
 from eval.protocols import pair_lists, score_pairs
 from tests.eval import official

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from data_tools import shards
-from data_tools.common.decode import decode
+from data_tools.images.decode import decode
 from recognition import checkpoint, config
 from recognition.backbones import BACKBONES
 from recognition.checkpoint import directory

@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 
 from data_tools.common.errors import UserError
-from data_tools.common.image_file import fault, judge
-from data_tools.common.image_size import check_size
+from data_tools.images.image_file import fault, judge
+from data_tools.images.image_size import check_size
 
 MAX_PIXELS = 128_000_000  # 384 MB as RGB, in every worker: beyond any camera for faces
 # IGNORE_ORIENTATION: faces were aligned as pixels, and a tag that survived that would turn them

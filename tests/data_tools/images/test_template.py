@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from skimage.transform import SimilarityTransform
 
-from data_tools.common import template
+from data_tools.images import template
 from tests.real import REAL, real
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_tools.common import content
-from data_tools.common.image_file import HEAD, ending, is_image_name, is_plain, judge, kind_of
+from data_tools.images.image_file import HEAD, ending, is_image_name, is_plain, judge, kind_of
 from tests.data_tools.samples import encoded, pixels
 from tests.real import real
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_tools.common.decode import check_jpeg, decode, decode_any_size
+from data_tools.images.decode import check_jpeg, decode, decode_any_size
 from data_tools.pack.conversion import Conversion, convert
 from tests.data_tools.samples import encoded, pixels
 from tests.real import real

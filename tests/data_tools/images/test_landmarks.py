@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data_tools.common.errors import UserError, UserKeyError
-from data_tools.common.image_table import Names
-from data_tools.common.landmarks import points_of, read_landmarks
+from data_tools.images.image_table import Names
+from data_tools.images.landmarks import points_of, read_landmarks
 
 
 def numbers(first):

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from data_tools.common import files, text
 from data_tools.common.errors import UserError, UserKeyError
-from data_tools.common.image_table import Names
+from data_tools.images.image_table import Names
 
 _FIVE, _IBUG = 10, 136  # numbers of 5 points and of 68
 _SEPARATORS = str.maketrans("\t,", "  ")

@@ -1,0 +1,1 @@
+"""Encoded images: kinds, sizes and pixels; landmarks and the alignment template."""
