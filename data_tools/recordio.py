@@ -22,7 +22,7 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -238,26 +238,35 @@ class RecordFile:
             at = self._data.find(_MAGIC, at + 1)
         return self.size
 
-    def ends(self, offsets: np.ndarray) -> np.ndarray:
-        """The byte where each record of `offsets` [n] ends, int64 [n]; -1 for one that cannot be
-        read. It touches one page a record."""
-        ends = np.full(len(offsets), -1, np.int64)
-        if self.size >= _FRAME.size:
+    def _heads(self, offsets: np.ndarray, num_words: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """The first words of the records at `offsets`, uint32 [m, num_words], a block at a time.
+
+        Zeros stand where no record can start. Reading them touches one page a record.
+        """
+        if self.size >= 4 * num_words:
             words = np.frombuffer(self._data, dtype="<u4", count=self.size // 4)
             for start in range(0, len(offsets), _HEADER_BLOCK):
                 some = offsets[start : start + _HEADER_BLOCK]
-                at = np.clip(some // 4, 0, len(words) - 2)
-                lrec = words[at + 1].astype(np.int64)
-                stop = some + _FRAME.size + ((lrec & MAX_RECORD) + 3) // 4 * 4
-                whole = (at * 4 == some) & (words[at] == MAGIC) & (lrec >> 29 == WHOLE)
-                ends[start : start + len(some)] = np.where(whole & (stop <= self.size), stop, -1)
+                at = np.clip(some // 4, 0, len(words) - num_words)
+                heads = words[at[:, None] + np.arange(num_words)]
+                heads[at * 4 != some] = 0
+                yield slice(start, start + len(some)), heads
+
+    def ends(self, offsets: np.ndarray) -> np.ndarray:
+        """The byte where each record of `offsets` [n] ends, int64 [n]; -1 if it is unreadable."""
+        ends = np.full(len(offsets), -1, np.int64)
+        for block, heads in self._heads(offsets, 2):
+            magic, lrec = heads.astype(np.int64).T
+            stop = offsets[block] + _FRAME.size + ((lrec & MAX_RECORD) + 3) // 4 * 4
+            whole = (magic == MAGIC) & (lrec >> 29 == WHOLE) & (stop <= self.size)
+            ends[block] = np.where(whole, stop, -1)
         for i in np.flatnonzero(ends < 0).tolist():  # cut in pieces, or damaged
             with contextlib.suppress(UserError):
                 ends[i] = self.read(int(offsets[i]))[1]
         return ends
 
     def unlisted(self, offsets: np.ndarray) -> int:
-        """How many records stand between those at `offsets` (ascending), on no line of an index."""
+        """How many records lie between those at `offsets` (ascending), on no line of the index."""
         starts = np.append(offsets, self.size)
         ends = np.append(0, self.ends(offsets))
         gaps = np.flatnonzero((ends >= 0) & (ends < starts))
@@ -274,27 +283,18 @@ class RecordFile:
         """
         flags = np.zeros(len(offsets), np.uint32)
         labels = np.zeros(len(offsets), np.float32)
-        plain = np.zeros(
-            len(offsets), bool
-        )  # whole records whose header and first label we can see
-        if self.size >= 4 * _HEADER_WORDS:
-            words = np.frombuffer(self._data, dtype="<u4", count=self.size // 4)
-            for start in range(0, len(offsets), _HEADER_BLOCK):
-                some = offsets[start : start + _HEADER_BLOCK]
-                block = slice(start, start + len(some))
-                at = np.clip(some // 4, 0, len(words) - _HEADER_WORDS)  # [m] the frame's first word
-                lrec = words[at + 1]
-                plain[block] = (
-                    (at * 4 == some)
-                    & (words[at] == MAGIC)
-                    & (lrec >> 29 == WHOLE)
-                    & (lrec >= 4 * (_HEADER_WORDS - 2))
-                    & (at * 4 + 8 + lrec.astype(np.int64) <= self.size)
-                    & (_HEADER.size + 4 * words[at + 2].astype(np.int64) <= lrec)
-                )
-                flags[block] = words[at + 2]
-                column = np.where(flags[block] == 0, words[at + 3], words[at + 8])
-                labels[block] = column.view(np.float32)
+        plain = np.zeros(len(offsets), bool)  # whole, with a header and a first label
+        for block, heads in self._heads(offsets, _HEADER_WORDS):
+            magic, lrec, flag = heads[:, :3].astype(np.int64).T
+            plain[block] = (
+                (magic == MAGIC)
+                & (lrec >> 29 == WHOLE)
+                & (lrec >= 4 * (_HEADER_WORDS - 2))
+                & (offsets[block] + _FRAME.size + lrec <= self.size)
+                & (_HEADER.size + 4 * flag <= lrec)
+            )
+            flags[block] = flag
+            labels[block] = np.where(flag == 0, heads[:, 3], heads[:, 8]).view(np.float32)
         for i in np.flatnonzero(~plain):  # cut in pieces, very short, or damaged: the plain way
             offset = int(offsets[i])
             header, _ = unpack_record(self.read(offset)[0], self.where(offset))
@@ -373,14 +373,18 @@ class IndexedReader:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __contains__(self, key: int) -> bool:
+    def _find(self, key: int) -> int | None:
+        """The position of a key among the sorted ones, None without it."""
         at = int(np.searchsorted(self._sorted, key))
-        return at < len(self._sorted) and int(self._sorted[at]) == key
+        return at if at < len(self._sorted) and int(self._sorted[at]) == key else None
+
+    def __contains__(self, key: int) -> bool:
+        return self._find(key) is not None
 
     def position(self, key: int) -> int:
-        """Where the key stands in `keys`. Raises: KeyError naming the file."""
-        at = int(np.searchsorted(self._sorted, key))
-        if at == len(self._sorted) or int(self._sorted[at]) != key:
+        """The position of the key in `keys`. Raises: KeyError naming the file."""
+        at = self._find(key)
+        if at is None:
             known = f"{self._sorted[0]} .. {self._sorted[-1]}" if len(self) else "none"
             place = self.idx_path or self.file.path
             raise UserKeyError(
@@ -454,25 +458,18 @@ class Writer:
     def write(self, key: int, header: Header, payload: bytes) -> None:
         """Append a record. Raises: ValueError if it has 2^29 bytes or more, OSError of the disk."""
         framed = frame(pack_record(header, payload))
-        file: IO[Any] = self._rec
-        try:
-            file.write(framed)
-            file = self._idx
-            file.write(f"{int(key)}\t{self.offset}\n")
-        except OSError as error:  # of a full disk: the error names no file
-            raise OSError(error.errno, error.strerror, str(file.name)) from error
+        with naming(self._rec.name):  # the error of a full disk names no file
+            self._rec.write(framed)
+        with naming(self._idx.name):
+            self._idx.write(f"{int(key)}\t{self.offset}\n")
         self.offset += len(framed)
 
     def close(self) -> None:
         """Raises: OSError naming the file whose last bytes cannot be written."""
-        failed: OSError | None = None
-        for file in (self._idx, self._rec):
-            try:
-                file.close()
-            except OSError as error:
-                failed = OSError(error.errno, error.strerror, str(file.name))
-        if failed is not None:
-            raise failed
+        with contextlib.ExitStack() as stack:
+            for file in (self._rec, self._idx):
+                stack.enter_context(naming(file.name))
+                stack.callback(file.close)
 
     def __enter__(self) -> "Writer":
         return self

@@ -74,20 +74,6 @@ def write(path: Path, relabel: Relabel) -> None:
             file.write(f"{image}\t{'drop' if to == DROP else to}\n")
 
 
-def of_labels(
-    of: str, num_classes: int, old: np.ndarray, new: np.ndarray, base: Relabel | None = None
-) -> Relabel:
-    """The index that takes labels `old` [N] to `new` [N] (DROP to drop): a line where they differ.
-
-    base: the index that was in force when `old` was read (its dropped images: DROP in both).
-    """
-    changed = new != old
-    if base is not None:
-        changed[base.images] = True
-    images = np.flatnonzero(changed)
-    return Relabel(of, len(old), num_classes, images, new[images])
-
-
 def apply(relabel: Relabel, labels: np.ndarray) -> np.ndarray:
     """Labels [N] in the set's own numbering after the index, int64: DROP, or a class."""
     changed = np.array(labels, np.int64)

@@ -177,16 +177,11 @@ def load(path: str | Path) -> object:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             try:
                 return _Interpreter(mapped, encoding="bytes").load()
-            except EOFError as error:
-                raise UserError(
-                    f"{path}: the pickle ends early; is the file whole?{content.hint(path, _MINE)}"
-                ) from error
-            except KeyError as error:  # of `dispatch`
-                raise UserError(
-                    f"{path}: the pickle uses the forbidden instruction {chr(error.args[0])!r}"
-                    f"{content.hint(path, _MINE)}"
-                ) from error
             except Exception as error:  # damaged bytes can fail anywhere in the interpreter
-                raise UserError(
-                    f"{path}: not a verification pickle: {error}{content.hint(path, _MINE)}"
-                ) from error
+                if isinstance(error, EOFError):
+                    what = "the pickle ends early; is the file whole?"
+                elif isinstance(error, KeyError):  # of `dispatch`
+                    what = f"the pickle uses the forbidden instruction {chr(error.args[0])!r}"
+                else:
+                    what = f"not a verification pickle: {error}"
+                raise UserError(f"{path}: {what}{content.hint(path, _MINE)}") from error

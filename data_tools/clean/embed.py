@@ -58,8 +58,8 @@ def embed(
         features.write_index(out, index)
     todo = [
         (start, stop)
-        for b, (start, stop) in enumerate(features.blocks(len(data), block))
-        if b % part[1] == part[0] and not files.is_file(features.block_path(out, start, stop))
+        for number, start, stop in features.missing_blocks(out, len(data), block)
+        if number % part[1] == part[0]
     ]
 
     others: list[int] = []  # images that were resized; threads append to it
@@ -124,17 +124,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     part = _part(args.part)
     embedder: Network = networks().open_embedder(args.network, args.batch_size)
     made, resized = embed(data, embedder, args.out, args.block, part, args.resize)
-    missing = [
-        start
-        for start, stop in features.blocks(len(data), args.block)
-        if not files.is_file(features.block_path(args.out, start, stop))
-    ]
+    missing = len(features.missing_blocks(args.out, len(data), args.block))
     print(
         f"{args.out}: {count(len(data), 'image')}, {count(made, 'block')} made, "
-        f"{len(missing)} left to other parts"
+        f"{missing} left to other parts"
         + (f", {count(resized, 'image')} resized" if args.resize else "")
     )
     return {
-        "path": str(args.out), "images": len(data), "made": made, "missing": len(missing),
+        "path": str(args.out), "images": len(data), "made": made, "missing": missing,
         **({"resized": resized} if args.resize else {}),
     }  # fmt: skip

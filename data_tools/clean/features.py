@@ -88,6 +88,15 @@ def blocks(num_images: int, block: int) -> Iterator[tuple[int, int]]:
     return ((s, min(s + block, num_images)) for s in range(0, num_images, block))
 
 
+def missing_blocks(directory: Path, num_images: int, block: int) -> list[tuple[int, int, int]]:
+    """(number, start, stop) of each block that is not there."""
+    return [
+        (number, start, stop)
+        for number, (start, stop) in enumerate(blocks(num_images, block))
+        if not files.is_file(block_path(directory, start, stop))
+    ]
+
+
 def block_path(directory: Path, start: int, stop: int) -> Path:
     return directory / f"features-{start:09d}-{stop:09d}.npy"
 

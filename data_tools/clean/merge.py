@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from data_tools import shards
-from data_tools.clean.decisions import before_cleaning, write_decision
 from data_tools.clean.features import Features
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
+from data_tools.decisions import before_cleaning, write_decision
 
 _BLOCK = 4096  # rows of a product of centres
 _ROUNDS = 20  # of 2-means at most

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from data_tools import relabel, shards
-from data_tools.clean.decisions import before_cleaning, write_decision
 from data_tools.clean.features import Features
 from data_tools.clean.hashes import near_pairs, perceptual_hash, pixel_hash
-from data_tools.common import files
+from data_tools.common import cli, files
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.common.parallel import Advance, run_tasks
+from data_tools.decisions import before_cleaning, write_decision
 from data_tools.images.decode import decode_any_size
 from data_tools.sources.source import Images, RecordSource, open_source
 from data_tools.verification_bin import load_bin
@@ -128,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--identities", action="store_true", help="drop whole identities")
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="list every pair found")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    cli.add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

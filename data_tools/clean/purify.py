@@ -8,7 +8,6 @@ index; `relabel` puts it in force. Then train again from scratch with num_subcen
 """
 
 import argparse
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +16,13 @@ import numpy as np
 
 from data_tools import relabel, shards
 from data_tools.clean.contact_sheet import face, write_sheet
-from data_tools.clean.decisions import before_cleaning, write_decision
 from data_tools.clean.features import Features
+from data_tools.common import cli
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.common.networks import Centres, networks
 from data_tools.common.parallel import Advance, Tasks, run_tasks
+from data_tools.decisions import before_cleaning, write_decision
 
 _CLASSES = 8192  # classes whose centres are in memory at a time
 _SHOWN = 100  # faces on the sheet
@@ -101,16 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="which head of a run with rec_heads (default %(default)s)",
     )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes (all cores)"
-    )
+    cli.add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 0 < args.threshold < 180:
         raise UserError(f"--threshold {args.threshold}: degrees between 0 and 180")
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be 1 or more")
     data = shards.open(args.path)
     features = Features(args.features, data.fingerprint)
     centres: Centres = networks().Centres(args.run, args.head)

@@ -26,12 +26,13 @@ def load_npy(path: str | os.PathLike[str], mmap: bool = False) -> Any:
         UserError: no such file by its content, or damaged; it names the path.
         OSError: it cannot be read.
     """
-    try:
-        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except OSError as error:
-        raise _named(error, path) from error
-    except Exception as error:  # NumPy parses the header as Python: tokenize's and many others
-        raise UserError(f"{path} is no whole .npy or .npz of numbers: {error}") from error
+    with files.naming(path):
+        try:
+            return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        except OSError:
+            raise
+        except Exception as error:  # NumPy parses the header as Python: tokenize's and many others
+            raise UserError(f"{path} is no whole .npy or .npz of numbers: {error}") from error
 
 
 def write_hashed(path: str | os.PathLike[str], array: np.ndarray) -> None:
@@ -61,26 +62,13 @@ def load_hashed(path: str | os.PathLike[str], mmap: bool = False, check: bool = 
 
 def _check(path: str | os.PathLike[str]) -> None:
     total = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            left = os.fstat(file.fileno()).st_size - _TRAILER
-            while left > 0:
-                part = file.read(min(left, 1 << 20))
-                if not part:
-                    break
-                total.update(part)
-                left -= len(part)
-            trailer = file.read()
-    except OSError as error:
-        raise _named(error, path) from error
+    with files.naming(path), open(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size - _TRAILER
+        while left > 0 and (part := file.read(min(left, 1 << 20))):
+            total.update(part)
+            left -= len(part)
+        trailer = file.read()
     if trailer[: len(_MARK)] != _MARK or len(trailer) != _TRAILER:
         raise UserError(f"{path} ends without a hash of its content: cut short, or not of arcline")
     if trailer[len(_MARK) :] != total.digest():
         raise UserError(f"{path}: its bytes are not those that were written, by their hash")
-
-
-def _named(error: OSError, path: str | os.PathLike[str]) -> OSError:
-    """The error with the path: that of a read or of a mapping names no file."""
-    if error.errno is None or error.filename is not None:
-        return error
-    return OSError(error.errno, error.strerror, os.fspath(path))

@@ -7,11 +7,17 @@ another one returns None and prints nothing.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from data_tools.common.errors import USER_ERRORS, one_line
+from data_tools.common.errors import USER_ERRORS, UserError, one_line
+
+
+def add_workers(parser: argparse.ArgumentParser, help: str = "processes (all cores)") -> None:
+    """The flag `--workers N`, whose value main() checks."""
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=help)
 
 
 def main(
@@ -41,6 +47,8 @@ def main(
         return 2
     args = parser.parse_args(argv)
     try:
+        if getattr(args, "workers", 1) < 1:
+            raise UserError(f"--workers {args.workers}: must be 1 or more")
         result = commands[args.command][0].run(args)
     except USER_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

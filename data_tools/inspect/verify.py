@@ -1,7 +1,6 @@
 """`verify`: is every record of a data set what it should be? Names each one that is not."""
 
 import argparse
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools import insightface, shards
-from data_tools.common import files
+from data_tools.common import cli, files
 from data_tools.common.errors import UserError
 from data_tools.common.files import is_file
 from data_tools.common.messages import count
@@ -244,14 +243,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path", type=Path, help="a data set directory, an InsightFace one or a .rec"
     )
     parser.add_argument("--deep", action="store_true", help="decode every image as well")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes (all cores)"
-    )
+    cli.add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be 1 or more")
     if files.is_file(args.path / shards.INDEX):
         records, findings = verify_packed(args.path, args.deep, args.workers)
     elif args.path.suffix == ".rec" and is_file(args.path):

@@ -8,10 +8,10 @@ import numpy as np
 
 from data_tools import shards
 from data_tools.clean.contact_sheet import MAX_FACES, face, write_sheet
-from data_tools.clean.decisions import before_cleaning
 from data_tools.clean.features import Features
 from data_tools.common.errors import UserError, UserKeyError
 from data_tools.common.messages import count
+from data_tools.decisions import before_cleaning
 
 _BLOCK = 65536  # rows searched at a time
 

@@ -13,11 +13,10 @@ is no faster (launch/LOG.md).
 
 import importlib.util
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from data_tools.common.errors import UserError
 from data_tools.images.decode import decode, decode_any_size
 from data_tools.images.image_file import fault, is_plain
 from data_tools.load import augment
-from data_tools.load.loader import Batch, Stream, check_workers
+from data_tools.load.loader import Batch, ThreadedSource
 from data_tools.shards import Shards
 from data_tools.union import Union
 
@@ -49,7 +48,7 @@ def check_installed() -> None:
         )
 
 
-class Dali:
+class Dali(ThreadedSource):
     """A BatchSource on `device`; see Loader for its promises. Further arguments: those of Stream.
 
     normalised: mirror and normalise in the graph, images being float32; None: on a GPU only.
@@ -68,9 +67,8 @@ class Dali:
         normalised: bool | None = None,
         **stream: Any,
     ) -> None:
-        check_workers(workers, prefetch)
         check_installed()
-        self._stream = Stream(shards, **stream)
+        super().__init__(shards, workers, prefetch, stream)
         size = self._stream.size
         if shards.image_size not in (None, (size, size)):
             raise UserError(
@@ -89,48 +87,26 @@ class Dali:
             normalised=normalised,
         )
         self._normalised = normalised
-        self.wait_seconds = 0.0
-        self._shards = shards
-        self._prefetch = prefetch
         self._reading: deque[tuple[Batch, augment.Draws | None, list[Future]]] = deque()
         self._decoding: deque[tuple[Batch, list[np.ndarray]]] = deque()
-        self._closed = False
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._closed:
-            raise RuntimeError("this loader is closed (an earlier error closes it too)")
+    def _next(self) -> Batch:
         started = time.perf_counter()
-        try:
-            if not self._decoding:  # the first run of a graph takes all that it can hold
-                for _ in range(_DEPTH):
-                    self._feed()
-                self._pipe.schedule_run()
-            batch, encoded = self._decoding[0]
-            images = self._images(batch, encoded)
-            self._decoding.popleft()
-            self._feed()
+        if not self._decoding:  # the first run of a graph takes all that it can hold
+            for _ in range(_DEPTH):
+                self._feed()
             self._pipe.schedule_run()
-        except BaseException:
-            self.close()
-            raise
+        batch, encoded = self._decoding[0]
+        images = self._images(batch, encoded)
+        self._decoding.popleft()
+        self._feed()
+        self._pipe.schedule_run()
         self.wait_seconds += time.perf_counter() - started
         return batch._replace(images=images)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Ends the threads; batches in the graph are dropped with it."""
-        self._closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """End the threads; batches in the graph are dropped with it."""
+        super().close()
         self._reading.clear()
         self._decoding.clear()
         self._pipe = None
@@ -178,20 +154,20 @@ class Dali:
     def _named(self, batch: Batch, encoded: list[np.ndarray]) -> Exception | None:
         """What the CPU's decoder says of the first image of the batch that cannot be used."""
         size = self._stream.size
+        other_size = None
         for image, content in zip(batch.ids.tolist(), encoded, strict=True):
             where = f"{self._shards.where(image)}, image {image}"
             try:
                 decode(content.tobytes(), size, where, self._stream.resize)
             except ValueError as error:
                 return error
-        for image, content in zip(batch.ids.tolist(), encoded, strict=True):
-            where = f"{self._shards.where(image)}, image {image}"
-            if (fits := _square_of(content, size)) is not None:
-                return ValueError(
-                    f"{where}: {fits} pixels, where the others have {size}x{size}: pack the set "
-                    f"again, or choose loader=cpu with resize=true"
+            height, width = decode_any_size(content.tobytes()).shape[:2]
+            if other_size is None and (height, width) != (size, size):
+                other_size = ValueError(
+                    f"{where}: {width}x{height} pixels, where the others have {size}x{size}: pack "
+                    f"the set again, or choose loader=cpu with resize=true"
                 )
-        return None
+        return other_size
 
 
 def _read(shards: Shards | Union, ids: np.ndarray) -> list[np.ndarray]:
@@ -213,12 +189,6 @@ def _as_decoded(content: bytes, where: str) -> bytes:
     pixels = decode_any_size(content, where)
     height, width = pixels.shape[:2]
     return b"P6\n%d %d\n255\n" % (width, height) + pixels.tobytes()
-
-
-def _square_of(content: np.ndarray, size: int) -> str | None:
-    """Width x height of a readable image that is not size x size."""
-    height, width = decode_any_size(content.tobytes()).shape[:2]
-    return None if (height, width) == (size, size) else f"{width}x{height}"
 
 
 def _numbers(draws: augment.Draws) -> np.ndarray:

@@ -137,13 +137,60 @@ class Stream:
         return Batch(torch.empty(0, dtype=torch.uint8), labels, flip, ids, positions), draws
 
 
-class Loader:
+class ThreadedSource:
+    """What both sources share: the stream, the threads that read it, and how they end.
+
+    The threads end with close(), with the `with` block, with the last reference to the source, or
+    with the process. An error in next() closes the source.
+    """
+
+    def __init__(
+        self, shards: Shards | Union, workers: int, prefetch: int, stream: dict[str, Any]
+    ) -> None:
+        if workers < 1 or prefetch < 1:
+            raise UserError(f"workers = {workers}, prefetch = {prefetch} must be at least 1")
+        self._stream = Stream(shards, **stream)
+        self.wait_seconds = 0.0
+        self._shards = shards
+        self._prefetch = prefetch
+        self._closed = False
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        # No task refers to the source, so dropping it ends the threads while batches are pending.
+        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+
+    def _next(self) -> Batch:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise RuntimeError("this loader is closed (an earlier error closes it too)")
+        try:
+            return self._next()
+        except BaseException:  # KeyboardInterrupt too: no thread goes on behind a failed step
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads: each finishes the few images in its hands, the queue is dropped."""
+        self._closed = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Loader(ThreadedSource):
     """The BatchSource that reads shards and decodes on the CPU.
 
-    At most prefetch + 1 batches are in memory besides those the caller holds. An exception in a
-    thread (an image that does not decode) is raised by next() with its own traceback and closes
-    the loader. The threads end with close(), with the `with` block, with the last reference to
-    the loader, or with the process. Further arguments are those of Stream.
+    At most prefetch + 1 batches are in memory besides those the caller holds. next() raises the
+    exception of a thread (an image that does not decode) with its own traceback. Further arguments
+    are those of Stream.
 
     Raises:
         ValueError: as Stream, or pinned memory asked for without a GPU.
@@ -158,51 +205,26 @@ class Loader:
         pin_memory: bool = False,
         **stream: Any,
     ) -> None:
-        check_workers(workers, prefetch)
         if pin_memory and not torch.cuda.is_available():
             raise UserError("pin_memory needs a GPU and there is none: leave it off")
-        self._stream = Stream(shards, **stream)
+        super().__init__(shards, workers, prefetch, stream)
         cv2.setNumThreads(0)  # the threads here are the parallelism; OpenCV's own would fight them
-        self.wait_seconds = 0.0
-        self._shards = shards
-        self._prefetch = prefetch
         self._pin_memory = pin_memory
         self._free: list[np.ndarray] = []  # memory of batches that nobody holds any more
         self._pending: deque[tuple[Batch, list[Future[None]]]] = deque()
-        self._closed = False
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        # No task refers to the loader, so dropping it ends the threads while batches are pending.
-        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._closed:
-            raise RuntimeError("this loader is closed (an earlier error closes it too)")
+    def _next(self) -> Batch:
         while len(self._pending) <= self._prefetch:
             self._submit()
         batch, tasks = self._pending.popleft()
         started = time.perf_counter()
-        try:
-            for task in tasks:
-                task.result()
-        except BaseException:  # a KeyboardInterrupt as well: no thread goes on behind a failed step
-            self.close()
-            raise
+        for task in tasks:
+            task.result()
         self.wait_seconds += time.perf_counter() - started
         return batch
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Ends the threads: each finishes the few images in its hands, the queue is dropped."""
-        self._closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        super().close()
         self._pending.clear()
 
     def _submit(self) -> None:
@@ -294,11 +316,6 @@ def make_order(
             "number for each"
         )
     return Order(sizes, seed, tuple(shares), blocks)
-
-
-def check_workers(workers: int, prefetch: int) -> None:
-    if workers < 1 or prefetch < 1:
-        raise UserError(f"workers = {workers}, prefetch = {prefetch} must be at least 1")
 
 
 def check_labels(shards: Shards | Union) -> None:

@@ -187,21 +187,6 @@ def step_positions(
     return samples_seen + first + start, samples_seen + first + stop
 
 
-def step_ids(
-    num_images: int,
-    seed: int,
-    samples_seen: int,
-    global_batch: int,
-    accumulation: int,
-    micro: int,
-    world: int,
-    rank: int,
-) -> np.ndarray:
-    """int64 [b]: the images of one set that one rank trains on; see step_positions."""
-    start, stop = step_positions(samples_seen, global_batch, accumulation, micro, world, rank)
-    return ids(num_images, seed, start, stop - start)
-
-
 @dataclass(frozen=True)
 class Order:
     """Which images a rank trains on in a micro-step, of one set or of several side by side.

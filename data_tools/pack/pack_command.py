@@ -12,12 +12,11 @@ shards until then; remove it to start afresh.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from data_tools.common.errors import UserError
+from data_tools.common import cli
 from data_tools.common.messages import count, file_size
 from data_tools.common.schema import add_flags, from_flags
 from data_tools.pack.pack import pack
@@ -38,12 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="directory to make")
     add_flags(parser, Sources)
     add_flags(parser, Options)
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="processes, at most one per shard and none for small sets (all cores)",
-    )
+    cli.add_workers(parser, "processes, at most one per shard and none for small sets (all cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a data set")
 
 
@@ -57,8 +51,6 @@ def other_size(images: int, size: int) -> str:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be 1 or more")
     options = from_flags(Options, args)
     sources = from_flags(Sources, args, paths=args.sources)
     done = pack(sources, args.out, options, args.workers, args.overwrite)

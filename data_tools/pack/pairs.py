@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from data_tools import relabel as relabelling
-from data_tools import shards
+from data_tools import relabel, shards
 from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.common.parallel import Advance, run_tasks
 from data_tools.common.text import numbered_lines
+from data_tools.decisions import write_decision
 from data_tools.pack.conversion import Conversion, convert_all
 from data_tools.sources.source import Images, RecordSource, Source, open_source
 
@@ -230,7 +230,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         title="reading faces",
     )
     del made["readable_identities"], made["several_faces"]  # pairs detects nothing
-    relabel = None if held is None else _leave_out(args, source, held)
+    index = None if held is None else _leave_out(args, source, held)
     for where, reason in skipped:
         print(f"skipped {where}: {reason}", file=sys.stderr)
     print(
@@ -242,12 +242,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"warning: {resized_text(made['resized'], made['readable'], args.size)}",
             file=sys.stderr,
         )
-    if relabel is not None:
+    if index is not None:
         print(
             f"to leave these {count(args.hold_out, 'person', 'people')} out of training: "
-            f"python -m data_tools relabel {args.source} {relabel}"
+            f"python -m data_tools relabel {args.source} {index}"
         )
-        made["relabel"] = str(relabel)
+        made["relabel"] = str(index)
     return {**made, "file": str(args.out), "skipped": len(skipped)}
 
 
@@ -271,20 +271,13 @@ def _draw_people(source: Source, args: argparse.Namespace) -> np.ndarray | None:
 
 def _leave_out(args: argparse.Namespace, source: Source, held: np.ndarray) -> Path:
     """The relabel index that drops these people, beside what is in force; their names beside it."""
-    whole, data = shards.open(args.source, shards.NO_RELABEL), shards.open(args.source)
-    base, old = None, whole.labels
-    numbers = held
-    if data.cleaned is not None:
-        base = relabelling.read(data.cleaned.place)
-        old = relabelling.apply(base, whole.labels)
-        numbers = data.cleaned.classes[held]
-    new = np.where(np.isin(old, numbers), relabelling.DROP, old)
-    index = relabelling.of_labels(whole.fingerprint, whole.num_classes, old, new, base)
+    data = shards.open(args.source)
     place = args.out.with_suffix(".relabel.txt")
-    relabelling.write(place, index)
+    new = np.where(np.isin(data.labels, held), relabel.DROP, data.labels)
+    write_decision(place, data, new, overwrite=True)
     names = b"".join(os.fsencode(source.identities[k]) + b"\n" for k in held.tolist())
     files.write_bytes(args.out.with_suffix(".txt"), names)
-    return Path(place)
+    return place
 
 
 def _numbers_of(source: Source, path: Path) -> list[int]:

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data_tools.common import files
+from data_tools.common import cli, files
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.common.parallel import Advance, run_tasks
 from data_tools.common.partial_directory import PartialDirectory
+from data_tools.common.schema import add_flags, check, from_flags, option
 from data_tools.synthetic.canvas import SIZE
 from data_tools.synthetic.people import Drawn, Person, Pose, span
 from data_tools.synthetic.portrait import paint
@@ -140,14 +141,12 @@ def _expose(pixels: np.ndarray, photo: Photo, random: np.random.Generator) -> np
 class Options:
     """What the pictures depend on."""
 
-    identities: int
-    images: int  # of each identity
-    seed: int = 0
+    identities: int = option(MISSING, "people to draw", low=1, metavar="N")
+    images: int = option(MISSING, "pictures of each", low=1, metavar="M")
+    seed: int = option(0, "another seed draws other people", low=0)
 
     def __post_init__(self) -> None:
-        for name, low in (("identities", 1), ("images", 1), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise UserError(f"--{name} {getattr(self, name)}: must be {low} or more")
+        check(self)
         if self.seed >= 2**64:
             raise UserError(f"--seed {self.seed}: must be below 2^64")
 
@@ -211,19 +210,12 @@ def _write(task: tuple[Path, int, int, Options], advance: Advance) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="directory to make: OUT/<identity>/<image>.jpg")
-    parser.add_argument("--identities", type=int, required=True, metavar="N", help="people to draw")
-    parser.add_argument("--images", type=int, required=True, metavar="M", help="pictures of each")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other people (0)")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes (all cores)"
-    )
+    add_flags(parser, Options)
+    cli.add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be 1 or more")
-    options = Options(args.identities, args.images, args.seed)
-    done = synthesize(args.out, options, args.workers)
+    done = synthesize(args.out, from_flags(Options, args), args.workers)
     print(
         f"{done['status']} {done['path']}: {count(done['total'], 'image')} of "
         f"{count(done['identities'], 'identity', 'identities')}, {done['seconds']:.1f} s"

@@ -7,8 +7,8 @@ import pytest
 
 from data_tools import relabel, shards
 from data_tools.__main__ import main
-from data_tools.clean.decisions import write_decision
 from data_tools.common.errors import UserError
+from data_tools.decisions import write_decision
 from data_tools.load.loader import check_labels
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import Options

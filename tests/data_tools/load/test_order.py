@@ -94,12 +94,18 @@ def test_rank_slices_are_contiguous_and_even(count: int, parts: int):
     assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
 
 
+def step_ids(num_images: int, seed: int, *micro_step: int) -> np.ndarray:
+    """int64 [b]: the images of one set that one rank trains on; see order.step_positions."""
+    start, stop = order.step_positions(*micro_step)
+    return order.ids(num_images, seed, start, stop - start)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
 def test_ranks_and_micro_steps_together_read_the_stream(world: int, accumulation: int):
     n, batch, steps = 103, 43, 6  # 43 is a multiple of nothing and six batches pass two epochs
     got = [
-        order.step_ids(n, 4, step * batch, batch, accumulation, micro, world, rank)
+        step_ids(n, 4, step * batch, batch, accumulation, micro, world, rank)
         for step in range(steps)
         for micro in range(accumulation)
         for rank in range(world)
@@ -109,9 +115,9 @@ def test_ranks_and_micro_steps_together_read_the_stream(world: int, accumulation
 
 def test_a_resume_at_another_world_size_continues_the_stream():
     n, batch = 103, 20
-    before = [order.step_ids(n, 4, seen, batch, 1, 0, 4, r) for seen in (0, 20) for r in range(4)]
+    before = [step_ids(n, 4, seen, batch, 1, 0, 4, r) for seen in (0, 20) for r in range(4)]
     after = [
-        order.step_ids(n, 4, seen, batch, 2, m, 3, r)
+        step_ids(n, 4, seen, batch, 2, m, 3, r)
         for seen in (40, 60)
         for m in (0, 1)
         for r in range(3)
@@ -234,6 +240,6 @@ def test_one_set_is_what_it_was_without_shares():
     one = order.Order((103,), 4)
     for micro in range(3):
         positions, ids = one.draw(one.stretches(43, 43, 3, micro, 2, 1))
-        assert np.array_equal(ids, order.step_ids(103, 4, 43, 43, 3, micro, 2, 1))
+        assert np.array_equal(ids, step_ids(103, 4, 43, 43, 3, micro, 2, 1))
         start, stop = order.step_positions(43, 43, 3, micro, 2, 1)
         assert np.array_equal(positions, np.arange(start, stop))

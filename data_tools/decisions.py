@@ -1,4 +1,4 @@
-"""What the cleaning commands share: a decision on images of a set, written as a relabel index."""
+"""A decision on the images of a set, written as a relabel index."""
 
 from pathlib import Path
 
@@ -15,13 +15,15 @@ def before_cleaning(data: Shards) -> np.ndarray:
     return np.arange(len(data)) if data.cleaned is None else data.cleaned.images
 
 
-def write_decision(path: Path, data: Shards, new: np.ndarray) -> relabel.Relabel:
+def write_decision(
+    path: Path, data: Shards, new: np.ndarray, overwrite: bool = False
+) -> relabel.Relabel:
     """Write the index under which image i of `data` has class new[i] (or is dropped).
 
     new: int64 [M] in the numbering of `data` (C or more: a new class), or relabel.DROP. Decisions
-    that `data` was opened with stay in force: the index replaces the one there is.
+    that `data` was opened with stay in force: the index replaces theirs.
     """
-    if files.exists(path):
+    if files.exists(path) and not overwrite:
         raise FileExistsError(f"{path} exists: choose another name, or remove it")
     if data.cleaned is None:
         whole, full = data, new
