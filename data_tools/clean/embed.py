@@ -20,8 +20,7 @@ from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.common.networks import Network, networks
 from data_tools.common.parallel import Advance, run_tasks
-from data_tools.images.decode import decode, pixels_of
-from data_tools.images.image_size import check_size
+from data_tools.images.decode import check_size, decode, pixels_of
 
 _CHUNK = 256  # images decoded at a time
 _SIZE = 112  # pixels

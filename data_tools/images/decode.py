@@ -1,11 +1,17 @@
-"""Encoded image -> RGB pixels, as MXNet decodes them but for EXIF, which is not followed."""
+"""Encoded image -> RGB pixels, as MXNet decodes them but for EXIF, which is not followed.
+
+The one rule on the size of an image that has no landmarks is check_size(): a face must be aligned
+before a network sees it, and an image of another size than the network's is most often a photograph
+that nobody has aligned; its score would be low without a word. So every door (pack, training,
+verification, evaluation, export, inversion) refuses it, unless the user says that the faces are
+aligned at another size.
+"""
 
 import cv2
 import numpy as np
 
 from data_tools.common.errors import UserError
 from data_tools.images.image_file import fault, judge
-from data_tools.images.image_size import check_size
 
 MAX_PIXELS = 128_000_000  # 384 MB as RGB, in every worker: beyond any camera for faces
 # IGNORE_ORIENTATION: faces were aligned as pixels, and a tag that survived that would turn them
@@ -16,8 +22,7 @@ _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 def decode(encoded: bytes, size: int = 112, where: str = "", resize: bool = False) -> np.ndarray:
     """RGB pixels, uint8 [size, size, 3].
 
-    Grey becomes three equal channels, transparency is dropped. resize: a square image of another
-    size is resized (bicubic); see image_size.py.
+    Grey becomes three equal channels, transparency is dropped. resize: as of check_size(), bicubic.
 
     Raises: ValueError naming `where` for an empty, truncated or unreadable image, or one of another
     size: faces are aligned before they come here.
@@ -92,3 +97,34 @@ def pixels_of(encoded: bytes, where: str = "") -> tuple[int, int]:
         height, width = decode_any_size(encoded, where).shape[:2]
         return width, height
     return found
+
+
+def check_size(width: int, height: int, size: int, where: str = "", resize: bool = False) -> bool:
+    """Whether an image of width x height pixels has to be resized to size x size.
+
+    resize: the faces are aligned at another size, so a square image may be resized.
+
+    Raises:
+        UserError: the image is neither of that size nor allowed to be resized; it names `where`,
+            the size and the ways on.
+    """
+    if (width, height) == (size, size):
+        return False
+    if resize and width == height:
+        return True
+    found = f"{where or 'image'}: {width}x{height} pixels, not {size}x{size}"
+    if resize:
+        raise UserError(
+            f"{found}: it is not square, so resizing would distort the face. Align it by its "
+            "landmarks or by a detector (pack --align)"
+        )
+    raise UserError(
+        f"{found}: faces must be aligned to that size. Give their landmarks or a detector (pack "
+        "--align); if they are aligned at another size, allow resizing: --resize, in a recipe "
+        "resize=true"
+    )
+
+
+def is_size_fault(message: str) -> bool:
+    """Whether a message is one of check_size()."""
+    return " pixels, not " in message

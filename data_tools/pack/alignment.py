@@ -12,7 +12,6 @@ import numpy as np
 
 from data_tools.common.errors import UserError
 from data_tools.images.template import warp
-from data_tools.pack.detectors import detect as detect
 from data_tools.pack.detectors import find_face
 
 
@@ -23,12 +22,11 @@ class Aligner:
     size: int = 112
     detector: str | None = None  # path of the ONNX file
 
-    def face(self, image: np.ndarray, points: np.ndarray | None) -> np.ndarray:
-        """uint8 RGB [size, size, 3] of image [h, w, 3]. Raises: ValueError without a face in it."""
-        return self.face_of(image, points)[0]
+    def face(self, image: np.ndarray, points: np.ndarray | None) -> tuple[np.ndarray, int]:
+        """The aligned face, and how many faces there are: those found, or 1 if `points` are given.
 
-    def face_of(self, image: np.ndarray, points: np.ndarray | None) -> tuple[np.ndarray, int]:
-        """As face(), and how many faces the detector found; 1 where the points are given."""
+        uint8 RGB [h, w, 3] -> [size, size, 3]. Raises: UserError without a face in it.
+        """
         faces = 1
         if points is None:
             if self.detector is None:

@@ -4,7 +4,7 @@
 |---|---|
 | a JPEG of size x size, grey or RGB | its own bytes, if they can be decoded |
 | another image of size x size | decoded, a JPEG of the quality asked for |
-| an image of another size | none: it is skipped, see image_size.py |
+| an image of another size | none: it is skipped, see decode.check_size() |
 | `resize`, and square | decoded, resized (bicubic), a JPEG of the quality asked for |
 | `pass_through` | the bytes of the image, whose pixels are not looked at |
 | `pass_through` and `resize` | the bytes of any square image |
@@ -28,12 +28,12 @@ from data_tools.common.parallel import Advance
 from data_tools.images.decode import (
     check_jpeg,
     check_pixels,
+    check_size,
     decode_any_size,
     resized,
     size_of,
 )
 from data_tools.images.image_file import channels_of, has_exif
-from data_tools.images.image_size import check_size
 from data_tools.pack.alignment import Aligner
 from data_tools.sources.source import Images
 
@@ -85,25 +85,17 @@ class Converted(NamedTuple):
 
 def convert(
     encoded: bytes, how: Conversion, where: str = "", points: np.ndarray | None = None
-) -> tuple[bytes, bool]:
-    """The bytes to pack, and whether the image was of another size. points: [5, 2] or None.
-
-    Raises: ValueError naming `where` for an image that cannot be used.
-    """
-    made = _converted(encoded, how, where, points)
-    return made[0], made[1]
-
-
-def _converted(
-    encoded: bytes, how: Conversion, where: str, points: np.ndarray | None
 ) -> tuple[bytes, bool, int]:
-    """As convert(), and how many faces there are."""
+    """The bytes to pack, whether the image was of another size, and how many faces there are.
+
+    points: [5, 2], or None. Raises: UserError naming `where` for an image that cannot be used.
+    """
     check_pixels(encoded, where)
     follow = how.exif == "follow" and has_exif(encoded)
     if how.aligner is not None:
         image = decode_any_size(encoded, where, follow)
         try:
-            face, faces = how.aligner.face_of(image, points)
+            face, faces = how.aligner.face(image, points)
         except ValueError as error:
             raise UserError(f"{where or 'image'}: {error}") from error
         return _jpeg(face, how.quality), False, faces
@@ -134,7 +126,7 @@ def convert_all(
     for i in range(len(images)):
         try:
             own = None if points is None or np.isnan(points[i]).any() else points[i]
-            encoded, other, faces = _converted(images.read(i), how, "", own)
+            encoded, other, faces = convert(images.read(i), how, "", own)
         except ValueError as error:
             where = images.where(i)
             why = str(error).removeprefix("image: ").removeprefix(f"{where}: ")

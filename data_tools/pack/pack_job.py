@@ -14,7 +14,7 @@ from data_tools.common.errors import UserError
 from data_tools.common.journal import Finished, Journal, WrittenShard
 from data_tools.common.messages import count
 from data_tools.common.parallel import Advance, Tasks, run_tasks
-from data_tools.images.image_size import is_size_fault
+from data_tools.images.decode import is_size_fault
 from data_tools.pack.conversion import Pointed, convert_all
 from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options
 from data_tools.pack.pairs import PAIRS_STEP, PairOptions, check_possible, make_pairs, most_pairs

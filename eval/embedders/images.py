@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from data_tools.common.errors import UserError
 from data_tools.images import template
-from data_tools.images.decode import decode, decode_any_size, pixels_of
-from data_tools.images.image_size import check_size
+from data_tools.images.decode import check_size, decode, decode_any_size, pixels_of
 
 SIZE = 112  # pixels, both sides
 AS_GIVEN = "none: images are taken as aligned to the ArcFace template, 112 x 112"

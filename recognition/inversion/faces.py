@@ -14,9 +14,8 @@ import numpy as np
 from data_tools import shards, verification_bin
 from data_tools.common import arrays, files
 from data_tools.common.errors import UserError
-from data_tools.images.decode import decode_any_size, resized
+from data_tools.images.decode import check_size, decode_any_size, resized
 from data_tools.images.image_file import is_image_name
-from data_tools.images.image_size import check_size
 from data_tools.insightface import find_rec
 from recognition.backbones.input import INPUT_SIZE
 

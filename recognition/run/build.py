@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from data_tools import verification_bin
 from data_tools.common.draws import Purpose, hash_words
 from data_tools.common.errors import UserError
-from data_tools.images.image_size import check_size
+from data_tools.images.decode import check_size
 from data_tools.load import dali
 from data_tools.load.loader import check_labels, make_order
 from data_tools.load.order import Blocks

@@ -5,6 +5,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from data_tools.pack import conversion
+
 
 def pixels(seed: int, height: int = 112, width: int | None = None) -> np.ndarray:
     """uint8 [h, w, 3]: smooth colours, different for every seed."""
@@ -23,3 +25,8 @@ def folder(root: Path, sizes: list[int]) -> Path:
         for j in range(size):
             (root / f"p{k:02d}" / f"{j}.jpg").write_bytes(encoded(1000 * k + j))
     return root
+
+
+def convert(encoded: bytes, how: conversion.Conversion, where: str = "") -> tuple[bytes, bool]:
+    """What pack makes of an image, and whether it was of another size."""
+    return conversion.convert(encoded, how, where)[:2]

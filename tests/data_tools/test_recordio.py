@@ -291,13 +291,17 @@ class _nothing:
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60))
 @example(b"1\t2\n")
+@example(b"\xfe\xff")
 def test_fuzzed_idx(tmp_path_factory, text):
     idx = tmp_path_factory.getbasetemp() / "fuzz2.idx"
     idx.write_bytes(text)
     try:
         keys, offsets = recordio.read_idx(idx)
     except ValueError as error:
-        assert "fuzz2.idx: byte" in str(error)
+        wanted = (
+            "fuzz2.idx is UTF-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "fuzz2.idx: byte"
+        )
+        assert wanted in str(error)
     else:
         text = text.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
         lines = text.replace(b"\r\n", b"\n").removesuffix(b"\n").split(b"\n") if text else []

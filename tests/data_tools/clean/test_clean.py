@@ -12,8 +12,8 @@ import pytest
 from data_tools import relabel, shards
 from data_tools.__main__ import main
 from data_tools.clean import features, purify
-from data_tools.clean.hashes import near_pairs, perceptual_hash, pixel_hash
 from data_tools.clean.merge import halves, lowest_of_chain, same_pairs
+from data_tools.clean.overlap import near_pairs, perceptual_hash, pixel_hash
 from data_tools.clean.purify import dominant_cosines
 from data_tools.common import files
 from data_tools.decisions import write_decision

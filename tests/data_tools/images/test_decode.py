@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from data_tools.images.decode import check_jpeg, decode, decode_any_size
-from data_tools.pack.conversion import Conversion, convert
-from tests.data_tools.samples import encoded, pixels
+from data_tools.pack.conversion import Conversion
+from tests.data_tools.samples import convert, encoded, pixels
 from tests.real import real
 
 

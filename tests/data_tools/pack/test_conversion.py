@@ -18,12 +18,12 @@ from data_tools.images.landmarks import LandmarkFile
 from data_tools.images.template import TEMPLATE, warp
 from data_tools.pack import detectors
 from data_tools.pack.alignment import Aligner
-from data_tools.pack.conversion import Conversion, convert
+from data_tools.pack.conversion import Conversion
 from data_tools.pack.detectors import detect
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import Options
 from tests.data_tools.images.test_decode import exif
-from tests.data_tools.samples import encoded, folder, pixels
+from tests.data_tools.samples import convert, encoded, folder, pixels
 from tests.data_tools.scrfd import as_scrfd
 from tests.real import real
 

@@ -94,7 +94,7 @@ def test_maps_in_another_order_are_refused(tmp_path):
 
 def test_points_of_another_size_of_the_image_are_refused():
     image, points = pixels(0, 112), _FACE.reshape(5, 2) * 20.0 + 56
-    assert Aligner().face(image, points).any()
+    assert Aligner().face(image, points)[0].any()
     with pytest.raises(
         ValueError, match=r"around \(224, 224\), outside the image of 112x112 pixels"
     ):
