@@ -97,22 +97,20 @@ def frame(record: bytes) -> bytes:
     """
     if len(record) > MAX_RECORD:
         raise UserError(f"a record has {len(record)} bytes; the format ends at {MAX_RECORD}")
-    cuts: list[int] = []
-    at = record.find(_MAGIC)
+    pieces: list[bytes] = []
+    start, at = 0, record.find(_MAGIC)
     while at >= 0:
         if at % 4 == 0:
-            cuts.append(at)
+            pieces.append(record[start:at])
+            start = at + 4
         at = record.find(_MAGIC, at + 1)
-    parts: list[bytes] = []
-    start = 0
-    for at in cuts:
-        cflag = MIDDLE if parts else FIRST
-        parts.append(_FRAME.pack(MAGIC, cflag << 29 | at - start) + record[start:at])
-        start = at + 4
-    cflag = LAST if parts else WHOLE
-    parts.append(_FRAME.pack(MAGIC, cflag << 29 | len(record) - start) + record[start:])
-    parts.append(bytes(-len(record) % 4))
-    return b"".join(parts)
+    pieces.append(record[start:])
+    cflags = [FIRST, *[MIDDLE] * (len(pieces) - 2), LAST] if len(pieces) > 1 else [WHOLE]
+    framed = [
+        _FRAME.pack(MAGIC, cflag << 29 | len(piece)) + piece
+        for cflag, piece in zip(cflags, pieces, strict=True)
+    ]
+    return b"".join([*framed, bytes(-len(record) % 4)])
 
 
 class RecordFile:

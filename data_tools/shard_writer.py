@@ -115,7 +115,7 @@ class ShardWriter:
         self._aside.clear()
 
     def _is_free(self) -> bool:
-        return not files.exists(self.out) or (files.is_dir(self.out) and not files.names(self.out))
+        return files.is_free(self.out)
 
     def _check_free(self, overwrite: bool) -> None:
         if self._is_free():

@@ -90,6 +90,11 @@ class Shards:
             return self._labels
         return insightface.class_labels(self.files[0], self.offsets, self.num_classes)
 
+    def by_class(self) -> tuple[np.ndarray, np.ndarray]:
+        """The images ordered by class [N]; those of class c are order[ends[c] : ends[c + 1]]."""
+        order = np.argsort(self.labels, kind="stable")
+        return order, np.searchsorted(self.labels[order], np.arange(self.num_classes + 1))
+
     def class_counts(self) -> ClassCounts:
         """How many classes have no image and how many have one; reads labels only."""
         sizes = np.bincount(self.labels, minlength=self.num_classes)
@@ -196,6 +201,17 @@ def record_fault(header: Header, key: int, label: int) -> str | None:
     if header.id != key:
         return f"the record's id is {header.id}, not its key {key}"
     return None
+
+
+def check_labels(data: Any) -> None:
+    """Raises: UserError for a label of Shards or a Union that no class has."""
+    wrong = np.flatnonzero((data.labels < 0) | (data.labels >= data.num_classes))
+    if len(wrong):
+        first = int(wrong[0])
+        raise UserError(
+            f"{data.path}: the label {data.labels[first]} of image {first} is outside [0, "
+            f"{data.num_classes}) ({len(wrong)} such images): correct num_classes or pack again"
+        )
 
 
 class Cleaned(NamedTuple):

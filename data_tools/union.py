@@ -16,7 +16,7 @@ import numpy as np
 
 from data_tools import shards
 from data_tools.common.errors import UserError
-from data_tools.shards import ClassCounts, Shards
+from data_tools.shards import ClassCounts, Shards, check_labels
 
 
 class Union:
@@ -40,13 +40,7 @@ class Union:
     def labels(self) -> np.ndarray:
         """The class of every image, int64 [N]."""
         for one in self.sets:  # a label beyond its own set would be a class of the next
-            wrong = (one.labels < 0) | (one.labels >= one.num_classes)
-            if wrong.any():
-                image = int(np.flatnonzero(wrong)[0])
-                raise UserError(
-                    f"{one.path}: the label {one.labels[image]} of image {image} is outside "
-                    f"[0, {one.num_classes})"
-                )
+            check_labels(one)
         firsts = zip(self.sets, self._first_class, strict=False)
         return np.concatenate([one.labels + first for one, first in firsts])
 

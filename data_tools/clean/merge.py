@@ -104,8 +104,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     centres = class_centres(x, images, data.labels, data.num_classes)
     pairs = same_pairs(centres, args.same)
     new = lowest_of_chain(pairs, data.num_classes)[data.labels]
-    order = np.argsort(data.labels, kind="stable")
-    ends = np.searchsorted(data.labels[order], np.arange(data.num_classes + 1))
+    order, ends = data.by_class()
     splits: list[dict[str, Any]] = []
     for c in range(data.num_classes):
         mine = order[ends[c] : ends[c + 1]]

@@ -56,8 +56,7 @@ def cosines(
     data: shards.Shards, features: Features, centres: Centres, workers: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of each image the cosine to the dominant centre [M]; images that voted for it [C]."""
-    order = np.argsort(data.labels, kind="stable")
-    ends = np.searchsorted(data.labels[order], np.arange(data.num_classes + 1))
+    order, ends = data.by_class()
     numbers = before_cleaning(data)
     ranges = list(_ranges(data.num_classes))
     tasks = Tasks(

@@ -9,7 +9,7 @@ import shutil
 import socket
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,16 +19,16 @@ _SPARE_FILES = 128  # descriptors, for what a process opens besides its shards
 PARTIAL = ".partial"  # the suffix of everything that is being written
 
 
-def status(path: str | os.PathLike[str]) -> os.stat_result | None:
-    """The status of `path` (links followed), None only if it is absent.
+def status(path: str | os.PathLike[str], follow: bool = True) -> os.stat_result | None:
+    """The status of `path`, None only if it is absent. follow: of what a link points to.
 
     Unlike os.path.exists, an I/O error (EIO, ESTALE, EACCES ...) is never read as "absent".
 
     Raises:
-        OSError: the file system cannot tell; it names the path.
+        OSError: the file system cannot tell; it names the path. So do the functions below.
     """
     try:
-        return os.stat(path)
+        return os.stat(path) if follow else os.lstat(path)
     except OSError as error:
         if error.errno in _ABSENT:
             return None
@@ -36,24 +36,35 @@ def status(path: str | os.PathLike[str]) -> os.stat_result | None:
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether there is something at `path`. Raises: OSError, as status()."""
+    """Whether there is something at `path`."""
     return status(path) is not None
 
 
+def is_link(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a symbolic link."""
+    found = status(path, follow=False)
+    return found is not None and stat.S_ISLNK(found.st_mode)
+
+
+def is_free(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory may take this name: nothing is there, or an empty directory."""
+    return not exists(path) or (is_dir(path) and not names(path))
+
+
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a regular file. Raises: OSError, as status()."""
+    """Whether `path` is a regular file."""
     found = status(path)
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
 def is_dir(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a directory. Raises: OSError, as status()."""
+    """Whether `path` is a directory."""
     found = status(path)
     return found is not None and stat.S_ISDIR(found.st_mode)
 
 
 def names(directory: str | os.PathLike[str]) -> list[str]:
-    """The sorted names in a directory, [] if it is absent. Raises: OSError, as status()."""
+    """The sorted names in a directory, [] if it is absent."""
     try:
         return sorted(os.listdir(directory))
     except OSError as error:
@@ -65,7 +76,7 @@ def names(directory: str | os.PathLike[str]) -> list[str]:
 def ending(directory: str | os.PathLike[str], suffix: str) -> list[Path]:
     """The sorted paths in a directory whose names end in `suffix`, [] if it is absent.
 
-    Unlike Path.glob, which leaves out what it cannot list. Raises: OSError, as status().
+    Unlike Path.glob, which leaves out what it cannot list.
     """
     return [Path(directory) / name for name in names(directory) if name.endswith(suffix)]
 
@@ -73,7 +84,7 @@ def ending(directory: str | os.PathLike[str], suffix: str) -> list[Path]:
 def below(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """All files in a directory and in those below it; links to directories are not followed.
 
-    Unlike os.walk and Path.rglob, which leave out what they cannot list. Raises: OSError.
+    Unlike os.walk and Path.rglob, which leave out what they cannot list.
     """
 
     def fail(error: OSError) -> None:
@@ -152,14 +163,16 @@ def write_private(path: str | os.PathLike[str], content: bytes) -> None:
     """As write_bytes with PRIVATE_FILE, for many files: nothing is flushed to disk."""
     partial = Path(f"{os.fspath(path)}.{os.getpid()}{PARTIAL}")
     try:
-        with (
-            naming(path),
-            open(partial, "wb", opener=lambda p, f: os.open(p, f, PRIVATE_FILE)) as file,
-        ):
+        with naming(path), open(partial, "wb", opener=_opener(PRIVATE_FILE)) as file:
             file.write(content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _opener(permissions: int) -> Callable[[str, int], int]:
+    """For open(): make the file with these permissions, before the umask."""
+    return lambda path, flags: os.open(path, flags, permissions)
 
 
 def remove_tree(path: str | os.PathLike[str]) -> None:
@@ -214,12 +227,8 @@ def replacing(
     stem = f".{path.name}.{socket.gethostname()}-"
     partial = path.with_name(f"{stem}{os.getpid()}{PARTIAL}")
     _remove_left_over(path.parent, stem)
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags, permissions)
-
     try:
-        with open(partial, mode, opener=opener, **options) as file:
+        with open(partial, mode, opener=_opener(permissions), **options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

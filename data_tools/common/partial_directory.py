@@ -5,7 +5,6 @@ belongs to the user: it is refused by name and left as it is; so is a link.
 """
 
 import contextlib
-import errno
 import os
 import stat
 from pathlib import Path
@@ -32,7 +31,7 @@ class PartialDirectory:
         self.out = out
         self.path = out.with_name(out.name + files.PARTIAL)
         self.renamed = False
-        if _is_link(out):
+        if files.is_link(out):
             raise FileExistsError(
                 f"{out} is a link, which a directory cannot replace: name the directory that it "
                 f"points to ({os.path.realpath(out)})"
@@ -97,12 +96,12 @@ def unmark(directory: Path) -> None:
 
 def is_marked(directory: Path) -> bool:
     """Whether `directory`, itself no link, holds MARKER. Raises: OSError if nobody can tell."""
-    return not _is_link(directory) and files.is_file(directory / MARKER)
+    return not files.is_link(directory) and files.is_file(directory / MARKER)
 
 
 def check_ours(directory: Path) -> None:
     """Raises: FileExistsError if something is there that this program did not make."""
-    if _is_link(directory):
+    if files.is_link(directory):
         raise FileExistsError(
             f"{directory} is a link; this program writes and removes a directory of that name and "
             f"never follows a link: move it away, or choose another name"
@@ -145,12 +144,3 @@ def _empty(directory: Path) -> None:
             files.remove_tree(path)
         else:
             path.unlink()
-
-
-def _is_link(path: Path) -> bool:
-    try:
-        return stat.S_ISLNK(os.lstat(path).st_mode)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return False
-        raise

@@ -47,8 +47,7 @@ def to_folder(data: shards.Shards, out: Path, advance: Advance) -> None:
 
 
 def to_insightface(data: shards.Shards, out: Path, advance: Advance) -> None:
-    order = np.argsort(data.labels, kind="stable")
-    ends = np.searchsorted(data.labels[order], np.arange(data.num_classes + 1))  # [C + 1]
+    order, ends = data.by_class()
     first_identity = len(data) + 1
     with Writer(out / "train.idx", out / "train.rec") as writer:
         for key, i in enumerate(order.tolist(), 1):
@@ -73,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     data = shards.open(args.path)
     out = Path(os.path.abspath(args.out))
-    if files.exists(out) and (not files.is_dir(out) or files.names(out)):
+    if not files.is_free(out):
         raise FileExistsError(f"{args.out} exists: choose another directory")
     write = to_folder if args.layout == "folder" else to_insightface
     with PartialDirectory(out) as aside:

@@ -25,7 +25,7 @@ from data_tools.images.decode import decode
 from data_tools.load import augment
 from data_tools.load.order import Blocks, Order
 from data_tools.load.read_ahead import ReadAhead
-from data_tools.shards import Shards
+from data_tools.shards import Shards, check_labels
 from data_tools.union import Union
 
 _ROWS_PER_TASK = 16  # images that a thread decodes between two looks at the queue: 1 to 2 ms
@@ -316,14 +316,3 @@ def make_order(
             "number for each"
         )
     return Order(sizes, seed, tuple(shares), blocks)
-
-
-def check_labels(shards: Shards | Union) -> None:
-    """Refuses labels that the classification layer has no row for, once for the whole data set."""
-    wrong = np.flatnonzero((shards.labels < 0) | (shards.labels >= shards.num_classes))
-    if wrong.size:
-        first = int(wrong[0])
-        raise UserError(
-            f"{shards.path}: {wrong.size} labels are outside [0, {shards.num_classes}); the first "
-            f"is {shards.labels[first]}, of image {first}. Correct num_classes or pack again"
-        )

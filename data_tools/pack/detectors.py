@@ -15,7 +15,6 @@ The longer side of what a detector sees has at most DETECT_SIDE pixels.
 """
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -102,8 +101,7 @@ def open_detector(path: str) -> Detector:
 
 def detector_sha256(path: str) -> str:
     open_detector(path)
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return files.sha256(path)
 
 
 class _YuNet:

@@ -119,13 +119,20 @@ def _wide(extra: bytes, *values: int) -> list[int]:
     raise _Damaged("a Zip64 field is missing")
 
 
+def _data_start(descriptor: int, header: int) -> int | None:
+    """The byte where the data of a file starts, None where no local header is."""
+    local = os.pread(descriptor, _LOCAL.size, header)
+    if len(local) < _LOCAL.size or not local.startswith(b"PK\3\4"):
+        return None
+    name_len, extra_len = _LOCAL.unpack(local)[-2:]
+    return int(header + _LOCAL.size + name_len + extra_len)
+
+
 def read_head(descriptor: int, header: int, packed: int, method: int, size: int) -> bytes:
     """The first `size` bytes of a file, b"" where they cannot be read."""
-    local = os.pread(descriptor, _LOCAL.size, header)
-    if len(local) < _LOCAL.size:
+    start = _data_start(descriptor, header)
+    if start is None:
         return b""
-    name_len, extra_len = _LOCAL.unpack(local)[-2:]
-    start = header + _LOCAL.size + name_len + extra_len
     data = os.pread(descriptor, min(packed, _BLOCK), start)
     if method == DEFLATED:
         try:
@@ -139,11 +146,10 @@ def read_member(
     descriptor: int, header: int, packed: int, size: int, method: int, crc: int
 ) -> bytes:
     """The unpacked file. Raises: ValueError if it is damaged or packed in another way."""
-    local = os.pread(descriptor, _LOCAL.size, header)
-    if len(local) < _LOCAL.size or not local.startswith(b"PK\3\4"):
+    start = _data_start(descriptor, header)
+    if start is None:
         raise UserError(f"no file starts at byte {header} of the archive: it is damaged")
-    name_len, extra_len = _LOCAL.unpack(local)[-2:]
-    data = os.pread(descriptor, packed, header + _LOCAL.size + name_len + extra_len)
+    data = os.pread(descriptor, packed, start)
     if len(data) != packed:
         raise UserError("the archive ends within it: cut short")
     if method == DEFLATED:

@@ -181,7 +181,7 @@ def synthesize(out: Path, options: Options, workers: int = 1) -> dict[str, Any]:
 
 def _is_made(out: Path, parameters: dict[str, Any]) -> bool:
     """Whether `out` holds these pictures; False if it is free. Raises: FileExistsError."""
-    if not files.exists(out) or (files.is_dir(out) and not any(out.iterdir())):
+    if files.is_free(out):
         return False
     try:
         was = json.loads(files.read_bytes(out / PARAMETERS))

@@ -18,9 +18,9 @@ from data_tools.common.draws import Purpose, hash_words
 from data_tools.common.errors import UserError
 from data_tools.images.decode import check_size
 from data_tools.load import dali
-from data_tools.load.loader import check_labels, make_order
+from data_tools.load.loader import make_order
 from data_tools.load.order import Blocks
-from data_tools.shards import FORMAT, Shards
+from data_tools.shards import FORMAT, Shards, check_labels
 from data_tools.union import Union, open_all
 from eval.protocols import lfw
 from recognition import checkpoint

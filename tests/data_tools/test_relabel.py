@@ -9,10 +9,10 @@ from data_tools import relabel, shards
 from data_tools.__main__ import main
 from data_tools.common.errors import UserError
 from data_tools.decisions import write_decision
-from data_tools.load.loader import check_labels
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import Options
 from data_tools.pack.split import Choice, choose
+from data_tools.shards import check_labels
 from tests.data_tools.pack.test_pack import by_identity
 from tests.data_tools.samples import folder
 from tests.data_tools.sources.test_sources import write_rec
