@@ -36,7 +36,7 @@ class ImageRecords(NamedTuple):
     layout: str  # "A" | "plain"
     num_identity_records: int  # 0 in the plain layouts
     property: tuple[int, int, int] | None  # classes, height, width
-    unlisted: int  # records that are on no line of the .idx
+    unlisted: int  # records that the .idx does not list
     damaged: list[int]  # offsets of records that cannot be read, left out
 
 
@@ -103,7 +103,7 @@ def read_property(path: Path) -> tuple[int, int, int] | None:
     if not 1 <= classes <= MAX_CLASSES:
         raise UserError(
             f"{path}: {classes} classes; their number must be 1 .. {MAX_CLASSES}: the labels of "
-            f"these records are float32, which tells no more of them apart"
+            f"these records are float32, which cannot tell more classes apart"
         )
     return classes, height, width
 
@@ -174,10 +174,10 @@ def _first_identity(reader: IndexedReader) -> int | None:
 
 
 def _walked_images(reader: IndexedReader) -> int:
-    """How many records stand before those of layout A without pixels; 0 if it is not layout A.
+    """The number of images of a layout A file without .idx; 0 if it is another layout.
 
-    Of a file without .idx whose images come first, with keys from 1. A header must be at either end
-    of the records without pixels: [key of the first of the others, key after the last], in float32.
+    The images come first, with keys from 1; the records without pixels follow. The header is the
+    first or the last of these: [key of the first of the others, key after the last], in float32.
     """
     last = len(reader) - 1
     if last < 1 or not _no_pixels(reader, last):

@@ -48,7 +48,7 @@ _HEADER_BLOCK = 1 << 20  # records whose headers are gathered at a time
 
 
 class Header(NamedTuple):
-    """The head of an image record; an array label stands for `flag` labels."""
+    """The header of an image record; an array label holds `flag` labels."""
 
     flag: int
     label: float | np.ndarray  # float, or float32 [flag]
@@ -91,12 +91,12 @@ def unpack_record(record: bytes, where: str) -> tuple[Header, bytes]:
 
 
 def frame(record: bytes) -> bytes:
-    """The record as it stands in the file: cut at aligned magics, framed, padded.
+    """The record as the file holds it: cut at aligned magics, framed, padded.
 
     Raises: ValueError if the record has 2^29 bytes or more.
     """
     if len(record) > MAX_RECORD:
-        raise UserError(f"a record has {len(record)} bytes; the format ends at {MAX_RECORD}")
+        raise UserError(f"a record has {len(record)} bytes; the format allows at most {MAX_RECORD}")
     pieces: list[bytes] = []
     start, at = 0, record.find(_MAGIC)
     while at >= 0:
@@ -204,8 +204,8 @@ class RecordFile:
     ) -> Iterator[int]:
         """The offset of every record in file order, found by walking the file.
 
-        damaged: where the offsets of records that cannot be read are noted; the walk goes on at the
-            next place that looks like a record. None: the walk ends there.
+        damaged: a list that receives the offsets of unreadable records; the walk goes on at the
+            next place that looks like a record. None: the first of them ends the walk.
 
         Raises: UserError at a record that cannot be read, if `damaged` is None.
         """
@@ -336,7 +336,7 @@ class IndexedReader:
         if len(twice):
             key = self._sorted[twice[0]]
             raise UserError(
-                f"{self.idx_path}: key {key} stands on two lines (and {len(twice) - 1} more)"
+                f"{self.idx_path}: two lines have the key {key} ({len(twice) - 1} other such keys)"
             )
 
     def _check_offsets(self) -> None:

@@ -1,13 +1,13 @@
-"""The relabel index: what cleaning decided on images of a set, as text; no image is written again.
+"""The relabel index: what cleaning decided about the images of a set, as text.
 
     # arcline-relabel 1 of=<fingerprint of the set> images=<N> classes=<C>
     17<TAB>drop
     23<TAB>5
 
 A line is (image, new class | drop); images count 0 .. N-1 and classes 0 .. C-1 as in the set
-without the index, whatever was cleaned before; a class of C or more is a new one. Images not
-named keep their class. What is left is numbered densely, in the order of the old numbers,
-as sub-center ArcFace's drop.py does. As DIR/relabel.txt it holds whenever DIR is opened.
+without the index, whatever was cleaned before; a class of C or more is a new one. Images that
+no line names keep their class. What is left is numbered densely, in the order of the old numbers,
+as sub-center ArcFace's drop.py does. DIR/relabel.txt is applied whenever DIR is opened.
 """
 
 import re
@@ -37,7 +37,7 @@ class Relabel(NamedTuple):
 
 
 def read(path: Path) -> Relabel:
-    """The index in a file. Raises: ValueError naming file and line of what is not one."""
+    """Read an index. Raises: UserError naming the file, and the line that has another form."""
     images, classes = [], []
     lines = numbered_lines(path)
     head = _HEAD.fullmatch(next(lines, (0, ""))[1].strip())
@@ -58,7 +58,7 @@ def read(path: Path) -> Relabel:
     twice = np.flatnonzero(index[1:] == index[:-1])
     if len(twice):
         raise UserError(
-            f"{path}: image {index[twice[0]]} stands on two lines (and {len(twice) - 1} more)"
+            f"{path}: two lines name image {index[twice[0]]} (and {len(twice) - 1} other images)"
         )
     return Relabel(of, num_images, num_classes, index, np.array(classes, np.int64)[order])
 
@@ -97,7 +97,7 @@ def check(relabel: Relabel, place: Path, of: str, num_images: int, num_classes: 
     """Raises: ValueError if the index was made for another set."""
     if (relabel.of, relabel.num_images, relabel.num_classes) != (of, num_images, num_classes):
         raise UserError(
-            f"{place} is of a set {relabel.of} of {relabel.num_images} images and "
-            f"{relabel.num_classes} classes, not of this one ({of}, {num_images}, {num_classes}): "
+            f"{place} was made for a set {relabel.of} of {relabel.num_images} images and "
+            f"{relabel.num_classes} classes, not for this one ({of}, {num_images}, {num_classes}): "
             f"remove it, or make it again"
         )

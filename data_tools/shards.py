@@ -8,8 +8,8 @@
     <name>.bin                      verification pairs
     relabel.txt                     what cleaning decided, if anything (relabel.py)
 
-`open` reads an InsightFace directory (`train.rec`, `train.idx`, `property`) through the same face.
-With a relabel index the images it drops are not there, and the classes are those it leaves.
+`open` reads InsightFace directories (`train.rec`, `train.idx`, `property`) in the same way. With a
+relabel index the images it drops are not there, and the classes are those it leaves.
 """
 
 import bisect
@@ -36,13 +36,13 @@ INDEX = "index.json"
 
 
 class ClassCounts(NamedTuple):
-    """What should be said before training on a set."""
+    """What a user should know about a set before training on it."""
 
     images: int
     classes: int
     empty: int  # classes without an image
     single: int  # classes of one image
-    unlisted: int  # records of an InsightFace .rec that are on no line of its .idx
+    unlisted: int  # records of an InsightFace .rec that its .idx does not list
 
 
 class Shards:
@@ -57,7 +57,7 @@ class Shards:
         index: dict[str, Any],
         record_files: list[RecordFile],
         offsets: np.ndarray,  # int64 [N] byte of each record in its file
-        labels: np.ndarray | None,  # int64 [N]; None: they stand in the records only
+        labels: np.ndarray | None,  # int64 [N]; None: only the records have them
         cleaned: "Cleaned | None" = None,
     ) -> None:
         self.path = path
@@ -74,7 +74,7 @@ class Shards:
         self._labels = labels
         self.cleaned = cleaned
         self.ways = (False, False)  # walk and tolerant, as of open()
-        self.unlisted = 0  # records of an InsightFace .rec that are on no line of its .idx
+        self.unlisted = 0  # records of an InsightFace .rec that its .idx does not list
         self.damaged: list[str] = []  # places of records that cannot be read and are left out
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
@@ -104,14 +104,13 @@ class Shards:
         )  # fmt: skip
 
     def unlisted_note(self) -> str:
-        """What to say of records that the .idx does not list; "" if it lists all."""
+        """A note on the records that the .idx does not list; "" if it lists all."""
         if not self.unlisted:
             return ""
-        rec = self.files[0].path
+        idx = self.files[0].path.with_suffix(".idx")
         return (
-            f"{rec.with_suffix('.idx')}: {self.unlisted} of the records of {rec.name} are on no "
-            f"line of it and left out: --walk reads the .rec without its .idx, as does training "
-            f"when you move the .idx away"
+            f"{idx} does not list {self.unlisted} of the records, and leaves them out: --walk reads "
+            f"the .rec without its .idx, and so does training if you move the .idx away"
         )
 
     @functools.cached_property
@@ -134,7 +133,7 @@ class Shards:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of index.json, which has the hash of every file; in place, of labels and offsets."""
+        """Of index.json, which hashes every file, or of InsightFace's labels and offsets."""
         if self.index["format"] == FORMAT:
             content = files.read_bytes(self.path / INDEX)
         else:
@@ -195,9 +194,9 @@ class Shards:
 
 
 def record_fault(header: Header, key: int, label: int) -> str | None:
-    """In what a packed record contradicts the columns: the packer wrote its class and its key."""
+    """What in a packed record contradicts the columns; None if its class and key are right."""
     if header.flag or (header.label != label and header.label != np.float32(label)):
-        return f"the record's label is {header.label}, that of labels.npy {label}"
+        return f"the record's label is {header.label}, but labels.npy says {label}"
     if header.id != key:
         return f"the record's id is {header.id}, not its key {key}"
     return None
@@ -215,13 +214,13 @@ def check_labels(data: Any) -> None:
 
 
 class Cleaned(NamedTuple):
-    """What a relabel index has left of a set: M images, C classes."""
+    """What is left of a set under a relabel index: M images, C classes."""
 
     place: Path  # of the index
     images: np.ndarray  # int64 [M] number of each image before
     classes: np.ndarray  # int64 [C] number of each class before
     keys: np.ndarray  # int64 [M] key of each image in its shard
-    record_labels: np.ndarray  # int64 [M] the label that stands in its record
+    record_labels: np.ndarray  # int64 [M] the label in its record
 
 
 NO_RELABEL = Path(os.devnull)  # as `relabel`: the set as it was before any cleaning
@@ -257,13 +256,13 @@ def _open(path: Path, walk: bool, tolerant: bool) -> Shards:
     rec = insightface.find_rec(path)
     if rec is None and (several := [file.name for file in files.ending(path, ".rec")]):
         raise FileNotFoundError(
-            f"{path}: {len(several)} files of records, none of them train.rec: name those you mean "
-            f"({path / several[0]} ...); `pack --join name` makes one set of the parts of one run"
+            f"{path}: {len(several)} .rec files, none of them train.rec: name those you want "
+            f"({path / several[0]} ...); `pack --join name` joins the parts of one run to one set"
         )
     if rec is None:
         raise FileNotFoundError(
             f"{path}: no data set: neither {INDEX} nor train.rec; if it is a folder of identities, "
-            f"make one of it with `python -m data_tools pack {path} OUT`"
+            f"make one with `python -m data_tools pack {path} OUT`"
         )
     return _open_insightface(path, rec, walk, tolerant)
 
@@ -308,7 +307,7 @@ def read_index(path: Path) -> dict[str, Any]:
         known &= index["image_size"] is None or len(index["image_size"]) == 2
         known &= all(len(Path(index[k]["file"]).parts) == 1 for k in ("labels", "offsets"))
     except (KeyError, TypeError) as error:
-        raise UserError(f"{place}: {error} is missing or of a wrong kind") from error
+        raise UserError(f"{place}: {error} is missing or has the wrong type") from error
     if not known:
         raise UserError(f"{place}: its counts or names contradict each other; pack again")
     return index

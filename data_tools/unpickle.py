@@ -1,4 +1,4 @@
-"""The pickle inside a verification .bin, read without obeying it.
+"""Read the pickle inside a verification .bin without executing it.
 
 A pickle is a program that may call anything. Here only the instructions that build lists, tuples,
 bytes, bools and integers are known, and the few names that NumPy arrays and Python-2 strings need

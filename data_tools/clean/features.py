@@ -32,7 +32,8 @@ class Features:
         self.index = read_index(directory)
         if of is not None and self.index["of"] != of:
             raise UserError(
-                f"{directory} is of the set {self.index['of']}, not of {of}: embed again"
+                f"{directory} was computed for the set {self.index['of']}, not for {of}: "
+                f"embed again"
             )
         self.num_images: int = self.index["images"]
         self.size: int = self.index["size"]
@@ -42,7 +43,7 @@ class Features:
             path = block_path(directory, start, stop)
             if not files.is_file(path):
                 raise FileNotFoundError(
-                    f"{path} is missing: run embed again, it goes on from there"
+                    f"{path} is missing: run embed again: it makes the missing files"
                 )
             try:
                 rows = arrays.load_hashed(path, mmap=True, check=check)
@@ -75,11 +76,13 @@ def read_index(directory: Path) -> dict[str, Any]:
     try:
         index = read_json(directory / INDEX)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{directory}: no {INDEX}: no directory that embed made") from error
+        raise FileNotFoundError(
+            f"{directory}: no {INDEX}: embed did not make this directory"
+        ) from error
     absent = sorted(_INDEX_KEYS - index.keys()) if isinstance(index, dict) else sorted(_INDEX_KEYS)
     if absent:
         raise UserError(
-            f"{directory / INDEX} is damaged, it lacks {', '.join(absent)}: embed again"
+            f"{directory / INDEX} is damaged: it lacks {', '.join(absent)}: embed again"
         )
     return dict(index)
 

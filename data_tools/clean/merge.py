@@ -7,8 +7,8 @@
   least --min-images and their centres a cosine of at most --different, the smaller part is
   proposed as a person of its own.
 
-What cosines say so depends on the network: both thresholds stand in the report, and nothing is
-applied: look at the pairs, then `relabel` puts the index in force.
+Which cosines mean that depends on the network. The report holds both thresholds, and nothing is
+applied: look at the pairs, then put the index in force with `relabel`.
 """
 
 import argparse
@@ -89,14 +89,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="a data set directory")
     parser.add_argument("features", type=Path, help="what embed made of it")
     parser.add_argument("out", type=Path, help="relabel index to write: the proposals")
-    parser.add_argument("--same", type=float, default=0.75, help="cosine from which on one (0.75)")
-    parser.add_argument("--different", type=float, default=0.2, help="cosine up to which two (0.2)")
-    parser.add_argument("--min-images", type=int, default=3, help="of each of the two parts (3)")
+    parser.add_argument(
+        "--same",
+        type=float,
+        default=0.75,
+        help="least cosine of two labels that are one person (0.75)",
+    )
+    parser.add_argument(
+        "--different",
+        type=float,
+        default=0.2,
+        help="largest cosine of two parts of a label that are two people (0.2)",
+    )
+    parser.add_argument(
+        "--min-images", type=int, default=3, help="least number of images of each part (3)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if not -1 <= args.different < args.same <= 1:
-        raise UserError("-1 <= --different < --same <= 1 is needed")
+        raise UserError("--different and --same must be cosines, and --different below --same")
     if args.min_images < 1:
         raise UserError(f"--min-images {args.min_images}: must be 1 or more")
     data = shards.open(args.path)

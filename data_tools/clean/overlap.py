@@ -168,7 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cosine",
         type=float,
         default=0.7,
-        help="from which two images show one person (default %(default)s)",
+        help="least cosine of two images of one person (default %(default)s)",
     )
     parser.add_argument("--identities", action="store_true", help="drop whole identities")
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="list every pair found")
@@ -177,7 +177,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 0 <= args.bits <= 3 or not -1 < args.cosine <= 1:
-        raise UserError("--bits is 0 to 3 and --cosine above -1, at most 1")
+        raise UserError("--bits must be 0 to 3, and --cosine above -1 and at most 1")
     data = shards.open(args.train)
     train, test = RecordSource(args.train), _open_test(args.test)
     one, readable = hash_images(train, args.workers, "training set")
@@ -193,7 +193,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.features:
         features = Features(args.features[0], data.fingerprint), Features(args.features[1])
         if features[0].index["network"] != features[1].index["network"]:
-            raise UserError("the features of the two sets are of two networks: embed again")
+            raise UserError(
+                "the features of the two sets come from different networks: embed again"
+            )
         if features[1].num_images != len(test):
             raise UserError(
                 f"{args.features[1]} has {features[1].num_images} images, {args.test} {len(test)}"

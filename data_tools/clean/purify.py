@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if centres.num_classes != data.num_classes or centres.size != features.size:
         raise UserError(
             f"{centres.path} has {centres.num_classes} classes of size {centres.size}, {args.path} "
-            f"has {data.num_classes} and {args.features} size {features.size}: not of one another"
+            f"has {data.num_classes} and {args.features} size {features.size}: "
+            f"they do not belong together"
         )
     cos, dominant = cosines(data, features, centres, args.workers)
     keep = cos > np.float32(np.cos(np.radians(args.threshold)))

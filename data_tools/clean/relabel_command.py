@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.index and args.remove:
-        raise UserError("either an index or --remove")
+        raise UserError("give an index or --remove, not both")
     whole = shards.open(args.path, shards.NO_RELABEL)
     place = whole.path / relabel.NAME
     if args.index:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         relabel.write(place, relabel.read(args.index))
     elif args.remove:
         if not files.is_file(place):
-            raise FileNotFoundError(f"{place}: nothing is in force")
+            raise FileNotFoundError(f"{place}: no relabel index is in force")
         place.unlink()
     data = shards.open(args.path)
     print(

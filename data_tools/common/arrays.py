@@ -56,7 +56,7 @@ def load_hashed(path: str | os.PathLike[str], mmap: bool = False, check: bool = 
         _check(path)
     array = load_npy(path, mmap)
     if not isinstance(array, np.ndarray):
-        raise UserError(f"{path} is an .npz by its content: one array is wanted, .npy")
+        raise UserError(f"{path} is an .npz archive: a single array (.npy) is needed")
     return array
 
 
@@ -69,6 +69,10 @@ def _check(path: str | os.PathLike[str]) -> None:
             left -= len(part)
         trailer = file.read()
     if trailer[: len(_MARK)] != _MARK or len(trailer) != _TRAILER:
-        raise UserError(f"{path} ends without a hash of its content: cut short, or not of arcline")
+        raise UserError(
+            f"{path} ends without a hash of its content: cut short, or not written by arcline"
+        )
     if trailer[len(_MARK) :] != total.digest():
-        raise UserError(f"{path}: its bytes are not those that were written, by their hash")
+        raise UserError(
+            f"{path}: its content contradicts its hash: the file was changed or damaged"
+        )

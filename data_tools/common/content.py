@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, for messages: people give files under wrong names."""
+"""Recognise a file by its first bytes, for messages: files often have a wrong name."""
 
 import os
 import zipfile
@@ -30,7 +30,7 @@ _READABLE = {"a zip archive": ".zip", "a tar archive": ".tar"}  # archives that 
 
 
 def described(head: bytes) -> str | None:
-    """What a file is that starts with these bytes, with the remedy; None if nobody can tell."""
+    """What a file is that starts with these bytes, with the remedy; None if that is unknown."""
     for magic, what in (*_KINDS, *_IMAGES):
         if head.startswith(magic):
             return what
@@ -81,7 +81,7 @@ def of_file(path: str | os.PathLike[str]) -> str | None:
 
 
 def hint(path: str | os.PathLike[str], expected: str = "") -> str:
-    """What to join to a message: `; it is ...`, or nothing where nobody can tell or it is what was
+    """What to join to a message: `; it is ...`, or nothing where that is unknown or what was
     expected.
 
     Raises: OSError: as of_file().

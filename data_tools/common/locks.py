@@ -26,8 +26,8 @@ from data_tools.common import files
 
 BEAT_SECONDS = 2.0  # between two heartbeats of a holder
 STALE_SECONDS = 60.0  # without a heartbeat: the holder has ended
-_LOOK_SECONDS = 0.5  # between two looks at another's heartbeat
-_SAY_SECONDS = 5.0  # of waiting, before it is said
+_POLL_SECONDS = 0.5  # between two looks at another's heartbeat
+_WARN_SECONDS = 5.0  # of waiting, before the user is told
 _MISSING = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # flock is not there
 _HOLDER = ".holder"
 _RECORD_BYTES = 1024  # more than a record has
@@ -41,8 +41,8 @@ class Held(FileExistsError):
 def hold(path: str | os.PathLike[str], busy: str, remove: bool = False) -> Iterator[None]:
     """Hold the lock file at `path` while the body runs.
 
-    busy: what to say if another process holds it, such as "DIR is in use by another run".
-    remove: leave no lock file behind. Otherwise it stays, and says who had it last.
+    busy: the error's text if another process holds it, such as "DIR is in use by another run".
+    remove: leave no lock file behind. Otherwise it stays and names its last holder.
 
     Raises:
         Held: another process has it.
@@ -81,7 +81,7 @@ def _lock(path: str, descriptor: int, busy: str) -> None:
 
     Raises:
         Held: another process has it.
-        OSError: flock says no for another reason.
+        OSError: flock fails for another reason.
     """
     while True:
         try:
@@ -172,19 +172,19 @@ def _refuse_heartbeat(path: str, busy: str) -> None:
     name = path + _HOLDER
     seen = _read(name)
     began = time.monotonic()
-    said = False
+    warned = False
     while files.exists(name) and not _ended_here(seen):
         waited = time.monotonic() - began
         if waited > STALE_SECONDS:
             break
-        if waited > _SAY_SECONDS and not said:
-            said = True
+        if waited > _WARN_SECONDS and not warned:
+            warned = True
             print(
                 f"{name}: waiting {STALE_SECONDS:.0f} s at most to see whether process "
                 f"{seen.get('pid')} on {seen.get('host')} is alive",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
         now = _read(name)
         if now and now != seen and seen:
             raise _held(busy, now)
@@ -214,8 +214,8 @@ def _beat(path: str, descriptor: int, own: dict[str, Any], ended: threading.Even
             token = _read(path + _HOLDER).get("token")
             if token not in (None, own["token"]) and not ended.is_set():
                 print(
-                    f"error: {path}: another process took this lock, since for "
-                    f"{STALE_SECONDS:.0f} s it saw no sign of this one: this process ends",
+                    f"error: {path}: another process took this lock after it "
+                    f"had seen no sign of this one for {STALE_SECONDS:.0f} s: this process ends",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
                 os._exit(1)
@@ -266,7 +266,7 @@ def _machine() -> str | None:
 
 def _started(pid: int) -> str | None:
     """When a process of this machine was started, in clock ticks since the machine was; None if it
-    has ended, or is not to be known."""
+    has ended or is not visible."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             state, *others = file.read().rpartition(")")[2].split()

@@ -29,14 +29,14 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]  # a task calls it with the number of images it has done since
 
-# The least that a process is started for: starting one takes as long as packing some 500 images.
+# Starting a process takes as long as packing some 500 images: it is not worth it for fewer.
 ITEMS_PER_WORKER = 500
 _POLL = 0.1  # seconds between two looks at the workers
 _AHEAD = 2  # tasks that wait, so that no worker does
 
 
 class Tasks:
-    """Tasks that are made when they are asked for, of a known number."""
+    """Tasks that are made on demand, and whose number is known."""
 
     def __init__(self, number: int, tasks: Iterator[Any]) -> None:
         self._number, self._tasks = number, tasks
@@ -57,11 +57,11 @@ def run_tasks(
 ) -> list[Result]:
     """`[function(task, advance) for task in tasks]`, by at most that many processes.
 
-    A task is asked for when a process will soon be free for it: an iterator's tasks are never all
-    there at once. Never more processes than a list has tasks, nor than `total`, what all tasks
-    together advance by, is worth; instead of one, this process does it. The first exception of a
-    task stops the others at their next `advance` and comes out here; so does an interruption. A
-    worker whose parent was killed ends at once: nobody goes on writing.
+    An iterator is asked for a task when a process will soon be free, so its tasks are never all in
+    memory. Small work takes fewer processes (see ITEMS_PER_WORKER; `total` is what all tasks
+    together advance by), and this process does the work of a single one. The first exception of a
+    task, or an interruption, stops the others at their next `advance` and is raised here. A worker
+    whose parent was killed ends at once, so nothing goes on writing.
 
     Raises: ChildProcessError if a worker was killed.
     """
@@ -127,7 +127,7 @@ class _Stopped(Exception):
     """Raised in a worker whose work is no longer wanted."""
 
 
-# Of a worker process, set once by its initializer: values of a pool cannot travel with the tasks.
+# Set once by a worker's initializer: shared values cannot travel with the tasks.
 _worker: tuple[Synchronized, Event] | None = None
 
 

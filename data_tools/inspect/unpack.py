@@ -4,7 +4,7 @@
 --layout insightface: train.rec, train.idx and property (as InsightFace's RecBuilder):
 images with keys 1 .. N, those of an identity together; a record per identity with the range of its
 keys; the header with key 0 last. Its ranges are float32: beyond 2^24 records they are rounded, as
-in every file of that layout. The .bin files come along. A relabel index in force is followed.
+in every file of that layout. The .bin files are copied. A relabel index in force is applied.
 """
 
 import argparse

@@ -141,7 +141,7 @@ def _packed_block(
         findings.append(Finding(f"{name}.idx", None, None, f"its keys are not 0 .. {images - 1}"))
     if "offsets" in columns:
         if len(offsets) == images and len(differ := np.flatnonzero(offsets != columns["offsets"])):
-            problem = f"not as in offsets.npy: {count(len(differ), 'offset')}"
+            problem = f"{count(len(differ), 'offset')} not as in offsets.npy"
             findings.append(Finding(f"{name}.idx", int(differ[0]), None, problem))
         offsets = columns["offsets"]
     labels = columns.get("labels")
@@ -168,11 +168,11 @@ def _check_classes(path: Path, index: dict[str, Any], labels: np.ndarray) -> lis
     else:
         sizes, counts = np.unique(np.bincount(labels, minlength=classes), return_counts=True)
         if index["class_sizes"] != dict(zip(map(str, sizes), counts.tolist(), strict=True)):
-            problem = f"the classes' sizes are not those of {shards.INDEX}"
+            problem = f"the class sizes are not those in {shards.INDEX}"
             findings.append(Finding(name, None, None, problem))
     names = path / index["identities"]["file"]
     if files.is_file(names) and (lines := files.read_bytes(names).count(b"\n")) != classes:
-        problem = f"{count(lines, 'name')} of {count(classes, 'class', 'classes')}"
+        problem = f"{count(lines, 'name')} for {count(classes, 'class', 'classes')}"
         findings.append(Finding(names.name, None, None, problem))
     return findings
 
@@ -227,7 +227,7 @@ def _has_header(file: RecordFile, offsets: np.ndarray) -> bool:
         try:
             header, image = file.read_image(offset)
         except ValueError:
-            return True  # damaged: checking it will say so; better no fault too many
+            return True  # damaged: its own check names the fault
         if header.flag == 2 and not image:
             return True
     return False

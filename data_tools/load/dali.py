@@ -7,8 +7,8 @@ that to loader.normalise, as DALI's elementwise arithmetic takes longer than its
 kinds on which the two differ (CMYK JPEG, 16-bit PNG, see image_file.is_plain) the CPU's decoder
 decodes for the graph. nvJPEG rounds otherwise, so pixels of a GPU differ by a grey level or two.
 
-fn.readers.mxnet is not used: it knows a shuffle buffer only, has no image's place in the order, and
-is no faster (launch/LOG.md).
+fn.readers.mxnet is not used: it has only a shuffle buffer, cannot follow a given order, and is no
+faster (launch/LOG.md).
 """
 
 import importlib.util

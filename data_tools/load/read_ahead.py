@@ -1,4 +1,4 @@
-"""The kernel told beforehand what a block shuffle will read, so that a disk reads it in one go."""
+"""Tell the kernel beforehand what a block shuffle will read: the disk then reads it in one go."""
 
 import os
 import threading

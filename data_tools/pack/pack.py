@@ -70,7 +70,7 @@ def _points(source: Source, options: Options) -> tuple[np.ndarray | None, int]:
         if unaligned and isinstance(source, ListSource):
             raise UserError(
                 f"{source.path}: {int(source.unaligned.sum())} of its images are not aligned yet "
-                f"(0 in the first column): say --align"
+                f"(0 in the first column): use --align"
             )
         return None, 0
     if options.landmarks:
@@ -117,7 +117,7 @@ def _is_packed(source: Source, out: Path, recorded: dict[str, Any]) -> bool:
     ]
     if changed:
         raise FileExistsError(
-            f"{out} was packed from something else or otherwise ({', '.join(changed)}); "
+            f"{out} was packed from another source or with other options ({', '.join(changed)}); "
             f"--overwrite replaces it"
         )
     shards.open(out)  # whole, as far as a look can tell

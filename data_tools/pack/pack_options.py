@@ -31,7 +31,7 @@ class Options:
         note="default: one for each 1000 images, 1 to 8",
         low=1,
     )
-    seed: int = option(0, "of every draw", low=0)
+    seed: int = option(0, "seed of every random draw", low=0)
     size: int = option(112, "side of the images", low=1, high=MAX_SIZE, unit="pixels")
     quality: int = option(
         95,
@@ -96,11 +96,13 @@ class Options:
                 "each image, path [score] x1 y1 .. x5 y5"
             )
         if (self.landmarks or self.detector) and not self.align:
-            raise UserError("--landmarks and --detector are of --align: say that too")
+            raise UserError("--landmarks and --detector need --align: give it too")
         if self.align and self.pass_through:
-            raise UserError("--align makes new images: it cannot --pass-through old ones")
+            raise UserError("--align makes new images: it cannot keep old ones (--pass-through)")
         if self.align and self.resize:
-            raise UserError("--align warps every face to --size: --resize is for aligned faces")
+            raise UserError(
+                "--align warps every face to --size: leave out --resize, which is for aligned faces"
+            )
         self.choice().share()
 
     def choice(self) -> Choice:
@@ -159,12 +161,12 @@ class Sources:
     def open(self) -> Source:
         check(self)
         if self.relabel and len(self.paths) > 1:
-            raise UserError("--relabel is of one set: pack the others by themselves")
+            raise UserError("--relabel applies to one set: pack the others separately")
         if self.identity_level < 0:
             raise UserError(f"--identity-level {self.identity_level}: must be 1 or more")
         if self.identity_level and self.nested:
             raise UserError(
-                "--nested and --identity-level N each say what an identity is: take one"
+                "--nested and --identity-level N each define what an identity is: choose one"
             )
         opened = [
             open_source(path, self.nested, self.root, self.relabel, self.identity_level, self.walk)

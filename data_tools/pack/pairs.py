@@ -256,7 +256,9 @@ def _draw_people(source: Source, args: argparse.Namespace) -> np.ndarray | None:
     if not args.hold_out:
         return None
     if args.identities:
-        raise UserError("--hold-out draws the people that --identities names: take one of them")
+        raise UserError(
+            "--hold-out draws the people that --identities would name: give one of the two"
+        )
     if not isinstance(source, RecordSource):
         raise UserError(f"--hold-out: {args.source} is not packed yet: use `pack --hold-out`")
     people = np.unique(source.labels)

@@ -3,7 +3,7 @@
 The identity of an image is the folder that holds it: its path in the archive, less the folders that
 all images share. An image in a folder that also holds folders of images is in no identity that we
 could be sure of: skipped and listed. A directory of archives (WebFace42M's ten zips) is one source;
-the same folder in two of them is one identity. Of a file that stands twice the last counts, as when
+the same folder in two of them is one identity. If a file appears twice, the last counts, as when
 unpacking. Order: identities by their names, images as they stand.
 """
 
@@ -137,7 +137,9 @@ class ArchiveSource(ArchiveImages):
         self.sha256 = self._digest.hexdigest()
         self._drop(self._faults(folders))
         if not len(self):
-            raise UserError(f"{path}: no image in a folder; {len(self.skipped)} were skipped")
+            raise UserError(
+                f"{path}: no image lies in an identity folder; {len(self.skipped)} were skipped"
+            )
         used, self.labels = np.unique(self.labels, return_inverse=True)
         self.identities = [os.fsdecode(name) for name in _stripped([folders[k] for k in used])]
 
@@ -171,7 +173,7 @@ class ArchiveSource(ArchiveImages):
 
     def _faults(self, folders: list[bytes]) -> dict[int, str]:
         """What is wrong with the place of an image, by its number."""
-        faults = {i: "stands twice: the last one counts" for i, _ in repeated(self.names)}
+        faults = {i: "appears twice: the last one counts" for i, _ in repeated(self.names)}
         holders = {parent for name in folders for parent in _parents(name)}
         mixed = [k for k, name in enumerate(folders) if name in holders]
         for i in np.flatnonzero(np.isin(self.labels, mixed)).tolist():

@@ -111,7 +111,7 @@ class ListSource(Paths):
         for field in fields[2:-1]:
             if _number(field) is None:
                 raise UserError(
-                    f"{field[:40]!r} stands among the labels and is not a number: is there a tab "
+                    f"{field[:40]!r} is among the labels and is not a number: is there a tab "
                     f"in the path?"
                 )
         label, name = _class(fields[1]), self._image(fields[-1])

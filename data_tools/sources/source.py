@@ -2,7 +2,7 @@
 
 | source | told by | rules |
 |---|---|---|
-| a folder of identities | a directory | files.py |
+| a folder of identities | a directory | folders.py |
 | zip and tar archives, alone or a directory of them | .zip, .tar | archives.py |
 | a list of images | .lst | lst.py |
 | an InsightFace directory or a .rec, with or without .idx | .rec | insightface.py |
@@ -80,11 +80,13 @@ def open_source(
         files.is_dir(path) and (files.is_file(path / shards.INDEX) or files.ending(path, ".rec"))
     )
     if relabel is not None and not records:
-        raise UserError(f"--relabel {relabel}: {path} is no set of records, whose images it counts")
+        raise UserError(
+            f"--relabel {relabel}: {path} is not a data set of records, which an index is made for"
+        )
     if not files.exists(path):
         raise FileNotFoundError(f"{path}: no such directory or file")
     if level and (records or archives or not files.is_dir(path)):
-        raise UserError(f"--identity-level {level}: {path} is no folder of folders")
+        raise UserError(f"--identity-level {level}: {path} is not a folder of folders")
     if records:
         return RecordSource(path, relabel, walk)
     if archives:
@@ -209,8 +211,8 @@ class JoinedSource(Joined):
         stems = [source.path.name for source in sources]
         if join == "offset" and len(set(stems)) < len(stems):
             raise UserError(
-                f"two of the sources {', '.join(stems)} have one name, and their identities would: "
-                f"rename one, or --join name if the same name is the same person"
+                f"two of the sources {', '.join(stems)} have one name, so their identities "
+                f"would too: rename one, or give --join name if the same name is the same person"
             )
         for source, stem in zip(sources, stems, strict=True):
             digest.update(source.sha256.encode())
@@ -230,5 +232,7 @@ def _distinct_bins(sources: list[Source]) -> list[Path]:
     for path in (path for source in sources for path in source.bins):
         other = found.setdefault(path.name, path)
         if other != path and files.read_bytes(other) != files.read_bytes(path):
-            raise UserError(f"{other} and {path} differ, and a set holds one of a name: move one")
+            raise UserError(
+                f"{other} and {path} differ, but a set can hold one file of a name: move one away"
+            )
     return list(found.values())

@@ -47,7 +47,7 @@ def test_ctrl_c_keeps_the_finished_shards(slow_source, tmp_path, workers):
         (["--overwrite", "--hold-out", "7"], "--hold-out can be at most 6"),
         (["--overwrite", "--quality", "200"], "at most 100"),
         (["--overwrite", "--workers", "0"], "must be 1 or more"),
-        (["--overwrite", "--detector", "x"], "say that too"),
+        (["--overwrite", "--detector", "x"], "need --align: give it too"),
         (["--overwrite", "--min-images", "31"], "0 of 8 identities"),
         (["--overwrite", "--align"], "--align needs five points"),
     ],

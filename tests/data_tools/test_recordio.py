@@ -215,7 +215,7 @@ def test_an_idx_that_is_cut_short(tmp_path):
 
 def test_duplicate_keys(tmp_path):
     idx, rec = write(tmp_path, [(key, Header(0, 0, 0, 0), b"") for key in (1, 5, 2, 5, 2)])
-    with pytest.raises(ValueError, match=r"train\.idx: key 2 stands on two lines \(and 1 more\)"):
+    with pytest.raises(ValueError, match=r"train\.idx: two lines have the key 2 \(1 other"):
         IndexedReader(idx, rec)
 
 

@@ -105,13 +105,13 @@ def test_an_insightface_directory_is_cleaned_in_place(tmp_path):
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (lambda t: t.replace("of=", "of=0"), "is of a set 0"),
+        (lambda t: t.replace("of=", "of=0"), "was made for a set 0"),
         (lambda t: t.replace("images=19", "images=20"), "not of this one"),
         (lambda t: "17\tdrop\n", "line 1 is not"),
         (lambda t: t + "3\tx\n", "line 3: '3"),
         (lambda t: t + "-3\tdrop\n", "line 3"),
         (lambda t: t + "19\tdrop\n", "image 19 of a set of 19"),
-        (lambda t: t + "0\tdrop\n", "image 0 stands on two lines"),
+        (lambda t: t + "0\tdrop\n", "two lines name image 0"),
         (lambda t: t + "".join(f"{i}\tdrop\n" for i in range(1, 19)), "drops every image"),
     ],
 )

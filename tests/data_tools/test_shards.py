@@ -95,7 +95,7 @@ def test_columns_that_contradict_the_records_are_refused(packed):
     np.save(packed / "labels.npy", labels[::-1])  # 2 2 0 1 1 0 2
     data = shards.open(packed)
     fault = (
-        rf"00000-of-00002\.rec: byte 40: image 1: the record's label is 0\.0, that of labels.npy 2;"
+        r"00000-of-00002\.rec: byte 40: image 1: the record's label is 0\.0, but labels.npy says 2;"
         rf".*run `python -m data_tools verify {packed}`"
     )
     for i in (1, -6):
@@ -188,7 +188,7 @@ def test_what_is_no_data_set(tmp_path):
         shards.open(tmp_path)
     for name in ("a.rec", "b.rec"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"2 files of records, none of them train\.rec"):
+    with pytest.raises(FileNotFoundError, match=r"2 \.rec files, none of them train\.rec"):
         shards.open(tmp_path)
 
 

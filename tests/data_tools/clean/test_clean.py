@@ -148,7 +148,9 @@ def test_from_training_to_a_cleaned_set(data, tmp_path, capsys):
     capsys.readouterr()
     pack(folder(tmp_path / "others", [2, 2]), tmp_path / "other", Options(shards=1))
     assert main(["purify", str(tmp_path / "other"), *purify[2:4], str(tmp_path / "x.txt")]) == 1
-    assert "is of the set" in capsys.readouterr().err and not (tmp_path / "x.txt").exists()
+    assert (
+        "was computed for the set" in capsys.readouterr().err and not (tmp_path / "x.txt").exists()
+    )
 
 
 def test_embed_is_refused_where_something_else_lies(data, tmp_path, capsys):

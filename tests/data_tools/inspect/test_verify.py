@@ -62,7 +62,7 @@ def test_every_bad_record_is_named(packed, capsys):
     assert named.keys() == {1, 3, 4}
     assert named[1]["byte"] == offsets[6]
     assert "is not the magic" in named[1]["problem"]
-    assert "the record's label is 7.0, that of labels.npy" in named[3]["problem"]
+    assert "the record's label is 7.0, but labels.npy says" in named[3]["problem"]
     assert "the record's id is 99" in named[4]["problem"]
     assert {bad["file"] for bad in result["bad"]} == {f"{SECOND}.rec"}
     assert any("sha256" in bad["problem"] for bad in result["bad"])
@@ -122,7 +122,7 @@ def sha(path):
         (lambda p: (p / f"{FIRST}.idx").write_text("0 0\n"), FIRST, "is not key<TAB>offset"),
         (lambda p: os.truncate(p / f"{FIRST}.rec", 300), f"{FIRST}.rec", "file ends at byte 300"),
         (lambda p: np.save(p / "labels.npy", np.full(10, 3)), "labels.npy", r"outside \[0, 3\)"),
-        (lambda p: np.save(p / "labels.npy", np.zeros(10, int)), "labels.npy", "classes' sizes"),
+        (lambda p: np.save(p / "labels.npy", np.zeros(10, int)), "labels.npy", "the class sizes"),
         (
             lambda p: np.save(p / "labels.npy", np.zeros(9, int)),
             "labels.npy",

@@ -150,7 +150,7 @@ def test_what_stands_oddly_in_an_archive_is_listed(faces, tmp_path):
     assert people(source) == expected(faces)
     reasons = {where.split(": ")[1]: why for where, why in source.skipped}
     assert reasons == {
-        "set/p00/0.jpg": "stands twice: the last one counts",
+        "set/p00/0.jpg": "appears twice: the last one counts",
         "set/beside.jpg": "lies beside identity folders",
         "top.jpg": "lies outside any identity folder",
     }
@@ -348,7 +348,7 @@ def test_a_back_slash_that_is_a_letter_of_a_name_stays_one(tmp_path):
 
 def test_a_tab_in_a_path_is_no_label(tmp_path):
     (tmp_path / "a.lst").write_text("0\t1\ta/0.jpg\n1\t3\tAnn\tB/1.jpg\n")
-    with pytest.raises(ValueError, match=r"a.lst: line 2: 'Ann' stands among the labels"):
+    with pytest.raises(ValueError, match=r"a.lst: line 2: 'Ann' is among the labels"):
         open_source(tmp_path / "a.lst")
 
 

@@ -131,7 +131,7 @@ def test_flipped_bits_of_a_block_are_noticed(images, tmp_path, capsys):
         assert network.seen == 16 and "is damaged and computed again" in capsys.readouterr().err
         np.testing.assert_array_equal(found.matrix(), expected)
     block.write_bytes(whole[:130] + bytes([whole[130] ^ 0x10]) + whole[131:])
-    with pytest.raises(ValueError, match="block-0000001.npy: its bytes are not those"):
+    with pytest.raises(ValueError, match="block-0000001.npy: its content contradicts its hash"):
         found.matrix()  # damaged after it was found whole
 
 
