@@ -109,8 +109,8 @@ class Shards:
             return ""
         idx = self.files[0].path.with_suffix(".idx")
         return (
-            f"{idx} does not list {self.unlisted} of the records, and leaves them out: --walk reads "
-            f"the .rec without its .idx, and so does training if you move the .idx away"
+            f"{idx} does not list {self.unlisted} of the records, which are left out: --walk "
+            f"reads the .rec without its .idx, and so does training if you move the .idx away"
         )
 
     @functools.cached_property
