@@ -12,6 +12,7 @@ header and the identities (face2rec2) or the identities and the header (RecBuild
 
 import bisect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,10 +115,7 @@ def class_label(header: Header, num_classes: int | None, where: str) -> int:
     Raises: ValueError naming `where` if it is not an integer of [0, num_classes), or not exact.
     """
     label = np.ravel(header.label)[:1].astype(np.float32)
-    fault = _bad_label(label, num_classes)
-    if fault.any():
-        raise UserError(f"{where}: {_label_fault(label[0], num_classes)}")
-    return int(label[0])
+    return int(_checked(label, num_classes, lambda _: where)[0])
 
 
 def class_labels(
@@ -129,19 +127,21 @@ def class_labels(
     exact.
     """
     _, labels = file.first_labels(offsets)
-    wrong = np.flatnonzero(_bad_label(labels, num_classes))
-    if len(wrong):
-        fault = _label_fault(labels[wrong[0]], num_classes)
-        raise UserError(
-            f"{file.where(int(offsets[wrong[0]]))}: {fault} ({len(wrong)} such records)"
-        )
-    return labels.astype(np.int64)
+    return _checked(labels, num_classes, lambda i: file.where(int(offsets[i])))
 
 
-def _bad_label(labels: np.ndarray, num_classes: int | None) -> np.ndarray:
+def _checked(
+    labels: np.ndarray, num_classes: int | None, where: Callable[[int], str]
+) -> np.ndarray:
+    """The labels float32 [n] as int64 [n]. Raises: UserError naming the place of a wrong one."""
     limit = MAX_CLASSES if num_classes is None else num_classes
     with np.errstate(invalid="ignore"):
-        return ~((labels >= 0) & (labels < limit) & (labels == np.floor(labels)))
+        wrong = np.flatnonzero(~((labels >= 0) & (labels < limit) & (labels == np.floor(labels))))
+    if len(wrong):
+        others = f" ({len(wrong)} such records)" if len(labels) > 1 else ""
+        fault = _label_fault(labels[wrong[0]], num_classes)
+        raise UserError(f"{where(int(wrong[0]))}: {fault}{others}")
+    return labels.astype(np.int64)
 
 
 def _label_fault(label: np.float32, num_classes: int | None) -> str:

@@ -21,7 +21,7 @@ from data_tools.common import cli
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.common.networks import Centres, networks
-from data_tools.common.parallel import Advance, run_tasks
+from data_tools.common.parallel import Advance, Tasks, run_tasks
 from data_tools.decisions import before_cleaning, write_decision
 
 _CLASSES = 8192  # classes whose centres are in memory at a time
@@ -59,12 +59,15 @@ def cosines(
     order, ends = data.by_class()
     numbers = before_cleaning(data)
     ranges = list(_ranges(data.num_classes))
-    tasks = (
-        _Range(features, centres, (start, stop), numbers[mine], data.labels[mine] - start)
-        for start, stop in ranges
-        for mine in [order[ends[start] : ends[stop]]]
+    tasks = Tasks(
+        len(ranges),
+        (
+            _Range(features, centres, (start, stop), numbers[mine], data.labels[mine] - start)
+            for start, stop in ranges
+            for mine in [order[ends[start] : ends[stop]]]
+        ),
     )
-    found = run_tasks(_of_range, tasks, workers, len(data), "angles", len(ranges))
+    found = run_tasks(_of_range, tasks, workers, len(data), "angles")
     result = np.empty(len(data), np.float32)
     result[order] = np.concatenate([cos for cos, _ in found])
     return result, np.concatenate([votes for _, votes in found])

@@ -1,6 +1,7 @@
 """Tasks spread over processes, with one progress bar for all of them."""
 
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -33,29 +35,42 @@ _POLL = 0.1  # seconds between two looks at the workers
 _AHEAD = 2  # tasks that wait, so that no worker does
 
 
+class Tasks:
+    """Tasks that are made on demand, and whose number is known."""
+
+    def __init__(self, number: int, tasks: Iterator[Any]) -> None:
+        self._number, self._tasks = number, tasks
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._tasks
+
+
 def run_tasks(
     function: Callable[[Task, Advance], Result],
     tasks: Iterable[Task],
     workers: int,
     total: int,
     title: str,
-    num_tasks: int | None = None,
 ) -> list[Result]:
     """`[function(task, advance) for task in tasks]`, by at most that many processes.
 
     An iterator is asked for a task when a process will soon be free, so its tasks are never all in
-    memory; `num_tasks` is how many it has. Small work takes fewer processes (`total` is what all
-    tasks together advance by, see ITEMS_PER_WORKER), and this process does the work of a single
-    one. The first exception of a task, or an interruption, stops the others at their next `advance`
-    and is raised here. A worker whose parent was killed ends at once: nothing goes on writing.
+    memory. Small work takes fewer processes (see ITEMS_PER_WORKER; `total` is what all tasks
+    together advance by), and this process does the work of a single one. The first exception of a
+    task, or an interruption, stops the others at their next `advance` and is raised here. A worker
+    whose parent was killed ends at once, so nothing goes on writing.
 
     Raises: ChildProcessError if a worker was killed.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task(title, total=total)
-        most = len(tasks) if isinstance(tasks, Sized) else num_tasks
-        workers = min(workers, total // ITEMS_PER_WORKER, workers if most is None else most)
+        if isinstance(tasks, Sized):
+            workers = min(workers, len(tasks))
+        workers = min(workers, total // ITEMS_PER_WORKER)
         if workers <= 1:
             return [function(task, lambda n: progress.advance(bar, n)) for task in tasks]
         context = multiprocessing.get_context("spawn")  # fork would copy OpenCV's threads mid-work
@@ -65,9 +80,8 @@ def run_tasks(
         ) as pool:
             submitted = (pool.submit(_call, function, task) for task in tasks)
             try:
-                return _collect(
-                    submitted, workers + _AHEAD, lambda: progress.update(bar, completed=done.value)
-                )
+                show = functools.partial(_show, progress, bar, done)
+                return _collect(submitted, workers + _AHEAD, show)
             except BrokenProcessPool as error:
                 raise ChildProcessError(
                     "a worker process was killed; if memory ran out, use fewer --workers"
@@ -75,6 +89,10 @@ def run_tasks(
             finally:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
+
+
+def _show(progress: Progress, bar: TaskID, done: Synchronized) -> None:
+    progress.update(bar, completed=done.value)
 
 
 def _collect(submitted: Iterator[Future], window: int, show: Callable[[], None]) -> list[Any]:

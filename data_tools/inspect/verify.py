@@ -13,7 +13,7 @@ from data_tools.common import cli, files
 from data_tools.common.errors import UserError
 from data_tools.common.files import is_file
 from data_tools.common.messages import count
-from data_tools.common.parallel import Advance, run_tasks
+from data_tools.common.parallel import Advance, Tasks, run_tasks
 from data_tools.images.decode import decode
 from data_tools.recordio import Header, RecordFile, read_idx, unpack_record
 
@@ -103,8 +103,8 @@ def verify_packed(path: Path, deep: bool, workers: int) -> tuple[int, list[Findi
             if block is not None:
                 yield block
 
-    images = index["images"]
-    return images, findings + _check_blocks(blocks(), images, workers, len(index["shards"]))
+    found = _check_blocks(Tasks(len(index["shards"]), blocks()), index["images"], workers)
+    return index["images"], findings + found
 
 
 def _check_listed_files(path: Path, index: dict[str, Any]) -> list[Finding]:
@@ -233,10 +233,8 @@ def _has_header(file: RecordFile, offsets: np.ndarray) -> bool:
     return False
 
 
-def _check_blocks(
-    blocks: Iterable[Block], total: int, workers: int, number: int | None = None
-) -> list[Finding]:
-    results = run_tasks(check_block, blocks, workers, total, "records", number)
+def _check_blocks(blocks: Iterable[Block], total: int, workers: int) -> list[Finding]:
+    results = run_tasks(check_block, blocks, workers, total, "records")
     return [finding for findings in results for finding in findings]
 
 

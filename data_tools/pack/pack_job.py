@@ -13,7 +13,7 @@ from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.common.journal import Finished, Journal, WrittenShard
 from data_tools.common.messages import count
-from data_tools.common.parallel import Advance, run_tasks
+from data_tools.common.parallel import Advance, Tasks, run_tasks
 from data_tools.images.decode import is_size_fault
 from data_tools.pack.conversion import Pointed, convert_all
 from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options
@@ -188,20 +188,18 @@ class Packing:
             (name, some) for name, some in zip(names, cuts, strict=True) if name not in finished
         ]
         journal = None if prefix else self._journal
-        conversion = self.options.conversion()
-        tasks = (
+        tasks = Tasks(
+            len(left),
             (
-                self._images(some),
-                class_of[self.source.labels[some]],
-                directory,
-                name,
-                conversion,
-                journal,
-            )
-            for name, some in left
-        )
+                (
+                    self._images(some), class_of[self.source.labels[some]], directory, name,
+                    self.options.conversion(), journal,
+                )
+                for name, some in left
+            ),
+        )  # fmt: skip
         total = sum(len(some) for _, some in left)
-        made = run_tasks(_write_one, tasks, self._workers, total, "images", len(left))
+        made = run_tasks(_write_one, tasks, self._workers, total, "images")
         finished |= {name: shard for (name, _), shard in zip(left, made, strict=True)}
         for name in names:
             shard, resized, faults, several = finished[name]
