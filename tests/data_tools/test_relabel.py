@@ -106,7 +106,7 @@ def test_an_insightface_directory_is_cleaned_in_place(tmp_path):
     ("change", "fault"),
     [
         (lambda t: t.replace("of=", "of=0"), "was made for a set 0"),
-        (lambda t: t.replace("images=19", "images=20"), "not of this one"),
+        (lambda t: t.replace("images=19", "images=20"), "not for this one"),
         (lambda t: "17\tdrop\n", "line 1 is not"),
         (lambda t: t + "3\tx\n", "line 3: '3"),
         (lambda t: t + "-3\tdrop\n", "line 3"),

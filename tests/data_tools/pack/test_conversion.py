@@ -147,8 +147,8 @@ def test_bad_landmarks(tmp_path, text, fault):
     ("options", "fault"),
     [
         ({"align": True}, "--align needs five points"),
-        ({"landmarks": Path("x")}, "are of --align"),
-        ({"align": True, "pass_through": True}, "cannot --pass-through"),
+        ({"landmarks": Path("x")}, "need --align"),
+        ({"align": True, "pass_through": True}, "cannot keep old ones"),
         ({"split": "images=2"}, "say images=SHARE"),
         ({"split": "faces=0.1"}, "say images=SHARE"),
         ({"min_images": 0}, "--min-images 0"),
