@@ -20,6 +20,7 @@ from data_tools.decisions import write_decision
 from data_tools.images.decode import decode
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import Options
+from data_tools.shards import Shards
 from recognition.weights.centres import Centres
 from tests.data_tools.samples import encoded, folder
 from tests.real import ROOT
@@ -62,6 +63,7 @@ class _Labelled:
 
     labels = np.random.default_rng(0).integers(0, 300, 2400)
     num_classes, cleaned = 300, None
+    by_class = Shards.by_class
 
     def __len__(self):
         return len(self.labels)
