@@ -112,7 +112,7 @@ def sha(path):
         (
             lambda p: (p / "identities.txt").write_text("ann\n"),
             "identities.txt",
-            "1 name of 3 classes",
+            "1 name for 3 classes",
         ),
         (
             lambda p: (p / f"{FIRST}.idx").write_text("0\t0\n"),
@@ -131,7 +131,7 @@ def sha(path):
         (
             lambda p: np.save(p / "offsets.npy", np.zeros(10, int)),
             f"{FIRST}.idx",
-            "offsets.npy: 4 offsets",
+            "4 offsets not as in offsets.npy",
         ),
     ],
 )
