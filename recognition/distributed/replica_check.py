@@ -9,7 +9,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -63,32 +62,11 @@ class SampleRecord:
         path = os.path.join(directory, f"{start:020d}-rank-{group.rank()}.jsonl")
         self._file = open(path, "w", encoding="utf-8", buffering=1)
 
-    def note(self, step: int, ids: np.ndarray) -> None:
-        """Record the images of a micro-step of the step that follows `step` completed steps."""
-        self._file.write(json.dumps([step + 1, ids.tolist()]) + "\n")
-
     def of(self, batches: Iterator[Batch], step: Callable[[], int]) -> Iterator[Batch]:
         """The same batches, each recorded as it is yielded; step() returns the completed steps."""
         for batch in batches:
-            self.note(step(), batch.ids)
+            self._file.write(json.dumps([step() + 1, batch.ids.tolist()]) + "\n")
             yield batch
 
     def close(self) -> None:
         self._file.close()
-
-
-def samples_of(run_dir: str) -> dict[int, list[int]]:
-    """The ids that each step trained on, over all ranks, from the last start that ran the step."""
-    found: dict[int, tuple[int, list[int]]] = {}
-    directory = os.path.join(run_dir, "samples")
-    for name in sorted(os.listdir(directory)):  # earlier starts first
-        start = int(name.partition("-")[0])
-        with open(os.path.join(directory, name), encoding="utf-8") as lines:
-            for line in lines:
-                if not line.endswith("\n"):
-                    break  # the run was killed while it wrote this line
-                step, ids = json.loads(line)
-                if found.get(step, (0, []))[0] != start:
-                    found[step] = (start, [])
-                found[step][1].extend(ids)
-    return {step: ids for step, (_, ids) in sorted(found.items())}

@@ -27,8 +27,9 @@ from recognition import checkpoint
 from recognition.backbones import make_backbone
 from recognition.backbones.input import INPUT_SIZE
 from recognition.config import Config
-from recognition.distributed import collectives
 from recognition.distributed.runtime import Runtime
+from recognition.distributed.store_exchange import check_same, run_on_all_ranks
+from recognition.distributed.sync_batch_norm import SyncBatchNorm
 from recognition.head import PartialFC, multi_head
 from recognition.head.kernels.autotune import choose_all
 from recognition.optim import RowAdamW, RowSGD
@@ -52,7 +53,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     if cfg.loader == "dali":
         dali.check_installed()
     resumed_from, damaged = resume.choose_checkpoint(cfg, runtime)
-    manifest = checkpoint.read_manifest_of_run(resumed_from) if resumed_from else None
+    manifest = checkpoint.read_manifest(resumed_from, True) if resumed_from else None
     plan = elastic.plan(cfg, manifest, runtime.world)
     cfg = plan.cfg
     data = open_all(cfg.rec)
@@ -60,7 +61,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     order = make_order(data, cfg.seed, multi_head.shares(cfg, data), blocks)
     multi_head.check_rows(cfg, order, runtime.world)
     labels_crc32 = zlib.crc32(np.ascontiguousarray(data.labels).data)
-    collectives.check_same(
+    check_same(
         runtime.group,
         val_targets=cfg.val_targets,
         num_images=data.num_images,
@@ -87,7 +88,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     if cfg.freeze:
         freeze(backbone, cfg.freeze)
     if cfg.sync_bn:
-        backbone = collectives.SyncBatchNorm.convert(backbone, runtime.group)
+        backbone = SyncBatchNorm.convert(backbone, runtime.group)
     train_mode(backbone)
     backbone = backbone.to(runtime.device, dtype)
     backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -185,7 +186,7 @@ def _start_centres(state: TrainState) -> None:
         except UserError as error:  # it may concern this rank's images only
             raise OSError(str(error)) from error
 
-    filled = collectives.run_on_all_ranks(runtime.group, "start the class centres", fill)
+    filled = run_on_all_ranks(runtime.group, "start the class centres", fill)
     train_mode(state.backbone)
     state.facts["centres_started"] = sum(filled)
     others = state.data.num_classes - sum(filled)

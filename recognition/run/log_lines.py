@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from data_tools.load.loader import BatchSource
 from recognition import config
-from recognition.checkpoint.directory import directory_of
+from recognition.checkpoint import directory_of
 from recognition.distributed.step_timer import Phases
 from recognition.head import multi_head
 from recognition.run import sanity

@@ -13,6 +13,7 @@ from recognition import checkpoint
 from recognition.config import Config
 from recognition.distributed import collectives
 from recognition.distributed.runtime import Runtime
+from recognition.distributed.store_exchange import check_same, run_on_all_ranks
 from recognition.run.run_dir import OWNED_SECONDS, lock_run_dir, refuse_foreign_files
 
 if TYPE_CHECKING:
@@ -41,12 +42,10 @@ def choose_checkpoint(cfg: Config, runtime: Runtime) -> tuple[str | None, list[s
     if cfg.resume == "auto":
         return newest_intact(cfg, runtime)
     path = _raise_on_all_ranks(runtime, lambda: _named_checkpoint(cfg))
-    collectives.check_same(runtime.group, resumed_from=path and os.path.basename(path))
+    check_same(runtime.group, resumed_from=path and os.path.basename(path))
     if path is not None:
-        try:
+        with checkpoint.naming_predecessor(path):
             checkpoint.verify(path, runtime.group)
-        except checkpoint.Damaged as error:
-            raise checkpoint.Damaged(f"{error}{checkpoint.older(path)}") from error
     return path, []
 
 
@@ -82,25 +81,24 @@ def newest_intact(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]
         if runtime.rank != 0:
             return [], ""
         with lock_run_dir(cfg.output):  # no other run may write there meanwhile
-            aside = [os.path.basename(checkpoint.set_aside(path)) for path, _ in wrong]
-            return aside, checkpoint.take(good)
+            renamed = [os.path.basename(checkpoint.mark_damaged(path)) for path, _ in wrong]
+            return renamed, checkpoint.give_final_name(good)
 
-    what = "set the checkpoint aside"
-    aside, taken = collectives.run_on_all_ranks(runtime.group, what, rename, OWNED_SECONDS)[0]
-    damaged = [f"{why}; it is now {name}" for (_, why), name in zip(wrong, aside, strict=True)]
-    return taken, damaged
+    what = "rename the damaged checkpoint"
+    renamed, path = run_on_all_ranks(runtime.group, what, rename, OWNED_SECONDS)[0]
+    return path, [f"{why}; it is now {n}" for (_, why), n in zip(wrong, renamed, strict=True)]
 
 
 def _checkpoints_of(cfg: Config, runtime: Runtime) -> list[str]:
     """Candidate checkpoints of the run, newest first; the same list on all ranks."""
     found = _raise_on_all_ranks(runtime, lambda: checkpoint.copies(cfg.output))
-    collectives.check_same(runtime.group, resumed_from=[os.path.basename(path) for path in found])
+    check_same(runtime.group, resumed_from=[os.path.basename(path) for path in found])
     return found
 
 
 def _refuse_none(cfg: Config, wrong: list[str]) -> None:
     """Raise Damaged if there were checkpoints: only a person may decide to start over."""
-    known = [f"{path} was set aside" for path in checkpoint.named_damaged(cfg.output)]
+    known = [f"{path} is damaged" for path in checkpoint.named_damaged(cfg.output)]
     if wrong or known:
         raise checkpoint.Damaged(
             f"{cfg.output} holds no checkpoint to continue from: {'; '.join(wrong + known)}. Put a "

@@ -81,7 +81,7 @@ def test_merge_gives_a_checkpoint_that_resumes(trained, run_dir, tmp_path, capsy
     again = ranks.run(2, runs.run, keys | {"output": run_dir, "max_steps": 3})[0]
     assert all(torch.equal(ahead[name], again[name]) for name in ahead)
     code, error = said(capsys, "merge", run_dir, out)
-    assert code == 1 and "is there already" in error
+    assert code == 1 and "already exists" in error
 
 
 def test_export(trained, run_dir, tmp_path, capsys):

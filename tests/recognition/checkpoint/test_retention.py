@@ -8,7 +8,7 @@ import pytest
 
 from recognition import config
 from recognition.checkpoint import Keep
-from recognition.checkpoint.retention import superfluous
+from recognition.checkpoint.writing import superfluous
 from recognition.run import build
 from tests import ranks
 from tests.recognition import runs

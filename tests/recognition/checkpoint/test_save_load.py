@@ -11,7 +11,7 @@ import torch
 
 from recognition import checkpoint, config
 from recognition.checkpoint import tensors
-from recognition.run import build, run_dir, saving
+from recognition.run import build, run_dir
 from tests import ranks
 from tests.conftest import command
 from tests.recognition import runs
@@ -50,13 +50,13 @@ def marked(keys):
     start, stop = state.head.shard
     classes = torch.arange(start, stop, dtype=torch.float32)[:, None]
     state.head.weight.data[:] = classes + len("weight")
-    state.parts.row_optimizer.state["momentum"][:] = classes + len("momentum")
-    saving.save_here(state)
+    state.parts.heads[0].row_optimizer.state["momentum"][:] = classes + len("momentum")
+    runs.save_here(state)
 
 
 def rows_of(keys):
     state = build.build(config.make(runs.BASE | keys), runs.here())
-    rows = {"weight": state.head.weight.detach()} | state.parts.row_optimizer.state
+    rows = {"weight": state.head.weight.detach()} | state.parts.heads[0].row_optimizer.state
     return *state.head.shard, rows
 
 
@@ -169,7 +169,7 @@ def save_on_a_full_disk(keys):
         if state.runtime.rank == 1:
             patch.setattr(tensors, "write", full)
         try:
-            saving.save_here(state)
+            runs.save_here(state)
         except OSError as error:
             return str(error)
 

@@ -111,6 +111,4 @@ def test_a_network_keeps_its_arguments(tmp_path, shards_dir):
 
 
 def save_untrained(keys):
-    from recognition.run import saving
-
-    saving.save_here(build.build(config.make(runs.BASE | keys), runs.here()))
+    runs.save_here(build.build(config.make(runs.BASE | keys), runs.here()))
