@@ -73,25 +73,11 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     precision = resolve(cfg.precision, runtime.device)
     dtype = dtype_of(precision)
 
-    torch.manual_seed(hash_words(cfg.seed, Purpose.NETWORK) >> 1)  # the same network on every rank
-    backbone, messages = _make_backbone(cfg), list[str]()
+    messages = list[str]()
     for pairs in val_sets if cfg.resize else []:
         count = lfw.count_resized(pairs, cfg.resize)
         messages.append(f"{pairs.name}.bin: {count} of {len(pairs.encoded)} images are resized")
-    if cfg.init_from and resumed_from is None:
-        order_of = None if cfg.init_color_order == "auto" else cfg.init_color_order
-        weights = initial_weights(cfg.init_from, order_of)
-        checkpoint.load_state(backbone, weights, cfg.init_from)
-        messages.append(
-            f"init_from={cfg.init_from}: {len(weights)} tensors of the network are taken"
-        )
-    if cfg.freeze:
-        freeze(backbone, cfg.freeze)
-    if cfg.sync_bn:
-        backbone = SyncBatchNorm.convert(backbone, runtime.group)
-    train_mode(backbone)
-    backbone = backbone.to(runtime.device, dtype)
-    backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone = _make_backbone(cfg, runtime, dtype, resumed_from is None, messages)
     model = _distribute(cfg, backbone, runtime)
     heads = [
         head.to(runtime.device, dtype) for head in multi_head.make_heads(cfg, data, runtime.group)
@@ -102,7 +88,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     scaler = LossScaler(runtime.device) if precision == "fp16" else None
     encoder = None
     if multi_head.encoder_momentum(heads) is not None:
-        encoder = _make_backbone(cfg).to(runtime.device, dtype).eval().requires_grad_(False)
+        encoder = _new_network(cfg).to(runtime.device, dtype).eval().requires_grad_(False)
         encoder.load_state_dict(backbone.state_dict())
     head_parts = [checkpoint.HeadParts(head, _row_optimizer(cfg, head)) for head in heads]
     parts = checkpoint.Parts(backbone, optimizer, head_parts, scaler, encoder)
@@ -129,28 +115,33 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         state.messages.append(
             f"teacher={cfg.teacher}: {cfg.teacher_loss} loss, teacher_weight={cfg.teacher_weight:g}"
         )
-    if resumed_from is None and cfg.init_head is not None:
-        _start_centres(state)
-    elif resumed_from is None:
-        state.messages.append(f"all {data.num_classes} class centres start at random")
     if resumed_from is not None:
-        manifest = checkpoint.load(resumed_from, parts)
-        state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
-        state.saved_by, state.loaded_step = manifest["world"], manifest["step"]
-        state.skipped = skipped(cfg.output, manifest)
-        if state.spikes is not None and manifest.get("spikes"):
-            state.spikes.load(manifest["spikes"])
-        state.changes = resume.list_changes(manifest["config"], cfg, state.facts, resumed_from)
-        due = state.step % cfg.verify_every == 0 and not manifest.get("metrics", True)
-        pending = manifest.get(checkpoint.PENDING, False)
-        state.owes_verification = bool(val_sets) and (due or pending)
-        state.schedule = plan.schedule(schedule, state.step, state.samples_seen)
-        state.elastic_message = plan.message
-        if manifest["global_batch"] != cfg.global_batch(runtime.world):
-            batch = cfg.global_batch(runtime.world)
-            state.changes.append(f"global batch {manifest['global_batch']} -> {batch}")
-        resume.refuse_ignored(state, manifest["config"], resumed_from)
+        _load(state, plan, schedule, resumed_from)
+    elif cfg.init_head is not None:
+        _start_centres(state)
+    else:
+        state.messages.append(f"all {data.num_classes} class centres start at random")
     return state
+
+
+def _load(state: TrainState, plan: elastic.Plan, first: Schedule, path: str) -> None:
+    """Continue from the checkpoint at `path`; first: the schedule of the start of the run."""
+    cfg, manifest = state.cfg, checkpoint.load(path, state.parts)
+    state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
+    state.saved_by, state.loaded_step = manifest["world"], manifest["step"]
+    state.skipped = skipped(cfg.output, manifest)
+    if state.spikes is not None and manifest.get("spikes"):
+        state.spikes.load(manifest["spikes"])
+    state.changes = resume.list_changes(manifest["config"], cfg, state.facts, path)
+    due = state.step % cfg.verify_every == 0 and not manifest.get("metrics", True)
+    pending = manifest.get(checkpoint.PENDING, False)
+    state.owes_verification = bool(state.val_sets) and (due or pending)
+    state.schedule = plan.schedule(first, state.step, state.samples_seen)
+    state.elastic_message = plan.message
+    was, batch = manifest["global_batch"], cfg.global_batch(state.runtime.world)
+    if was != batch:
+        state.changes.append(f"global batch {was} -> {batch}")
+    resume.refuse_ignored(state, manifest["config"], path)
 
 
 def _hashes(data: Shards | Union) -> list[dict[str, str]]:
@@ -169,7 +160,7 @@ def _start_centres(state: TrainState) -> None:
     """Initialise the class centres of this rank from init_head."""
     cfg, runtime = state.cfg, state.runtime
     if len(state.parts.heads) > 1:
-        raise UserError("init_head fills one head: a run of several heads starts from new centres")
+        raise UserError("init_head fills one head only: leave it out of a run of several heads")
     assert cfg.init_head is not None
 
     source = str(cfg.init_head)
@@ -179,10 +170,13 @@ def _start_centres(state: TrainState) -> None:
         state.backbone.eval()
         try:
             return head_init.start_centres(
-                state.head, source, cfg.init_label_map, state.data,
+                state.head,
+                source,
+                cfg.init_label_map,
+                state.data,
                 lambda images: embed(state.backbone, images, state.precision, runtime.device),
                 cfg.resize,
-            )  # fmt: skip
+            )
         except UserError as error:  # it may concern this rank's images only
             raise OSError(str(error)) from error
 
@@ -196,8 +190,27 @@ def _start_centres(state: TrainState) -> None:
     )
 
 
-def _make_backbone(cfg: Config) -> nn.Module:
+def _new_network(cfg: Config) -> nn.Module:
     return make_backbone(cfg.network, cfg.embedding_size, cfg.network_args)
+
+
+def _make_backbone(
+    cfg: Config, runtime: Runtime, dtype: torch.dtype, is_new_run: bool, messages: list[str]
+) -> nn.Module:
+    """The backbone on its device, with the weights of init_from in a new run."""
+    torch.manual_seed(hash_words(cfg.seed, Purpose.NETWORK) >> 1)  # the same network on every rank
+    backbone = _new_network(cfg)
+    if cfg.init_from and is_new_run:
+        color_order = None if cfg.init_color_order == "auto" else cfg.init_color_order
+        weights = initial_weights(cfg.init_from, color_order)
+        checkpoint.load_state(backbone, weights, cfg.init_from)
+        messages.append(f"init_from={cfg.init_from}: {len(weights)} tensors of the network loaded")
+    if cfg.freeze:
+        freeze(backbone, cfg.freeze)
+    if cfg.sync_bn:
+        backbone = SyncBatchNorm.convert(backbone, runtime.group)
+    train_mode(backbone)
+    return backbone.to(runtime.device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _distribute(cfg: Config, backbone: nn.Module, runtime: Runtime) -> DistributedDataParallel:
@@ -280,20 +293,6 @@ def _load_val_set(data: Shards | Union, name: str, resize: bool) -> verification
     return pairs
 
 
-def _check_keep_best(cfg: Config) -> None:
-    if cfg.keep_best is None:
-        return
-    if cfg.keep_best not in cfg.val_targets:
-        raise UserError(
-            f"keep_best={cfg.keep_best} is none of val_targets={','.join(cfg.val_targets)}"
-        )
-    if cfg.checkpoint_every % cfg.verify_every:
-        raise UserError(
-            f"keep_best={cfg.keep_best} wants every checkpoint verified: checkpoint_every="
-            f"{cfg.checkpoint_every} must be a multiple of verify_every={cfg.verify_every}"
-        )
-
-
 def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
     for name, stated, true in [
         ("num_classes", cfg.num_classes, data.num_classes),
@@ -302,15 +301,21 @@ def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
         if stated is not None and stated != true:
             raise UserError(f"{name}={stated}, but {cfg.rec} has {true}: leave {name} out")
     # From step to step a set's share of the batch may vary by one row.
-    least = cfg.global_batch(world) // (world * cfg.accumulation) - len(
-        cfg.rec_shares or cfg.rec_heads
-    )
+    sets = cfg.rec_shares or cfg.rec_heads
+    least = cfg.global_batch(world) // (world * cfg.accumulation) - len(sets)
     if least < 2:
         raise UserError(
             f"a global batch of {cfg.global_batch(world)} over {world} processes and "
             f"{cfg.accumulation} micro-steps leaves {least} images for one: BatchNorm needs 2"
         )
-    _check_keep_best(cfg)
+    if cfg.keep_best is not None and cfg.keep_best not in cfg.val_targets:
+        targets = ",".join(cfg.val_targets)
+        raise UserError(f"keep_best={cfg.keep_best} is not one of val_targets={targets}")
+    if cfg.keep_best is not None and cfg.checkpoint_every % cfg.verify_every:
+        raise UserError(
+            f"keep_best={cfg.keep_best} needs every checkpoint verified: checkpoint_every="
+            f"{cfg.checkpoint_every} must be a multiple of verify_every={cfg.verify_every}"
+        )
     check_labels(data)
     if data.image_size is not None:
         height, width = data.image_size

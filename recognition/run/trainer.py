@@ -241,9 +241,8 @@ def _forward(
     if state.teacher is not None:
         taught = state.teacher(pixels, batch.ids)
         counts = [sum(sets) for sets in rows]
-        distillation = distill.distillation_loss(
-            seen["embeddings"], taught, cfg.teacher_loss, counts, runtime.group
-        )  # fmt: skip
+        embeddings, kind = seen["embeddings"], cfg.teacher_loss
+        distillation = distill.distillation_loss(embeddings, taught, kind, counts, runtime.group)
         loss = loss._replace(total=loss.total + cfg.teacher_weight * distillation)
     return loss, seen
 

@@ -43,7 +43,7 @@ def test_a_directory_with_foreign_files_is_refused_by_name(keys, name, tmp_path)
     path.parent.mkdir(parents=True)
     path.write_text(_FOREIGN[name])
     for message in ranks.run(2, failure, keys):
-        assert f"holds {name.split('/')[0]}, not written by a run of ours" in message
+        assert f"holds {name.split('/')[0]}, not written by a run of arcline" in message
     assert path.read_text() == _FOREIGN[name]
     assert len([each for each in (tmp_path / "run").rglob("*") if each.is_file()]) == 1
 
