@@ -13,19 +13,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
-from data_tools import verification_bin
 from data_tools.common.draws import Purpose, hash_words
 from data_tools.common.errors import UserError
-from data_tools.common.image_size import check_size
 from data_tools.load import dali
-from data_tools.load.loader import check_labels, make_order
+from data_tools.load.loader import make_order
 from data_tools.load.order import Blocks
-from data_tools.shards import FORMAT, Shards
-from data_tools.union import Union, open_all
+from data_tools.union import open_all
 from eval.protocols import lfw
 from recognition import checkpoint
 from recognition.backbones import make_backbone
-from recognition.backbones.input import INPUT_SIZE
 from recognition.config import Config
 from recognition.distributed.runtime import Runtime
 from recognition.distributed.store_exchange import check_same, run_on_all_ranks
@@ -34,10 +30,11 @@ from recognition.head import PartialFC, multi_head
 from recognition.head.kernels.autotune import choose_all
 from recognition.optim import RowAdamW, RowSGD
 from recognition.precision import LossScaler, dtype_of, embed, resolve
-from recognition.run import elastic, resume
+from recognition.run import resume
+from recognition.run.data import check_data, hashes_of, open_val_set
 from recognition.run.nonfinite import FiniteGuard
 from recognition.run.run_dir import commit, initial_weights
-from recognition.run.schedule import Schedule
+from recognition.run.schedule import Plan, Schedule, adapt
 from recognition.run.spikes import make_guard, skipped
 from recognition.run.state import TrainState
 from recognition.weights import distill, head_init, saved_rows
@@ -54,7 +51,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         dali.check_installed()
     resumed_from, damaged = resume.choose_checkpoint(cfg, runtime)
     manifest = checkpoint.read_manifest(resumed_from, True) if resumed_from else None
-    plan = elastic.plan(cfg, manifest, runtime.world)
+    plan = adapt(cfg, manifest, runtime.world)
     cfg = plan.cfg
     data = open_all(cfg.rec)
     blocks = Blocks(cfg.shuffle_block, cfg.shuffle_window) if cfg.shuffle_block else None
@@ -68,8 +65,8 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         num_classes=data.num_classes,
         labels_crc32=labels_crc32,
     )
-    _check_counts(cfg, data, runtime.world)
-    val_sets = [_load_val_set(data, name, cfg.resize) for name in cfg.val_targets]
+    check_data(cfg, data, runtime.world)
+    val_sets = [open_val_set(data, name, cfg.resize) for name in cfg.val_targets]
     precision = resolve(cfg.precision, runtime.device)
     dtype = dtype_of(precision)
 
@@ -100,7 +97,8 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         facts={
             "commit": commit(), "world": runtime.world, "precision": precision,
             "num_classes": data.num_classes, "num_image": data.num_images,
-            "labels_crc32": labels_crc32, "data_sha256": _hashes(data), **plan.facts(),
+            "labels_crc32": labels_crc32, "data_sha256": hashes_of(data),
+            "first_batch": plan.first_batch, "first_rows": plan.first_rows,
             "head_forms": [choice.form for choice in choices],
         },
         messages=messages + [choice.said for choice in choices if choice.said],
@@ -124,7 +122,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     return state
 
 
-def _load(state: TrainState, plan: elastic.Plan, first: Schedule, path: str) -> None:
+def _load(state: TrainState, plan: Plan, first: Schedule, path: str) -> None:
     """Continue from the checkpoint at `path`; first: the schedule of the start of the run."""
     cfg, manifest = state.cfg, checkpoint.load(path, state.parts)
     state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
@@ -142,18 +140,6 @@ def _load(state: TrainState, plan: elastic.Plan, first: Schedule, path: str) -> 
     if was != batch:
         state.changes.append(f"global batch {was} -> {batch}")
     resume.refuse_ignored(state, manifest["config"], path)
-
-
-def _hashes(data: Shards | Union) -> list[dict[str, str]]:
-    """Hashes of the data sets. The run records them because a directory may be repacked later."""
-    return [
-        {
-            "name": one.path.name,
-            "sha256": one.sha256,
-            "of": "index.json" if one.index["format"] == FORMAT else "labels and offsets",
-        }
-        for one in (data.sets if isinstance(data, Union) else [data])
-    ]
 
 
 def _start_centres(state: TrainState) -> None:
@@ -279,44 +265,3 @@ def _make_schedule(cfg: Config, num_images: int, world: int) -> Schedule:
         milestones=[round(epoch * steps_per_epoch) for epoch in cfg.lr_milestones],
         gamma=cfg.lr_gamma,
     )
-
-
-def _load_val_set(data: Shards | Union, name: str, resize: bool) -> verification_bin.PairSet:
-    pairs = verification_bin.load_bin(data.bin_path(name.removesuffix(".bin")))
-    same = int(pairs.issame.sum())
-    if len(pairs.issame) < 10 or same in (0, len(pairs.issame)):
-        raise UserError(
-            f"{name}.bin has {same} pairs of one person and {len(pairs.issame) - same} of two: ten "
-            "folds need ten pairs, and pairs of both kinds"
-        )
-    lfw.count_resized(pairs, resize)  # fail now rather than at the first verification
-    return pairs
-
-
-def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
-    for name, stated, true in [
-        ("num_classes", cfg.num_classes, data.num_classes),
-        ("num_image", cfg.num_image, data.num_images),
-    ]:
-        if stated is not None and stated != true:
-            raise UserError(f"{name}={stated}, but {cfg.rec} has {true}: leave {name} out")
-    # From step to step a set's share of the batch may vary by one row.
-    sets = cfg.rec_shares or cfg.rec_heads
-    least = cfg.global_batch(world) // (world * cfg.accumulation) - len(sets)
-    if least < 2:
-        raise UserError(
-            f"a global batch of {cfg.global_batch(world)} over {world} processes and "
-            f"{cfg.accumulation} micro-steps leaves {least} images for one: BatchNorm needs 2"
-        )
-    if cfg.keep_best is not None and cfg.keep_best not in cfg.val_targets:
-        targets = ",".join(cfg.val_targets)
-        raise UserError(f"keep_best={cfg.keep_best} is not one of val_targets={targets}")
-    if cfg.keep_best is not None and cfg.checkpoint_every % cfg.verify_every:
-        raise UserError(
-            f"keep_best={cfg.keep_best} needs every checkpoint verified: checkpoint_every="
-            f"{cfg.checkpoint_every} must be a multiple of verify_every={cfg.verify_every}"
-        )
-    check_labels(data)
-    if data.image_size is not None:
-        height, width = data.image_size
-        check_size(width, height, INPUT_SIZE, f"the images of {cfg.rec}", cfg.resize)

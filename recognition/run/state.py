@@ -18,9 +18,8 @@ from recognition.config import Config
 from recognition.distributed.runtime import Runtime
 from recognition.distributed.step_timer import Phases
 from recognition.head import PartialFC
-from recognition.run.elastic import RescaledSchedule
 from recognition.run.nonfinite import FiniteGuard, SkippingStep
-from recognition.run.schedule import Schedule
+from recognition.run.schedule import RescaledSchedule, Schedule
 from recognition.run.spikes import SpikeGuard, Window
 from recognition.weights import distill
 

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.common.draws import Purpose, hash_words
-from data_tools.load.augment import Probabilities
-from data_tools.load.dali import Dali
-from data_tools.load.loader import Batch, BatchSource, Loader, normalise
+from data_tools.load.loader import Batch, normalise
 from recognition import checkpoint
 from recognition.distributed import collectives, preemption
 from recognition.distributed.store_exchange import run_on_all_ranks
 from recognition.head import multi_head
 from recognition.precision import autocast, dtype_of
 from recognition.run import log_lines, saving, spikes
+from recognition.run.data import make_loader
 from recognition.run.logger import Logger, as_numbers, histograms
 from recognition.run.run_dir import OWNED_SECONDS, lock_run_dir, write_config
 from recognition.run.state import TrainState
@@ -312,31 +311,3 @@ def _end_epochs(state: TrainState, logger: Logger, seen_before: int) -> None:
             record = {"step": state.step, "epoch": epoch, "epoch_end": as_numbers(statistics)}
             line = f"step {state.step}  epoch {epoch}{name and f' of {name}'} is over"
             logger.record(record, line, histograms(statistics))
-
-
-# --- The data -------------------------------------------------------------------------------------
-
-
-def make_loader(state: TrainState) -> BatchSource:
-    """This rank's batches from `state.samples_seen` on."""
-    cfg, runtime = state.cfg, state.runtime
-    stream: dict[str, Any] = dict(
-        seed=cfg.seed,
-        global_batch=cfg.global_batch(runtime.world),
-        world=runtime.world,
-        rank=runtime.rank,
-        accumulation=cfg.accumulation,
-        samples_seen=state.samples_seen,
-        workers=cfg.num_workers,
-        resize=cfg.resize,
-        blocks=state.order.blocks,
-        shares=multi_head.shares(cfg, state.data),
-        chances=Probabilities(
-            cfg.crop_augmentation_prob,
-            cfg.low_res_augmentation_prob,
-            cfg.photometric_augmentation_prob,
-        ),
-    )
-    if cfg.loader == "dali":
-        return Dali(state.data, device=runtime.device, **stream)
-    return Loader(state.data, pin_memory=runtime.device.type == "cuda", **stream)
