@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from data_tools.common import files
+from data_tools.common.errors import UserError
 from recognition.checkpoint.directory import Damaged, complete, directory_of, find
 from recognition.checkpoint.manifest import PENDING, read_manifest
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         path = directory_of(args.path, step)
         try:
             listed.append(describe(path))
-        except (Damaged, ValueError) as error:
+        except (Damaged, UserError) as error:
             listed.append({"path": path, "step": step, "problem": str(error)})
     root = os.path.dirname(found)
     others = [name for name in files.names(root) if re.match(r"step-\d+\.", name)]

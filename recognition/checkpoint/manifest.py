@@ -20,6 +20,8 @@ FORMAT = 2
 PENDING = "verification_pending"  # key: this step still has to be verified
 _ROWS = r"(?:head(\d+)-)?rows-(\d{1,18})-(\d{1,18})\.safetensors"
 _OTHERS = r"(?:head\d+-)?margin\.safetensors|(?:model|optimizer|encoder)\.safetensors"
+# What JSON that is not a manifest raises.
+_NO_MANIFEST = (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
 
 
 def read_manifest(path: str, of_run: bool = False) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def read_manifest(path: str, of_run: bool = False) -> dict[str, Any]:
     Raises:
         FileNotFoundError: not a complete checkpoint.
         Damaged: the manifest has changed.
-        ValueError: another version wrote it, or another program: a fact is missing or senseless.
+        UserError: another version wrote it, or another program: a fact is missing or senseless.
     """
     manifest = _read_hashed(path)
     if int(manifest["format"]) != FORMAT:
@@ -72,7 +74,7 @@ def _read_hashed(path: str) -> dict[str, Any]:
         manifest = json.loads(content)
         expected = manifest.pop("sha256")
         int(manifest["format"])
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except _NO_MANIFEST as error:
         raise Damaged(f"{name} is damaged") from error
     if expected != digest(manifest):
         raise Damaged(f"{name} is damaged: its content does not match its sha256")
@@ -169,7 +171,7 @@ _SINCE: dict[str, _Check] = {  # absent from the first checkpoints of this forma
 
 
 def _check(manifest: Mapping[str, Any], source: str, of_run: bool) -> None:
-    """Raises: ValueError, naming the first key that is missing or senseless."""
+    """Raises: UserError, naming the first key that is missing or senseless."""
     optional = _OF_A_RUN | _SINCE
     checks = _ALWAYS | {name: check for name, check in optional.items() if name in manifest}
     if of_run:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from data_tools.common.errors import UserError
 from recognition.checkpoint.directory import Damaged, complete, directory_of, find, predecessor
 from recognition.checkpoint.manifest import read_manifest
 from recognition.checkpoint.tensors import problems
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             status.update(f"reading {path}")
             try:
                 found[path] = problems(path, read_manifest(path))
-            except (Damaged, ValueError) as error:
+            except (Damaged, UserError) as error:
                 found[path] = [str(error)]
     for path, wrong in found.items():
         for text in wrong:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from data_tools.common import files
+from data_tools.common.errors import UserError
 from data_tools.common.files import sync_directory
 from recognition.checkpoint import tensors
 from recognition.checkpoint.directory import (
@@ -70,7 +71,7 @@ def _is_intact(path: str) -> bool:
         return False
     try:
         manifest = read_manifest(path)
-    except (Damaged, ValueError):
+    except (Damaged, UserError):
         return False
     name = os.path.basename(final_name(path))
     return name == f"step-{manifest['step']}" and not tensors.problems(path, manifest)
@@ -170,7 +171,7 @@ def prune(run_dir: str, step: int, keep: Keep) -> None:
     for each in steps:
         try:
             manifest = read_manifest(directory_of(run_dir, each))
-        except (Damaged, ValueError):
+        except (Damaged, UserError):
             continue  # it cannot be the best
         if manifest.get(PENDING):
             pending.add(each)
