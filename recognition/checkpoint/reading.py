@@ -189,7 +189,7 @@ def _read_rows(
     with readable(path, file.name), safe_open(full, "pt") as opened:
         for name in opened.keys() if names is None else names:  # noqa: SIM118  no mapping
             saved = opened.get_slice(name)
-            if saved.get_shape()[0] != file.stop - file.start:
+            if saved.get_shape()[:1] != [file.stop - file.start]:
                 raise Damaged(f"{full}: {name} is {saved.get_shape()}")
             yield name, saved[low - file.start : high - file.start]
 
