@@ -95,7 +95,7 @@ def test_a_note_that_cannot_be_written_leaves_the_exit_code(tmp_path, capsys):
     (tmp_path / "stopped.json").mkdir()
     stopped = preemption.stopped(str(tmp_path), 0, signal.SIGTERM, 3)
     assert preemption.exit_code_of(stopped) == preemption.EXIT_CODE
-    assert "stopped.json is not written" in capsys.readouterr().err
+    assert "stopped.json was not written" in capsys.readouterr().err
 
 
 def test_a_network_keeps_its_arguments(tmp_path, shards_dir):
