@@ -31,7 +31,7 @@ def test_what_a_checkpoint_holds(keys):
     ]  # fmt: skip
     manifest = json.load(open(os.path.join(path, "manifest.json")))
     assert (manifest["step"], manifest["samples_seen"], manifest["world"]) == (2, 24, 2)
-    assert manifest["config"]["network"] == "mbf_tiny"
+    assert manifest["config"]["network"] == runs.BASE["network"]
     assert set(manifest["files"]) == set(os.listdir(path)) - {"manifest.json"}
 
 
@@ -64,7 +64,7 @@ def test_an_older_checkpoint_does_not_continue_under_newer_ones(keys, tmp_path):
     ranks.run(1, runs.run, keys | {"checkpoint_every": 1, "keep_checkpoints": 9})
     old = os.path.join(keys["output"], "checkpoints", "step-2")
     kind, message = ranks.run(1, failure, keys | {"resume": old})[0]
-    assert kind == "FileExistsError" and "holds step-6 already" in message
+    assert kind == "FileExistsError" and "already holds step-6" in message
     elsewhere = keys | {"resume": old, "output": str(tmp_path / "branch"), "keep_checkpoints": 1}
     ranks.run(1, runs.run, elsewhere)
     assert os.listdir(tmp_path / "branch" / "checkpoints") == ["step-6"]
@@ -178,7 +178,7 @@ def test_the_backbone_alone(keys):
     tensors = ranks.run(2, runs.run, keys)[0]
     for path in (keys["output"], checkpoint.newest(keys["output"])):
         module, saved = checkpoint.load_backbone(path)
-        assert not module.training and saved["network"] == "mbf_tiny"
+        assert not module.training and saved["network"] == runs.BASE["network"]
         for name, value in module.state_dict().items():
             assert torch.equal(value, tensors[f"backbone.{name}"])
     with pytest.raises(FileNotFoundError, match="neither a checkpoint nor a run"):
