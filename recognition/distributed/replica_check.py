@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -62,10 +63,14 @@ class SampleRecord:
         path = os.path.join(directory, f"{start:020d}-rank-{group.rank()}.jsonl")
         self._file = open(path, "w", encoding="utf-8", buffering=1)
 
+    def note(self, step: int, ids: np.ndarray) -> None:
+        """Record the images of a micro-step of the step that follows `step` completed steps."""
+        self._file.write(json.dumps([step + 1, ids.tolist()]) + "\n")
+
     def of(self, batches: Iterator[Batch], step: Callable[[], int]) -> Iterator[Batch]:
         """The same batches, each recorded as it is yielded; step() returns the completed steps."""
         for batch in batches:
-            self._file.write(json.dumps([step() + 1, batch.ids.tolist()]) + "\n")
+            self.note(step(), batch.ids)
             yield batch
 
     def close(self) -> None:
