@@ -31,9 +31,10 @@ _loss = partial(option, group="Loss")
 _optimisation = partial(option, group="Optimisation")
 _schedule = partial(option, group="Schedule")
 _head = partial(option, group="Head and speed")
-_faults = partial(option, group="Faults and machines")
-_checkpoints = partial(option, group="Checkpoints")
-_logging = partial(option, group="Logging and verification")
+_spikes = partial(option, group="Faults and machines")
+_machines = partial(option, group="Faults and machines", may_change=True)
+_checkpoints = partial(option, group="Checkpoints", may_change=True)
+_logging = partial(option, group="Logging and verification", may_change=True)
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ class Config:
     )
     num_workers: int = _data(2, "Decoding threads per process.", low=1, may_change=True)
     resize: bool = _data(
-        False,
-        "Accept aligned images of another size than the network's, and resize them.",
+        False, "Accept aligned images of another size than the network's, and resize them."
     )
     crop_augmentation_prob: float = _data(
         0.0, "How often AdaFace's random crop is applied; its models used 0.2.", low=0, high=1
@@ -190,61 +190,45 @@ class Config:
     )
     profile: bool = _head(False, "Write trace-<rank>.json of a few steps.", may_change=True)
 
-    loss_spike_factor: float | None = _faults(
+    loss_spike_factor: float | None = _spikes(
         None, "A loss this many times its running mean is a spike; none: off.", low=1
     )
-    norm_spike_factor: float | None = _faults(
+    norm_spike_factor: float | None = _spikes(
         None, "A gradient norm this many times its running mean is a spike; none: off.", low=1
     )
-    on_spike: Literal["warn", "stop", "rollback"] = _faults(
+    on_spike: Literal["warn", "stop", "rollback"] = _spikes(
         "warn", "rollback: return to the newest checkpoint and skip the samples up to the spike."
     )
-    max_rollbacks: int = _faults(3, "Rollbacks of a run before it stops.", low=1)
-    elastic: Literal["auto", "batch_size", "accumulation", "lr"] = _faults(
-        "auto", "What adapts when a run resumes at another world size.", may_change=True
+    max_rollbacks: int = _spikes(3, "Rollbacks of a run before it stops.", low=1)
+    elastic: Literal["auto", "batch_size", "accumulation", "lr"] = _machines(
+        "auto", "What adapts when a run resumes at another world size."
     )
-    collective_timeout: float = _faults(
-        600.0, "How long ranks wait for one; then all end.", low=1, unit="seconds", may_change=True
+    collective_timeout: float = _machines(
+        600.0, "How long ranks wait for one; then all end.", low=1, unit="seconds"
     )
-    preflight_seconds: float = _faults(
-        10.0, "Time for the checks at the start; 0: off.", low=0, unit="seconds", may_change=True
+    preflight_seconds: float = _machines(
+        10.0, "Time for the checks at the start; 0: off.", low=0, unit="seconds"
     )
-    debug: bool = _faults(
-        False, "Compare the ranks' copies, and record the images of each step.", may_change=True
-    )
-    debug_every: int = _faults(
-        100, "Distance of two comparisons.", low=1, unit="steps", may_change=True
-    )
+    debug: bool = _machines(False, "Compare the ranks' copies, and record the images of each step.")
+    debug_every: int = _machines(100, "Distance of two comparisons.", low=1, unit="steps")
 
-    output: str = _checkpoints(
-        "runs/default", "Run directory; default: runs/<name of the recipe>.", may_change=True
-    )
+    output: str = _checkpoints("runs/default", "Run directory; default: runs/<name of the recipe>.")
     resume: str | None = _checkpoints(
-        "auto",
-        "auto: the newest checkpoint of output; none: a new run; or a checkpoint directory.",
-        may_change=True,
+        "auto", "auto: the newest checkpoint of output; none: a new run; or a checkpoint directory."
     )
-    checkpoint_every: int = _checkpoints(
-        2000, "Also after the last step.", low=1, unit="steps", may_change=True
-    )
+    checkpoint_every: int = _checkpoints(2000, "Also after the last step.", low=1, unit="steps")
     save_async: bool = _checkpoints(
-        True,
-        "Write beside the training; costs a copy of the state in host memory.",
-        may_change=True,
+        True, "Write beside the training; costs a copy of the state in host memory."
     )
-    keep_checkpoints: int = _checkpoints(3, "Newest checkpoints to keep.", low=1, may_change=True)
+    keep_checkpoints: int = _checkpoints(3, "Newest checkpoints to keep.", low=1)
     keep_every: int | None = _checkpoints(
-        None, "Also keep every multiple of this.", low=1, unit="steps", may_change=True
+        None, "Also keep every multiple of this.", low=1, unit="steps"
     )
-    keep_best: str | None = _checkpoints(
-        None, "Also keep the best one on this val_target.", may_change=True
-    )
+    keep_best: str | None = _checkpoints(None, "Also keep the best one on this val_target.")
 
-    log_every: int = _logging(
-        10, "Distance of two log lines.", low=1, unit="steps", may_change=True
-    )
+    log_every: int = _logging(10, "Distance of two log lines.", low=1, unit="steps")
     verify_every: int = _logging(
-        2000, "Also before the first and after the last step.", low=1, unit="steps", may_change=True
+        2000, "Also before the first and after the last step.", low=1, unit="steps"
     )
 
     @property
@@ -264,13 +248,13 @@ class Config:
         return max(math.ceil(epochs * num_images / self.global_batch(world)), 1)
 
 
-# What a data set's own head may have of its own; loss_weight is 1 where it is not said.
+# Keys that a data set's own head may set; loss_weight is 1 if absent.
 HEAD_KEYS = (
     "margin", "margin_args", "interclass_filtering_threshold", "sample_rate", "num_subcenters",
     "loss_weight",
 )  # fmt: skip
 
-# Two keys that say the same thing: at most one of them in one place.
+# Two keys for the same thing: a recipe or a command line may set one of them.
 _ALTERNATIVES = [("batch_size", "global_batch_size"), ("max_steps", "num_epochs")]
 
 # Keys of arcface_torch: what to write instead.
@@ -304,7 +288,7 @@ def load(path: str, overrides: Sequence[str] = (), safe: bool = False) -> Config
         raise PermissionError(
             f"{path} is a program, which --safe does not run: give its keys in a .json"
         )
-    recipe = _read_json(path) if json_recipe else _run_recipe(path)
+    recipe = text.read_json(path) if json_recipe else _run_recipe(path)
     if isinstance(recipe, SimpleNamespace):
         recipe = vars(recipe)
     if not isinstance(recipe, Mapping):
@@ -329,13 +313,12 @@ def load(path: str, overrides: Sequence[str] = (), safe: bool = False) -> Config
     return make(values | typed)
 
 
-def _read_json(path: str) -> object:
-    return text.read_json(path)
-
-
 def _run_recipe(path: str) -> object:
-    """What the recipe calls `config`. Its own code may raise anything: a user's error, in a file of
-    the user's, so it is told with the line instead of a traceback through this package."""
+    """The `config` of a Python recipe.
+
+    Its code may raise anything. That is the user's error in the user's file, so the message names
+    the line instead of a traceback through this package.
+    """
     try:
         return runpy.run_path(path).get("config")
     except SyntaxError as error:
@@ -350,28 +333,29 @@ def _run_recipe(path: str) -> object:
 
 
 def make(values: Mapping[str, Any]) -> Config:
-    """A Config of `values`, every one checked for name, type and range."""
+    """A Config of `values`, whose names, types and ranges are checked."""
     checked = schema.checked(Config, values)
     if checked.get("clip_norm") == 0:
         raise UserError("clip_norm=0 would stop the backbone: a positive number, or none for off")
     if checked.get("update_in_backward"):
-        wanted = {"accumulation": checked.get("accumulation", 1) > 1}
-        wanted["precision"] = checked.get("precision") == "fp16"
-        wanted["on_spike"] = checked.get("on_spike") == "rollback"
-        for key in [key for key in wanted if wanted[key]]:
+        excluded = {"precision": "fp16", "on_spike": "rollback"}
+        clash = [key for key, value in excluded.items() if checked.get(key) == value]
+        for key in ["accumulation"] * (checked.get("accumulation", 1) > 1) + clash:
             raise UserError(
                 f"update_in_backward with {key}={checked[key]}: it keeps no gradient of the class "
-                "rows to add to, to scale or to leave out; choose one of the two"
+                "rows to accumulate, scale or drop; choose one of the two"
             )
     if isinstance(checked.get("rec"), list) and len(checked["rec"]) < 2:
         checked["rec"] = "".join(checked["rec"])
     if checked.get("init_label_map") and not checked.get("init_head"):
-        raise UserError("init_label_map says which class of init_head= is which: give that too")
+        raise UserError(
+            "init_label_map maps the classes of init_head=, which is missing: give that too"
+        )
     for name in checked.get("val_targets", []):
         if os.path.basename(name) != name or name in ("", ".", ".."):
             raise UserError(f"val_targets={name!r}: the name of a .bin of rec, not a path")
     if not checked.get("rec"):
-        raise UserKeyError("rec is missing: say which data set to train on, rec=DIRECTORY")
+        raise UserKeyError("rec is missing: name the data set to train on, rec=DIRECTORY")
     cfg = Config(**checked)
     for k in range(len(cfg.rec_heads)):
         of_head(cfg, k)
@@ -402,7 +386,7 @@ def of_head(cfg: Config, k: int) -> Config:
 
 
 def _translate(values: dict[str, Any], place: str) -> dict[str, Any]:
-    """arcface_torch's margin_list taken, its other keys refused by their new name."""
+    """Map arcface_torch's margin_list; refuse its other keys, naming ours."""
     if values.get("resume") is False:  # arcface_torch's default
         values["resume"] = None
     for key in values:

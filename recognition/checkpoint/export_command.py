@@ -1,59 +1,62 @@
-"""Write the network of a checkpoint alone, to be released: OUT/model.safetensors, its tensors in
-fp32 under InsightFace's names, and OUT/card.json, which says what it is and takes. For ONNX, see
+"""Write the network of a checkpoint alone, for release: OUT/model.safetensors, its tensors in fp32
+under InsightFace's names, and OUT/card.json, which describes it and its input. For ONNX, see
 launch/export.py."""
 
 import argparse
+import json
 import os
 from typing import Any
 
+from data_tools.common import files
 from recognition.backbones.input import INPUT_SIZE
 from recognition.checkpoint import tensors
-from recognition.checkpoint.backbone import load_backbone
-from recognition.checkpoint.directory import all_rows, read_manifest, write_json
-from recognition.checkpoint.making import add_paths, checked, joined, making
+from recognition.checkpoint.manifest import read_manifest
+from recognition.checkpoint.merge_command import add_paths, new_directory, read_intact
+from recognition.checkpoint.reading import joined, load_backbone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "The file is read by init_from=, `python -m eval` and InsightFace's torch scripts. The\n"
-        "card names no directory of this machine."
+        "init_from=, `python -m eval` and InsightFace's torch scripts read the file. The card\n"
+        "names no directory of this machine."
     )
     add_paths(parser, "directory")
     parser.add_argument(
         "--centres",
         action="store_true",
         help="also centres.safetensors, the class matrix [classes, (sub-centres,) D] of each head; "
-        "with the training set it tells who is in it",
+        "with the training set it reveals who is in it",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Make OUT, complete or not at all.
+    """Make OUT, completely or not at all.
 
     Raises:
-        FileExistsError: OUT is there.
-        Damaged: a file of the checkpoint is not what was written.
+        FileExistsError: OUT exists already.
+        Damaged: a file of the checkpoint has changed.
     """
-    with making(args) as (path, partial):
-        manifest = checked(path) if args.centres else read_manifest(path)
+    with new_directory(args) as (path, out):
+        manifest = read_intact(path) if args.centres else read_manifest(path)
         module, config = load_backbone(path)
-        files = {
-            "model.safetensors": tensors.write(
-                str(partial / "model.safetensors"), module.state_dict()
-            )
-        }
+        held = {"model.safetensors": module.state_dict()}
         if args.centres:
-            files["centres.safetensors"] = tensors.write(
-                str(partial / "centres.safetensors"), _centres(path, manifest)
-            )
-        card = make_card(config, manifest, files)
-        write_json(str(partial / "card.json"), card)
-    size = files["model.safetensors"]["bytes"] / 1e6
+            several = len(manifest["heads"]) > 1
+            held["centres.safetensors"] = {
+                f"head{k}.centres" if several else "centres": joined(path, manifest, k, ["weight"])[
+                    "weight"
+                ]
+                for k in range(len(manifest["heads"]))
+            }
+        entries = {name: tensors.write(str(out / name), own) for name, own in held.items()}
+        card = make_card(config, manifest, entries)
+        files.write_text(out / "card.json", json.dumps(card, indent=1))
+    size = entries["model.safetensors"]["bytes"] / 1e6
     print(f"{args.out}: {card['network']}, {size:.1f} MB, of step {card['step']}")
     return {"path": str(args.out), "from": path, "card": card}
 
 
-def make_card(config: dict[str, Any], manifest: dict[str, Any], files: dict) -> dict[str, Any]:
+def make_card(config: dict[str, Any], manifest: dict[str, Any], entries: dict) -> dict[str, Any]:
     """What a stranger needs to use the network, and to know where it came from."""
     sets = config["rec"] if isinstance(config["rec"], list) else [config["rec"]]
     return {
@@ -76,14 +79,5 @@ def make_card(config: dict[str, Any], manifest: dict[str, Any], files: dict) -> 
         "samples_seen": manifest["samples_seen"],
         "metrics": manifest.get("metrics", {}),
         "commit": config.get("commit"),
-        "files": files,
+        "files": entries,
     }
-
-
-def _centres(path: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    several = len(manifest["heads"]) > 1
-    found = {}
-    for k, head in enumerate(manifest["heads"]):
-        rows = joined(path, all_rows(path, manifest, k), head["num_classes"], only="weight")
-        found[f"head{k}.centres" if several else "centres"] = rows["weight"]
-    return found

@@ -1,18 +1,14 @@
-"""Print what a checkpoint is, or every one of a run directory; reads manifests alone."""
+"""Describe a checkpoint, or every checkpoint of a run, from the manifests alone."""
 
 import argparse
 import os
 import re
 from typing import Any
 
-from recognition.checkpoint.directory import (
-    PENDING,
-    Damaged,
-    complete,
-    directory_of,
-    find,
-    read_manifest,
-)
+from data_tools.common import files
+from data_tools.common.errors import UserError
+from recognition.checkpoint.directory import Damaged, complete, directory_of, find
+from recognition.checkpoint.manifest import PENDING, read_manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +20,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: neither a checkpoint nor a run directory with one.
-        Damaged: the manifest of the one that was named.
+        Damaged: the manifest of a checkpoint that was named.
     """
     found = find(args.path)
     if os.path.samefile(found, args.path):
@@ -36,31 +32,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         path = directory_of(args.path, step)
         try:
             listed.append(describe(path))
-        except (Damaged, ValueError) as error:
+        except (Damaged, UserError) as error:
             listed.append({"path": path, "step": step, "problem": str(error)})
     root = os.path.dirname(found)
-    aside = sorted(name for name in os.listdir(root) if re.match(r"step-\d+\.", name))
+    others = [name for name in files.names(root) if re.match(r"step-\d+\.", name)]
     for facts in listed:
         _print(facts)
-    for name in aside:
-        print(f"{os.path.join(root, name)}: not complete, or set aside as damaged")
-    return {"path": args.path, "checkpoints": listed, "incomplete": aside}
+    for name in others:
+        print(f"{os.path.join(root, name)}: incomplete, or renamed as damaged")
+    return {"path": args.path, "checkpoints": listed, "incomplete": others}
 
 
 def describe(path: str) -> dict[str, Any]:
     """The facts of a checkpoint."""
     manifest = read_manifest(path)
     config = manifest.get("config", {})
+    margin = config.get("margin")
     return {
         "path": path,
         "step": manifest["step"],
         "samples_seen": manifest["samples_seen"],
         "world": manifest["world"],
         "network": config.get("network"),
-        "margin": config.get("margin"),
-        "margins": [
-            own.get("margin", config.get("margin")) for own in config.get("rec_heads") or [{}]
-        ],
+        "margin": margin,
+        "margins": [own.get("margin", margin) for own in config.get("rec_heads") or [{}]],
         "heads": manifest["heads"],
         "metrics": manifest.get("metrics", {}),
         "verification_pending": bool(manifest.get(PENDING)),

@@ -1,40 +1,98 @@
-"""Filling a run's parts from a checkpoint, at any number of ranks."""
+"""Verifying checkpoints and loading them into a run's parts, at any number of ranks."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import safetensors.torch
+import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from data_tools.common.errors import UserError
-from recognition.checkpoint.backbone import load_state
-from recognition.checkpoint.directory import Damaged, all_rows, read_manifest
-from recognition.checkpoint.optimizer import load_optimizer
-from recognition.checkpoint.parts import MAY_LACK, HeadParts, Parts
-from recognition.checkpoint.tensors import problem, readable
-from recognition.distributed.collectives import run_on_all_ranks
+from recognition.backbones import make_backbone
+from recognition.checkpoint.directory import Damaged, find, naming_predecessor
+from recognition.checkpoint.manifest import RowFile, all_rows, read_manifest
+from recognition.checkpoint.parts import HeadParts, Parts, load_optimizer
+from recognition.checkpoint.tensors import problems, read, readable
+from recognition.distributed.store_exchange import run_on_all_ranks
 from recognition.head import PartialFC
+
+_SHOWN = 8  # names of each kind that an error lists
+
+
+# --- The network alone ----------------------------------------------------------------------------
+
+
+def load_backbone(path: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a run directory (its newest checkpoint) or of a checkpoint, and its config.
+
+    The module is on the CPU, in fp32 and eval mode.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        Damaged: a file has changed; the message names it and the preceding checkpoint.
+    """
+    checkpoint = find(path)
+    with naming_predecessor(checkpoint):
+        manifest = read_manifest(checkpoint)
+        state = read(checkpoint, "model.safetensors", manifest)
+    config = manifest["config"]
+    arguments = config.get("network_args", {})
+    module = make_backbone(config["network"], config["embedding_size"], arguments)
+    load_state(module, state, checkpoint)
+    return module.float().eval(), config
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load `state` into `module`, all names and shapes.
+
+    Raises:
+        ValueError: listing the names that are missing, unexpected, or of another shape.
+    """
+    if wrong := misfit(module, state, source):
+        raise UserError(wrong)
+    module.load_state_dict(dict(state))
+
+
+def misfit(module: nn.Module, state: Mapping[str, Tensor], source: str) -> str:
+    """Why a state does not fit a network; "" if it does."""
+    expected = module.state_dict()
+    wrong = (
+        [f"missing {name}" for name in expected if name not in state],
+        [f"unexpected {name}" for name in state if name not in expected],
+        [
+            f"{name} is {list(state[name].shape)}, expected {list(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    )
+    if count := sum(map(len, wrong)):
+        shown = [line for kind in wrong for line in kind[:_SHOWN]]
+        listed = "\n  ".join(shown) + ("\n  ..." if count > len(shown) else "")
+        return f"{source} does not fit this network ({count} names):\n  {listed}"
+    return ""
+
+
+# --- A run ----------------------------------------------------------------------------------------
 
 
 def verify(
     path: str, group: ProcessGroup, wanted: Callable[[str], bool] = lambda name: True
 ) -> None:
-    """Hold every file of a checkpoint against its hash, each rank a share of the bytes.
+    """Compare the files of a checkpoint with their hashes, each rank a share of the bytes.
 
-    wanted: whether a file of that name is to be looked at.
+    wanted: whether to read a file of that name.
 
     Raises:
-        Damaged: on every rank alike, naming the files.
-        OSError: some rank cannot read it at all.
+        Damaged: on all ranks, naming the files.
+        OSError: a rank cannot read a file.
     """
 
-    def own_share() -> list[str]:
+    def local_share() -> list[str]:
         try:
             manifest = read_manifest(path)
         except (Damaged, FileNotFoundError) as error:
@@ -42,71 +100,116 @@ def verify(
         step = re.fullmatch(r"step-(\d+)\..*", os.path.basename(path))
         if step and int(step[1]) != manifest["step"]:
             return [f"{path} is a checkpoint of step {manifest['step']}"]
-        chosen = {name: entry for name, entry in manifest["files"].items() if wanted(name)}
-        names = _share(chosen, group.size())[group.rank()]
-        return [wrong for name in names if (wrong := problem(path, name, manifest))]
+        sizes = {name: x["bytes"] for name, x in manifest["files"].items() if wanted(name)}
+        return problems(path, manifest, _shares(sizes, group.size())[group.rank()])
 
-    found = run_on_all_ranks(group, "verify the checkpoint", own_share)
-    if wrong := list(dict.fromkeys(text for own in found for text in own)):
+    found = run_on_all_ranks(group, "verify the checkpoint", local_share)
+    if wrong := list(dict.fromkeys(text for local in found for text in local)):
         raise Damaged("; ".join(wrong))
 
 
-def _share(files: Mapping[str, Mapping[str, Any]], world: int) -> list[list[str]]:
-    """The files dealt out by their sizes, the largest first, always to who has least."""
+def _shares(sizes: Mapping[str, int], world: int) -> list[list[str]]:
+    """The files of each rank: dealt out from the largest on, to the rank with fewest bytes."""
     shares: list[list[str]] = [[] for _ in range(world)]
-    bytes_of = [0] * world
-    for name in sorted(files, key=lambda name: (-files[name]["bytes"], name)):
-        least = bytes_of.index(min(bytes_of))
+    filled = [0] * world
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = filled.index(min(filled))
         shares[least].append(name)
-        bytes_of[least] += files[name]["bytes"]
+        filled[least] += sizes[name]
     return shares
 
 
 def load(path: str, parts: Parts) -> dict[str, Any]:
-    """Fill `parts` from the checkpoint at `path`, saved at any number of ranks; return its facts.
+    """Load the checkpoint at `path`, saved at any number of ranks, into `parts`; its manifest.
 
-    The files are taken as they are: verify() comes first.
+    The files are not hashed: call verify() first.
 
     Raises:
-        ValueError: it is of another network or class count; the message lists what differs.
-        Damaged: something is not in it.
+        ValueError: the network, the head or the optimiser differs; the message says how.
+        Damaged: a tensor is missing.
     """
     manifest = read_manifest(path)
     _check_fit(path, manifest, parts)
-    load_state(parts.backbone, _read(path, "model.safetensors"), path)
-    state = _read(path, "optimizer.safetensors")
-    started = manifest["step"] > 0
-    load_optimizer(parts.backbone, parts.optimizer, parts.scaler, state, path, started)
-    for i, (prefix, part) in enumerate(parts.named_heads()):
+    load_state(parts.backbone, read(path, "model.safetensors"), path)
+    load_optimizer(parts, read(path, "optimizer.safetensors"), path, manifest["step"] > 0)
+    for i, (_, part) in enumerate(parts.named_heads()):
         part.head.drop_step()
-        _read_rows(path, manifest, i, part.head.shard, part.rows())
-        if part.margin():
-            _fill(part.margin(), _read(path, f"{prefix}margin.safetensors"), path)
-        part.head.step = manifest["heads"][i]["step"]
+        _load_head(path, manifest, i, part.head, part.rows(), part.margin())
     if parts.encoder is not None:
-        load_state(parts.encoder, _read(path, "encoder.safetensors"), path)
+        load_state(parts.encoder, read(path, "encoder.safetensors"), path)
     return manifest
 
 
 def load_head(path: str, number: int, head: PartialFC) -> None:
-    """Fill a head, without an optimiser's state, from a checkpoint saved at any number of ranks.
+    """Load a head without its optimiser's state from a checkpoint saved at any number of ranks.
 
     Raises:
-        Damaged: something is not in it.
+        Damaged: a tensor is missing.
     """
-    manifest = read_manifest(path)
     head.settle()
     rows = {"weight": head.weight.detach()} | head.class_state()
-    _read_rows(path, manifest, number, head.shard, rows)
-    if state := head.model_state():
+    _load_head(path, read_manifest(path), number, head, rows, head.model_state())
+
+
+def _load_head(
+    path: str,
+    manifest: Mapping[str, Any],
+    number: int,
+    head: PartialFC,
+    rows: Mapping[str, Tensor],
+    model_state: Mapping[str, Tensor],
+) -> None:
+    """Fill this rank's rows from the files whose classes overlap its own, and the model's state."""
+    start, stop = head.shard
+    for file in all_rows(path, manifest, number):
+        low, high = max(start, file.start), min(stop, file.stop)
+        if low < high:
+            for name, part in _read_rows(path, file, low, high, list(rows)):
+                _copy({name: part}, name, rows[name][low - start : high - start], path)
+    if model_state:
         prefix = f"head{number}-" if len(manifest["heads"]) > 1 else ""
-        _fill(state, _read(path, f"{prefix}margin.safetensors"), path)
+        saved = read(path, f"{prefix}margin.safetensors")
+        for name, tensor in model_state.items():
+            _copy(saved, name, tensor, path)
     head.step = manifest["heads"][number]["step"]
 
 
-def _read(path: str, name: str) -> dict[str, Tensor]:
-    with readable(path, name):
-        return safetensors.torch.load_file(os.path.join(path, name))
+def _copy(saved: Mapping[str, Tensor], name: str, target: Tensor, path: str) -> None:
+    found = list(saved[name].shape) if name in saved else "missing"
+    if found != list(target.shape):
+        raise Damaged(f"{path}: {name} is {found}, expected {list(target.shape)}")
+    target.copy_(saved[name])
+
+
+def _read_rows(
+    path: str, file: RowFile, low: int, high: int, names: list[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the classes [low, high) in a file; names: which, None for all."""
+    full = os.path.join(path, file.name)
+    with readable(path, file.name), safe_open(full, "pt") as opened:
+        for name in opened.keys() if names is None else names:  # noqa: SIM118  no mapping
+            saved = opened.get_slice(name)
+            if saved.get_shape()[:1] != [file.stop - file.start]:
+                raise Damaged(f"{full}: {name} is {saved.get_shape()}")
+            yield name, saved[low - file.start : high - file.start]
+
+
+def joined(
+    path: str, manifest: Mapping[str, Any], head: int, names: list[str] | None = None
+) -> dict[str, Tensor]:
+    """Everything that a head holds per class, or only `names`: [C, ...] by name.
+
+    Raises:
+        Damaged: the files do not hold every class exactly once.
+    """
+    held: dict[str, Tensor] = {}
+    for file in all_rows(path, manifest, head):
+        for name, part in _read_rows(path, file, file.start, file.stop, names):
+            if name not in held:
+                num_classes = manifest["heads"][head]["num_classes"]
+                held[name] = torch.empty(num_classes, *part.shape[1:], dtype=part.dtype)
+            held[name][file.start : file.stop] = part
+    return held
 
 
 def _check_fit(path: str, manifest: Mapping[str, Any], parts: Parts) -> None:
@@ -115,7 +218,7 @@ def _check_fit(path: str, manifest: Mapping[str, Any], parts: Parts) -> None:
         wrong.append(f"{len(manifest['heads'])} heads there, {len(parts.heads)} here")
     for (prefix, part), there in zip(parts.named_heads(), manifest["heads"], strict=False):
         wrong += [f"{prefix}{difference}" for difference in _differences(part, there)]
-    # One that is there and not wanted may lie.
+    # An encoder that the checkpoint has and this run does not need is ignored.
     if parts.encoder is not None and "encoder.safetensors" not in manifest["files"]:
         wrong.append("slow encoder False there, True here")
     if wrong:
@@ -129,39 +232,10 @@ def _check_fit(path: str, manifest: Mapping[str, Any], parts: Parts) -> None:
 
 
 def _differences(part: HeadParts, there: Mapping[str, Any]) -> list[str]:
-    own = part.facts()
-    del own["step"]
-    kept = there["margin_state"] or own["margin_state"] or part.keeps_by_class()
-    if not kept or there["margin"] is None:
-        del own["margin"]  # nothing of it is kept: one may follow the other
-    return [f"{k} {there.get(k)} there, {own[k]} here" for k in own if there.get(k) != own[k]]
-
-
-def _fill(own: dict[str, Tensor], saved: Mapping[str, Tensor], path: str) -> None:
-    for name, tensor in own.items():
-        if name not in saved or saved[name].shape != tensor.shape:
-            raise Damaged(f"{path} lacks {name} of {list(tensor.shape)}")
-        tensor.copy_(saved[name])
-
-
-def _read_rows(
-    path: str,
-    manifest: Mapping[str, Any],
-    head: int,
-    shard: tuple[int, int],
-    rows: Mapping[str, Tensor],
-) -> None:
-    """Fill this rank's rows from the files whose class ranges overlap its own."""
-    start, stop = shard
-    for name, first, last in all_rows(path, manifest, head):
-        low, high = max(start, first), min(stop, last)
-        if low >= high:
-            continue
-        with readable(path, name), safe_open(os.path.join(path, name), "pt") as file:
-            for key, tensor in rows.items():
-                if key in MAY_LACK and key not in file.keys():  # noqa: SIM118  no mapping
-                    continue
-                saved = file.get_slice(key)
-                if saved.get_shape() != [last - first, *tensor.shape[1:]]:
-                    raise Damaged(f"{os.path.join(path, name)}: {key} is {saved.get_shape()}")
-                tensor[low - start : high - start] = saved[low - first : high - first]
+    here = part.facts()
+    del here["step"]
+    if not (there["margin_state"] or here["margin_state"]):
+        kept = here["row_state"]
+        if not any(name.startswith("margin.") for name in kept):
+            del here["margin"]  # neither loss has a state: one may follow the other
+    return [f"{k} {there.get(k)} there, {here[k]} here" for k in here if there.get(k) != here[k]]

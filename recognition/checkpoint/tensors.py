@@ -1,4 +1,4 @@
-"""One file of tensors of a checkpoint: hashed while it is written, read back verified."""
+"""One file of tensors of a checkpoint: hashed while it is written, verified when it is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,11 +16,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from data_tools.common.files import naming
+from data_tools.common import files
 from recognition.checkpoint.directory import Damaged, missing
 
 _CHUNK = 16 << 20  # bytes
-_CHUNKS_A_SYNC = 8
+_CHUNKS_PER_SYNC = 8
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -29,20 +29,20 @@ _DTYPES = {
 
 
 def write(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write a .safetensors file through to the disk; its size and hash.
+    """Write a .safetensors file and flush it to disk; returns its size and hash.
 
-    The library's own writer gives no hash, and reading a file of many GB back for it costs as much
-    again as a fast disk: here a second thread hashes what the first one writes, and a third has the
-    disk begin before all is written.
+    The library's writer returns no hash, and reading many GB back costs as much again as a fast
+    disk. So a second thread hashes what the first one writes, and a third makes the disk start
+    before everything is written.
 
     Raises:
-        OSError: it could not be written; the error names it.
+        OSError: it could not be written; the error names the file.
     """
-    # The widest first: then each starts at a multiple of its own width.
+    # The widest first: then each tensor starts at a multiple of its element size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     sha256 = hashlib.sha256()
     with (
-        naming(path),
+        files.naming(path),
         open(path, "wb") as file,
         ThreadPoolExecutor(1) as hashing,
         ThreadPoolExecutor(1) as disk,
@@ -51,7 +51,7 @@ def write(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         for i, chunk in enumerate(itertools.chain([_header(ordered)], _chunks(ordered)), 1):
             begun.append(hashing.submit(sha256.update, chunk))
             file.write(chunk)
-            if i % _CHUNKS_A_SYNC == 0:
+            if i % _CHUNKS_PER_SYNC == 0:
                 begun.append(disk.submit(os.fdatasync, file.fileno()))
         file.flush()
         os.fsync(file.fileno())
@@ -61,7 +61,7 @@ def write(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _header(ordered: list[tuple[str, Tensor]]) -> memoryview:
-    """The file's beginning: the length of the JSON that follows as uint64, little endian; JSON."""
+    """The start of the file: the length of the JSON that follows (uint64, little endian), JSON."""
     described, start = {}, 0
     for name, tensor in ordered:
         stop = start + tensor.numel() * tensor.element_size()
@@ -83,51 +83,44 @@ def _chunks(ordered: list[tuple[str, Tensor]]) -> Iterator[memoryview]:
             yield flat[start : start + _CHUNK]
 
 
-def problem(path: str, name: str, manifest: Mapping[str, Any]) -> str | None:
-    """What is wrong with a file of the checkpoint; None if it is as the manifest says.
+def problems(
+    path: str, manifest: Mapping[str, Any], names: Iterable[str] | None = None
+) -> list[str]:
+    """What is wrong with the files of the checkpoint: absent ones, and those of another hash.
 
-    Wrong is what can be read and differs, or is absent. A file that cannot be read may be whole.
-
-    Raises:
-        OSError: it cannot be read; the error names it.
-    """
-    full = os.path.join(path, name)
-    if name not in manifest["files"] or missing(full):
-        return f"{path} lacks {name}"
-    try:
-        with open(full, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, full) from error
-    if digest != manifest["files"][name]["sha256"]:
-        return f"{full} is damaged: its sha256 is not the manifest's"
-    return None
-
-
-def is_intact(path: str, manifest: Mapping[str, Any]) -> bool:
-    """Whether every file of the checkpoint is as its manifest says. Raises: OSError, as
-    problem()."""
-    return all(problem(path, name, manifest) is None for name in manifest["files"])
-
-
-def read(path: str, name: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a file of the checkpoint, verified.
+    names: which files to read; None means all of the manifest.
 
     Raises:
-        Damaged: it is missing, or not what was written.
+        OSError: a file cannot be read, so nobody knows; the error names it.
     """
-    if wrong := problem(path, name, manifest):
-        raise Damaged(wrong)
+    found = []
+    for name in manifest["files"] if names is None else names:
+        full = os.path.join(path, name)
+        if name not in manifest["files"] or missing(full):
+            found.append(f"{path} lacks {name}")
+        elif files.sha256(full) != manifest["files"][name]["sha256"]:
+            found.append(f"{full} is damaged: its sha256 is not the manifest's")
+    return found
+
+
+def read(path: str, name: str, manifest: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """The tensors of a file of the checkpoint; compared with its hash if there is a manifest.
+
+    Raises:
+        Damaged: it is missing, or has changed.
+    """
+    if manifest is not None and (wrong := problems(path, manifest, [name])):
+        raise Damaged(wrong[0])
     with readable(path, name):
         return safetensors.torch.load_file(os.path.join(path, name))
 
 
 @contextlib.contextmanager
 def readable(path: str, name: str) -> Iterator[None]:
-    """Around reading a file by safetensors, which calls every error that it meets a damage.
+    """Surround reading a file by safetensors.
 
     Raises:
-        Damaged: the file holds no tensors, or not those that the body wants.
+        Damaged: the file is not a safetensors file, or lacks a tensor that the body reads.
         OSError: it cannot be opened or mapped.
     """
     full = os.path.join(path, name)
@@ -140,9 +133,10 @@ def readable(path: str, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mapping(full: str) -> Iterator[None]:
-    """Around reading the file at `full` by safetensors, which maps it and names it in no error.
+    """Surround reading the file at `full` by safetensors, whose errors do not name the file.
 
-    Raises: OSError, if it cannot be opened or mapped; it names the file.
+    Raises:
+        OSError: it cannot be opened or mapped; the error names it.
     """
     with open(full, "rb"):
         pass
@@ -154,5 +148,5 @@ def mapping(full: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         if isinstance(error, RuntimeError) and f"<{full}>" not in str(error):
-            raise  # not torch's own, of a file that it cannot map
+            raise  # not torch's error for a file that it cannot map
         raise OSError(f"{full}: {error}") from error

@@ -13,15 +13,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import DistError, ProcessGroup
@@ -36,17 +34,13 @@ _reduce_scatter: Callable = (
 )
 
 
-_POLL_SECONDS = (0.01, 0.2)  # between two polls of the store: first and longest
-LONG_OPERATION_FACTOR = 10  # a long operation may take this many times the group's time-out
-
-
 class LostContact(RuntimeError):
     """A collective failed because another rank can no longer be reached. Its __cause__ is the error
     of the library."""
 
 
 @contextlib.contextmanager
-def _naming_loss(group: ProcessGroup) -> Iterator[None]:
+def naming_loss(group: ProcessGroup) -> Iterator[None]:
     """Turn the library's errors inside the body into LostContact.
 
     gloo raises a bare RuntimeError (torch 2.13), nccl and the store a DistError. At world size 1
@@ -63,7 +57,7 @@ def _naming_loss(group: ProcessGroup) -> Iterator[None]:
 @contextlib.contextmanager
 def _exchange(group: ProcessGroup) -> Iterator[None]:
     """Surround a collective: its time counts as communication, its errors become LostContact."""
-    with communication(), _naming_loss(group):
+    with communication(), naming_loss(group):
         yield
 
 
@@ -220,92 +214,6 @@ def _gather(local: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor
     return torch.cat([rows[:n] for rows, n in zip(every.split(most), counts, strict=True)])
 
 
-# --- The backbone ---------------------------------------------------------------------------------
-
-
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the rows of all ranks, of any number per rank, on the CPU too.
-
-    Equal to torch's BatchNorm on the concatenated batch. Forward: one all-gather of 2 * channels
-    + 1 statistics per rank. Backward: one all-reduce of 2 * channels sums. In eval mode: none.
-    """
-
-    group: ProcessGroup
-
-    @classmethod
-    def convert(cls, module: nn.Module, group: ProcessGroup) -> nn.Module:
-        """`module` with every BatchNorm replaced; names, parameters and buffers stay the same."""
-        for name, child in module.named_children():
-            setattr(module, name, cls.convert(child, group))
-        if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            return module
-        new = cls(module.num_features, module.eps, module.momentum, module.affine)
-        new._parameters, new._buffers = module._parameters, module._buffers
-        new.training, new.group = module.training, group
-        return new
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-    def forward(self, input: Tensor) -> Tensor:  # [b, channels, ...]
-        if not self.training:
-            return super().forward(input)
-        output, mean, var, count = _SyncBatchNorm.apply(
-            input, self.weight, self.bias, self.eps, self.group
-        )
-        assert self.num_batches_tracked is not None and self.momentum is not None
-        assert self.running_mean is not None and self.running_var is not None
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            unbiased = var * (count / (count - 1).clamp_min(1))
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        return output
-
-
-class _SyncBatchNorm(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: ProcessGroup
-    ) -> tuple[Tensor, ...]:
-        dims = [0, *range(2, x.dim())]
-        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        local_var, local_mean = torch.var_mean(wide, dims, correction=0)  # [channels]
-        count = local_mean.new_full((1,), x.numel() // x.shape[1])
-        local = torch.cat([local_mean, local_var, count])
-        every = local.new_empty(group.size() * len(local))
-        with _exchange(group):
-            _all_gather(every, local, group=group)
-        means, variances, counts = every.view(group.size(), -1).split([x.shape[1]] * 2 + [1], dim=1)
-        total = counts.sum()
-        mean = (means * counts).sum(0) / total
-        var = ((variances + (means - mean).square()) * counts).sum(0) / total
-        inverse_std = (var + eps).rsqrt()
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        scale = inverse_std * weight
-        output = wide * scale.view(shape) + (bias - mean * scale).view(shape)
-        ctx.save_for_backward(x, weight, mean, inverse_std, total)
-        ctx.group = group
-        ctx.mark_non_differentiable(mean, var, total)
-        return output.to(x.dtype), mean, var, total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse_std, total = ctx.saved_tensors
-        dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
-        wide = grad.to(mean.dtype)
-        unit = (x.to(mean.dtype) - mean.view(shape)) * inverse_std.view(shape)
-        local = torch.stack([wide.sum(dims), (wide * unit).sum(dims)])  # [2, channels]
-        sums = sum_over_ranks(local, ctx.group)
-        from_mean, from_var = (sums / total).unbind()
-        grad_x = wide - from_mean.view(shape) - unit * from_var.view(shape)
-        grad_x *= (inverse_std * weight).view(shape)
-        # Weight and bias see this rank's rows only: DistributedDataParallel averages them over the
-        # ranks, and the gather's factor W makes that the sum.
-        return grad_x.to(x.dtype), local[1].to(weight.dtype), local[0].to(weight.dtype), None, None
-
-
 # --- The loop -------------------------------------------------------------------------------------
 
 
@@ -333,11 +241,11 @@ def start_largest(value: int, group: ProcessGroup) -> Callable[[], int]:
     """Start computing the maximum over the ranks; call the result to wait for it and get it. One
     asynchronous all-reduce of 8 bytes in host memory."""
     largest = torch.tensor(value)
-    with _naming_loss(group):
+    with naming_loss(group):
         work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=group, async_op=True)
 
     def fetch() -> int:
-        with _naming_loss(group):
+        with naming_loss(group):
             work.wait()
         return int(largest)
 
@@ -357,128 +265,11 @@ def gather_objects(value: object, group: ProcessGroup) -> list:
     if group.size() == 1:
         return [value]
     values: list = [None] * group.size()
-    with _naming_loss(group):
+    with naming_loss(group):
         dist.all_gather_object(values, value, group=group)
     return values
-
-
-class _StoreExchange:
-    """One exchange of values through the rendezvous store. No collective is in flight, so the ranks
-    may arrive minutes apart."""
-
-    _numbers: ClassVar[dict[str, int]] = {}  # exchanges so far, by group
-
-    def __init__(self, group: ProcessGroup, least_seconds: float = 0.0) -> None:
-        self._group, name = group, group.group_name
-        self._number = self._numbers.get(name, 0)
-        self._numbers[name] = self._number + 1
-        # A separate connection: a poll must not queue behind a request of the library.
-        self._store = dist.distributed_c10d._get_process_group_store(group).clone()  # type: ignore[attr-defined]
-        backend = group._get_backend(torch.device("cpu"))
-        timeout: timedelta = backend.options._timeout  # type: ignore[attr-defined]
-        self._seconds = max(LONG_OPERATION_FACTOR * timeout.total_seconds(), least_seconds)
-
-    def put(self, value: object, failure: str | None = None) -> None:
-        """Publish this rank's value, or why this rank has left the group."""
-        self._store.set(self._key(self._number, self._group.rank()), json.dumps([value, failure]))
-
-    def collect(self) -> list:
-        """The values of all ranks, in rank order."""
-        values = []
-        for rank in range(self._group.size()):
-            value, failure = json.loads(self._wait_for(rank))
-            if failure is not None:
-                raise LostContact(f"rank {rank} has failed: {failure}")
-            values.append(value)
-        if self._number > 0:  # all ranks are here, so all have read the previous exchange
-            self._store.delete_key(self._key(self._number - 1, self._group.rank()))
-        return values
-
-    def _wait_for(self, rank: int) -> bytes:
-        deadline, (pause, longest) = time.monotonic() + self._seconds, _POLL_SECONDS
-        key = self._key(self._number, rank)
-        while not self._store.check([key]):
-            if time.monotonic() > deadline:
-                raise LostContact(f"rank {rank} has not come within {self._seconds:.0f} s")
-            time.sleep(pause)
-            pause = min(2 * pause, longest)
-        return self._store.get(key)
-
-    def _key(self, number: int, rank: int) -> str:
-        return f"agreement-{number}/{rank}"
-
-
-def gather_through_store(
-    action: Callable[[], Any], group: ProcessGroup, least_seconds: float = 0.0
-) -> list:
-    """Every rank's result of `action`, in rank order. It travels as JSON: tuples become lists.
-    For actions that wait for a disk: gather_objects would fail after the group's time-out, this
-    function waits ten times as long.
-
-    least_seconds: how long to wait at least, however short the time-out is.
-
-    Raises:
-        LostContact: the action failed on another rank, which has left; or the store is gone; or a
-            rank did not arrive in time.
-    """
-    if group.size() == 1:
-        return [action()]
-    with _naming_loss(group):
-        exchange = _StoreExchange(group, least_seconds)
-    try:
-        value = action()
-    except Exception as error:
-        with contextlib.suppress(RuntimeError):  # the error of the action matters more
-            exchange.put(None, f"{type(error).__name__}: {error}")
-        raise
-    with _naming_loss(group):
-        exchange.put(value)
-        return exchange.collect()
 
 
 def gather_parts(local: Tensor, rows_per_rank: Sequence[int], group: ProcessGroup) -> Tensor:
     """Rows of all ranks, [n_r, ...] -> [sum n_r, ...], without gradient. One all-gather."""
     return _gather(local, rows_per_rank, group)
-
-
-def run_on_all_ranks(
-    group: ProcessGroup, what: str, action: Callable[[], Any], least_seconds: float = 0.0
-) -> list:
-    """Run `action` on all ranks; every rank's result, in rank order, as gather_through_store()
-    gives it. The ranks wait for each other through the store, as an action usually waits for a
-    disk, which may be slow on one rank only.
-
-    least_seconds: as of gather_through_store().
-
-    Raises:
-        OSError: on all ranks, if the action raised one on any; the message names the ranks.
-    """
-
-    def attempt() -> tuple[Any, str | None]:
-        try:
-            return action(), None
-        except OSError as error:
-            return None, f"rank {group.rank()}: {error}"
-
-    outcomes = gather_through_store(attempt, group, least_seconds)
-    failures = [failure for _, failure in outcomes if failure]
-    if failures:
-        raise OSError(f"cannot {what}: " + "; ".join(failures))
-    return [result for result, _ in outcomes]
-
-
-def check_same(group: ProcessGroup, **facts: Any) -> None:
-    """Refuse to run if the ranks would use different data or different steps.
-
-    Raises:
-        ValueError: on all ranks; it names the first fact that differs.
-    """
-    everywhere = gather_through_store(lambda: facts, group)
-    for name in facts:
-        values = [there[name] for there in everywhere]
-        other = next((r for r, value in enumerate(values) if value != values[0]), None)
-        if other is not None:
-            raise UserError(
-                f"the ranks do not see the same: {name} is {values[0]} on rank 0 and "
-                f"{values[other]} on rank {other}. rec and output must be alike on every machine"
-            )

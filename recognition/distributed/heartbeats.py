@@ -1,4 +1,4 @@
-"""Heartbeats of all ranks in the rendezvous store, their ages, and which rank holds up the others.
+"""Heartbeats of all ranks in the rendezvous store, their ages, and which rank blocks the others.
 
 A heartbeat carries a counter. The reader measures, by its own monotonic clock, how long ago the
 counter changed, so the clocks of other machines, which may be seconds off, do not matter.
@@ -24,9 +24,11 @@ _STORE_SECONDS = 2  # time-out after which the store counts as gone
 SILENT = 4.0  # seconds without a heartbeat after which a rank counts as silent
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 # What a rank is doing, by the file of its innermost line of ours; the first match counts.
+_WAITING = "waits for the other ranks"
 _DOES = {
     "data_tools/": "waits for data",
-    "recognition/distributed/collectives.py": "waits for the other ranks",
+    "recognition/distributed/collectives.py": _WAITING,
+    "recognition/distributed/store_exchange.py": _WAITING,
     "recognition/checkpoint/": "saves",
     "eval/": "verifies",
 }
@@ -43,7 +45,7 @@ class RankStatus(NamedTuple):
     host: str = ""
 
     def __str__(self) -> str:
-        silent = f", not heard of for {self.age:.0f} s" if self.age > SILENT else ""
+        silent = f", silent for {self.age:.0f} s" if self.age > SILENT else ""
         return (
             f"rank {self.rank} on {self.host} {self.does} in step {self.step} "
             f"for {self.since + self.age:.0f} s{silent}"
@@ -77,34 +79,28 @@ class Heartbeats:
                 if self._store.check([_KEY.format(rank)]):
                     heartbeat = json.loads(self._store.get(_KEY.format(rank)))
                     number, step, does, still, host = heartbeat
-                    age = self._age(rank, number)
+                    now = time.monotonic()
+                    if self._seen.get(rank, (None,))[0] != number:
+                        self._seen[rank] = number, now
+                    age = now - self._seen[rank][1]
                     statuses.append(RankStatus(rank, step, does, still, age, host))
         except (RuntimeError, DistError):
             return []
         return statuses
 
-    def _age(self, rank: int, number: int) -> float:
-        now = time.monotonic()
-        before, since = self._seen.get(rank, (None, now))
-        if number != before:
-            since = now
-        self._seen[rank] = number, since
-        return now - since
-
 
 def suspects(statuses: list[RankStatus]) -> tuple[list[RankStatus], list[RankStatus]]:
-    """The ranks that hold up the others, and the others.
+    """The ranks that block the others, and the others.
 
     Suspects are the silent ranks; if there are none, those that are a step behind; if there are
     none, those that do anything but wait for other ranks.
     """
-    waiting = _DOES["recognition/distributed/collectives.py"]
-    for holds_up in (
+    for blocks in (
         lambda status: status.age > SILENT,
         lambda status: status.step < max(p.step for p in statuses),
-        lambda status: waiting not in status.does and "averages" not in status.does,
+        lambda status: _WAITING not in status.does and "averages" not in status.does,
     ):
-        first = [status for status in statuses if holds_up(status)]
+        first = [status for status in statuses if blocks(status)]
         if first:
             return first, [status for status in statuses if status not in first]
     return [], statuses
@@ -112,7 +108,7 @@ def suspects(statuses: list[RankStatus]) -> tuple[list[RankStatus], list[RankSta
 
 def describe_frame(frame: FrameType | None) -> str:
     """What a thread does, in words: file, line, function and text of its innermost line of ours."""
-    while frame is not None and not _ours(frame):
+    while frame is not None and not _is_ours(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None:
         return "is outside of the run"
@@ -124,7 +120,5 @@ def describe_frame(frame: FrameType | None) -> str:
     return f"{does} ({path}:{frame.f_lineno}, {frame.f_code.co_name}: {text})"
 
 
-def _ours(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(_ROOT) and "site-packages" not in (
-        frame.f_code.co_filename
-    )
+def _is_ours(path: str) -> bool:
+    return path.startswith(_ROOT) and "site-packages" not in path

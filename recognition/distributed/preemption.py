@@ -4,7 +4,7 @@ SIGUSR1 asks the run to end: schedulers send it before a time limit or a pre-emp
 that the parent is about to end this process; torchrun also sends it before it restarts its
 processes. SIGINT is a person's Ctrl-C. After each of them all ranks finish the same step and save
 it. They differ in what torchrun must do: after SIGUSR1 it must not restart the processes. A second
-Ctrl-C ends a process at once (watchdog.listen_for_signals).
+Ctrl-C ends a process at once.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ _NOTE = "stopped.json"  # in the run directory, from a stop to the next start
 # If ranks received different signals, the later one in this order counts.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _AGENT_SECONDS = 30.0  # torchrun's own --shutdown-timeout
+_INTERRUPTED = 130  # exit code of a process that SIGINT ended
+# torchrun forwards the first Ctrl-C as SIGINT (ranks in its session receive it twice), and sends
+# SIGTERM at the second one.
+_SECOND_PRESS = signal.SIGTERM if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIGINT
 
 
 class Stopped(Exception):
@@ -93,6 +97,44 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def listen_for_signals(report: Callable[[], None]) -> Iterator[None]:
+    """Call `report` at once when a signal arrives, even while the main thread is in a collective:
+    Python runs its handlers only after the collective returns."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        interrupted = False
+        while heard := os.read(reader, 1):
+            if heard[0] in SIGNALS:
+                report()
+            if interrupted and heard[0] == _SECOND_PRESS:
+                _say("interrupted twice: this process ends at once; unsaved steps are lost")
+                os._exit(_INTERRUPTED)
+            if heard[0] == signal.SIGINT:
+                interrupted = True
+                _say("interrupted: the run saves its next step and ends; again ends it at once")
+
+    listener = threading.Thread(target=listen, name="signals", daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        listener.join()
+        os.close(reader)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def exit_code_of(stopped: Stopped) -> int:
     """The exit code of a stopped process; returns only once torchrun will not restart it.
 
@@ -103,10 +145,10 @@ def exit_code_of(stopped: Stopped) -> int:
     """
     if stopped.heard == signal.SIGUSR1 and "TORCHELASTIC_RUN_ID" in os.environ:
         for number in SIGNALS:
-            signal.signal(number, _exit)
+            signal.signal(number, lambda *_: sys.exit(EXIT_CODE))
         agent = torchrun()
         if agent is None:
-            print("warning: no torchrun among the parents of this process", file=sys.stderr)
+            _say("warning: no torchrun among the parents of this process")
             return EXIT_CODE
         if os.environ.get("LOCAL_RANK") == "0":
             os.kill(agent, signal.SIGTERM)
@@ -114,18 +156,14 @@ def exit_code_of(stopped: Stopped) -> int:
     return EXIT_CODE
 
 
-def _exit(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(EXIT_CODE)
-
-
 def end_now_on_request() -> None:
     """Until training begins, when there is nothing to save, let SIGUSR1 end the process with
     exit_code_of(). SIGTERM keeps its default action."""
-    signal.signal(signal.SIGUSR1, _leave_at_once)
 
+    def leave(*_: object) -> None:
+        raise SystemExit(exit_code_of(Stopped(signal.SIGUSR1, 0)))
 
-def _leave_at_once(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(exit_code_of(Stopped(signal.Signals(number), 0)))
+    signal.signal(signal.SIGUSR1, leave)
 
 
 def stopped(run_dir: str, rank: int, heard: signal.Signals, step: int) -> Stopped:
@@ -139,7 +177,7 @@ def stopped(run_dir: str, rank: int, heard: signal.Signals, step: int) -> Stoppe
         try:
             files.write_text(path, json.dumps({"step": step, "signal": heard.name}))
         except OSError as error:
-            print(f"warning: {path} is not written: {error}", file=sys.stderr, flush=True)
+            _say(f"warning: {path} was not written: {error}")
     return Stopped(heard, step)
 
 

@@ -75,20 +75,3 @@ class SampleRecord:
 
     def close(self) -> None:
         self._file.close()
-
-
-def samples_of(run_dir: str) -> dict[int, list[int]]:
-    """The ids that each step trained on, over all ranks, from the last start that ran the step."""
-    found: dict[int, tuple[int, list[int]]] = {}
-    directory = os.path.join(run_dir, "samples")
-    for name in sorted(os.listdir(directory)):  # earlier starts first
-        start = int(name.partition("-")[0])
-        with open(os.path.join(directory, name), encoding="utf-8") as lines:
-            for line in lines:
-                if not line.endswith("\n"):
-                    break  # the run was killed while it wrote this line
-                step, ids = json.loads(line)
-                if found.get(step, (0, []))[0] != start:
-                    found[step] = (start, [])
-                found[step][1].extend(ids)
-    return {step: ids for step, (_, ids) in sorted(found.items())}

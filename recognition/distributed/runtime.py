@@ -70,12 +70,6 @@ def store() -> dist.Store:
     return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bf16 is faster than fp32: on Ampere and newer GPUs. Small networks on a CPU gain
-    nothing even with its matrix units: PReLU and depthwise convolutions dominate there."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def _attempts_store(timeout: timedelta) -> dist.Store | None:
     """A store for this attempt (restart) of torchrun alone, as a prefix of the shared one; None if
     the store is not shared, or on several machines.

@@ -31,21 +31,30 @@ class Phases:
         self._marks: collections.deque[tuple[str, torch.cuda.Event]] = collections.deque()
         self._seconds = dict.fromkeys((*NAMES, _PAUSE), 0.0)
         self._began = 0.0
-        self._mark(self._name)
+        self.enter(self._name)
 
     def enter(self, name: str) -> None:
         """Begin the phase `name`, which lasts until the next call."""
-        self._mark(name)
+        if self._is_cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((name, event))
+            self._fold()
+        else:
+            now = time.perf_counter()
+            self._seconds[self._name] += now - self._began if self._began else 0.0
+            self._began = now
+        self._name = name
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
         """Count the body as the phase `name`, then return to the phase before it."""
         before = self._name
-        self._mark(name)
+        self.enter(name)
         try:
             yield
         finally:
-            self._mark(before)
+            self.enter(before)
 
     def pause(self) -> contextlib.AbstractContextManager[None]:
         """Do not count the body."""
@@ -62,22 +71,10 @@ class Phases:
 
     def read(self) -> dict[str, float]:
         """Seconds of each phase since the last reading; on a GPU, of its finished work."""
-        self._mark(self._name)
+        self.enter(self._name)
         seconds = {name: self._seconds[name] for name in NAMES}
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         return seconds
-
-    def _mark(self, name: str) -> None:
-        if self._is_cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append((name, event))
-            self._fold()
-        else:
-            now = time.perf_counter()
-            self._seconds[self._name] += now - self._began if self._began else 0.0
-            self._began = now
-        self._name = name
 
     def _fold(self) -> None:
         """Add up the time between completed events, without waiting for any."""

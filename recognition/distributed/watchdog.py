@@ -1,4 +1,4 @@
-"""A thread beside the training loop that reports which rank holds up the others, and where.
+"""A thread beside the training loop that reports which rank blocks the others, and where.
 
 Every second each rank sends a heartbeat through the rendezvous store: its step, its line of code,
 and for how long it has been there. A rank that has not moved for half of the time-out writes the
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import signal
 import sys
 import threading
 import time
@@ -23,9 +22,10 @@ from types import FrameType
 import torch
 from torch.distributed import DistError, Store
 
-from recognition.distributed.collectives import LONG_OPERATION_FACTOR, LostContact
+from recognition.distributed.collectives import LostContact
 from recognition.distributed.heartbeats import SILENT, Heartbeats, describe_frame, suspects
 from recognition.distributed.preemption import Stopped
+from recognition.distributed.store_exchange import LONG_OPERATION_FACTOR
 
 _EVERY = 1.0  # seconds between two heartbeats
 _CAUSE_SECONDS = SILENT + _EVERY  # how long a rank that lost contact waits for the cause
@@ -33,10 +33,6 @@ _STOP_SECONDS = 10.0  # how long the loop may stand still after a signal
 _JOIN_SECONDS = 5.0  # longer than the store's own time-out
 # The files in which a failed gradient all-reduce of DistributedDataParallel surfaces.
 _OF_DDP = (torch.autograd.graph.__file__, torch.nn.parallel.distributed.__file__)
-_INTERRUPTED = 130  # exit code of a process that SIGINT ended
-# torchrun forwards the first Ctrl-C as SIGINT (ranks in its session receive it twice), and sends
-# SIGTERM at the second one.
-_SECOND_PRESS = signal.SIGTERM if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIGINT
 
 
 class Watchdog:
@@ -100,7 +96,8 @@ class Watchdog:
         if self._world > 1 and (lost_contact(error) or _may_be_gloos(error)):
             cause = self._first_cause()
         if cause is None and not lost_contact(error):
-            self.tell_cause(f"rank {self._rank}: {_first_line(error)}")
+            text = str(error).strip().splitlines() or [""]
+            self.tell_cause(f"rank {self._rank}: {type(error).__name__}: {text[0]}")
             return
         if self._world > 1:
             why = cause or self._slowest()
@@ -136,10 +133,11 @@ class Watchdog:
             return None
         if self._rank == min(p.rank for p in statuses if p not in silent):
             for status in silent:
-                _say(_banner(f"rank {status.rank} on {status.host} was killed or is frozen"))
+                line = f"rank {status.rank} on {status.host} was killed or is frozen"
+                _say(f"\n{'=' * 20} {line} {'=' * 20}\n")  # stands out from torchrun's report
         return (
-            f"Killed or frozen, without a word: {'; '.join(map(str, silent))}. The kernel's log of "
-            "that machine says whether it ran out of memory"
+            f"Killed or frozen, without a report: {'; '.join(map(str, silent))}. The kernel's log "
+            "of that machine shows whether it ran out of memory"
         )
 
     def _slowest(self) -> str:
@@ -147,7 +145,7 @@ class Watchdog:
         first = [
             status for status in suspects(self._heartbeats.read())[0] if status.rank != self._rank
         ]
-        behind = f"Held up by {'; '.join(map(str, first))}. " if first else ""
+        behind = f"Blocked by {'; '.join(map(str, first))}. " if first else ""
         return (
             f"{behind}No rank is silent: one has ended, or needs longer than collective_timeout="
             f"{self._timeout:g}"
@@ -176,12 +174,10 @@ class Watchdog:
                 self._end(f"has not moved for {still:.0f} s")
             if self._long_operations:
                 self._check_next_rank()
-                continue
-            if not self._signalled:
-                continue
-            stop_limit = max(_STOP_SECONDS, 3 * self._longest)
-            if min(still, time.monotonic() - self._signalled) > stop_limit:
-                self._end(f"was asked to end and has not moved for {still:.0f} s")
+            elif self._signalled:
+                stop_limit = max(_STOP_SECONDS, 3 * self._longest)
+                if min(still, time.monotonic() - self._signalled) > stop_limit:
+                    self._end(f"was asked to end and has not moved for {still:.0f} s")
 
     def _check_next_rank(self) -> None:
         """Check that the next rank is alive. A long operation waits for the other ranks without a
@@ -217,15 +213,15 @@ class Watchdog:
             status.rank for status in statuses if status.age <= SILENT
         ):
             first, others = suspects(statuses)
-            named = f"held up by {'; '.join(map(str, first))}" if first else "all ranks are alike"
+            named = f"blocked by {'; '.join(map(str, first))}" if first else "all ranks are alike"
             _say(f"warning: {named}" + (f". Of the others, {others[0]}" if others else ""))
 
     def _end(self, why: str) -> None:
-        """Report why and who holds this rank up, and end the process."""
+        """Report why and which ranks block this one, and end the process."""
         first, _ = suspects(self._heartbeats.read())
         message = f"error (rank {self._rank}): {why}: it {describe_frame(_frame_of(self._main))}"
-        held_up = [status for status in first if status.rank != self._rank]
-        _say(message + (f". Held up by {'; '.join(map(str, held_up))}" if held_up else ""))
+        blocking = [status for status in first if status.rank != self._rank]
+        _say(message + (f". Blocked by {'; '.join(map(str, blocking))}" if blocking else ""))
         sys.stdout.flush()
         os._exit(1)
 
@@ -254,49 +250,5 @@ def _frame_of(thread: int) -> FrameType | None:
     return frame
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {text[0]}"
-
-
-def _banner(text: str) -> str:
-    """A line that stands out from the report that torchrun prints after it."""
-    return f"\n{'=' * 20} {text} {'=' * 20}\n"
-
-
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def listen_for_signals(watchdog: Watchdog, signals: tuple[signal.Signals, ...]) -> Iterator[None]:
-    """Tell the watchdog about a signal immediately, even while the main thread is in a collective:
-    Python runs its own handlers only after the collective returns."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-
-    def listen() -> None:
-        interrupted = False
-        while heard := os.read(reader, 1):
-            if heard[0] in signals:
-                watchdog.signalled()
-            if interrupted and heard[0] == _SECOND_PRESS:
-                _say("interrupted twice: this process ends at once; what is not saved yet is lost")
-                os._exit(_INTERRUPTED)
-            if heard[0] == signal.SIGINT:
-                interrupted = True
-                _say("interrupted: the run saves its next step and ends; once more ends it at once")
-
-    listener = threading.Thread(target=listen, name="signals", daemon=True)
-    listener.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(writer)
-        listener.join()
-        os.close(reader)

@@ -33,7 +33,7 @@ from torch import nn
 from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.common.text import read_json as read_json_file
-from recognition.distributed import collectives
+from recognition.distributed import collectives, store_exchange
 from recognition.distributed.runtime import Runtime
 from recognition.inversion import pictures
 from recognition.inversion.descent import Batch, Terms, descend
@@ -129,7 +129,7 @@ def directory(out: Path, facts: Mapping[str, Any], runtime: Runtime) -> Iterator
         ValueError: it is there with other facts, or the processes were asked for different things.
         OSError: another run holds it, or it cannot be written.
     """
-    collectives.check_same(runtime.group, **facts)
+    store_exchange.check_same(runtime.group, **facts)
     check_settings(out, facts)
     with contextlib.ExitStack() as held:
 
@@ -141,7 +141,7 @@ def directory(out: Path, facts: Mapping[str, Any], runtime: Runtime) -> Iterator
                     files.make_private(out / name)
                 write_json(out / "settings.json", facts)
 
-        collectives.run_on_all_ranks(runtime.group, f"use {out}", take, OWNED_SECONDS)
+        store_exchange.run_on_all_ranks(runtime.group, f"use {out}", take, OWNED_SECONDS)
         yield
 
 

@@ -13,30 +13,28 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
-from data_tools import verification_bin
 from data_tools.common.draws import Purpose, hash_words
 from data_tools.common.errors import UserError
-from data_tools.images.decode import check_size
 from data_tools.load import dali
 from data_tools.load.loader import make_order
 from data_tools.load.order import Blocks
-from data_tools.shards import FORMAT, Shards, check_labels
-from data_tools.union import Union, open_all
+from data_tools.union import open_all
 from eval.protocols import lfw
 from recognition import checkpoint
 from recognition.backbones import make_backbone
-from recognition.backbones.input import INPUT_SIZE
 from recognition.config import Config
-from recognition.distributed import collectives
 from recognition.distributed.runtime import Runtime
+from recognition.distributed.store_exchange import check_same, run_on_all_ranks
+from recognition.distributed.sync_batch_norm import SyncBatchNorm
 from recognition.head import PartialFC, multi_head
 from recognition.head.kernels.autotune import choose_all
 from recognition.optim import RowAdamW, RowSGD
 from recognition.precision import LossScaler, dtype_of, embed, resolve
-from recognition.run import elastic, resume
+from recognition.run import resume
+from recognition.run.data import check_data, hashes_of, open_val_set
 from recognition.run.nonfinite import FiniteGuard
 from recognition.run.run_dir import commit, initial_weights
-from recognition.run.schedule import Schedule
+from recognition.run.schedule import Plan, Schedule, adapt
 from recognition.run.spikes import make_guard, skipped
 from recognition.run.state import TrainState
 from recognition.weights import distill, head_init, saved_rows
@@ -52,45 +50,31 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     if cfg.loader == "dali":
         dali.check_installed()
     resumed_from, damaged = resume.choose_checkpoint(cfg, runtime)
-    manifest = checkpoint.read_manifest_of_run(resumed_from) if resumed_from else None
-    plan = elastic.plan(cfg, manifest, runtime.world)
+    manifest = checkpoint.read_manifest(resumed_from, True) if resumed_from else None
+    plan = adapt(cfg, manifest, runtime.world)
     cfg = plan.cfg
     data = open_all(cfg.rec)
     blocks = Blocks(cfg.shuffle_block, cfg.shuffle_window) if cfg.shuffle_block else None
     order = make_order(data, cfg.seed, multi_head.shares(cfg, data), blocks)
     multi_head.check_rows(cfg, order, runtime.world)
     labels_crc32 = zlib.crc32(np.ascontiguousarray(data.labels).data)
-    collectives.check_same(
+    check_same(
         runtime.group,
         val_targets=cfg.val_targets,
         num_images=data.num_images,
         num_classes=data.num_classes,
         labels_crc32=labels_crc32,
     )
-    _check_counts(cfg, data, runtime.world)
-    val_sets = [_load_val_set(data, name, cfg.resize) for name in cfg.val_targets]
+    check_data(cfg, data, runtime.world)
+    val_sets = [open_val_set(data, name, cfg.resize) for name in cfg.val_targets]
     precision = resolve(cfg.precision, runtime.device)
     dtype = dtype_of(precision)
 
-    torch.manual_seed(hash_words(cfg.seed, Purpose.NETWORK) >> 1)  # the same network on every rank
-    backbone, messages = _make_backbone(cfg), list[str]()
+    messages = list[str]()
     for pairs in val_sets if cfg.resize else []:
         count = lfw.count_resized(pairs, cfg.resize)
         messages.append(f"{pairs.name}.bin: {count} of {len(pairs.encoded)} images are resized")
-    if cfg.init_from and resumed_from is None:
-        order_of = None if cfg.init_color_order == "auto" else cfg.init_color_order
-        weights = initial_weights(cfg.init_from, order_of)
-        checkpoint.load_state(backbone, weights, cfg.init_from)
-        messages.append(
-            f"init_from={cfg.init_from}: {len(weights)} tensors of the network are taken"
-        )
-    if cfg.freeze:
-        freeze(backbone, cfg.freeze)
-    if cfg.sync_bn:
-        backbone = collectives.SyncBatchNorm.convert(backbone, runtime.group)
-    train_mode(backbone)
-    backbone = backbone.to(runtime.device, dtype)
-    backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone = _make_backbone(cfg, runtime, dtype, resumed_from is None, messages)
     model = _distribute(cfg, backbone, runtime)
     heads = [
         head.to(runtime.device, dtype) for head in multi_head.make_heads(cfg, data, runtime.group)
@@ -101,7 +85,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     scaler = LossScaler(runtime.device) if precision == "fp16" else None
     encoder = None
     if multi_head.encoder_momentum(heads) is not None:
-        encoder = _make_backbone(cfg).to(runtime.device, dtype).eval().requires_grad_(False)
+        encoder = _new_network(cfg).to(runtime.device, dtype).eval().requires_grad_(False)
         encoder.load_state_dict(backbone.state_dict())
     head_parts = [checkpoint.HeadParts(head, _row_optimizer(cfg, head)) for head in heads]
     parts = checkpoint.Parts(backbone, optimizer, head_parts, scaler, encoder)
@@ -113,7 +97,8 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         facts={
             "commit": commit(), "world": runtime.world, "precision": precision,
             "num_classes": data.num_classes, "num_image": data.num_images,
-            "labels_crc32": labels_crc32, "data_sha256": _hashes(data), **plan.facts(),
+            "labels_crc32": labels_crc32, "data_sha256": hashes_of(data),
+            "first_batch": plan.first_batch, "first_rows": plan.first_rows,
             "head_forms": [choice.form for choice in choices],
         },
         messages=messages + [choice.said for choice in choices if choice.said],
@@ -128,47 +113,40 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         state.messages.append(
             f"teacher={cfg.teacher}: {cfg.teacher_loss} loss, teacher_weight={cfg.teacher_weight:g}"
         )
-    if resumed_from is None and cfg.init_head is not None:
-        _start_centres(state)
-    elif resumed_from is None:
-        state.messages.append(f"all {data.num_classes} class centres start at random")
     if resumed_from is not None:
-        manifest = checkpoint.load(resumed_from, parts)
-        state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
-        state.saved_by, state.loaded_step = manifest["world"], manifest["step"]
-        state.skipped = skipped(cfg.output, manifest)
-        if state.spikes is not None and manifest.get("spikes"):
-            state.spikes.load(manifest["spikes"])
-        state.changes = resume.list_changes(manifest["config"], cfg, state.facts, resumed_from)
-        due = state.step % cfg.verify_every == 0 and not manifest.get("metrics", True)
-        pending = manifest.get(checkpoint.PENDING, False)
-        state.owes_verification = bool(val_sets) and (due or pending)
-        state.schedule = plan.schedule(schedule, state.step, state.samples_seen)
-        state.elastic_message = plan.message
-        if manifest["global_batch"] != cfg.global_batch(runtime.world):
-            batch = cfg.global_batch(runtime.world)
-            state.changes.append(f"global batch {manifest['global_batch']} -> {batch}")
-        resume.refuse_ignored(state, manifest["config"], resumed_from)
+        _load(state, plan, schedule, resumed_from)
+    elif cfg.init_head is not None:
+        _start_centres(state)
+    else:
+        state.messages.append(f"all {data.num_classes} class centres start at random")
     return state
 
 
-def _hashes(data: Shards | Union) -> list[dict[str, str]]:
-    """Hashes of the data sets. The run records them because a directory may be repacked later."""
-    return [
-        {
-            "name": one.path.name,
-            "sha256": one.sha256,
-            "of": "index.json" if one.index["format"] == FORMAT else "labels and offsets",
-        }
-        for one in (data.sets if isinstance(data, Union) else [data])
-    ]
+def _load(state: TrainState, plan: Plan, first: Schedule, path: str) -> None:
+    """Continue from the checkpoint at `path`; first: the schedule of the start of the run."""
+    cfg, manifest = state.cfg, checkpoint.load(path, state.parts)
+    state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
+    state.saved_by, state.loaded_step = manifest["world"], manifest["step"]
+    state.skipped = skipped(cfg.output, manifest)
+    if state.spikes is not None and manifest.get("spikes"):
+        state.spikes.load(manifest["spikes"])
+    state.changes = resume.list_changes(manifest["config"], cfg, state.facts, path)
+    due = state.step % cfg.verify_every == 0 and not manifest.get("metrics", True)
+    pending = manifest.get(checkpoint.PENDING, False)
+    state.owes_verification = bool(state.val_sets) and (due or pending)
+    state.schedule = plan.schedule(first, state.step, state.samples_seen)
+    state.elastic_message = plan.message
+    was, batch = manifest["global_batch"], cfg.global_batch(state.runtime.world)
+    if was != batch:
+        state.changes.append(f"global batch {was} -> {batch}")
+    resume.refuse_ignored(state, manifest["config"], path)
 
 
 def _start_centres(state: TrainState) -> None:
     """Initialise the class centres of this rank from init_head."""
     cfg, runtime = state.cfg, state.runtime
     if len(state.parts.heads) > 1:
-        raise UserError("init_head fills one head: a run of several heads starts from new centres")
+        raise UserError("init_head fills one head only: leave it out of a run of several heads")
     assert cfg.init_head is not None
 
     source = str(cfg.init_head)
@@ -178,14 +156,17 @@ def _start_centres(state: TrainState) -> None:
         state.backbone.eval()
         try:
             return head_init.start_centres(
-                state.head, source, cfg.init_label_map, state.data,
+                state.head,
+                source,
+                cfg.init_label_map,
+                state.data,
                 lambda images: embed(state.backbone, images, state.precision, runtime.device),
                 cfg.resize,
-            )  # fmt: skip
+            )
         except UserError as error:  # it may concern this rank's images only
             raise OSError(str(error)) from error
 
-    filled = collectives.run_on_all_ranks(runtime.group, "start the class centres", fill)
+    filled = run_on_all_ranks(runtime.group, "start the class centres", fill)
     train_mode(state.backbone)
     state.facts["centres_started"] = sum(filled)
     others = state.data.num_classes - sum(filled)
@@ -195,8 +176,27 @@ def _start_centres(state: TrainState) -> None:
     )
 
 
-def _make_backbone(cfg: Config) -> nn.Module:
+def _new_network(cfg: Config) -> nn.Module:
     return make_backbone(cfg.network, cfg.embedding_size, cfg.network_args)
+
+
+def _make_backbone(
+    cfg: Config, runtime: Runtime, dtype: torch.dtype, is_new_run: bool, messages: list[str]
+) -> nn.Module:
+    """The backbone on its device, with the weights of init_from in a new run."""
+    torch.manual_seed(hash_words(cfg.seed, Purpose.NETWORK) >> 1)  # the same network on every rank
+    backbone = _new_network(cfg)
+    if cfg.init_from and is_new_run:
+        color_order = None if cfg.init_color_order == "auto" else cfg.init_color_order
+        weights = initial_weights(cfg.init_from, color_order)
+        checkpoint.load_state(backbone, weights, cfg.init_from)
+        messages.append(f"init_from={cfg.init_from}: {len(weights)} tensors of the network loaded")
+    if cfg.freeze:
+        freeze(backbone, cfg.freeze)
+    if cfg.sync_bn:
+        backbone = SyncBatchNorm.convert(backbone, runtime.group)
+    train_mode(backbone)
+    return backbone.to(runtime.device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _distribute(cfg: Config, backbone: nn.Module, runtime: Runtime) -> DistributedDataParallel:
@@ -265,52 +265,3 @@ def _make_schedule(cfg: Config, num_images: int, world: int) -> Schedule:
         milestones=[round(epoch * steps_per_epoch) for epoch in cfg.lr_milestones],
         gamma=cfg.lr_gamma,
     )
-
-
-def _load_val_set(data: Shards | Union, name: str, resize: bool) -> verification_bin.PairSet:
-    pairs = verification_bin.load_bin(data.bin_path(name.removesuffix(".bin")))
-    same = int(pairs.issame.sum())
-    if len(pairs.issame) < 10 or same in (0, len(pairs.issame)):
-        raise UserError(
-            f"{name}.bin has {same} pairs of one person and {len(pairs.issame) - same} of two: ten "
-            "folds need ten pairs, and pairs of both kinds"
-        )
-    lfw.count_resized(pairs, resize)  # fail now rather than at the first verification
-    return pairs
-
-
-def _check_keep_best(cfg: Config) -> None:
-    if cfg.keep_best is None:
-        return
-    if cfg.keep_best not in cfg.val_targets:
-        raise UserError(
-            f"keep_best={cfg.keep_best} is none of val_targets={','.join(cfg.val_targets)}"
-        )
-    if cfg.checkpoint_every % cfg.verify_every:
-        raise UserError(
-            f"keep_best={cfg.keep_best} wants every checkpoint verified: checkpoint_every="
-            f"{cfg.checkpoint_every} must be a multiple of verify_every={cfg.verify_every}"
-        )
-
-
-def _check_counts(cfg: Config, data: Shards | Union, world: int) -> None:
-    for name, stated, true in [
-        ("num_classes", cfg.num_classes, data.num_classes),
-        ("num_image", cfg.num_image, data.num_images),
-    ]:
-        if stated is not None and stated != true:
-            raise UserError(f"{name}={stated}, but {cfg.rec} has {true}: leave {name} out")
-    # From step to step a set's share of the batch may vary by one row.
-    least = cfg.global_batch(world) // (world * cfg.accumulation) - len(
-        cfg.rec_shares or cfg.rec_heads
-    )
-    if least < 2:
-        raise UserError(
-            f"a global batch of {cfg.global_batch(world)} over {world} processes and "
-            f"{cfg.accumulation} micro-steps leaves {least} images for one: BatchNorm needs 2"
-        )
-    _check_keep_best(cfg)
-    check_labels(data)
-    if data.image_size is not None:
-        height, width = data.image_size
-        check_size(width, height, INPUT_SIZE, f"the images of {cfg.rec}", cfg.resize)

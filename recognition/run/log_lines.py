@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from data_tools.load.loader import BatchSource
 from recognition import config
-from recognition.checkpoint.directory import directory_of
+from recognition.checkpoint import directory_of
 from recognition.distributed.step_timer import Phases
 from recognition.head import multi_head
 from recognition.run import sanity
@@ -92,14 +92,15 @@ def log_step(
         name: part.head.statistics()
         for name, part in zip(multi_head.head_names(cfg), state.parts.heads, strict=True)
     }
-    reading = stopwatch.read(state.step)
+    steps, seconds, waited = stopwatch.read(state.step)
     record: dict[str, Any] = {
         "step": state.step,
         "epoch": state.samples_seen / len(state.data),
         "loss": loss.item(),
         "lr": state.schedule.lr_at(state.step - 1),
-        **speed(reading, global_batch),
-        "seconds": seconds_per_step(state.phases, reading[0]),
+        "images_per_second": steps * global_batch / max(seconds, 1e-9),
+        "data_wait": waited / max(seconds, 1e-9),
+        "seconds": {name: x / max(steps, 1) for name, x in state.phases.read().items()},
         "grad_norm": grad_norm.item(),
     }
     if cfg.rec_heads:
@@ -119,7 +120,7 @@ def log_step(
                 f"the fp16 loss scale fell to {record['loss_scale']:.1e} by step {state.step}: "
                 "every step overflows. Use precision=bf16 or fp32, or lower lr"
             )
-    line = step_line(record, state.schedule.total_steps, global_batch)
+    line = _step_line(record, state.schedule.total_steps, global_batch)
     pictures = {
         f"{head and f'{head}/'}{name}": histogram
         for head, statistics in of_head.items()
@@ -150,19 +151,7 @@ class Stopwatch:
         self._last = (step, then + time.perf_counter() - began, waited)
 
 
-def speed(reading: tuple[int, float, float], global_batch: int) -> dict[str, float]:
-    """images/s of all processes, and the fraction of time spent waiting for data."""
-    steps, seconds, waited = reading
-    seconds = max(seconds, 1e-9)
-    return {"images_per_second": steps * global_batch / seconds, "data_wait": waited / seconds}
-
-
-def seconds_per_step(phases: Phases, steps: int) -> dict[str, float]:
-    """Mean seconds per step of each phase on this rank since the last reading."""
-    return {name: seconds / max(steps, 1) for name, seconds in phases.read().items()}
-
-
-def step_line(record: dict[str, Any], total_steps: int, global_batch: int) -> str:
+def _step_line(record: dict[str, Any], total_steps: int, global_batch: int) -> str:
     """The console line of a step's record."""
     spent = record["seconds"]
     whole = max(sum(spent.values()), 1e-9)

@@ -13,6 +13,7 @@ from recognition import checkpoint
 from recognition.config import Config
 from recognition.distributed import collectives
 from recognition.distributed.runtime import Runtime
+from recognition.distributed.store_exchange import check_same, run_on_all_ranks
 from recognition.run.run_dir import OWNED_SECONDS, lock_run_dir, refuse_foreign_files
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def choose_checkpoint(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
-    """The verified checkpoint to resume from, or None for a new run; and what was wrong with newer
-    checkpoints that were passed over.
+    """The verified checkpoint to resume from, or None for a new run; and what is wrong with newer
+    checkpoints.
 
     With resume=auto a damaged checkpoint is renamed to step-N.damaged and the one before it is
     used, so that no person has to intervene. A checkpoint that resume= names is never renamed.
@@ -31,81 +32,69 @@ def choose_checkpoint(cfg: Config, runtime: Runtime) -> tuple[str | None, list[s
         FileExistsError: a new run was requested but the output holds a run already, or files that
             no run wrote.
         Damaged: the checkpoint that resume= names is damaged (the message names the file and the
-            checkpoint before it); or, with resume=auto, all checkpoints are.
+            preceding checkpoint); or, with resume=auto, all checkpoints are.
         ValueError: the ranks do not see the same checkpoints.
         OSError: a checkpoint cannot be read.
     """
-    _raise_on_all_ranks(
-        runtime, lambda: refuse_foreign_files(cfg.output) if runtime.rank == 0 else None
-    )
+    if runtime.rank == 0:
+        _raise_on_all_ranks(runtime, lambda: refuse_foreign_files(cfg.output))
+    else:
+        _raise_on_all_ranks(runtime, lambda: None)
     if cfg.resume == "auto":
         return newest_intact(cfg, runtime)
     path = _raise_on_all_ranks(runtime, lambda: _named_checkpoint(cfg))
-    collectives.check_same(runtime.group, resumed_from=path and os.path.basename(path))
+    check_same(runtime.group, resumed_from=path and os.path.basename(path))
     if path is not None:
-        try:
+        with checkpoint.naming_predecessor(path):
             checkpoint.verify(path, runtime.group)
-        except checkpoint.Damaged as error:
-            raise checkpoint.Damaged(f"{error}{checkpoint.older(path)}") from error
     return path, []
 
 
 def newest_intact(cfg: Config, runtime: Runtime) -> tuple[str | None, list[str]]:
-    """The run's newest intact checkpoint, or None if it has no checkpoint; and what was wrong with
+    """The run's newest intact checkpoint, None if it has no checkpoint; and what is wrong with
     newer ones, which are renamed.
 
     If a save was killed after writing all files but before the final rename, the rename is done.
 
     Raises:
-        Damaged: every checkpoint is damaged; they keep their names.
+        Damaged: every checkpoint is damaged; they keep their names. Only a person may decide to
+            start over.
         ValueError: the ranks do not see the same checkpoints.
         OSError: a checkpoint cannot be read, or another run holds the output.
     """
-    found = _checkpoints_of(cfg, runtime)
-    wrong: list[tuple[str, str]] = []
-    good = None
+    found = _raise_on_all_ranks(runtime, lambda: checkpoint.copies(cfg.output))
+    check_same(runtime.group, resumed_from=[os.path.basename(path) for path in found])
+    damaged: dict[str, str] = {}
     for path in found:
         try:
             checkpoint.verify(path, runtime.group)
         except checkpoint.Damaged as error:
-            wrong.append((path, str(error)))
+            damaged[path] = str(error)
         else:
-            good = path
             break
-    if good is None:
-        _refuse_none(cfg, [why for _, why in wrong])
+    else:
+        known = [f"{path} is damaged" for path in checkpoint.named_damaged(cfg.output)]
+        if damaged or known:
+            raise checkpoint.Damaged(
+                f"{cfg.output} holds no intact checkpoint: {'; '.join([*damaged.values(), *known])}"
+                ". Put a good copy in its place, or start a new run with resume=none and another "
+                "output="
+            )
         return None, []
-    if not wrong and good == checkpoint.final_name(good):
-        return good, []
+    if not damaged and path == checkpoint.final_name(path):
+        return path, []
 
     def rename() -> tuple[list[str], str]:
         if runtime.rank != 0:
             return [], ""
         with lock_run_dir(cfg.output):  # no other run may write there meanwhile
-            aside = [os.path.basename(checkpoint.set_aside(path)) for path, _ in wrong]
-            return aside, checkpoint.take(good)
+            renamed = [os.path.basename(checkpoint.mark_damaged(each)) for each in damaged]
+            return renamed, checkpoint.give_final_name(path)
 
-    what = "set the checkpoint aside"
-    aside, taken = collectives.run_on_all_ranks(runtime.group, what, rename, OWNED_SECONDS)[0]
-    damaged = [f"{why}; it is now {name}" for (_, why), name in zip(wrong, aside, strict=True)]
-    return taken, damaged
-
-
-def _checkpoints_of(cfg: Config, runtime: Runtime) -> list[str]:
-    """Candidate checkpoints of the run, newest first; the same list on all ranks."""
-    found = _raise_on_all_ranks(runtime, lambda: checkpoint.copies(cfg.output))
-    collectives.check_same(runtime.group, resumed_from=[os.path.basename(path) for path in found])
-    return found
-
-
-def _refuse_none(cfg: Config, wrong: list[str]) -> None:
-    """Raise Damaged if there were checkpoints: only a person may decide to start over."""
-    known = [f"{path} was set aside" for path in checkpoint.named_damaged(cfg.output)]
-    if wrong or known:
-        raise checkpoint.Damaged(
-            f"{cfg.output} holds no checkpoint to continue from: {'; '.join(wrong + known)}. Put a "
-            "good copy in its place; or start anew with resume=none and another output="
-        )
+    what = "rename the damaged checkpoint"
+    renamed, path = run_on_all_ranks(runtime.group, what, rename, OWNED_SECONDS)[0]
+    reasons = zip(damaged.values(), renamed, strict=True)
+    return path, [f"{why}; it is now {name}" for why, name in reasons]
 
 
 def _named_checkpoint(cfg: Config) -> str | None:
@@ -127,8 +116,8 @@ def _named_checkpoint(cfg: Config) -> str | None:
     newest = checkpoint.newest(cfg.output)
     if newest and not os.path.samefile(newest, found):
         raise FileExistsError(
-            f"{cfg.output} holds {os.path.basename(newest)} already, which resume={cfg.resume} "
-            "would leave behind: resume=auto continues it; or choose another output="
+            f"{cfg.output} already holds {os.path.basename(newest)}, which resume={cfg.resume} "
+            "would abandon: resume=auto continues it; or choose another output="
         )
     return found
 
@@ -145,11 +134,9 @@ def _raise_on_all_ranks(runtime: Runtime, action: Callable[[], Any]) -> Any:
     except OSError as error:
         failure = error
     message = failure and f"rank {runtime.rank}: {failure}"
-    others = [text for text in collectives.gather_objects(message, runtime.group) if text]
-    if failure is not None:
-        raise failure
-    if others:
-        raise OSError(others[0])
+    messages = [text for text in collectives.gather_objects(message, runtime.group) if text]
+    if messages:
+        raise failure or OSError(messages[0])
     return result
 
 
@@ -211,12 +198,10 @@ def refuse_ignored(state: TrainState, saved: Mapping[str, Any], path: str) -> No
     if state.step < state.schedule.total_steps:
         return
     asked_for = {field.name for field in dataclasses.fields(cfg)} - set(state.facts)
-    ignored = [
-        change for change in state.changes if change.split()[0] in asked_for - _OF_THE_LENGTH
-    ]
+    ignored = [x for x in state.changes if x.split()[0] in asked_for - _OF_THE_LENGTH]
     if ignored:
         raise UserError(
-            f"{cfg.output} is complete after {state.step} steps, and so {', '.join(ignored)} would "
-            "be ignored: choose another output= for a new run (init_from= starts it from this "
-            "network), or more steps to go on with it"
+            f"{cfg.output} is complete after {state.step} steps, so {', '.join(ignored)} would be "
+            "ignored: choose another output= for a new run (init_from= starts it from this "
+            "network), or more steps to continue this one"
         )

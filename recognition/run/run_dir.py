@@ -65,68 +65,51 @@ def refuse_foreign_files(output: str) -> None:
         FileExistsError: there are such files; the message names them.
         OSError: a file cannot be read.
     """
-    there = [name for name in _WRITTEN if files.exists(os.path.join(output, name))]
-    foreign = [name for name in there if not _WRITTEN[name](_start_of(output, name))]
-    if not foreign and "config.json" not in there and not _has_checkpoints(output):
+    paths = {name: os.path.join(output, name) for name in _WRITTEN}
+    starts = {name: _start_of(path) for name, path in paths.items() if files.exists(path)}
+    foreign = [name for name, start in starts.items() if not _WRITTEN[name](start)]
+    has_run = "config.json" in starts or checkpoint.newest(output)
+    if not (foreign or has_run or checkpoint.named_damaged(output)):
         # They look like files of a run, but nothing else here belongs to one. A list of skipped
         # samples may be given to a new run, which reads it first.
-        foreign = [name for name in there if name != "skipped.json" and _start_of(output, name)]
-        foreign += [name for name in _DIRECTORIES if files.names(os.path.join(output, name))]
+        foreign = [name for name, start in starts.items() if start and name != "skipped.json"]
+        foreign += ["checkpoints"] * bool(files.names(os.path.join(output, "checkpoints")))
     if foreign:
         raise FileExistsError(
-            f"output={output} holds {', '.join(foreign)}, not written by a run of ours, and a run "
-            "would write over it: choose another output=, or move it away"
+            f"output={output} holds {', '.join(foreign)}, not written by a run of arcline, and a "
+            "run would overwrite it: choose another output=, or move it away"
         )
 
 
-def _start_of(output: str, name: str) -> bytes:
-    """The first bytes of a file."""
-    path = os.path.join(output, name)
+def _start_of(path: str) -> bytes:
     with files.naming(path), open(path, "rb") as file:
-        return file.read(_START_BYTES)
+        return file.read(1 << 20)
 
 
-def _object(text: bytes) -> dict[str, Any] | None:
+def _is_object(text: bytes, *keys: str) -> bool:
+    """Whether `text` is a JSON object that has these keys."""
     try:
         content = json.loads(text)
     except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _is_config(start: bytes) -> bool:
-    return not start or {"rec", "network", "margin", "output"} <= set(_object(start) or {})
+        return False
+    return isinstance(content, dict) and content.keys() >= set(keys)
 
 
 def _is_metrics(start: bytes) -> bool:
     line, newline, _ = start.partition(b"\n")
     if not newline:  # the run was killed while it wrote its first record
         return b'{"step"'.startswith(line[:7])
-    return "step" in (_object(line) or {})
+    return _is_object(line, "step")
 
 
-def _is_note(start: bytes) -> bool:
-    return not start or {"step", "signal"} <= set(_object(start) or {})
-
-
-def _is_list(start: bytes) -> bool:
-    return start[:1] in (b"", b"[")
-
-
-_START_BYTES = 1 << 20
-# The files that a run overwrites, and how to tell that a run wrote them. An empty file is free.
+# The files that a run overwrites, and how to tell from their first MiB that a run wrote them. An
+# empty file may be overwritten.
 _WRITTEN: dict[str, Callable[[bytes], bool]] = {
-    "config.json": _is_config,
+    "config.json": lambda x: not x or _is_object(x, "rec", "network", "margin", "output"),
     "metrics.jsonl": _is_metrics,
-    "stopped.json": _is_note,
-    "skipped.json": _is_list,
+    "stopped.json": lambda x: not x or _is_object(x, "step", "signal"),
+    "skipped.json": lambda x: x[:1] in (b"", b"["),
 }
-_DIRECTORIES = ("checkpoints",)
-
-
-def _has_checkpoints(output: str) -> bool:
-    """Whether there is a checkpoint of a run: complete, damaged or partly written."""
-    return bool(checkpoint.newest(output) or checkpoint.named_damaged(output))
 
 
 def write_config(cfg: Config, facts: Mapping[str, Any]) -> None:

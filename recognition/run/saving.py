@@ -19,15 +19,12 @@ def make_saver(state: TrainState, logger: Logger) -> checkpoint.Saver:
 
     def report(step: int, why: str) -> None:
         record = {"step": state.step, "checkpoint_failed": step, "reason": why}
-        logger.record(
-            record,
-            f"warning: step {state.step}  the checkpoint of step {step} is not there: {why}; "
-            "older ones are, and the next save tries again",
-        )
+        line = f"warning: step {state.step}  the checkpoint of step {step} was not written: {why}; "
+        logger.record(record, line + "older ones exist, and the next save tries again")
 
-    return checkpoint.Saver(
-        cfg.output, state.runtime.group, _keep(state), cfg.save_async, report, state.loaded_step
-    )
+    keep = checkpoint.Keep(cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best)
+    group = state.runtime.group
+    return checkpoint.Saver(cfg.output, group, keep, cfg.save_async, report, state.loaded_step)
 
 
 def save(saver: checkpoint.Saver, state: TrainState, results: Mapping[str, Any]) -> None:
@@ -51,18 +48,6 @@ def save_now(
     return saver.save_now(state.parts, facts(state, results or {}), _LAST_WAITS)
 
 
-def save_here(state: TrainState) -> str:
-    """Save the present step from a user's own training loop; returns the checkpoint's path.
-
-    Raises:
-        OSError: a rank could not write. The attempt leaves no files; older checkpoints stay.
-    """
-    saver = checkpoint.Saver(
-        state.cfg.output, state.runtime.group, _keep(state), False, loaded=state.loaded_step
-    )
-    return saver.save_now(state.parts, facts(state, {}))
-
-
 def note_verified(saver: checkpoint.Saver, state: TrainState, results: Mapping[str, Any]) -> None:
     """Add a verification's results to the checkpoint that the run resumed from, if they belong to
     its step."""
@@ -76,32 +61,18 @@ def accuracies(results: Mapping[str, Any]) -> dict[str, float]:
     return {name: result["accuracy_mean"] for name, result in results.items()}
 
 
-def is_due(state: TrainState, every: int) -> bool:
-    """Whether what happens every so many steps, and at the last one, happens at the present one."""
-    return state.step % every == 0 or state.step == state.schedule.total_steps
-
-
-def is_verification_due(state: TrainState) -> bool:
-    """Whether the present step is to be verified."""
-    return bool(state.val_sets) and is_due(state, state.cfg.verify_every)
-
-
 def facts(state: TrainState, results: Mapping[str, Any]) -> dict[str, Any]:
-    """What the manifest records beside the list of files."""
+    """The facts that the manifest records beside the list of files."""
+    unverified = bool(state.val_sets) and state.is_due(state.cfg.verify_every) and not results
     return {
         "step": state.step,
         "samples_seen": state.samples_seen,
         "global_batch": state.cfg.global_batch(state.runtime.world),
         "epoch": state.samples_seen / len(state.data),
         "metrics": accuracies(results),
-        # A run that stops before it verifies this step: it may be the best, so keep it until then.
-        **({checkpoint.PENDING: True} if is_verification_due(state) and not results else {}),
+        # The run stops before it verifies this step, which may be the best: keep it until then.
+        **({checkpoint.PENDING: True} if unverified else {}),
         "skipped": [list(window) for window in state.skipped],
         "spikes": None if state.spikes is None else state.spikes.state(),
         "config": dataclasses.asdict(state.cfg) | state.facts,
     }
-
-
-def _keep(state: TrainState) -> checkpoint.Keep:
-    cfg = state.cfg
-    return checkpoint.Keep(cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best)

@@ -2,16 +2,17 @@
 
 on_spike="warn" logs a spike, "stop" ends the run, "rollback" returns to the newest checkpoint and
 skips the samples between it and the spike (as PaLM's training did, arXiv:2204.02311 section 5.1).
-rollback.py does so. skipped.json and every later checkpoint list the skipped windows, so that every
-resume skips the same samples.
+skipped.json and every later checkpoint list the skipped windows, so that every resume skips the
+same samples.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,16 @@ from torch.distributed import ProcessGroup
 
 from data_tools.common import files, text
 from data_tools.common.errors import UserError
+from recognition import checkpoint
 from recognition.config import Config
 from recognition.distributed import collectives
+from recognition.distributed.store_exchange import check_same, run_on_all_ranks
+from recognition.run import resume
+from recognition.run.logger import Logger
+from recognition.run.nonfinite import FiniteGuard
+
+if TYPE_CHECKING:
+    from recognition.run.state import TrainState
 
 _MOMENTUM = 0.98  # of the running means: the last 50 steps weigh 64 %
 _LEAST_STEPS = 20  # before the means are trusted
@@ -117,3 +126,74 @@ def skipped(run_dir: str, manifest: Mapping[str, Any] | None) -> list[Window]:
                 "[[start, stop, why]]. Set it right, or remove it to train on all"
             ) from error
     return sorted(found)
+
+
+# --- What follows a spike -------------------------------------------------------------------------
+
+
+def handle_spike(state: TrainState, logger: Logger) -> None:
+    """Act on a spike since the last call as on_spike says. All ranks must call it.
+
+    Raises:
+        FloatingPointError: there was a spike and on_spike is not "warn".
+    """
+    found = None if state.spikes is None else state.spikes.found()
+    if found is None:
+        return
+    if state.cfg.on_spike != "warn":
+        raise FloatingPointError(found)
+    logger.record({"step": state.step, "spike": found}, f"warning: {found}")
+
+
+def skip_samples(state: TrainState) -> bool:
+    """If the next sample lies in a skipped window, move to its end; returns whether it moved."""
+    before = state.samples_seen
+    for window in state.skipped:
+        if window.start <= state.samples_seen < window.stop:
+            state.samples_seen = window.stop
+    return state.samples_seen != before
+
+
+def roll_back(state: TrainState, why: str) -> str:
+    """Return to the newest checkpoint and skip the samples between it and the present step.
+
+    All ranks must call it. Returns the message for the log.
+
+    Raises:
+        FloatingPointError: there is no checkpoint, or max_rollbacks is reached.
+    """
+    cfg, runtime = state.cfg, state.runtime
+    check_same(runtime.group, step=state.step)  # also waits until all ranks have ended their saves
+    done = len(state.skipped)
+    if done >= cfg.max_rollbacks:
+        raise FloatingPointError(
+            f"{why}; the run has rolled back {done} times already (max_rollbacks): lower lr, "
+            "lengthen warmup_epochs, or look at the data"
+        )
+    path, damaged = resume.newest_intact(cfg, runtime)
+    if path is None:
+        raise FloatingPointError(f"{why}; there is no checkpoint yet to return to")
+    stop, spiked = state.samples_seen, state.step
+    manifest = checkpoint.load(path, state.parts)
+    state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]
+    state.loaded_step = state.step
+    window = Window(state.samples_seen, stop, why)
+    state.skipped = sorted({*state.skipped, window})
+    state.damaged = damaged
+    state.owes_verification = False
+    if state.spikes is not None:
+        state.spikes = make_guard(cfg, runtime.group, runtime.device)
+        if state.spikes is not None and manifest.get("spikes"):
+            state.spikes.load(manifest["spikes"])
+    state.guard = FiniteGuard(runtime.group, runtime.device)
+    path = os.path.join(cfg.output, SKIPPED_FILE)
+
+    def note() -> None:
+        if runtime.rank == 0:
+            files.write_text(path, json.dumps(state.skipped))
+
+    run_on_all_ranks(runtime.group, "record the skipped samples", note)
+    return (
+        f"{why}: back from step {spiked} to {state.step}, skipping the samples {window.start} to "
+        f"{window.stop - 1} (rollback {done + 1} of {cfg.max_rollbacks})"
+    )

@@ -18,9 +18,8 @@ from recognition.config import Config
 from recognition.distributed.runtime import Runtime
 from recognition.distributed.step_timer import Phases
 from recognition.head import PartialFC
-from recognition.run.elastic import RescaledSchedule
 from recognition.run.nonfinite import FiniteGuard, SkippingStep
-from recognition.run.schedule import Schedule
+from recognition.run.schedule import RescaledSchedule, Schedule
 from recognition.run.spikes import SpikeGuard, Window
 from recognition.weights import distill
 
@@ -46,9 +45,7 @@ class TrainState:
     messages: list[str] = field(default_factory=list)  # lines to log at the start
     owes_verification: bool = False  # the loaded step still has to be verified
     changes: list[str] = field(default_factory=list)  # of configuration since the checkpoint
-    damaged: list[str] = field(
-        default_factory=list
-    )  # what was wrong with checkpoints that were passed over
+    damaged: list[str] = field(default_factory=list)  # newer checkpoints that cannot be used
     spikes: SpikeGuard | None = None
     skipped: list[Window] = field(default_factory=list)  # samples skipped after spikes
     step: int = 0  # completed optimiser steps
@@ -66,6 +63,10 @@ class TrainState:
         # The hook refers to `phases` only: the garbage collector does not see what it holds.
         enter = self.phases.enter
         first.register_post_accumulate_grad_hook(lambda _: enter("communication"))
+
+    def is_due(self, every: int) -> bool:
+        """Whether the present step is a multiple of `every`, or the last one."""
+        return self.step % every == 0 or self.step == self.schedule.total_steps
 
     @property
     def backbone(self) -> nn.Module:

@@ -11,8 +11,8 @@ from torch import Tensor
 from data_tools.load.loader import Batch
 from recognition import checkpoint
 from recognition.distributed import replica_check, runtime
-from recognition.distributed.preemption import SIGNALS, Interrupted, StopRequest
-from recognition.distributed.watchdog import Watchdog, listen_for_signals
+from recognition.distributed.preemption import Interrupted, StopRequest, listen_for_signals
+from recognition.distributed.watchdog import Watchdog
 from recognition.run.state import TrainState
 
 
@@ -39,7 +39,7 @@ class Supervisor:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._watchdog)
             stack.enter_context(self._stop.listening())
-            stack.enter_context(listen_for_signals(self._watchdog, SIGNALS))
+            stack.enter_context(listen_for_signals(self._watchdog.signalled))
             if self._state.cfg.debug:
                 self._record = replica_check.SampleRecord(self._state.cfg.output, self._stop.group)
                 stack.callback(self._record.close)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.common.draws import Purpose, hash_words
-from data_tools.load.augment import Probabilities
-from data_tools.load.dali import Dali
-from data_tools.load.loader import Batch, BatchSource, Loader, normalise
+from data_tools.load.loader import Batch, normalise
 from recognition import checkpoint
 from recognition.distributed import collectives, preemption
+from recognition.distributed.store_exchange import run_on_all_ranks
 from recognition.head import multi_head
 from recognition.precision import autocast, dtype_of
-from recognition.run import log_lines, rollback, saving
+from recognition.run import log_lines, saving, spikes
+from recognition.run.data import make_loader
 from recognition.run.logger import Logger, as_numbers, histograms
 from recognition.run.run_dir import OWNED_SECONDS, lock_run_dir, write_config
 from recognition.run.state import TrainState
@@ -46,7 +46,7 @@ def train(state: TrainState) -> dict[str, Any]:
     while True:
         with _open(state, rolled_back) as run:
             samples_before = state.samples_seen
-            if rollback.skip_samples(state):
+            if spikes.skip_samples(state):
                 _end_epochs(state, run.logger, samples_before)
             results = _verify(state, run) if state.step == 0 or state.owes_verification else {}
             while state.step < total:  # once for each stretch of samples between skipped ones
@@ -59,17 +59,17 @@ def train(state: TrainState) -> dict[str, Any]:
                         run.supervisor.before_step()
                         loss, grad_norm = take_step(state, batches)
                         run.step_traced()
-                        skipped = rollback.skip_samples(state)
+                        skipped = spikes.skip_samples(state)
                         heard = run.supervisor.after_step()
                         stop = heard if state.step < total else None
                         _end_epochs(state, run.logger, samples_before)
 
-                        log = _is_due(state.step, cfg.log_every, total)
-                        validate = _is_due(state.step, cfg.verify_every, total)
-                        save = _is_due(state.step, cfg.checkpoint_every, total)
+                        log = state.is_due(cfg.log_every)
+                        validate = state.is_due(cfg.verify_every)
+                        save = state.is_due(cfg.checkpoint_every)
                         if on_cpu or log or validate or save or stop is not None:
                             state.guard.raise_if_found()
-                            rollback.handle_spike(state, run.logger)
+                            spikes.handle_spike(state, run.logger)
                         if log:
                             log_lines.log_step(state, run.logger, loss, grad_norm, stopwatch)
                         with stopwatch.paused():
@@ -85,7 +85,7 @@ def train(state: TrainState) -> dict[str, Any]:
             log_lines.log_next_commands(state, run.logger)
             return results
         # Only a FloatingPointError under on_spike=rollback leaves the block without a return.
-        rolled_back = rollback.roll_back(state, run.failure)
+        rolled_back = spikes.roll_back(state, run.failure)
 
 
 # --- What the loop opens, and how it ends ---------------------------------------------------------
@@ -120,7 +120,7 @@ def _open(state: TrainState, rolled_back: str | None) -> Iterator[_Run]:
                 write_config(cfg, state.facts)
                 preemption.remove_note(cfg.output)
 
-        collectives.run_on_all_ranks(runtime.group, "start the run", take_output, OWNED_SECONDS)
+        run_on_all_ranks(runtime.group, "start the run", take_output, OWNED_SECONDS)
         supervisor = outer.enter_context(Supervisor(state).watching())
         try:
             with contextlib.ExitStack() as inner:
@@ -168,10 +168,6 @@ def _save_and_stop(state: TrainState, run: _Run, heard: signal.Signals) -> NoRet
     with run.supervisor.long_operation():
         saving.save_now(run.saver, state)
     raise preemption.stopped(state.cfg.output, state.runtime.rank, heard, state.step)
-
-
-def _is_due(step: int, every: int, total: int) -> bool:
-    return step % every == 0 or step == total
 
 
 # --- One step -------------------------------------------------------------------------------------
@@ -244,9 +240,8 @@ def _forward(
     if state.teacher is not None:
         taught = state.teacher(pixels, batch.ids)
         counts = [sum(sets) for sets in rows]
-        distillation = distill.distillation_loss(
-            seen["embeddings"], taught, cfg.teacher_loss, counts, runtime.group
-        )  # fmt: skip
+        embeddings, kind = seen["embeddings"], cfg.teacher_loss
+        distillation = distill.distillation_loss(embeddings, taught, kind, counts, runtime.group)
         loss = loss._replace(total=loss.total + cfg.teacher_weight * distillation)
     return loss, seen
 
@@ -316,31 +311,3 @@ def _end_epochs(state: TrainState, logger: Logger, seen_before: int) -> None:
             record = {"step": state.step, "epoch": epoch, "epoch_end": as_numbers(statistics)}
             line = f"step {state.step}  epoch {epoch}{name and f' of {name}'} is over"
             logger.record(record, line, histograms(statistics))
-
-
-# --- The data -------------------------------------------------------------------------------------
-
-
-def make_loader(state: TrainState) -> BatchSource:
-    """This rank's batches from `state.samples_seen` on."""
-    cfg, runtime = state.cfg, state.runtime
-    stream: dict[str, Any] = dict(
-        seed=cfg.seed,
-        global_batch=cfg.global_batch(runtime.world),
-        world=runtime.world,
-        rank=runtime.rank,
-        accumulation=cfg.accumulation,
-        samples_seen=state.samples_seen,
-        workers=cfg.num_workers,
-        resize=cfg.resize,
-        blocks=state.order.blocks,
-        shares=multi_head.shares(cfg, state.data),
-        chances=Probabilities(
-            cfg.crop_augmentation_prob,
-            cfg.low_res_augmentation_prob,
-            cfg.photometric_augmentation_prob,
-        ),
-    )
-    if cfg.loader == "dali":
-        return Dali(state.data, device=runtime.device, **stream)
-    return Loader(state.data, pin_memory=runtime.device.type == "cuda", **stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,17 +40,15 @@ def verify(
     finally:
         freezing.train_mode(state.backbone)
     if results:
-        short = {
-            name: {key: score[key] for key in ("accuracy_mean", "accuracy_std", "xnorm")}
-            for name, score in results.items()
-        }
-        num_pairs = {pairs.name: len(pairs.issame) for pairs in state.val_sets}
-        line = "  ".join(
-            f"{name} {100 * score['accuracy_mean']:.2f} +- {100 * score['accuracy_std']:.2f} % of "
-            f"{num_pairs[name]} pairs"
-            for name, score in short.items()
-        )
-        line += " (+-: the standard deviation over ten folds)"
+        short, parts = {}, []
+        for pairs in state.val_sets:
+            score = results[pairs.name]
+            keys = ("accuracy_mean", "accuracy_std", "xnorm")
+            short[pairs.name] = {key: score[key] for key in keys}
+            mean, std = 100 * score["accuracy_mean"], 100 * score["accuracy_std"]
+            count = len(pairs.issame)
+            parts.append(f"{pairs.name} {mean:.2f} +- {std:.2f} % of {count} pairs")
+        line = "  ".join(parts) + " (+-: the standard deviation over ten folds)"
         record = {"step": state.step, "verification": short}
         logger.record(record, f"step {state.step}  verification  {line}")
     return results
@@ -60,7 +59,8 @@ def _score(state: TrainState, pairs: PairSet, before_batch: Callable[[], None]) 
     slices = [rank_slice(len(pairs.encoded), world, r) for r in range(world)]
     counts = [stop - start for start, stop in slices]
     start, stop = slices[rank]
-    left = max(_num_forwards(count) for count in counts)
+    # lfw.embed() has two forward passes a batch (plain and mirrored), and at least one.
+    left = max(2 * math.ceil(count / _BATCH) or 1 for count in counts)
 
     def forward(images: np.ndarray) -> np.ndarray:
         nonlocal left
@@ -83,8 +83,3 @@ def _score(state: TrainState, pairs: PairSet, before_batch: Callable[[], None]) 
         collectives.gather_parts(torch.from_numpy(part), counts, group) for part in local
     )
     return lfw.score(sums.numpy(), norms.numpy(), pairs.issame)
-
-
-def _num_forwards(images: int) -> int:
-    """Forward passes of lfw.embed(): two a batch (plain and mirrored), and at least one."""
-    return 2 * -(-images // _BATCH) or 1

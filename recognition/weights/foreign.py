@@ -31,7 +31,7 @@ from torch import Tensor
 from data_tools.common import content, files
 from data_tools.common.errors import USER_ERRORS, UserError
 from recognition.backbones import BACKBONES
-from recognition.checkpoint.backbone import misfit
+from recognition.checkpoint.reading import misfit
 from recognition.checkpoint.tensors import mapping
 from recognition.weights import mxnet_params
 

@@ -23,7 +23,7 @@ from data_tools.common import files
 from data_tools.common.errors import UserError
 from recognition import checkpoint
 from recognition.checkpoint.tensors import readable
-from recognition.distributed import collectives
+from recognition.distributed import store_exchange
 from recognition.weights.foreign import dense, read_torch
 
 _BLOCK = 1 << 16  # rows read at a time
@@ -98,7 +98,7 @@ def verify(source: str, group: ProcessGroup) -> None:
         Damaged: on every rank alike, naming the files.
         OSError: some rank cannot read them.
     """
-    found = collectives.run_on_all_ranks(group, "find init_head", lambda: checkpoint_at(source))
+    found = store_exchange.run_on_all_ranks(group, "find init_head", lambda: checkpoint_at(source))
     path = found[group.rank()]
     if path is not None:
         checkpoint.verify(path, group, lambda name: "rows-" in name)

@@ -14,7 +14,7 @@ _BLAME = ("damaged", "lacks", "neither a checkpoint", "not a complete")
 def judge(fault: Fault) -> list[str]:
     said = fault.outcome.said
     wrong = [f"it says {word!r}" for word in _BLAME if word in said]
-    whole = said.count("every file is what was written")
+    whole = said.count("every file matches its hash")
     if fault.outcome.code == 0 and whole != 2:
         wrong.append(f"exit code 0, but {whole} of 2 checkpoints are said to be whole")
     if fault.after != fault.before:

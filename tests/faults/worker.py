@@ -36,6 +36,7 @@ from data_tools.common.errors import USER_ERRORS, one_line
 from recognition import config
 from recognition.distributed import runtime
 from recognition.run import build, saving
+from tests.recognition import runs
 
 
 def save_again(arguments: list[str]) -> int:
@@ -43,7 +44,7 @@ def save_again(arguments: list[str]) -> int:
     cfg = config.load(arguments[0], arguments[1:])
     try:
         with runtime.start(cfg.collective_timeout) as place:
-            saving.save_here(build.build(cfg, place))
+            runs.save_here(build.build(cfg, place))
     except USER_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1

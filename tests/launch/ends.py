@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pathlib
 
 import safetensors.torch
 
-from recognition.distributed import replica_check
 from tests.launch.processes import records, verified
 
 IMAGES = 128  # of shards_dir
@@ -44,9 +45,26 @@ def assert_same_numbers(
 
 def assert_every_image_once_an_epoch(output: pathlib.Path, last: int, batch: int) -> None:
     """In the epochs up to step `last`."""
-    steps = replica_check.samples_of(str(output))
+    steps = samples_of(str(output))
     assert list(steps)[:last] == list(range(1, last + 1))
     epoch = IMAGES // batch  # steps
     for first in range(1, last + 2 - epoch, epoch):
         ids = sum((steps[first + k] for k in range(epoch)), [])
         assert sorted(ids) == list(range(IMAGES)), f"steps from {first}"
+
+
+def samples_of(run_dir: str) -> dict[int, list[int]]:
+    """The ids that each step trained on, over all ranks, from the last start that ran the step."""
+    found: dict[int, tuple[int, list[int]]] = {}
+    directory = os.path.join(run_dir, "samples")
+    for name in sorted(os.listdir(directory)):  # earlier starts first
+        start = int(name.partition("-")[0])
+        with open(os.path.join(directory, name), encoding="utf-8") as lines:
+            for line in lines:
+                if not line.endswith("\n"):
+                    break  # the run was killed while it wrote this line
+                step, ids = json.loads(line)
+                if found.get(step, (0, []))[0] != start:
+                    found[step] = (start, [])
+                found[step][1].extend(ids)
+    return {step: ids for step, (_, ids) in sorted(found.items())}

@@ -135,7 +135,9 @@ def a_minute_without_disk(run, kinds, injure, done):
             injure(kind)
         run.wait_for(lambda: time.monotonic() > began + 60)
         assert chaos.newest(run.output) == there
-    failures = re.findall(r"the checkpoint of step (\d+) is not there: .*No space", run.text(mark))
+    failures = re.findall(
+        r"the checkpoint of step (\d+) was not written: .*No space", run.text(mark)
+    )
     assert len(failures) >= len(kinds)
     run.wait_for(lambda: chaos.newest(run.output) > there)
     done.append((f"no disk for {time.monotonic() - began:.0f} s", f"not saved: {failures}"))

@@ -52,8 +52,16 @@ def run(keys: dict, stop_after: int | None = None) -> dict[str, torch.Tensor]:
                 seen_before = state.samples_seen
                 trainer.take_step(state, batches)
                 trainer._end_epochs(state, logger, seen_before)
-        saving.save_here(state)
+        save_here(state)
     return tensors(state)
+
+
+def save_here(state: build.TrainState) -> str:
+    """Save the present step and wait for it; the checkpoint's path."""
+    cfg, group = state.cfg, state.runtime.group
+    keep = checkpoint.Keep(cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best)
+    saver = checkpoint.Saver(cfg.output, group, keep, False, loaded=state.loaded_step)
+    return saver.save_now(state.parts, saving.facts(state, {}))
 
 
 def tensors(state: build.TrainState) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from data_tools.common.errors import UserError
 from eval.embedders.contract import InputContract
 from recognition.backbones import BACKBONES
-from recognition.checkpoint.directory import FORMAT
+from recognition.checkpoint.manifest import FORMAT
 from recognition.export.to_onnx import input_facts
 from recognition.weights import networks
 

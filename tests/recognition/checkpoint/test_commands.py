@@ -81,7 +81,7 @@ def test_merge_gives_a_checkpoint_that_resumes(trained, run_dir, tmp_path, capsy
     again = ranks.run(2, runs.run, keys | {"output": run_dir, "max_steps": 3})[0]
     assert all(torch.equal(ahead[name], again[name]) for name in ahead)
     code, error = said(capsys, "merge", run_dir, out)
-    assert code == 1 and "is there already" in error
+    assert code == 1 and "already exists" in error
 
 
 def test_export(trained, run_dir, tmp_path, capsys):
@@ -97,14 +97,14 @@ def test_export(trained, run_dir, tmp_path, capsys):
     assert torch.equal(centres, tensors["rows"])
     card = json.loads((tmp_path / "released" / "card.json").read_text())
     assert card == result["card"]
-    assert (card["network"], card["step"], card["num_classes"]) == ("mbf_tiny", 2, [16])
+    assert (card["network"], card["step"], card["num_classes"]) == (runs.BASE["network"], 2, [16])
     assert card["trained_on"] == ["shards"] and "/" not in card["trained_on"][0]
     code, _ = said(capsys, "export", run_dir, tmp_path / "alone")
     assert code == 0 and "centres.safetensors" not in os.listdir(tmp_path / "alone")
     from recognition.weights.networks import open_embedder  # what reads it
 
     embedder = open_embedder(tmp_path / "alone" / "model.safetensors")
-    assert embedder.facts["network"] == "mbf_tiny"
+    assert embedder.facts["network"] == runs.BASE["network"]
 
 
 def test_nothing_half_made_of_a_damaged_one(run_dir, tmp_path, capsys):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from recognition import checkpoint, config
-from recognition.checkpoint import directory
+from recognition.checkpoint import manifest as manifests
 from recognition.run import build
 from tests import ranks
 from tests.recognition import runs
@@ -131,7 +131,7 @@ def test_checkpoints_that_were_set_aside_are_not_forgotten(keys):
         os.rename(path, path + ".damaged")
     before = contents(keys["output"])
     kind, message = ranks.run(1, failure, keys)[0]
-    assert kind == "Damaged" and "step-2.damaged was set aside" in message
+    assert kind == "Damaged" and "step-2.damaged is damaged" in message
     kind, message = ranks.run(1, failure, keys | {"resume": None})[0]
     assert kind == "FileExistsError" and "choose another output=" in message
     assert contents(keys["output"]) == before
@@ -169,7 +169,7 @@ def test_a_manifest_that_points_elsewhere_is_refused(keys, name, tmp_path):
     del manifest["sha256"]
     manifest["files"][name] = {"bytes": 1, "sha256": "0"}
     with open(f"{path}/manifest.json", "w") as file:
-        json.dump(manifest | {"sha256": directory.digest(manifest)}, file)
+        json.dump(manifest | {"sha256": manifests.digest(manifest)}, file)
     kind, message = ranks.run(1, failure, keys)[0]
-    assert kind == "UserError" and "no file of a checkpoint" in message
+    assert kind == "UserError" and "which no checkpoint contains" in message
     assert os.path.isdir(path)

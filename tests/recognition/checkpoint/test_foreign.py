@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from recognition import config
-from recognition.checkpoint import directory
+from recognition.checkpoint import manifest as manifests
 from recognition.run import build
 from tests import ranks
 from tests.recognition import runs
@@ -30,7 +30,7 @@ def rewrite(path, change):
         if (path / listed).exists():
             entry["sha256"] = hashlib.sha256((path / listed).read_bytes()).hexdigest()
     change(manifest)
-    name.write_text(json.dumps(manifest | {"sha256": directory.digest(manifest)}))
+    name.write_text(json.dumps(manifest | {"sha256": manifests.digest(manifest)}))
 
 
 def fact(key, value=_MISSING, words=""):
@@ -97,7 +97,7 @@ CASES = {
     "window": fact("skipped", [[1]]),
     "spikes": fact("spikes", [1]),
     "metrics": fact("metrics", 3),
-    "no files": fact("files", {}, "lacks the classes 0 and more"),
+    "no files": fact("files", {}, "lacks the classes from 0 on"),
     "file of a number": fact("files", {"model.safetensors": 7}),
     "file of no size": fact("files", {"model.safetensors": {"sha256": "0"}}),
     "empty file": content("model.safetensors", b"", "header too small"),
@@ -106,11 +106,11 @@ CASES = {
     "rows too few": tensors("rows-*", lambda t: {k: v[:3] for k, v in t.items()}, "is [3"),
     "rows too narrow": tensors("rows-*", lambda t: {k: v[..., :7] for k, v in t.items()}, "7]"),
     "no momentum": tensors("rows-*", lambda t: {"weight": t["weight"]}, "momentum"),
-    "rows of more": renamed("rows-0-99.safetensors", "lacks the classes 99"),
-    "rows backwards": renamed("rows-5-3.safetensors", "where the classes from 0 on are due"),
+    "rows of more": renamed("rows-0-99.safetensors", "lacks the classes from 99"),
+    "rows backwards": renamed("rows-5-3.safetensors", "where the classes from 0 on are expected"),
     "rows twice": (twice, "where the classes from"),
-    "no state": tensors("optimizer.*", lambda t: {}, "it lacks the optimiser's state of"),
-    "state of one": tensors("optimizer.*", lambda t: dict([*t.items()][:1]), "it lacks"),
+    "no state": tensors("optimizer.*", lambda t: {}, "the optimiser's state of"),
+    "state of one": tensors("optimizer.*", lambda t: dict([*t.items()][:1]), "is missing"),
     "short state": tensors(
         "optimizer.*", lambda t: {k: v.reshape(-1)[:1] for k, v in t.items()}, "is [1]"
     ),

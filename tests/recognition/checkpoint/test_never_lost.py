@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from recognition import checkpoint, config
-from recognition.checkpoint import directory, writing
+from recognition.checkpoint import directory, manifest, writing
 from recognition.distributed import preemption
 from recognition.run import build, trainer
 from tests import ranks
@@ -147,7 +147,7 @@ def test_what_verifies_is_not_cleared_before_its_successor_has_its_name(tmp_path
 
 def test_no_step_is_written_over_by_a_run_that_did_not_load_it(keys):
     before = contents(keys)
-    with pytest.raises(FileExistsError, match="has not continued from it"):
+    with pytest.raises(FileExistsError, match="did not resume from it"):
         writing.prepare(str(root_of(keys) / "step-2"), {str(root_of(keys) / "step-1")})
     assert contents(keys) == before
 
@@ -183,14 +183,14 @@ def test_a_run_stopped_in_an_owed_verification_does_not_save_again(
     }  # fmt: skip
     assert ranks.run(2, stop_in_verification, keys) == [2, 2]
     path = root_of(keys) / "step-2"
-    assert json.loads((path / "manifest.json").read_text())[directory.PENDING] is True
+    assert json.loads((path / "manifest.json").read_text())[checkpoint.PENDING] is True
     before = {each.name: (each.stat().st_ino, each.stat().st_mtime_ns) for each in path.iterdir()}
     assert ranks.run(2, stop_in_verification, keys) == [2, 2]
     assert before == {e.name: (e.stat().st_ino, e.stat().st_mtime_ns) for e in path.iterdir()}
     assert os.listdir(root_of(keys)) == ["step-2"]
     ranks.run(2, runs.run, keys)
-    manifest = checkpoint.read_manifest(str(path))
-    assert directory.PENDING not in manifest and "heldout" in manifest["metrics"]
+    saved = checkpoint.read_manifest(str(path))
+    assert checkpoint.PENDING not in saved and "heldout" in saved["metrics"]
     checkpoint.verify(str(path), ranks_alone())
 
 
@@ -208,7 +208,7 @@ def test_the_last_step_stopped_in_its_verification_is_verified_at_the_next_start
         "val_targets": ["heldout"], "verify_every": 4, "max_steps": 3,
     }  # fmt: skip
     assert ranks.run(1, stop_in_verification, keys) == [3]
-    assert checkpoint.read_manifest(str(root_of(keys) / "step-3"))[directory.PENDING]
+    assert checkpoint.read_manifest(str(root_of(keys) / "step-3"))[checkpoint.PENDING]
     ranks.run(1, runs.run, keys)
     assert checkpoint.read_manifest(str(root_of(keys) / "step-3"))["metrics"]
 
@@ -217,20 +217,20 @@ def test_a_step_that_is_not_yet_verified_is_not_pruned(keys):
     """Until it is: then a better one takes its place."""
     for step, score in ((1, 0.5), (2, 0.9)):
         path = str(root_of(keys) / f"step-{step}")
-        directory.amend(path, {"metrics": {"lfw": score}})
-    directory.amend(str(root_of(keys) / "step-1"), {"metrics": {}, directory.PENDING: True})
+        manifest.amend(path, {"metrics": {"lfw": score}})
+    manifest.amend(str(root_of(keys) / "step-1"), {"metrics": {}, checkpoint.PENDING: True})
     keep = checkpoint.Keep(1, best="lfw")
-    checkpoint.retention.prune(keys["output"], 2, keep)
+    writing.prune(keys["output"], 2, keep)
     assert sorted(os.listdir(root_of(keys))) == ["step-1", "step-2"]
-    directory.amend(
-        str(root_of(keys) / "step-1"), {"metrics": {"lfw": 0.8}, directory.PENDING: None}
+    manifest.amend(
+        str(root_of(keys) / "step-1"), {"metrics": {"lfw": 0.8}, checkpoint.PENDING: None}
     )
-    checkpoint.retention.prune(keys["output"], 2, keep)
+    writing.prune(keys["output"], 2, keep)
     assert os.listdir(root_of(keys)) == ["step-2"]
 
 
 def test_an_amended_checkpoint_still_continues(keys, trained, tmp_path):
-    directory.amend(str(root_of(keys) / "step-2"), {"metrics": {"lfw": 0.5}})
+    manifest.amend(str(root_of(keys) / "step-2"), {"metrics": {"lfw": 0.5}})
     shutil.copytree(trained["output"], tmp_path / "plain")
     plain = ranks.run(1, runs.run, trained | {"output": str(tmp_path / "plain")})[0]
     amended = ranks.run(1, runs.run, keys)[0]

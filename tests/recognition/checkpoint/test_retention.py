@@ -8,7 +8,7 @@ import pytest
 
 from recognition import config
 from recognition.checkpoint import Keep
-from recognition.checkpoint.retention import superfluous
+from recognition.checkpoint.writing import superfluous
 from recognition.run import build
 from tests import ranks
 from tests.recognition import runs
@@ -85,7 +85,7 @@ def run_with_scores(keys, scores):
 @pytest.mark.parametrize(
     "keys, words",
     [
-        ({"keep_best": "lfw"}, "keep_best=lfw is none of val_targets=heldout"),
+        ({"keep_best": "lfw"}, "keep_best=lfw is not one of val_targets=heldout"),
         (
             {"keep_best": "heldout", "checkpoint_every": 5, "verify_every": 2},
             "checkpoint_every=5 must be a multiple of verify_every=2",

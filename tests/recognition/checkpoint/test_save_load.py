@@ -11,7 +11,7 @@ import torch
 
 from recognition import checkpoint, config
 from recognition.checkpoint import tensors
-from recognition.run import build, run_dir, saving
+from recognition.run import build, run_dir
 from tests import ranks
 from tests.conftest import command
 from tests.recognition import runs
@@ -31,7 +31,7 @@ def test_what_a_checkpoint_holds(keys):
     ]  # fmt: skip
     manifest = json.load(open(os.path.join(path, "manifest.json")))
     assert (manifest["step"], manifest["samples_seen"], manifest["world"]) == (2, 24, 2)
-    assert manifest["config"]["network"] == "mbf_tiny"
+    assert manifest["config"]["network"] == runs.BASE["network"]
     assert set(manifest["files"]) == set(os.listdir(path)) - {"manifest.json"}
 
 
@@ -50,13 +50,13 @@ def marked(keys):
     start, stop = state.head.shard
     classes = torch.arange(start, stop, dtype=torch.float32)[:, None]
     state.head.weight.data[:] = classes + len("weight")
-    state.parts.row_optimizer.state["momentum"][:] = classes + len("momentum")
-    saving.save_here(state)
+    state.parts.heads[0].row_optimizer.state["momentum"][:] = classes + len("momentum")
+    runs.save_here(state)
 
 
 def rows_of(keys):
     state = build.build(config.make(runs.BASE | keys), runs.here())
-    rows = {"weight": state.head.weight.detach()} | state.parts.row_optimizer.state
+    rows = {"weight": state.head.weight.detach()} | state.parts.heads[0].row_optimizer.state
     return *state.head.shard, rows
 
 
@@ -64,7 +64,7 @@ def test_an_older_checkpoint_does_not_continue_under_newer_ones(keys, tmp_path):
     ranks.run(1, runs.run, keys | {"checkpoint_every": 1, "keep_checkpoints": 9})
     old = os.path.join(keys["output"], "checkpoints", "step-2")
     kind, message = ranks.run(1, failure, keys | {"resume": old})[0]
-    assert kind == "FileExistsError" and "holds step-6 already" in message
+    assert kind == "FileExistsError" and "already holds step-6" in message
     elsewhere = keys | {"resume": old, "output": str(tmp_path / "branch"), "keep_checkpoints": 1}
     ranks.run(1, runs.run, elsewhere)
     assert os.listdir(tmp_path / "branch" / "checkpoints") == ["step-6"]
@@ -169,7 +169,7 @@ def save_on_a_full_disk(keys):
         if state.runtime.rank == 1:
             patch.setattr(tensors, "write", full)
         try:
-            saving.save_here(state)
+            runs.save_here(state)
         except OSError as error:
             return str(error)
 
@@ -178,7 +178,7 @@ def test_the_backbone_alone(keys):
     tensors = ranks.run(2, runs.run, keys)[0]
     for path in (keys["output"], checkpoint.newest(keys["output"])):
         module, saved = checkpoint.load_backbone(path)
-        assert not module.training and saved["network"] == "mbf_tiny"
+        assert not module.training and saved["network"] == runs.BASE["network"]
         for name, value in module.state_dict().items():
             assert torch.equal(value, tensors[f"backbone.{name}"])
     with pytest.raises(FileNotFoundError, match="neither a checkpoint nor a run"):

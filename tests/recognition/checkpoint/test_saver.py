@@ -93,7 +93,7 @@ def test_a_file_is_what_safetensors_reads(tmp_path):
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
     manifest = {"files": {"x.safetensors": entry}}
     assert entry["bytes"] == os.path.getsize(path)
-    assert tensors.problem(str(tmp_path), "x.safetensors", manifest) is None
+    assert tensors.problems(str(tmp_path), manifest) == []
 
 
 def test_a_checkpoint_holds_the_step_it_was_asked_in(keys):
@@ -225,7 +225,7 @@ def fail_alone(keys):
     gate = threading.Event()
     hangs = runs.here().rank == 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint.saver, "_PATIENCE", 1.0)
+        patch.setattr(checkpoint.saver, "_LEAVE_SECONDS", 1.0)
         with slow_disk(gate) if hangs else contextlib.nullcontext():
             with pytest.raises(FloatingPointError), stepping(keys) as (state, saver, step):
                 step()
@@ -249,11 +249,12 @@ def no_directory(keys):
 
 _KILLED = """
 import os, sys
-from recognition.run import build, saving
+from recognition.run import build
 from recognition.distributed import collectives
 from recognition import config
 from recognition.checkpoint import writing
 from recognition.distributed.runtime import Runtime
+from tests.recognition import runs
 import torch
 keys, moment = eval(sys.argv[1]), sys.argv[2]
 alone = Runtime(torch.device("cpu"), collectives.world_group(), 0, 1)
@@ -261,15 +262,15 @@ state = build.build(config.make(keys), alone)
 state.step += 1
 plain = getattr(writing, moment)
 def killed(*arguments):
-    if moment == "sync":
+    if moment == "sync_directory":
         plain(*arguments)
     os.kill(os.getpid(), 9)
 setattr(writing, moment, killed)
-saving.save_here(state)
+runs.save_here(state)
 """
 
 
-@pytest.mark.parametrize("moment", ["write_manifest", "sync"])
+@pytest.mark.parametrize("moment", ["write_manifest", "sync_directory"])
 def test_a_killed_save_leaves_the_former_one(keys, moment):
     """Killed when the files are written; and when the manifest is too but the name is not: then all
     of the new one is there, and it is taken."""
@@ -281,7 +282,7 @@ def test_a_killed_save_leaves_the_former_one(keys, moment):
     assert checkpoints(keys) == ["step-1", "step-2.partial"]
     assert checkpoint.newest(keys["output"]).endswith("step-1")
     ranks.run(1, runs.run, keys, 3)
-    taken = ["step-2"] if moment == "sync" else []
+    taken = ["step-2"] if moment == "sync_directory" else []
     assert checkpoints(keys) == ["step-1", *taken, "step-3"]
 
 
@@ -295,12 +296,12 @@ def test_a_save_that_fails_after_its_manifest_is_not_removed(keys, monkeypatch):
 def fail_at_the_name(keys):
     with pytest.MonkeyPatch.context() as patch, stepping(keys) as (state, saver, step):
 
-        def take(path):
+        def give_final_name(path):
             raise OSError("it cannot be renamed")
 
         step()
         with patch.context() as broken:
-            broken.setattr(writing, "take", take)
+            broken.setattr(writing, "give_final_name", give_final_name)
             saving.save(saver, state, {})
             failure = saver.finish()
         if state.runtime.rank == 0:

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from recognition.distributed import collectives
+from recognition.distributed import collectives, store_exchange
+from recognition.distributed.sync_batch_norm import SyncBatchNorm
 from tests import ranks
 
 ROWS = {1: [5], 2: [3, 4], 4: [2, 0, 3, 1]}
@@ -151,7 +152,7 @@ def make_norm(shape):
 def sync_norm(rows, shape):
     dense = nn.Sequential(make_norm(shape))
     names = list(dense.state_dict())
-    norm = collectives.SyncBatchNorm.convert(dense, dist.group.WORLD)[0]
+    norm = SyncBatchNorm.convert(dense, dist.group.WORLD)[0]
     assert list(dense.state_dict()) == names
     x = part(whole(rows, *shape, seed=4), rows).clone().requires_grad_()
     output = norm(x)
@@ -187,8 +188,10 @@ def test_a_slow_rank_is_waited_for_as_long_as_its_action_may_take():
 
 
 def come_late():
-    group, factor = dist.group.WORLD, collectives.LONG_OPERATION_FACTOR
-    collectives.LONG_OPERATION_FACTOR = 0  # a time-out that has passed before the other rank comes
+    group, factor = dist.group.WORLD, store_exchange.LONG_OPERATION_FACTOR
+    store_exchange.LONG_OPERATION_FACTOR = (
+        0  # a time-out that has passed before the other rank comes
+    )
     release = _Release(group)
     try:
 
@@ -199,9 +202,9 @@ def come_late():
 
         if group.rank() == 1:  # rank 0 goes on only when rank 1 has waited past its time-out
             release.after_seconds(1.0)
-        return collectives.run_on_all_ranks(group, "wait", action, least_seconds=60.0) == [0, 1]
+        return store_exchange.run_on_all_ranks(group, "wait", action, least_seconds=60.0) == [0, 1]
     finally:
-        collectives.LONG_OPERATION_FACTOR = factor
+        store_exchange.LONG_OPERATION_FACTOR = factor
 
 
 class _Release:

@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 
 from recognition import config
-from recognition.distributed import collectives, replica_check, runtime, watchdog
+from recognition.distributed import collectives, runtime, store_exchange, watchdog
 from recognition.distributed.heartbeats import Heartbeats, RankStatus, suspects
+from recognition.distributed.replica_check import SampleRecord
 from recognition.run import build, trainer
 from tests import ranks
 from tests.conftest import run
+from tests.launch.ends import samples_of
 from tests.launch.processes import ROOT, Run, wait
 from tests.recognition import runs
 
@@ -40,10 +42,10 @@ def test_a_frozen_rank_is_named_and_everybody_ends_within_the_time_out(shards_di
         lines = run.text().splitlines()
         os.kill(worker, signal.SIGCONT)  # its torchrun cannot end a stopped process by SIGTERM
         assert run.agent.wait(60) != 0
-        found = [line for line in lines if line.startswith("warning: held up by")]
+        found = [line for line in lines if line.startswith("warning: blocked by")]
         assert found, run.text()
         warned = found[-1]
-        assert "rank 1 on" in warned and "not heard of for" in warned
+        assert "rank 1 on" in warned and "silent for" in warned
         assert "rank 0 on" in warned and any(
             words in warned for words in ("waits for the other", "averages")
         )
@@ -155,10 +157,10 @@ def own_error(directory):
                     x.add_(1)  # the backward needs what it was
                 loss.backward()
             else:
-                collectives.gather_through_store(lambda: time.sleep(8), dist.group.WORLD)
+                store_exchange.gather_through_store(lambda: time.sleep(8), dist.group.WORLD)
     except RuntimeError as error:
         assert "inplace operation" in str(error)
-        collectives.gather_through_store(lambda: None, dist.group.WORLD)
+        store_exchange.gather_through_store(lambda: None, dist.group.WORLD)
         return type(error).__name__
     return "no error"
 
@@ -223,7 +225,7 @@ def test_debug_notes_every_image_once_an_epoch(shards_dir, tmp_path):
         "output": str(tmp_path / "r"),
     }  # fmt: skip
     ranks.run(2, runs.run, keys)
-    steps = replica_check.samples_of(str(tmp_path / "r"))
+    steps = samples_of(str(tmp_path / "r"))
     assert list(steps) == list(range(1, 13))
     for epoch in range(3):  # 128 images, 4 steps
         ids = sum((steps[4 * epoch + k] for k in range(1, 5)), [])
@@ -236,11 +238,11 @@ def test_a_clock_that_was_set_back_mixes_no_starts(tmp_path):
     first = tmp_path / "samples" / f"{2**62:020d}-rank-0.jsonl"
     first.write_text("[1, [5]]\n[2, [6]]\n")
     ranks.run(1, noted, str(tmp_path))
-    assert replica_check.samples_of(str(tmp_path)) == {1: [5], 2: [7]}
+    assert samples_of(str(tmp_path)) == {1: [5], 2: [7]}
 
 
 def noted(run_dir):
-    record = replica_check.SampleRecord(run_dir, dist.group.WORLD)
+    record = SampleRecord(run_dir, dist.group.WORLD)
     record.note(1, np.array([7]))
     record.close()
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from recognition import checkpoint, config
 from recognition.distributed import collectives
 from recognition.distributed.runtime import Runtime
-from recognition.run import build, saving, trainer
+from recognition.run import build, trainer
 from tests import ranks
 from tests.recognition import runs
 
@@ -124,7 +124,7 @@ def test_sub_centres_of_a_checkpoint_without_votes_resume(keys, monkeypatch):
         rows = whole(state.parts.heads[0])
         del rows["votes"]
         patch.setattr(checkpoint.HeadParts, "rows", lambda parts: rows)
-        saving.save_here(state)
+        runs.save_here(state)
     resumed = build.build(cfg, _alone())
     assert torch.equal(resumed.head.weight, state.head.weight)
     assert resumed.head.votes.sum() == 0

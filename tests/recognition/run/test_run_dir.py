@@ -43,7 +43,7 @@ def test_a_directory_with_foreign_files_is_refused_by_name(keys, name, tmp_path)
     path.parent.mkdir(parents=True)
     path.write_text(_FOREIGN[name])
     for message in ranks.run(2, failure, keys):
-        assert f"holds {name.split('/')[0]}, not written by a run of ours" in message
+        assert f"holds {name.split('/')[0]}, not written by a run of arcline" in message
     assert path.read_text() == _FOREIGN[name]
     assert len([each for each in (tmp_path / "run").rglob("*") if each.is_file()]) == 1
 
@@ -95,7 +95,7 @@ def test_a_note_that_cannot_be_written_leaves_the_exit_code(tmp_path, capsys):
     (tmp_path / "stopped.json").mkdir()
     stopped = preemption.stopped(str(tmp_path), 0, signal.SIGTERM, 3)
     assert preemption.exit_code_of(stopped) == preemption.EXIT_CODE
-    assert "stopped.json is not written" in capsys.readouterr().err
+    assert "stopped.json was not written" in capsys.readouterr().err
 
 
 def test_a_network_keeps_its_arguments(tmp_path, shards_dir):
@@ -111,6 +111,4 @@ def test_a_network_keeps_its_arguments(tmp_path, shards_dir):
 
 
 def save_untrained(keys):
-    from recognition.run import saving
-
-    saving.save_here(build.build(config.make(runs.BASE | keys), runs.here()))
+    runs.save_here(build.build(config.make(runs.BASE | keys), runs.here()))

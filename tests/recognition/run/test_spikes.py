@@ -105,7 +105,7 @@ def test_back_to_the_checkpoint_and_past_the_samples(keys, kind, tmp_path):
         (noted,) = json.load(file)
     assert noted[:2] == window
     (said,) = [r["rollback"] for r in records(keys) if "rollback" in r]
-    assert "back from step 2" in said and "the samples 96 to 103 are left out" in said
+    assert "back from step 2" in said and "skipping the samples 96 to 103" in said
     logged = [r["step"] for r in records(keys) if "loss" in r]
     assert logged == list(range(1, 33))
     # The same windows, known from the start: no rollback, the jump in the middle of the run.
@@ -130,7 +130,7 @@ def test_a_run_goes_back_so_often_and_no_more(keys):
     """Every step spikes: the last words say how often it was tried."""
     keys |= {"on_spike": "rollback", "loss_spike_factor": 1.0, "max_rollbacks": 2}
     (message,) = ranks.run(1, endless, keys)
-    assert "2 times the run went back already" in message
+    assert "the run has rolled back 2 times already" in message
 
 
 def endless(keys):

@@ -254,7 +254,7 @@ def poisoned(keys):
 def moving(state):
     """What an optimiser step changes."""
     tensors = [*state.backbone.parameters(), state.head.weight]
-    tensors += state.parts.row_optimizer.state.values()
+    tensors += state.parts.heads[0].row_optimizer.state.values()
     tensors += [s["momentum_buffer"] for s in state.parts.optimizer.state.values()]
     return [tensor.detach().clone() for tensor in tensors]
 

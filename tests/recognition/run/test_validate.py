@@ -133,5 +133,5 @@ def test_a_rank_that_hangs_in_a_verification_is_named(many_pairs, tmp_path):
         text = run.text()
         os.kill(worker, signal.SIGCONT)
         assert run.agent.wait(40) != 0
-        held_up = next(line for line in text.splitlines() if "held up by" in line)
-        assert "rank 1 on" in held_up and "not heard of for" in held_up
+        blocked = next(line for line in text.splitlines() if "blocked by" in line)
+        assert "rank 1 on" in blocked and "silent for" in blocked

@@ -14,7 +14,7 @@ from data_tools import shards
 from data_tools.images.decode import decode
 from recognition import checkpoint, config
 from recognition.backbones import BACKBONES
-from recognition.checkpoint import directory
+from recognition.checkpoint.manifest import write_manifest
 from recognition.export.to_onnx import export_onnx
 from recognition.head import PartialFC
 from recognition.losses import MARGINS
@@ -259,7 +259,7 @@ def test_a_damaged_run_gives_no_centres(damage, keys, tmp_path):
     if damage == "gap":  # under a manifest that is whole
         manifest = json.loads(open(f"{path}/manifest.json").read())
         del manifest["sha256"], manifest["files"]["rows-0-8.safetensors"]
-        directory.write_manifest(path, manifest)
+        write_manifest(path, manifest)
     else:
         with open(f"{path}/rows-8-16.safetensors", "rb+") as file:
             file.seek(-1, 2)

@@ -5,27 +5,26 @@ from __future__ import annotations
 import pytest
 
 from recognition import config
-from recognition.run import elastic
-from recognition.run.schedule import Schedule
+from recognition.run.schedule import RescaledSchedule, Schedule, adapt
 
 
 def plan(world, saved_world, **keys):
     """The plan of a run that began on 4 processes and is now on `world`."""
     cfg = config.make({"rec": "x", **keys})
-    first = elastic.plan(cfg, None, 4)
-    facts = first.facts()
+    first = adapt(cfg, None, 4)
+    facts = {"first_batch": first.first_batch, "first_rows": first.first_rows}
     if saved_world == 4:
         before = cfg
     else:
         manifest = {
             "world": 4, "global_batch": cfg.global_batch(4), "config": vars(cfg) | facts,
         }  # fmt: skip
-        before = elastic.plan(cfg, manifest, saved_world).cfg
+        before = adapt(cfg, manifest, saved_world).cfg
     manifest = {
         "world": saved_world, "global_batch": before.global_batch(saved_world),
         "config": vars(before) | facts,
     }  # fmt: skip
-    return elastic.plan(cfg, manifest, world)
+    return adapt(cfg, manifest, world)
 
 
 @pytest.mark.parametrize("saved_world", [4, 2])
@@ -54,14 +53,14 @@ def test_a_batch_typed_anew_is_the_batch():
     cfg = config.make({"rec": "x", "batch_size": 5})
     old = config.make({"rec": "x", "batch_size": 8})
     manifest = {"world": 4, "global_batch": 32, "config": vars(old)}
-    assert elastic.plan(cfg, manifest, 2).cfg.global_batch(2) == 10
+    assert adapt(cfg, manifest, 2).cfg.global_batch(2) == 10
 
 
 def test_the_schedule_goes_by_images_where_the_batch_changes():
     first = Schedule("polynomial", 0.4, total_steps=100)
-    now = elastic.RescaledSchedule(first, first_batch=32, batch=16, step=50, samples_seen=50 * 32)
+    now = RescaledSchedule(first, first_batch=32, batch=16, step=50, samples_seen=50 * 32)
     assert now.total_steps == 150  # the other 1600 images
     assert now.lr_at(50) == pytest.approx(0.2 / 2) and now.lr_at(150) == 0
     assert now.lr_at(100) == pytest.approx(0.1 / 2)
-    same = elastic.RescaledSchedule(first, 32, 32, 50, 50 * 32)
+    same = RescaledSchedule(first, 32, 32, 50, 50 * 32)
     assert [same.lr_at(s) for s in range(50, 101)] == [first.lr_at(s) for s in range(50, 101)]
