@@ -32,8 +32,8 @@ _BINS = 50  # of a histogram
 
 
 class Rows(NamedTuple):
-    """What every rank knows of the global batch. A field carries gradient only on the rank that
-    holds the row's class, so what is computed from it counts once."""
+    """The global batch, as every rank knows it. A field carries gradient only on the rank that
+    holds the row's class, so that a gradient counts once."""
 
     cos_target: Tensor  # [B] cosine to the own class
     norm: Tensor  # [B] norm of the embedding
@@ -58,7 +58,7 @@ class Owned(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What a margin may know of the layer that it serves."""
+    """The facts of the head's layer that a margin may use."""
 
     num_classes: int
     shard: tuple[int, int]  # the classes [start, stop) whose state this margin holds
@@ -192,7 +192,7 @@ class Margin(nn.Module):
         scale, and how many classes each row had for negatives, over all shards."""
 
     def commit(self, found_inf: Tensor | None = None) -> None:  # [] not 0: the step was skipped
-        """The optimiser step is over: keep what was gathered, or drop it."""
+        """Called after an optimiser step: keep what observe() gathered, or drop it."""
         for name, value in self._next.items():
             if found_inf is not None:
                 value = torch.where(found_inf > 0, getattr(self, name), value)
@@ -204,16 +204,16 @@ class Margin(nn.Module):
         """After an optimiser step: bring the parameters back into their bounds."""
 
     def end_epoch(self, reduce: Reduce) -> Statistics:
-        """An epoch of samples is over; what there is to log of it."""
+        """Called after an epoch of samples; what the log shows of it."""
         return {}
 
     def statistics(self, reduce: Reduce) -> Statistics:
-        """What a user of this loss looks at, at each line of the log."""
+        """What each line of the log shows of this loss."""
         return {}
 
     def frozen(self, committed: bool = False) -> "Margin":
-        """A copy that keeps the present state, or the one before this optimiser step: a backward
-        computes with that of its forward."""
+        """A copy that keeps the present state, or with `committed` the state before this optimiser
+        step, so that a backward computes with the state of its forward."""
         kept = copy.copy(self)
         kept._buffers = dict(self._buffers)
         if committed:
@@ -290,7 +290,7 @@ def with_gradient(formula: Callable[[Tensor], Tensor], cos: Tensor, gradient: Gr
     return formula(constant) + (cos - constant)
 
 
-# --- What the log says of a value that every class has --------------------------------------------
+# --- Statistics of a value that every class has, for the log --------------------------------------
 
 
 def class_mean(values: Tensor, reduce: Reduce) -> Tensor:  # [C_r] -> []
