@@ -113,7 +113,7 @@ def checked_value(name: str, value: Any, hint: Any, bounds: Option | None = None
     is_flag = name.startswith("--")
     lead = f"{name} " if is_flag else f"{name}="
     shown = lead + (str(value) if is_flag else repr(value))
-    kinds = _kinds(hint)
+    kinds = kinds_of(hint)
     if value is None and type(None) in kinds:
         return None
     kind = kinds[0]
@@ -161,7 +161,7 @@ def add_flags(parser: argparse._ActionsContainer, schema: type) -> None:
     """
     hints = typing.get_type_hints(schema)
     for name, entry in options_of(schema).items():
-        default, kind = default_of(schema, name), _kinds(hints[name])[0]
+        default, kind = default_of(schema, name), kinds_of(hints[name])[0]
         how: dict[str, Any] = {"default": default, "help": _flag_help(entry, default)}
         if kind is bool:
             how["action"] = "store_true"
@@ -237,7 +237,7 @@ def _flag_help(entry: Option, default: Any) -> str:
     return (f"{entry.help} ({notes})" if notes else entry.help).replace("%", "%%")
 
 
-def _kinds(hint: Any) -> tuple[Any, ...]:
+def kinds_of(hint: Any) -> tuple[Any, ...]:
     """The types of a union, or the one type."""
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # of a Literal: the other
     return typing.get_args(hint) if is_union else (hint,)
@@ -246,8 +246,8 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 def _type_text(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return ", ".join(f"`{word}`" for word in typing.get_args(hint))
-    if len(_kinds(hint)) > 1:
-        return " or ".join(_type_text(kind) for kind in _kinds(hint))
+    if len(kinds_of(hint)) > 1:
+        return " or ".join(_type_text(kind) for kind in kinds_of(hint))
     if hint is type(None):
         return "none"
     return str(hint) if typing.get_origin(hint) else hint.__name__

@@ -4,10 +4,11 @@ InsightFace's client, and others that copied it, look for a Sub and a Mul among 
 first eight nodes: with both, the pixel normalisation is taken to be in the graph.
 """
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import onnx
 import torch
@@ -23,7 +24,7 @@ def build_graph(module: nn.Module) -> onnx.ModelProto:
     """The module as an ONNX graph with a free batch, without traces of this machine's paths."""
     images = torch.zeros(2, 3, INPUT_SIZE, INPUT_SIZE)
     try:
-        with quiet_exporter():
+        with quiet():
             program = torch.onnx.export(
                 module,
                 (images,),
@@ -44,17 +45,19 @@ def build_graph(module: nn.Module) -> onnx.ModelProto:
 
 
 @contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Without the exporter's remarks on operators of packages that nobody installed."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """Without the remarks of the exporter and the converters: the result is measured afterwards."""
+    logs = [logging.getLogger(), logging.getLogger("torch.onnx")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def name_normalisation(model: onnx.ModelProto, inside: bool) -> None:

@@ -1,4 +1,4 @@
-"""How far an ONNX file is from the torch module that it was made from, on the same images.
+"""How much an ONNX file differs from its torch module, on the same images.
 
 Letters: n images of a batch, D embedding size.
 """
@@ -26,10 +26,10 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a precision may be from torch.
+    """How much a precision may differ from torch.
 
-    Cosines are those of the file's embedding with torch's, of the same image; drops are points
-    (hundredths) of accuracy and of TAR that are lost on a set of pairs.
+    Cosines are between the embeddings of the file and of torch of the same image; drops are
+    percentage points of accuracy and of TAR that are lost on a set of pairs.
     """
 
     max_abs_error: float  # of a coordinate of the normalised embeddings
@@ -50,7 +50,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Agreement:
-    """What was measured on batches of BATCH_SIZES."""
+    """The measurements on batches of BATCH_SIZES."""
 
     max_abs_error: dict[int, float]  # by batch size
     cosine: Floats  # [sum of the sizes], sorted
@@ -67,7 +67,7 @@ class Agreement:
         }  # fmt: skip
 
     def check(self, limits: Limits) -> None:
-        """Raises: ExportError where the file is beyond the limits, saying by how much."""
+        """Raises: ExportError if the file is beyond the limits; it says by how much."""
         worst = max(self.max_abs_error.values())
         listed = ", ".join(f"batch {n}: {error:.2e}" for n, error in self.max_abs_error.items())
         if not worst < limits.max_abs_error:

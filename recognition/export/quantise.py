@@ -6,11 +6,7 @@ Both keep float32 at the input and the output, so callers change nothing.
 from __future__ import annotations
 
 import copy
-import io
-import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +22,21 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.transformers import float16
 
+from recognition.export.graph import quiet
 from recognition.export.parity import open_session
 
 PRECISIONS = ("fp32", "fp16", "int8")
 NUM_CALIBRATION = 256  # images that set the ranges of int8's activations
 _BATCH = 16  # of calibration and of the search for large values
-# fp16 ends at 65504. What passes a quarter of that on the images seen may pass it on others.
+# fp16 ends at 65504. A value above a quarter of that may exceed it on images not seen here.
 _LARGEST = 65504 / 4
-# They square or exponentiate what they are given; fp32 costs them little.
+# They square or exponentiate their input, and cost little in fp32.
 _ISLANDS = ["LayerNormalization", "ReduceL2", "ReduceSumSquare", "Softmax", "Pow"]
-# The products that are worth it. In between, PReLU and BatchNorm have no 8-bit form that is exact
-# by channel, and sums are kept in fp32: they carry the residual.
+# The products that gain from 8 bits. PReLU and BatchNorm between them have no 8-bit form that is
+# exact by channel, and sums stay in fp32 because they carry the residual.
 _QUANTISED = ["Conv", "Gemm", "MatMul"]
 _FEWEST_CHANNELS = 4  # that each output of a convolution sums over
-_PERCENTILE = 99.99  # of the activations; what lies beyond would take resolution from all others
+_PERCENTILE = 99.99  # of the activations; outliers would take resolution from all others
 
 
 def to_fp16(
@@ -55,7 +52,7 @@ def to_fp16(
     kinds = [*float16.DEFAULT_OP_BLOCK_LIST, *_ISLANDS]
     whole = copy.deepcopy(model)
     _unshare(whole, [n for n in whole.graph.node if n.name in large or n.op_type in kinds])
-    with _quiet():
+    with quiet():
         converted = float16.convert_float_to_float16(
             whole, keep_io_types=True, op_block_list=kinds, node_block_list=large
         )
@@ -138,7 +135,7 @@ def to_int8(
         for node in model.graph.node
         if node.op_type == "Conv" and shapes[node.input[1]][1] < _FEWEST_CHANNELS
     ]
-    with tempfile.TemporaryDirectory() as directory, _quiet():
+    with tempfile.TemporaryDirectory() as directory, quiet():
         source, target = Path(directory) / "fp32.onnx", Path(directory) / "int8.onnx"
         onnx.save(model, source)
         batches = _Batches(images)
@@ -218,16 +215,3 @@ class _Batches(CalibrationDataReader):
     def get_next(self) -> Any:
         batch = next(self.range, None)
         return None if batch is None else {"input": batch}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the converters' remarks: what they did is measured afterwards."""
-    log = logging.getLogger()
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        log.setLevel(level)

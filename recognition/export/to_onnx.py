@@ -3,8 +3,8 @@
 The graph: `input` float32 [batch, 3, 112, 112], RGB, (pixel - 127.5) / 127.5; `embedding` float32
 [batch, D], not normalised; batch is free. The pixel normalisation stays outside on purpose:
 InsightFace's client, and others that copied it, apply it themselves unless they find a Sub and a
-Mul among the names of the first eight nodes. Asked to bake it in, the export names two nodes so
-that they find them. What the numbers mean stands in `metadata_props`.
+Mul among the names of the first eight nodes. If it is baked in, the export names two nodes so that
+they find them. `metadata_props` describes the input and the output.
 """
 
 import hashlib
@@ -34,14 +34,14 @@ Images = np.ndarray[Any, np.dtype[np.uint8]]
 
 @dataclass(frozen=True)
 class Bake:
-    """What the graph does beside the network."""
+    """The steps that the graph contains beside the network."""
 
     normalise: bool = False  # takes pixels 0..255: (pixel - 127.5) / 127.5 is in the graph
     flip_sum: bool = False  # e(image) + e(mirror image)
     l2: bool = False  # embeddings of length 1
 
     def facts(self) -> dict[str, str]:
-        """What a caller must know of it."""
+        """The facts of these steps that a caller needs."""
         embedding = "e(image) + e(mirror image)" if self.flip_sum else "e(image)"
         return {
             "mean": "0" if self.normalise else str(PIXEL_MEAN),
@@ -90,9 +90,8 @@ def export_onnx(
 
     metadata: facts of the run (network, commit, margin, ...), written beside those of the input.
     module: in eval mode, fp32, on the CPU.
-    verify: called with the finished file under a name that is not yet its own; what it returns
-        is reported and written into the metadata as JSON, under "verification". It raises
-        ExportError to refuse the file.
+    verify: called with the finished file under a temporary name; its result is reported and written
+        into the metadata as JSON, under "verification". It raises ExportError to refuse the file.
 
     Raises:
         ValueError: the module is in training mode, of another dtype or on another device; images of
@@ -126,14 +125,13 @@ def export_onnx(
         assert calibration_images is not None
         model = to_int8(model, prepare(check_examples(calibration_images)))
         facts["calibrated_on"] = f"{len(calibration_images)} images"
-    entries = {
-        **metadata, **input_facts(bake), "embedding_size": str(size), "precision": precision,
-    }  # fmt: skip
+    entries = {**metadata, **input_facts(bake)}
+    entries |= {"embedding_size": str(size), "precision": precision}
     name_normalisation(model, bake.normalise)
     check_graph(model, bake.normalise)
     onnx.helper.set_model_props(model, entries)
     try:
-        with files.replacing(path) as file:  # keeps what stands at `path` until the end
+        with files.replacing(path) as file:  # keeps an existing file at `path` until the end
             aside = Path(file.name)
             file.write(model.SerializeToString())
             file.flush()
@@ -164,7 +162,7 @@ def export_onnx(
 
 
 def check_module(module: nn.Module) -> None:
-    """Refuse a module that would export something else than its inference."""
+    """Raises: UserError for a module that would not export its fp32 inference."""
     if any(part.training for part in module.modules()):
         raise UserError("the module is in training mode: call eval() before the export")
     for name, tensor in module.state_dict().items():
@@ -187,13 +185,13 @@ def check_examples(images: Images) -> Images:
 
 
 def noise_images() -> Images:
-    """[7, 112, 112, 3] of seeded colour patches, for want of faces; pixel noise all looks alike."""
+    """[n, 112, 112, 3] of seeded colour patches: networks see all pixel noise as alike."""
     patches = np.random.default_rng(0).integers(0, 256, (max(BATCH_SIZES), 8, 8, 3), dtype=np.uint8)
     return patches.repeat(INPUT_SIZE // 8, axis=1).repeat(INPUT_SIZE // 8, axis=2)
 
 
 def input_facts(bake: Bake = Bake()) -> dict[str, str]:  # noqa: B008, frozen
-    """What a caller must know to feed the graph, and of what it gives."""
+    """The facts of the graph's input and output that a caller needs."""
     return {
         "format_version": str(FORMAT_VERSION),
         "input_size": f"{INPUT_SIZE},{INPUT_SIZE}",  # height, width

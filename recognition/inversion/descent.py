@@ -1,11 +1,11 @@
-"""A batch of images on its way from noise, and the steps that move it.
+"""A batch of images that starts as noise, and the steps that optimise it.
 
 Letters: b images of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,7 @@ Terms = dict[str, float]
 
 @dataclass
 class Batch:
-    """Images that move, and Adam's state: what a file of it holds."""
+    """Images that are optimised, with Adam's state; a saved state holds these."""
 
     number: int
     ids: np.ndarray  # int64 [b], classes or rows of the targets
@@ -53,14 +53,14 @@ class Batch:
         files.write_bytes(path, safetensors.torch.save(tensors, {"step": str(self.step)}))
 
     def load(self, path: str, expected: int) -> None:
-        """Raises: ValueError for a file that is not what was written after `expected` steps;
-        OSError for one that cannot be read."""
+        """Raises: ValueError if the file is damaged or not of step `expected`; OSError if it
+        cannot be read."""
         try:
             with mapping(path), safe_open(path, "pt") as file:
                 step = int(file.metadata()["step"])
                 tensors = {name: file.get_tensor(name) for name in ("images", *_MOMENTS)}
             if step != expected:
-                raise UserError(f"it is of step {step}")
+                raise UserError(f"it is of step {step}, not {expected}")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it and start again") from error
         if tensors["images"].shape != self.images.shape:
@@ -80,18 +80,11 @@ def descend(
     batch: Batch,
     settings: Settings,
     rows_per_rank: Sequence[int],
-    after_step: Callable[[Batch, Terms | None], None] = lambda batch, terms: None,
-    tell_every: int = 50,
-) -> None:
-    """Take `batch` to the last step.
+) -> Iterator[dict[str, Tensor]]:
+    """Take `batch` to the last step, and yield the terms of the loss of each step after it.
 
     network: in eval mode, its parameters without gradients, of the images' dtype.
     rows_per_rank: images of the batch of each rank, for an identity that all ranks step together.
-    after_step: called after every step; with the terms of the loss before it every `tell_every`
-        steps, and after the last.
-
-    Raises:
-        ValueError: the loss is not finite; the message names its terms.
     """
     prior = BnPrior(network, settings.bn_form, settings.bn_first, settings.bn_last)
     x = batch.images.requires_grad_(True)
@@ -99,7 +92,7 @@ def descend(
     adam.state[x] = {"step": torch.tensor(float(batch.step)), **batch.moments}
     try:
         while batch.step < settings.steps:
-            embeddings = network(_seen(x, settings, batch))
+            embeddings = network(_augmented(x, settings, batch))
             parts = {
                 "identity": identity.loss(embeddings, batch.ids, rows_per_rank),
                 "bn": prior.take().to(x),
@@ -121,23 +114,26 @@ def descend(
                 with torch.no_grad():
                     x.clamp_(-1, 1)
             batch.step += 1
-            terms = None
-            if batch.step % tell_every == 0 or batch.step == settings.steps:
-                terms = {name: part.item() for name, part in parts.items()}
-                if not np.isfinite(list(terms.values())).all():
-                    raise UserError(
-                        f"batch {batch.number}, step {batch.step}: the loss is not finite, "
-                        f"{terms}; a smaller --lr or --bn-weight may help"
-                    )
-            after_step(batch, terms)
+            yield parts
     finally:
         prior.remove()
         x.requires_grad_(False)
         x.grad = None
 
 
-def _seen(x: Tensor, settings: Settings, batch: Batch) -> Tensor:
-    """What the network is shown in this step: the images, mirrored or rolled where asked."""
+def finite_terms(parts: Mapping[str, Tensor], batch: Batch) -> Terms:
+    """The terms of the loss as numbers. Raises: ValueError naming them if one is not finite."""
+    terms = {name: part.item() for name, part in parts.items()}
+    if not np.isfinite(list(terms.values())).all():
+        raise UserError(
+            f"batch {batch.number}, step {batch.step}: the loss is not finite, {terms}; a smaller "
+            "--lr or --bn-weight may help"
+        )
+    return terms
+
+
+def _augmented(x: Tensor, settings: Settings, batch: Batch) -> Tensor:
+    """The images as the network sees them in this step: mirrored or rolled where asked."""
     draw = (settings.seed, batch.number, batch.step)
     if settings.flip and hash_words(Purpose.INVERSION_FLIP, *draw) & 1:
         x = x.flip(3)

@@ -1,4 +1,4 @@
-"""Real faces that an inversion is held against, and embeddings that are to be inverted.
+"""Real faces that an inversion is compared with, and embeddings to invert.
 
 Letters: N images, D embedding size, C identities.
 """
@@ -57,35 +57,33 @@ class Faces:
         return image
 
     def facts(self) -> dict[str, Any]:
-        """What a report says of them: how many were resized so far, where that is allowed."""
+        """How many images were resized so far, for the report, where that is allowed."""
         return {"resized_images": len(self._resized)} if self._resize else {}
 
     def embed(self, embed: Embed, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """float32 [n, D] of some of the images, not normalised.
 
         Raises:
-            ValueError: none is asked for, one cannot be read, or its embedding is not finite.
+            ValueError: `numbers` is empty, an image cannot be read, or an embedding is not finite.
         """
         numbers = np.asarray(numbers)
         if not len(numbers):
-            raise UserError(f"{self.path}: no image in it of a person who is told from others")
+            raise UserError(f"{self.path} has no image of a labelled person")
         starts = range(0, len(numbers), _BATCH)
         rows = np.concatenate([embed(self.pixels(numbers[i : i + _BATCH])) for i in starts])
         return finite(rows, f"of image {{}} of {self.path}", numbers)
 
-    def by_round(self, rounds: int) -> tuple[np.ndarray, np.ndarray]:
-        """(image numbers [n], round of each [n]): the k-th image of every identity is in round k,
-        so that each round is of different identities."""
-        order = np.argsort(self.labels, kind="stable")
-        ordered = self.labels[order]
-        rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
-        kept = (ordered != _NO_ONE) & (rank < rounds)
-        by = np.argsort(rank[kept], kind="stable")
-        return order[kept][by], rank[kept][by]
-
     def of_each(self, most: int) -> np.ndarray:
-        """int64 [n]: up to `most` images of every identity."""
-        return np.sort(self.by_round(most)[0])
+        """int64 [n]: up to `most` images of every identity, as images_of_each()."""
+        return images_of_each(self.labels, most)
+
+
+def images_of_each(labels: np.ndarray, most: int) -> np.ndarray:
+    """int64 [n]: the first `most` images of every identity, identity by identity."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return order[(ordered != _NO_ONE) & (rank < most)]
 
 
 def finite(rows: np.ndarray, what: str, numbers: Sequence[Any] | np.ndarray) -> np.ndarray:
@@ -104,7 +102,7 @@ def open_faces(path: str | Path, resize: bool = False) -> Faces:
     images alone.
 
     In a .bin the two images of a pair of one person are an identity, and the other pairs are left
-    out: who is in two pairs counts as two people.
+    out: a person in two pairs counts as two.
 
     Raises:
         FileNotFoundError, ValueError: none of these, or it is damaged.
@@ -141,7 +139,7 @@ def _names(data: shards.Shards) -> Sequence[str]:
 
 def means(faces: Faces, embed: Embed, num_classes: int, most: int) -> np.ndarray:
     """float64 [C, D]: the mean direction of up to `most` images of each class; 0 without any."""
-    numbers = faces.of_each(most)
+    numbers = np.sort(faces.of_each(most))
     rows = faces.embed(embed, numbers).astype(np.float64)
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     total = np.zeros((num_classes, rows.shape[1]))
@@ -166,7 +164,7 @@ def load_embeddings(path: str | Path, size: int) -> tuple[np.ndarray, np.ndarray
             content = content["embeddings"] if "embeddings" in names else None
     except (UserError, OSError):
         raise
-    except Exception as error:  # of the compressed arrays: zipfile's, zlib's, tokenize's
+    except Exception as error:  # compressed arrays raise zipfile's, zlib's and tokenize's errors
         raise UserError(f"{path} is no whole .npy or .npz of numbers: {error}") from error
     if content is None:
         raise UserError(f"{path} has {names}: `embeddings` is wanted")

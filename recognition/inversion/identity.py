@@ -1,4 +1,4 @@
-"""What an image shall be: a class of the trained head, or an embedding.
+"""The target of an image: a class of the trained head, or an embedding.
 
 Letters: W ranks, b images of this rank's batch, B of all ranks, C classes, D embedding size.
 """
@@ -28,8 +28,8 @@ class Identity(Protocol):
     in_step: bool  # whether all ranks take each step together
 
     def loss(self, embeddings: Tensor, ids: np.ndarray, rows_per_rank: Sequence[int]) -> Tensor:
-        """[] for embeddings [b, D] that shall become those of `ids` [b]; its gradient is that of
-        the mean over these b."""
+        """[] for embeddings [b, D] with the targets `ids` [b]; its gradient is that of the mean
+        over these b."""
 
 
 class ClosedSet:
@@ -49,10 +49,10 @@ class ClosedSet:
         self.head = frozen_head(path, group, number).to(device)
 
     def loss(self, embeddings: Tensor, ids: np.ndarray, rows_per_rank: Sequence[int]) -> Tensor:
-        self.head.sink = _drop  # no gradient of the class rows is kept
+        self.head.sink = lambda *gradient: None  # no gradient of the class rows is kept
         labels = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64))
-        # The head's loss is the mean over B, and its gather multiplies by W. What ranks send one
-        # another in the backward must have one factor: it is the arriving gradient that is scaled.
+        # The head's loss is the mean over B, and its gather multiplies by W. The collectives of the
+        # backward need one factor on all ranks, so the arriving gradient is scaled.
         factor = sum(rows_per_rank) / (len(rows_per_rank) * max(len(embeddings), 1))
         own = embeddings.view_as(embeddings)
         own.register_hook(lambda gradient: gradient * factor)
@@ -74,7 +74,7 @@ class OpenSet:
     ("L2 between features").
 
     feature "unit": of the embeddings scaled to length 1, which is 2 - 2 cos; a stored embedding
-    has often lost its length. "raw": as they come.
+    has often lost its length. "raw": unscaled.
     """
 
     in_step = False
@@ -91,11 +91,7 @@ class OpenSet:
 
 
 def head_facts(path: str, number: int) -> dict[str, Any]:
-    """What the manifest of a run says of one of its heads.
-
-    Raises:
-        ValueError: no such head, naming those there are.
-    """
+    """The manifest's facts of a head of a run. Raises: ValueError: there is no such head."""
     manifest = checkpoint.read_manifest(checkpoint.find(path))
     known = manifest["heads"]
     if not known or not checkpoint.row_files(manifest):
@@ -127,7 +123,7 @@ def frozen_head(path: str, group: ProcessGroup, number: int = 0) -> PartialFC:
 
 
 def _class_counts(cfg: config.Config, num_classes: int, number: int) -> np.ndarray | None:
-    """Images of each class, which a margin may ask for; None where the data are not here."""
+    """Images of each class, which a margin may need; None if the data are not on this machine."""
     try:
         data = open_all(cfg.rec)
         counts = np.bincount(data.labels, minlength=data.num_classes)
@@ -135,12 +131,8 @@ def _class_counts(cfg: config.Config, num_classes: int, number: int) -> np.ndarr
             firsts = multi_head.first_classes(data)
             counts = counts[firsts[number] : firsts[number + 1]]
     except (OSError, ValueError, IndexError):
-        return None  # a margin that needs them says so
+        return None  # a margin that needs them raises
     return counts if len(counts) == num_classes else None
-
-
-def _drop(*gradient: object) -> None:
-    pass
 
 
 def centres(path: str, number: int = 0, block: int = 65536) -> Iterator[np.ndarray]:

@@ -1,6 +1,6 @@
-"""What the faces of an inversion are worth: under the network itself, under others, as images.
+"""How good the faces of an inversion are: under the network itself, under others, as images.
 
-All is measured on the PNG files: 8 bits, clipped.
+All measurements are on the PNG files: 8 bits, clipped.
 
 Letters: n synthesised faces, D embedding size.
 """
@@ -19,32 +19,29 @@ from recognition.inversion.plan import Plan
 from recognition.inversion.prior import BnPrior
 from recognition.weights.networks import open_embedder
 
-_OF_EACH = 8  # images of a class that its entry under another network is the mean of
+_OF_EACH = 8  # images whose mean stands for a class under another network, at most
 _REFERENCE = 10000  # real images of a Frechet distance, at most
+_CHUNK = 256  # images that are read at once
 
 
 class Made:
-    """The synthesised faces [n], read from their files when asked for."""
+    """The synthesised faces of a plan [n], read from their files on demand."""
 
-    def __init__(self, out: Path, names: Sequence[str]) -> None:
-        self.paths = [out / "images" / f"{name}.png" for name in names]
+    def __init__(self, plan: Plan, out: Path) -> None:
+        names = plan.names
+        self.paths = [out / "images" / f"{names[int(i)]}.png" for i in plan.ids]
 
-    def pixels(self) -> np.ndarray:
-        return np.stack([pictures.read(path) for path in self.paths])
+    def pixels(self, paths: Sequence[Path]) -> np.ndarray:
+        return np.stack([pictures.read(path) for path in paths])
 
-    def embed(self, embed: faces.Embed, chunk: int = 256) -> np.ndarray:
-        parts = [self.paths[i : i + chunk] for i in range(0, len(self.paths), chunk)]
-        rows = [embed(np.stack([pictures.read(p) for p in part])) for part in parts]
+    def embed(self, embed: faces.Embed) -> np.ndarray:
+        chunks = [self.paths[i : i + _CHUNK] for i in range(0, len(self.paths), _CHUNK)]
+        rows = [embed(self.pixels(chunk)) for chunk in chunks]
         return faces.finite(np.concatenate(rows), "of {}", self.paths)
 
 
-def made_of(plan: Plan, out: Path) -> Made:
-    return Made(out, [plan.names[int(i)] for i in plan.ids])
-
-
-def measure(plan: Plan, out: Path, others: Sequence[str], fid: str | None) -> dict[str, Any]:
+def measure(plan: Plan, made: Made, others: Sequence[str], fid: str | None) -> dict[str, Any]:
     """The numbers of a finished run, for report.json."""
-    made = made_of(plan, out)
     own = metrics.likeness(made.embed(plan.embedder), plan.gallery(), plan.ids)
     report: dict[str, Any] = {
         "under_itself": own | {"network": plan.embedder.facts["path"]},
@@ -57,14 +54,17 @@ def measure(plan: Plan, out: Path, others: Sequence[str], fid: str | None) -> di
 
 
 def under_another(plan: Plan, made: Made, path: str) -> dict[str, Any]:
-    """`metrics.likeness` by a network that took no part. The gallery is the same people as it sees
-    them: a class is the mean of some of its images, an embedding the image that it is of."""
+    """`metrics.likeness` under a network that was not inverted.
+
+    Its gallery is the same people: the mean embedding of some images of a class, or the image that
+    a target was computed from.
+    """
     embedder = open_embedder(path)
     if plan.faces is None:
         return {
             "network": path,
-            "not_measured": "it needs images of the same people: --data (closed set: the shards "
-            "that the run was trained on; embeddings: the images that they are of)",
+            "not_measured": "it needs images of the same people: --data (the shards that the run "
+            "was trained on) or, with --embeddings, --images (the images of the embeddings)",
         }
     kept, ids = np.full(len(plan.ids), True), plan.ids
     if plan.numbers is None:
@@ -79,15 +79,15 @@ def under_another(plan: Plan, made: Made, path: str) -> dict[str, Any]:
         told = f"means of up to {_OF_EACH} images of each class of {plan.faces.path}"
     else:
         gallery = plan.faces.embed(embedder, plan.numbers)
-        told = f"the images of {plan.faces.path} that the targets are embeddings of"
+        told = f"the images of {plan.faces.path} that the targets were computed from"
     found = metrics.likeness(made.embed(embedder)[kept], [gallery], ids)
     return found | {"network": path, "gallery_of": told, "without_images": int((~kept).sum())}
 
 
 @torch.no_grad()
 def bn_distances(plan: Plan, made: Made) -> dict[str, Any] | None:
-    """The BatchNorm term of whole batches, synthesised and real, as many images each; None where
-    the network has none."""
+    """The BatchNorm term of full batches of synthesised and of real images; None if the network has
+    no BatchNorm."""
     prior = BnPrior(plan.embedder.module, plan.settings.bn_form)
     try:
         if not prior.layers:
@@ -105,13 +105,11 @@ def bn_distances(plan: Plan, made: Made) -> dict[str, Any] | None:
         places = {int(i): at for at, i in enumerate(plan.ids)}
         values = []
         for batch in whole:
-            paths = [made.paths[places[int(i)]] for i in batch]
-            values.append(of(np.stack([pictures.read(path) for path in paths])))
-        found: dict[str, Any] = {
-            "synthesised": float(np.mean(values)), "batches": len(whole), "batch_size": size,
-        }  # fmt: skip
+            values.append(of(made.pixels([made.paths[places[int(i)]] for i in batch])))
+        found: dict[str, Any] = {"synthesised": float(np.mean(values))}
+        found |= {"batches": len(whole), "batch_size": size}
         if plan.faces is not None:
-            numbers = plan.faces.by_round(1)[0]
+            numbers = plan.faces.of_each(1)
             drawn = np.random.default_rng(plan.settings.seed).permutation(numbers)[:size]
             found |= {"real": of(plan.faces.pixels(drawn)), "real_images": len(drawn)}
         return found
@@ -124,19 +122,18 @@ def fid_of(plan: Plan, made: Made, path: str) -> dict[str, Any]:
     if plan.faces is None:
         return {"network": path, "not_measured": "it needs real images: --data"}
     embed = open_embedder(path)
-    everyone = plan.faces.of_each(len(plan.faces))
+    everyone = np.sort(plan.faces.of_each(len(plan.faces)))
     if len(everyone) > _REFERENCE:
         generator = np.random.default_rng(plan.settings.seed)
         everyone = np.sort(generator.choice(everyone, _REFERENCE, replace=False))
     mine, real = made.embed(embed), plan.faces.embed(embed, everyone)
-    found: dict[str, Any] = {
-        "network": path, "images": len(mine), "real_images": len(real), "features": mine.shape[1],
-    }  # fmt: skip
+    found: dict[str, Any] = {"network": path, "features": mine.shape[1]}
+    found |= {"images": len(mine), "real_images": len(real)}
     if len(mine) < 2:
         return found | {"not_measured": "one image has no covariance"}
     generator = np.random.default_rng(plan.settings.seed)
     found["distance"] = metrics.frechet_distance(mine, real)
-    if len(real) >= 2 * len(mine):  # what as many real images are from the others
+    if len(real) >= 2 * len(mine):  # the same distance between real images
         order = generator.permutation(len(real))
         few, rest = real[order[: len(mine)]], real[order[len(mine) :]]
         found["distance_of_as_many_real_images"] = metrics.frechet_distance(few, rest)
@@ -149,20 +146,20 @@ def fid_of(plan: Plan, made: Made, path: str) -> dict[str, Any]:
 
 
 def sentences(report: dict[str, Any]) -> list[str]:
-    """The report in short lines."""
+    """The report in a few lines of text."""
     lines = [_likeness("under the network itself", report["under_itself"])]
     lines += [_likeness(f"under {found['network']}", found) for found in report["under_others"]]
     if (bn := report["bn_distance"]) is None:
         lines.append("BatchNorm distance: the network has no BatchNorm")
     else:
-        real = f", of as many real images {bn['real']:.4g}" if "real" in bn else ""
+        real = f", {bn['real']:.4g} for as many real images" if "real" in bn else ""
         lines.append(f"BatchNorm distance {bn['synthesised']:.4g}{real}")
     if found := report.get("fid"):
         told = found.get("not_measured") or (
             f"{found['distance']:.4g} ({found['images']} against {found['real_images']} images)"
         )
         if "distance_of_as_many_real_images" in found:
-            told += f", of as many real ones {found['distance_of_as_many_real_images']:.4g}"
+            told += f", {found['distance_of_as_many_real_images']:.4g} for as many real ones"
         lines.append(f"Frechet distance {told}" + (f"; {found['note']}" if "note" in found else ""))
     return lines
 
@@ -170,13 +167,10 @@ def sentences(report: dict[str, Any]) -> list[str]:
 def _likeness(where: str, found: dict[str, Any]) -> str:
     if "not_measured" in found:
         return f"{where}: not measured, {found['not_measured']}"
-    return (
+    line = (
         f"{where}: cosine to the target {found['cosine_mean']:.3f}, nearest of "
         f"{found['gallery']} in {100 * found['identity_rate']:.1f} % "
         f"(chance {100 * found['chance']:.2g} %: {found['times_chance']:.0f} x)"
-        + (
-            f"; {n} classes have no image and were left out"
-            if (n := found.get("without_images"))
-            else ""
-        )
     )
+    left_out = found.get("without_images")
+    return line + (f"; {left_out} classes have no image and were left out" if left_out else "")

@@ -27,8 +27,8 @@ def likeness(
 ) -> dict[str, Any]:
     """Cosine to the own entry, and how often the own entry is the nearest of all.
 
-    Of K centres of an entry the nearest counts. An entry as near as the own one counts against it.
-    chance is 1 / N: of guessing an entry.
+    The nearest of an entry's K centres counts. A tie with another entry counts as a miss. chance is
+    1 / N.
     """
     x = unit(embeddings)
     own = np.asarray(own)

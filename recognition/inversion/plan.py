@@ -1,6 +1,6 @@
-"""What is to be inverted, as a command line says it: the network, the targets, their batches.
+"""The plan of an inversion from a command line: the network, the targets, their batches.
 
-Letters: n targets that are inverted, N targets of which they are, D embedding size, C classes.
+Letters: n targets to invert, out of N; D embedding size, C classes.
 """
 
 from __future__ import annotations
@@ -19,46 +19,54 @@ from data_tools.common.errors import UserError
 from recognition import checkpoint
 from recognition.distributed.runtime import Runtime
 from recognition.inversion import work
-from recognition.inversion.faces import Faces, finite, load_embeddings, open_faces
+from recognition.inversion.faces import (
+    Faces,
+    finite,
+    images_of_each,
+    load_embeddings,
+    open_faces,
+)
 from recognition.inversion.identity import ClosedSet, Identity, OpenSet, centres, head_facts
 from recognition.inversion.settings import Request, Settings
 from recognition.weights.networks import TorchEmbedder, open_embedder
 
-# Seconds that a process waits for the others: one with a batch more than they takes as long as it.
+# Seconds that a process waits for the others, which may have one batch more.
 TIMEOUT = 7 * 24 * 3600.0
 
 
 @dataclass
 class Plan:
-    """All that a process knows before it meets the others."""
+    """What to invert and what to compare with; every process makes the same plan."""
 
     embedder: TorchEmbedder
     identity: Callable[[Runtime], Identity]
     ids: np.ndarray  # int64 [n] classes, or rows of `targets`
     batches: list[np.ndarray]
-    gallery: Callable[[], Iterator[np.ndarray]]  # blocks of [N, (K,) D], of which ids are places
+    gallery: Callable[[], Iterator[np.ndarray]]  # blocks of [N, (K,) D]; an id is a row's number
     settings: Settings
     facts: dict[str, Any]  # settings.json
-    faces: Faces | None = None  # real ones to be held against
+    faces: Faces | None = None  # real ones to compare with
     numbers: np.ndarray | None = None  # int64 [N] the image of each target; None: closed set
     labels: np.ndarray | None = None  # int64 [N] of the targets; None: closed set
 
     @property
     def names(self) -> dict[int, str]:
-        """Of each id's PNG file: the class, the row of a file of embeddings, or the image."""
+        """The name of each id's PNG file: its class, row of a file of embeddings, or image."""
         numbers = self.ids if self.numbers is None else self.numbers[self.ids]
         return {int(i): f"{n:08d}" for i, n in zip(self.ids, numbers, strict=True)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of every kind of inversion."""
+    """The arguments that both commands take."""
     schema.add_flags(parser, Request)
     schema.add_flags(parser.add_argument_group("settings"), Settings)
 
 
 def check_networks(args: argparse.Namespace) -> None:
-    """Raises: ValueError, OSError where one of --other or --fid is no network: before hours of
-    work rather than after them."""
+    """Check --other and --fid now, because they are used only after hours of work.
+
+    Raises: ValueError, OSError: one of them is no network.
+    """
     for flag, paths in (("--other", args.other), ("--fid", [args.fid] if args.fid else [])):
         for path in paths:
             try:
@@ -68,13 +76,8 @@ def check_networks(args: argparse.Namespace) -> None:
                 raise UserError(f"{flag} {path}: {error}") from error
 
 
-def every_of(args: argparse.Namespace) -> work.Every:
-    request = schema.from_flags(Request, args)
-    return work.Every(request.save_every, request.picture_every)
-
-
 def network_of(run: str) -> TorchEmbedder:
-    """The network to invert, frozen. Raises: ValueError where it has no gradients."""
+    """The network to invert, frozen. Raises: ValueError if it cannot be differentiated."""
     embedder = open_embedder(run)
     if not isinstance(embedder, TorchEmbedder):
         raise UserError(f"{run}: an ONNX file gives no gradients; a run or a backbone file does")
@@ -88,7 +91,7 @@ def closed_set(args: argparse.Namespace, settings: Settings) -> Plan:
     """Classes of the trained head.
 
     Raises:
-        ValueError: no head, a class that it does not have, data of other labels.
+        ValueError: no head, an unknown class, or data with other labels.
     """
     embedder = network_of(args.run)
     if not files.is_dir(Path(args.run)):
@@ -96,28 +99,28 @@ def closed_set(args: argparse.Namespace, settings: Settings) -> Plan:
     head = head_facts(args.run, args.head)
     ids = choose(args.ids, args.count, np.arange(head["num_classes"]), settings.seed, "class")
     return Plan(
-        embedder, lambda here: ClosedSet(args.run, here.group, here.device, args.head), ids,
-        work.batches(ids, np.zeros(len(ids)), settings.batch_size),
+        embedder,
+        lambda here: ClosedSet(args.run, here.group, here.device, args.head),
+        ids,
+        work.batches(ids, settings.batch_size),
         lambda: centres(args.run, args.head),
         settings,
         _facts("closed set", embedder, ids, settings) | {"head": args.head},
         _reference(args.data, args.run, args.head, head["num_classes"], args.resize),
-    )  # fmt: skip
+    )
 
 
 def open_set(
     args: argparse.Namespace,
     settings: Settings,
     images: str | None,
-    rounds: int = 1,
 ) -> Plan:
-    """Embeddings of a file, or of images.
+    """Embeddings of a file, or of images; one of each identity.
 
-    images: shards, a .bin or a folder; with --embeddings, of which row i is that of image i.
-    rounds: images of each identity at most.
+    images: shards, a .bin or a folder. With --embeddings, row i belongs to image i.
 
     Raises:
-        ValueError: nothing given, or what is given does not fit.
+        ValueError: nothing to invert, or the embeddings and images do not match.
     """
     embedder = network_of(args.run)
     size = int(embedder(np.zeros((1, 112, 112, 3), np.uint8)).shape[1])
@@ -128,31 +131,27 @@ def open_set(
         if faces is not None and len(faces) != len(targets):
             raise UserError(
                 f"{args.embeddings} holds {len(targets)} embeddings, {images} {len(faces)} images: "
-                "row i is to be that of image i"
+                "give one image for each embedding; row i belongs to image i"
             )
-        chosen = Faces("", labels, lambda i: b"") if faces is None else faces
-        places, rank = chosen.by_round(rounds)
+        known = images_of_each(labels if faces is None else faces.labels, 1)
     elif faces is not None:
-        numbers, rank = faces.by_round(rounds)
-        places, labels = np.arange(len(numbers)), faces.labels[numbers]
-        targets = np.zeros((0, size), np.float32)  # of those that are chosen, below
+        numbers = faces.of_each(1)
+        known = np.arange(len(numbers))
     else:
         raise UserError("nothing to invert: give --embeddings FILE or images")
-    if not len(places):
-        raise UserError(f"{args.embeddings or images}: nobody in it to invert")
-    ids = choose(args.ids, args.count, places, settings.seed, "row")
+    if not len(known):
+        raise UserError(f"{args.embeddings or images} has no labelled person to invert")
+    ids = choose(args.ids, args.count, known, settings.seed, "row")
     if not args.embeddings:
         assert faces is not None
-        numbers, labels, rank = numbers[ids], labels[ids], rank[ids]
-        targets, ids = faces.embed(embedder, numbers), np.arange(len(ids))
-    else:
-        rank = rank[np.searchsorted(places, ids, sorter=np.argsort(places))]
+        numbers, ids = numbers[ids], np.arange(len(ids))
+        labels, targets = faces.labels[numbers], faces.embed(embedder, numbers)
     digest = zlib.crc32(np.ascontiguousarray(targets).view(np.uint8).data)
     return Plan(
         embedder,
         lambda here: OpenSet(targets, settings.feature, here.device),
         ids,
-        work.batches(ids, rank, settings.batch_size),
+        work.batches(ids, settings.batch_size),
         lambda: iter([targets]),
         settings,
         _facts("open set", embedder, ids, settings) | {"targets_crc32": digest},
@@ -165,15 +164,12 @@ def open_set(
 def choose(
     text: str | None, count: int, known: np.ndarray, seed: int, what: str
 ) -> np.ndarray:  # int64 [n]
-    """The ids that `text` lists, or `count` of `known` drawn by the seed (the first images of each
-    identity before the second), ascending within what is drawn.
+    """The ids that `text` lists, or `count` of `known` drawn by the seed, in the order of `known`.
 
     Raises:
-        ValueError: not a list of ranges, an id that is not known, or one given twice.
+        ValueError: not a list of ranges, an unknown id, or a repeated one.
     """
     if text is None:
-        if count < 1:
-            raise UserError(f"--count {count}: 1 or more")
         if count >= len(known):
             return known
         return known[np.sort(np.random.default_rng(seed).choice(len(known), count, replace=False))]
@@ -187,7 +183,7 @@ def choose(
             raise UserError(f"--ids {text}: there is no {what} {last}, they go to {known.max()}")
         ids.extend(range(int(first), int(last) + 1))
     if len(set(ids)) < len(ids):
-        raise UserError(f"--ids {text}: one stands there twice; a batch is of different identities")
+        raise UserError(f"--ids {text}: an id appears twice; a batch holds different identities")
     if absent := sorted(set(ids) - set(known.tolist())):
         raise UserError(f"--ids {text}: there is no {what} {absent[0]}")
     return np.array(ids, dtype=np.int64)
@@ -208,30 +204,27 @@ def _facts(
 def _reference(
     data: str | None, run: str, number: int, num_classes: int, resize: bool = False
 ) -> Faces | None:
-    """The images that the head was trained on, those of --data or of its run; None where they are
-    not here any more."""
+    """The images that the head was trained on, from --data or else from where its run says; None
+    if the latter are no longer there."""
     config = checkpoint.read_manifest(checkpoint.find(run))["config"]
     known = None if config.get("rec_heads") else config.get("labels_crc32")
 
-    def others(faces: Faces) -> bool:
-        return known is not None and known != zlib.crc32(np.ascontiguousarray(faces.labels).data)
+    def misfit(faces: Faces) -> str:
+        if int(faces.labels.max(initial=-1)) >= num_classes:
+            return f"has the label {faces.labels.max()}, the head {num_classes} classes"
+        labels = zlib.crc32(np.ascontiguousarray(faces.labels).data)
+        return "" if known in (None, labels) else f"its labels are not those of the data of {run}"
 
-    if data is None:
-        recs = [config["rec"]] if isinstance(config["rec"], str) else config["rec"]
-        if len(recs) > 1 and not config.get("rec_heads"):
-            return None  # classes of several sets joined: say --data where they are packed as one
-        try:
-            faces = open_faces(recs[number], resize or bool(config.get("resize")))
-        except (OSError, ValueError, IndexError):
-            return None
-        fits = int(faces.labels.max(initial=-1)) < num_classes and not others(faces)
-        return faces if fits else None
-    faces = open_faces(data, resize)
-    if int(faces.labels.max(initial=-1)) >= num_classes:
-        raise UserError(
-            f"--data {data} has the label {faces.labels.max()}, the head {num_classes} classes: "
-            "the data that it was trained on are wanted"
-        )
-    if others(faces):
-        raise UserError(f"--data {data}: its labels are not those that {run} was trained on")
-    return faces
+    if data is not None:
+        faces = open_faces(data, resize)
+        if why := misfit(faces):
+            raise UserError(f"--data {data}: {why}: give the data that it was trained on")
+        return faces
+    recs = [config["rec"]] if isinstance(config["rec"], str) else config["rec"]
+    if len(recs) > 1 and not config.get("rec_heads"):
+        return None  # joined sets: only --data can name the directory where they are packed as one
+    try:
+        faces = open_faces(recs[number], resize or bool(config.get("resize")))
+    except (OSError, ValueError, IndexError):
+        return None
+    return None if misfit(faces) else faces

@@ -17,8 +17,7 @@ class BnPrior:
     arXiv:1801.07698 section 3.3, over the layers that DeepInversion (arXiv:1912.08795) looks at;
     DeepInversion itself takes norms without the square, and variances. Mean and variance (over b
     and the places of the image, biased) are those of the last forward; std = sqrt(var + eps) on
-    both sides, so that the slope at a constant channel is finite. A network in eval mode is meant:
-    what it stored does not move.
+    both sides, so that the slope at a constant channel is finite. The network is in eval mode.
 
     form: "std" | "var". first: the weight of the first layer. last: the BatchNorm1d of the
     embedding counts too. A network without BatchNorm has no layers, and take() gives 0.
@@ -43,7 +42,7 @@ class BnPrior:
         self._terms.append(term * self.first if layer is self.layers[0] else term)
 
     def take(self) -> Tensor:
-        """[] of the forward that has just been; it is forgotten then."""
+        """[] The term of the last forward, which is then forgotten."""
         terms, self._terms = self._terms, []
         return torch.stack(terms).sum() if terms else torch.zeros(())
 

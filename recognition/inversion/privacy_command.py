@@ -1,10 +1,10 @@
-"""What the embeddings of a set give away: each is inverted, and the faces tried as the persons.
+"""What the embeddings of a set reveal: invert each, and test the faces as the persons.
 
     python -m recognition.inversion privacy RUN --out DIR --data SHARDS [--other MODEL]
     python -m recognition.inversion privacy RUN --out DIR --embeddings FILE.npy
 
-The faces in OUT/images look like the people whose embeddings they are of: treat them as personal
-data, and remove them when the report is there (--remove-images).
+The faces in OUT/images look like the people of the embeddings: treat them as personal data, and
+remove them when the report is written (--remove-images).
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any
 
 from data_tools.common.errors import UserError
 from data_tools.common.schema import from_flags
+from recognition.inversion import measure, privacy, work
 from recognition.inversion import plan as plans
-from recognition.inversion.settings import Settings
-from recognition.inversion.synthesise_command import make, prior_told
+from recognition.inversion.measure import Made
+from recognition.inversion.session import invert
+from recognition.inversion.settings import Request, Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,50 +31,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--embeddings", metavar="FILE",
-        help="an .npy [N, D] or .npz, of the images of --data where both are given",
+        help="an .npy [N, D] or .npz; with --data, the embeddings of its images",
     )  # fmt: skip
     parser.add_argument(
         "--far", type=float, nargs="+", default=[1e-2, 1e-3], metavar="X", help="(0.01 0.001)"
     )
     parser.add_argument(
-        "--remove-images", action="store_true", help="keep the report alone when all is measured"
+        "--remove-images", action="store_true", help="keep only the report at the end"
     )
     plans.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     """Invert, measure, write report.json; None in other processes than the first."""
-    from recognition.distributed import runtime
-    from recognition.inversion import measure, privacy, work
-
-    settings, every = from_flags(Settings, args), plans.every_of(args)
+    settings = from_flags(Settings, args)
+    from_flags(Request, args)  # a wrong value is refused before the network is read
     if wrong := [far for far in args.far if not 0 < far < 1]:
         raise UserError(f"--far {wrong[0]}: between 0 and 1")
     plan = plans.open_set(args, settings, args.data)
-    work.check_settings(args.out, plan.facts)
-    plans.check_networks(args)
-    with runtime.start(plans.TIMEOUT) as here:
-        make(plan, args, here, every)
-        if here.rank != 0:
-            return None
+
+    def measured(made: Made) -> tuple[dict[str, Any], str]:
         report = {
             "kind": "privacy",
             "set": args.data or args.embeddings,
-            "network": plan.facts["network"],
-            "settings": plan.facts["settings"],
-            "prior": prior_told(plan),
-            "loss": work.terms_of(args.out, len(plan.batches)),
-            **privacy.measure(plan, args.out, args.other, args.far),
-            "bn_distance": measure.bn_distances(plan, measure.made_of(plan, args.out)),
+            **privacy.measure(plan, made, args.other, args.far),
+            "bn_distance": measure.bn_distances(plan, made),
         }
         if args.fid is not None:
-            report["fid"] = measure.fid_of(plan, measure.made_of(plan, args.out), args.fid)
+            report["fid"] = measure.fid_of(plan, made, args.fid)
         report["text"] = privacy.sentences(report)
-        report |= plan.faces.facts() if plan.faces is not None else {}
-        work.write_json(args.out / "report.json", report)
-        if args.remove_images:
-            for name in ("images", "progress", "state"):
-                shutil.rmtree(args.out / name)
-        print("\n".join(report["text"]))
-        print(f"written: {args.out / 'report.json'}")
-        return {"path": str(args.out), **report}
+        return report, "\n".join([*report["text"], f"written: {args.out / 'report.json'}"])
+
+    report = invert(plan, args, measured)
+    if report is not None and args.remove_images:
+        for name in work.DIRECTORIES:
+            shutil.rmtree(args.out / name)
+    return report

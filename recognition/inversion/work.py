@@ -1,16 +1,16 @@
-"""A run of inversions: batches dealt out to the processes, files that it goes on from.
+"""A run of inversions: batches distributed over the processes, and files to resume from.
 
     OUT/
-        settings.json                  what was asked, of which network
+        settings.json                  the network, the identities and the settings
         images/<id>.png                a face for each identity
         grid.png                       the first 64 of them
-        progress/batch-00000.png       a batch on its way
-        state/batch-00000-step-500.safetensors   the two newest of a batch that is not done
-        state/batch-00000.json         its last terms: it is done
-        report.json                    what was measured
+        progress/batch-00000.png       a batch before its last step
+        state/batch-00000-step-500.safetensors   the two newest states of an unfinished batch
+        state/batch-00000.json         the last terms of a finished batch
+        report.json                    the measurements
 
-Batch k goes to process k mod W. What a batch becomes does not depend on the others but, in a closed
-set of several processes, in the roundings of the common loss.
+Batch k goes to process k mod W. A batch does not depend on the others, beyond the rounding of the
+common loss in a closed set on several processes.
 
 Letters: W processes.
 """
@@ -23,7 +23,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +35,20 @@ from data_tools.common.text import read_json as read_json_file
 from recognition.distributed import collectives, store_exchange
 from recognition.distributed.runtime import Runtime
 from recognition.inversion import pictures
-from recognition.inversion.descent import Batch, Terms, descend
+from recognition.inversion.descent import Batch, Terms, descend, finite_terms
 from recognition.inversion.identity import ClosedSet, Identity
-from recognition.inversion.settings import Settings
+from recognition.inversion.settings import Request, Settings
 from recognition.run.run_dir import OWNED_SECONDS, lock_run_dir
 
-_OURS = {".lock", "images", "state", "progress"}  # before settings.json
+DIRECTORIES = ("images", "state", "progress")
+_REMEDY = "remove it and start again"  # of a damaged file that an inversion wrote
+_TELL_EVERY = 50  # steps between two lines of the log
+_SAVED = 2  # states that are kept of a batch
 
 
-@dataclass(frozen=True)
-class Every:
-    """Steps between two of each."""
-
-    save: int = 500
-    picture: int = 1000
-    tell: int = 50
-
-
-def batches(ids: np.ndarray, rounds: np.ndarray, size: int) -> list[np.ndarray]:
-    """int64 ids [n] cut into batches of at most `size`; none holds ids of two `rounds` [n], so that
-    a round of different identities gives batches of different identities."""
-    parts = []
-    for value in np.unique(rounds):
-        own = ids[rounds == value]
-        parts += [own[at : at + size] for at in range(0, len(own), size)]
-    return parts
+def batches(ids: np.ndarray, size: int) -> list[np.ndarray]:
+    """int64 ids [n] cut into batches of at most `size`."""
+    return [ids[at : at + size] for at in range(0, len(ids), size)]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -68,24 +56,22 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     files.write_text(path, text, files.PRIVATE_FILE)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What write_json wrote. Raises: ValueError naming a damaged file."""
-    content = read_json_file(path, "remove it and start again")
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (no object): remove it and start again")
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """An object that write_json wrote. Raises: ValueError naming a file without all of `keys`."""
+    content = read_json_file(path, _REMEDY)
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
+        wanted = ", ".join(keys) or "settings"
+        raise UserError(f"{path} is damaged (it does not hold {wanted}): {_REMEDY}")
     return content
 
 
 def check_settings(out: Path, facts: Mapping[str, Any]) -> None:
-    """Raises: ValueError where `out` holds other things, or was made for other facts, naming
-    them."""
+    """Raises: ValueError if `out` holds other files, or an inversion with other facts."""
     path = out / "settings.json"
     if not files.is_file(path):
-        others = (
-            sorted(p.name for p in out.iterdir() if not _is_ours(p.name))
-            if files.is_dir(out)
-            else []
-        )
+        partial = re.compile(rf"\.settings\.json\..*{re.escape(files.PARTIAL)}")
+        ours = {".lock", *DIRECTORIES}  # made before settings.json
+        others = [n for n in files.names(out) if n not in ours and not partial.fullmatch(n)]
         if others:
             raise UserError(
                 f"{out} is no directory of an inversion, it holds {', '.join(others[:4])}: choose "
@@ -102,17 +88,14 @@ def check_settings(out: Path, facts: Mapping[str, Any]) -> None:
     ]
     if differ:
         raise UserError(
-            f"{out} holds another inversion ({'; '.join(differ)[:600]}): choose another --out, "
-            "or ask for the same to go on with it (RUN/checkpoints/step-N names a network for good)"
+            f"{out} holds another inversion ({'; '.join(differ)[:600]}): choose another --out, or "
+            "repeat the old arguments to resume it (RUN/checkpoints/step-N always names the same "
+            "network)"
         )
 
 
-def _is_ours(name: str) -> bool:
-    return name in _OURS or (name.startswith(".settings.json.") and name.endswith(files.PARTIAL))
-
-
 def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What an inversion was made for, entry by entry."""
+    """The facts of settings.json, with the entries of nested objects as `object.entry`."""
     flat: dict[str, Any] = {}
     for key, value in facts.items():
         prefix = "" if key == "settings" else f"{key}."
@@ -123,10 +106,10 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def directory(out: Path, facts: Mapping[str, Any], runtime: Runtime) -> Iterator[None]:
-    """Hold the run directory, made for `facts` or found with the same.
+    """Hold the run directory, which is made for `facts` or was made for the same ones.
 
     Raises:
-        ValueError: it is there with other facts, or the processes were asked for different things.
+        ValueError: it was made for other facts, or the processes have different arguments.
         OSError: another run holds it, or it cannot be written.
     """
     store_exchange.check_same(runtime.group, **facts)
@@ -137,7 +120,7 @@ def directory(out: Path, facts: Mapping[str, Any], runtime: Runtime) -> Iterator
             if runtime.rank == 0:
                 files.make_private(out)
                 held.enter_context(lock_run_dir(str(out)))
-                for name in ("images", "state", "progress"):
+                for name in DIRECTORIES:
                     files.make_private(out / name)
                 write_json(out / "settings.json", facts)
 
@@ -148,137 +131,121 @@ def directory(out: Path, facts: Mapping[str, Any], runtime: Runtime) -> Iterator
 def synthesise(
     network: nn.Module,
     identity: Identity,
-    work: Sequence[np.ndarray],  # the batches' ids
+    batches: Sequence[np.ndarray],  # their ids
     names: Mapping[int, str],  # of the PNG files, without .png
     settings: Settings,
-    out: Path,
+    request: Request,
     runtime: Runtime,
-    every: Every = Every(),  # noqa: B008, frozen
 ) -> None:
-    """Make every image that is not there yet. All processes leave it together.
+    """Make every image that is not there yet. All processes return together.
 
     Raises:
         ValueError, OSError: as descend, Batch.load and writing.
     """
-    group, world = runtime.group, runtime.world
-    for first in range(0, len(work), world):
+    group, world, out = runtime.group, runtime.world, request.out
+    for first in range(0, len(batches), world):
         number = first + runtime.rank
-        left = number < len(work)
-        by = _done_by(out, number)
-        if (
-            left
-            and by is not None
-            and not all(
-                files.is_file(out / "images" / f"{names[int(i)]}.png") for i in work[number]
-            )
-        ):
-            by = None  # an image was taken away
+        ids = batches[number] if number < len(batches) else np.zeros(0, np.int64)
+        made_by = _world_that_made(out, number, [names[int(i)] for i in ids])
+        due = len(ids) > 0 and made_by is None
         if identity.in_step:
-            there = collectives.gather_objects((left, by), group)
-            if by == world and any(one and other is None for one, other in there):
-                by = None  # once more, so that the others have the company that they had
-        batch, steps = None, {}
-        if left and by is None:
-            batch = Batch.start(settings, number, work[number], runtime.device)
-            steps = _saved(out, number)
-        counts, begin = [0] * world, 0
+            # The common loss depends on all batches of a round: those that this number of
+            # processes made are made again together with the one that is missing.
+            due = any(collectives.gather_objects(due, group)) and (due or made_by == world)
+        steps = _saved(out, number) if due else {}
+        counts, begin = [0] * world, max(steps, default=0)
         if identity.in_step:
-            everywhere = collectives.gather_objects(
-                (len(batch.ids) if batch else 0, set(steps)), group
-            )
+            everywhere = collectives.gather_objects((len(ids) if due else 0, set(steps)), group)
             counts = [rows for rows, _ in everywhere]
-            common = [found for rows, found in everywhere if rows]
-            shared = set.intersection(*common) if common else set()
-            steps = {step: path for step, path in steps.items() if step in shared}
-            begin = max(shared, default=0)
-        if batch is not None:
-            if steps:
-                batch.load(str(steps[max(steps)]), max(steps))
-            last = _finish(network, identity, batch, names, settings, out, counts, every, len(work))
+            saved = [found for rows, found in everywhere if rows]
+            begin = max(set.intersection(*saved), default=0) if saved else 0
+        if due:
+            batch = Batch.start(settings, number, ids, runtime.device)
+            if begin:
+                batch.load(str(steps[begin]), begin)
+                print(f"batch {number} resumes at step {begin}", file=sys.stderr, flush=True)
+            terms = _finish(network, identity, batch, settings, request, counts, len(batches))
+            for i, pixels in zip(ids, pictures.as_pixels(batch.images), strict=True):
+                pictures.write(_image(out, names[int(i)]), pixels)
         elif isinstance(identity, ClosedSet) and any(counts):
             for _ in range(begin, settings.steps):
                 identity.take_part(counts)
         if identity.in_step:
-            collectives.gather_objects(None, group)  # all are done, or none is
-        if batch is not None:
-            done = {"ids": batch.ids.tolist(), "terms": last, "world": world}
-            write_json(_done(out, number), done)
+            collectives.gather_objects(None, group)  # all batches of the round are done, or none
+        if due:
+            write_json(_result(out, number), {"ids": ids.tolist(), "terms": terms, "world": world})
             _forget(out, number, 0)
-    collectives.gather_objects(None, group)  # until all have come so far
+    collectives.gather_objects(None, group)  # until all processes are here
 
 
 def _finish(
-    network: nn.Module, identity: Identity, batch: Batch, names: Mapping[int, str],
-    settings: Settings, out: Path, counts: Sequence[int], every: Every, total: int,
-) -> Terms:  # fmt: skip
-    """The batch to its end and into its files; the last terms."""
+    network: nn.Module,
+    identity: Identity,
+    batch: Batch,
+    settings: Settings,
+    request: Request,
+    counts: Sequence[int],
+    total: int,
+) -> Terms:
+    """Take a batch to its last step, with log lines, pictures and saved states; the last terms."""
     began, before = time.perf_counter(), batch.step
+    stem = f"batch-{batch.number:05d}"
     last: Terms = {}
-    if before:
-        print(f"batch {batch.number} goes on at step {before}", file=sys.stderr, flush=True)
-
-    def after(batch: Batch, terms: Terms | None) -> None:
-        if terms is not None:
-            last.update(terms)
+    for parts in descend(network, identity, batch, settings, counts):
+        if batch.step % _TELL_EVERY == 0 or batch.step == settings.steps:
+            last = finite_terms(parts, batch)
             left = (time.perf_counter() - began) / (batch.step - before)
-            left *= settings.steps - batch.step
-            print(_line(batch, total, settings.steps, terms, left), file=sys.stderr, flush=True)
-        if batch.step % every.picture == 0:
+            left = int(left * (settings.steps - batch.step))
+            print(
+                f"batch {batch.number + 1}/{total}  step {batch.step}/{settings.steps}  "
+                + "  ".join(f"{name} {value:.4g}" for name, value in last.items())
+                + f"  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}",
+                file=sys.stderr,
+                flush=True,
+            )
+        if batch.step % request.picture_every == 0:
             picture = pictures.grid(pictures.as_pixels(batch.images))
-            pictures.write(out / "progress" / f"batch-{batch.number:05d}.png", picture)
-        if batch.step % every.save == 0 and batch.step < settings.steps:
-            path = out / "state" / f"batch-{batch.number:05d}-step-{batch.step}.safetensors"
+            pictures.write(request.out / "progress" / f"{stem}.png", picture)
+        if batch.step % request.save_every == 0 and batch.step < settings.steps:
+            path = request.out / "state" / f"{stem}-step-{batch.step}.safetensors"
             batch.save(str(path))
-            _forget(out, batch.number, 2)
-
-    descend(network, identity, batch, settings, counts, after, every.tell)
-    for i, pixels in zip(batch.ids, pictures.as_pixels(batch.images), strict=True):
-        pictures.write(out / "images" / f"{names[int(i)]}.png", pixels)
+            _forget(request.out, batch.number, _SAVED)
     return last
 
 
 def terms_of(out: Path, count: int) -> dict[str, float]:
-    """The terms of the loss at the end, means over the batches."""
-    every = [_what_was_done(out, k)["terms"] for k in range(count)]
+    """The terms of the loss after the last step, means over the batches."""
+    every = [_read_result(out, number)["terms"] for number in range(count)]
     return {name: float(np.mean([terms[name] for terms in every])) for name in every[0]}
 
 
-def _done_by(out: Path, number: int) -> int | None:
-    """Of how many processes the run was that made this batch; None: it is not done."""
-    return _what_was_done(out, number)["world"] if files.is_file(_done(out, number)) else None
+def _world_that_made(out: Path, number: int, names: Sequence[str]) -> int | None:
+    """How many processes made a batch; None if it or one of its images is not there."""
+    paths = [_result(out, number), *(_image(out, name) for name in names)]
+    return _read_result(out, number)["world"] if all(map(files.is_file, paths)) else None
 
 
-def _what_was_done(out: Path, number: int) -> dict[str, Any]:
-    """Raises: ValueError naming a damaged file."""
-    content = read_json(_done(out, number))
-    if not {"world", "terms"} <= content.keys():
-        raise UserError(f"{_done(out, number)} is damaged (no terms): remove it and start again")
-    return content
+def _image(out: Path, name: str) -> Path:
+    return out / "images" / f"{name}.png"
 
 
-def _done(out: Path, number: int) -> Path:
+def _result(out: Path, number: int) -> Path:
+    """The file that says that a batch is done."""
     return out / "state" / f"batch-{number:05d}.json"
+
+
+def _read_result(out: Path, number: int) -> dict[str, Any]:
+    return read_json(_result(out, number), "terms", "world")
 
 
 def _saved(out: Path, number: int) -> dict[int, Path]:
     """{step: file} of a batch that is not done."""
     pattern = re.compile(rf"batch-{number:05d}-step-(\d+)\.safetensors")
-    return {
-        int(found[1]): path
-        for path in (out / "state").iterdir()
-        if (found := pattern.fullmatch(path.name))
-    }
+    names = files.names(out / "state")
+    return {int(m[1]): out / "state" / name for name in names if (m := pattern.fullmatch(name))}
 
 
 def _forget(out: Path, number: int, keep: int) -> None:
     saved = _saved(out, number)
     for step in sorted(saved)[: max(len(saved) - keep, 0)]:
         saved[step].unlink()
-
-
-def _line(batch: Batch, total: int, steps: int, terms: Terms, left: float) -> str:
-    values = "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
-    return (
-        f"batch {batch.number + 1}/{total}  step {batch.step}/{steps}  {values}  "
-        f"left {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
-    )

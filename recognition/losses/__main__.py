@@ -21,7 +21,7 @@ import numpy as np
 
 from recognition.losses import MARGINS, make_margin
 from recognition.losses.arguments import Argument, arguments_of
-from recognition.losses.margin import Layer, Margin, Options
+from recognition.losses.margin import Layer, Margin
 
 
 class Entry(NamedTuple):
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _entry(name: str, margin: type[Margin]) -> Entry:
     taken = arguments_of(margin)
-    own = {key: _shown(argument) for key, argument in taken.items() if key not in _SHARED}
+    own = {key: _shown(argument) for key, argument in taken.items() if key not in _LEFT_OUT}
     first_paragraph = (inspect.getdoc(margin) or "").split("\n\n")[0]
     gradients = ["exact", "straight_through"] if "gradient" in taken else ["exact"]
     formula = " ".join(first_paragraph.split())
@@ -86,7 +86,7 @@ def _shown(argument: Argument) -> Any:
     return "|".join([argument.default, *others]) if others else argument.default
 
 
-_SHARED = set(Options.__annotations__) | {"gradient"}
+_LEFT_OUT = ("gradient", "interclass_filtering_threshold")  # of every margin
 
 
 def _state(margin: Margin) -> list[str]:

@@ -4,36 +4,33 @@ that adapts itself (AdaCos).
 Letters: B rows of the global batch; t angle in radians.
 """
 
-from __future__ import annotations
-
 import math
-from typing import Literal, Unpack
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from data_tools.common.errors import UserError
+from data_tools.common.schema import option
 from recognition.losses.margin import (
     AngularMargin,
     Gradient,
     Layer,
     Margin,
-    Options,
     Overflow,
     Owned,
     Reduce,
     Rows,
     Statistics,
+    angle,
     angle_of,
-    check_angle,
-    check_gradient,
-    check_range,
-    one_of,
     shifted_cosine,
     with_gradient,
 )
 
 
+@dataclass(eq=False, repr=False)
 class AdaFace(Margin):
     """z_y = s (cos(t_y - m q) - (m + m q)), q = clip(h (|x| - mean) / (std + 1e-3), -1, 1)
     (arXiv:2204.00964 eq. 18).
@@ -50,23 +47,14 @@ class AdaFace(Margin):
     cosines are clamped to +-(1 - 1e-3). CVLface's version is gradient="straight_through".
     """
 
-    def __init__(
-        self,
-        scale: float = 64.0,
-        margin: float = 0.4,
-        h: float = 0.333,
-        t_alpha: float = 0.01,
-        *,
-        gradient: Gradient = "exact",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, **options)
-        check_gradient(gradient)
-        check_angle("margin", margin)
-        check_range("t_alpha", t_alpha, 0.0, 1.0, "share of the batch in the running statistics")
-        if not (math.isfinite(h) and h >= 0):
-            raise UserError(f"h={h}: how far a standard deviation of the norm reaches, 0.333")
-        self.margin, self.h, self.t_alpha, self.gradient = margin, h, t_alpha, gradient
+    margin: float = angle(0.4)
+    h: float = option(0.333, "how far a standard deviation of the norm reaches", low=0)
+    t_alpha: float = option(0.01, "share of the batch in the running statistics", low=0, high=1)
+    _: KW_ONLY
+    gradient: Gradient = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(20.0))
@@ -91,10 +79,8 @@ class AdaFace(Margin):
     def statistics(self, reduce: Reduce) -> Statistics:
         return {"norm_mean": self.mean, "norm_std": self.std}
 
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, margin={self.margin}, h={self.h}, t_alpha={self.t_alpha}"
 
-
+@dataclass(eq=False, repr=False)
 class MagFace(AngularMargin):
     """z_y = s cos(t_y + m(a)), a = clip(|x|, l_a, u_a), m rising from l_m at l_a to u_m at u_a,
     plus lambda_g mean(a / u_a^2 + 1 / a) (arXiv:2103.06627).
@@ -104,30 +90,24 @@ class MagFace(AngularMargin):
     default; gradient="straight_through" acts on the cosine alone.
     """
 
-    def __init__(
-        self,
-        scale: float = 64.0,
-        l_a: float = 10.0,
-        u_a: float = 110.0,
-        l_m: float = 0.45,
-        u_m: float = 0.8,
-        lambda_g: float = 35.0,
-        *,
-        gradient: Gradient = "exact",
-        overflow: Overflow = "easy",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, gradient, overflow, **options)
-        check_angle("l_m", l_m)
-        check_angle("u_m", u_m)
-        if l_m > u_m:
-            raise UserError(f"l_m={l_m}, u_m={u_m}: the margin rises with the norm, l_m <= u_m")
-        if not 0 < l_a < u_a < math.inf:
-            raise UserError(f"l_a={l_a}, u_a={u_a}: two norms, 0 < l_a < u_a (10 and 110)")
-        if not 0 <= lambda_g < math.inf:
-            raise UserError(f"lambda_g={lambda_g}: a weight of at least 0, 35 is usual")
-        self.l_a, self.u_a, self.l_m, self.u_m = l_a, u_a, l_m, u_m
-        self.lambda_g = lambda_g
+    l_a: float = 10.0
+    u_a: float = 110.0
+    l_m: float = angle(0.45)
+    u_m: float = angle(0.8)
+    lambda_g: float = option(35.0, "a weight (35 is usual)", low=0)
+    _: KW_ONLY
+    overflow: Overflow = "easy"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.l_m > self.u_m:
+            raise UserError(
+                f"l_m={self.l_m}, u_m={self.u_m}: the margin rises with the norm, l_m <= u_m"
+            )
+        if not 0 < self.l_a < self.u_a < math.inf:
+            raise UserError(
+                f"l_a={self.l_a}, u_a={self.u_a}: two norms, 0 < l_a < u_a (10 and 110)"
+            )
 
     def target(self, rows: Rows) -> Tensor:
         above = (rows.norm.clamp(self.l_a, self.u_a) - self.l_a) / (self.u_a - self.l_a)
@@ -138,10 +118,8 @@ class MagFace(AngularMargin):
         a = rows.norm.clamp(self.l_a, self.u_a)
         return self.lambda_g * (a / self.u_a**2 + 1 / a).mean()
 
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, norm {self.l_a}..{self.u_a} -> margin {self.l_m}..{self.u_m}"
 
-
+@dataclass(eq=False, repr=False)
 class ElasticFace(Margin):
     """z_y = s cos(t_y + m_i) ("arc") or s (cos t_y - m_i) ("cos"), m_i ~ N(margin, std) drawn
     anew for each row and step (arXiv:2109.09416).
@@ -154,32 +132,23 @@ class ElasticFace(Margin):
     0.02 (cos).
     """
 
-    def __init__(
-        self,
-        scale: float = 64.0,
-        margin: float | None = None,
-        std: float = 0.05,
-        *,
-        kind: Literal["arc", "cos"] = "arc",
-        plus: bool = False,
-        gradient: Gradient = "exact",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, **options)
-        check_gradient(gradient)
-        one_of("kind", kind, ("arc", "cos"))
-        margin = {"arc": 0.5, "cos": 0.35}[kind] if margin is None else margin
-        check_angle("margin", margin)
-        check_range("std", std, 0.0, 1.0, "standard deviation of the margin")
-        self.margin, self.std, self.kind, self.plus = margin, std, kind, plus
-        self.gradient = gradient
+    margin: float | None = angle(None)
+    std: float = option(0.05, "standard deviation of the margin", low=0, high=1)
+    _: KW_ONLY
+    kind: Literal["arc", "cos"] = "arc"
+    plus: bool = False
+    gradient: Gradient = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.mean = {"arc": 0.5, "cos": 0.35}[self.kind] if self.margin is None else self.margin
 
     def draw(self, rows: Rows) -> Tensor:
         """The margins of this batch in the order of the draw: [B]."""
         # On the host in float64, so that every device and precision sees the same margins.
         generator = torch.Generator().manual_seed(rows.key >> 1)
         drawn = torch.randn(len(rows.norm), generator=generator, dtype=torch.float64)
-        drawn = (self.margin + self.std * drawn).to(rows.norm.dtype)
+        drawn = (self.mean + self.std * drawn).to(rows.norm.dtype)
         if rows.norm.is_cuda:
             drawn = drawn.pin_memory()  # a copy from pageable memory waits for the stream
         return drawn.to(rows.norm.device, non_blocking=True)
@@ -195,10 +164,6 @@ class ElasticFace(Margin):
             lambda cos: shifted_cosine(cos, margin), rows.cos_target, self.gradient
         )
 
-    def extra_repr(self) -> str:
-        plus = "+" if self.plus else ""
-        return f"scale={self.scale}, {self.kind}{plus}, margin={self.margin}, std={self.std}"
-
 
 class AdaCos(Margin):
     """z = s cos t without a margin, s = ln(B_avg) / cos(min(pi/4, median t_y)) of each batch
@@ -213,16 +178,24 @@ class AdaCos(Margin):
 
     needs_lse = True
 
-    def __init__(self, scale: float | None = None, **options: Unpack[Options]) -> None:
-        super().__init__(1.0 if scale is None else scale, **options)
+    def __init__(
+        self, scale: float | None = None, *, interclass_filtering_threshold: float = 0.0
+    ) -> None:
+        super().__init__(1.0, interclass_filtering_threshold=interclass_filtering_threshold)
+        if scale is not None and not 0 < scale < math.inf:
+            raise UserError(f"scale={scale}: give a positive number, or none")
         self._first_scale = scale
         self.adapted_scale: Tensor
         self.register_buffer("adapted_scale", torch.tensor(float("nan")))
         self._mass: list[Tensor] = []  # log of the corrected sums of this step's rows
 
-    @property
+    @property  # type: ignore[override]
     def scale(self) -> Tensor:
         return self.current("adapted_scale")
+
+    @scale.setter
+    def scale(self, first: float) -> None:  # Margin's constructor sets one; bind() starts it
+        pass
 
     def bind(self, layer: Layer) -> None:
         self.num_classes = layer.num_classes

@@ -1,17 +1,16 @@
 """What a margin's constructor takes: names, defaults and types, read from its signature."""
 
-from __future__ import annotations
-
 import inspect
 import numbers
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from data_tools.common.errors import UserKeyError, UserTypeError
-from data_tools.common.schema import nearest
-from recognition.losses.margin import Margin, Options
+from data_tools.common.schema import kinds_of, nearest
+from recognition.losses.margin import Margin
+
+SHARED = ("gradient", "overflow", "interclass_filtering_threshold")  # most or all margins have them
 
 
 class Argument(NamedTuple):
@@ -20,17 +19,11 @@ class Argument(NamedTuple):
 
 
 def arguments_of(margin: type[Margin]) -> dict[str, Argument]:
-    """Every argument by name, those of all margins last."""
-    hints = typing.get_type_hints(margin.__init__)
-    taken = {
-        name: Argument(parameter.default, _kinds(hints[name]))
-        for name, parameter in inspect.signature(margin).parameters.items()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    }
-    shared = inspect.signature(Margin).parameters
-    for name, hint in typing.get_type_hints(Options).items():
-        taken[name] = Argument(shared[name].default, _kinds(hint))
-    return taken
+    """Every argument by name, the shared ones last."""
+    parameters = inspect.signature(margin).parameters
+    names = sorted(parameters, key=lambda name: SHARED.index(name) if name in SHARED else -1)
+    found = ((name, parameters[name]) for name in names)
+    return {name: Argument(taken.default, kinds_of(taken.annotation)) for name, taken in found}
 
 
 def checked_arguments(
@@ -55,22 +48,14 @@ def checked_arguments(
         if not any(_is(value, kind) for kind in kinds):
             expected = " or ".join(_word(kind) for kind in kinds)
             raise UserTypeError(f"margin_args.{argument}={value!r}: expected {expected}")
-        checked[argument] = (
-            float(value)
-            if isinstance(value, numbers.Real) and not isinstance(value, bool | int)
-            else value
-        )
+        is_real = isinstance(value, numbers.Real) and not isinstance(value, bool | int)
+        checked[argument] = float(value) if is_real else value
     return checked
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return typing.get_args(hint) if is_union else (hint,)
 
 
 def _is(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) is Literal:
-        return isinstance(value, str)  # which of the words, the constructor says
+        return isinstance(value, str)  # the constructor checks which of the words it is
     if kind is float:
         return isinstance(value, numbers.Real) and not isinstance(value, bool)
     return isinstance(value, kind)

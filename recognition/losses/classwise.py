@@ -4,34 +4,39 @@ the class's size. (KappaFace has a file of its own.)
 Letters: B rows of the global batch, C classes, C_r of this shard; t angle in radians.
 """
 
-from __future__ import annotations
-
 import math
-from typing import Literal, Unpack
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data_tools.common.errors import UserError
+from data_tools.common.schema import option
 from recognition.losses.margin import (
     AngularMargin,
-    Gradient,
     Layer,
     Margin,
-    Options,
-    Overflow,
     Reduce,
     Rows,
     Statistics,
-    check_angle,
-    check_range,
+    angle,
     class_histogram,
     class_mean,
-    one_of,
+    positive,
 )
 
 
+def _weight(default: float) -> Any:
+    return option(default, "weight of the regulariser", low=0, high=1e4)
+
+
+def _lr_factor() -> Any:
+    return option(1.0, "factor of the learning rate", low=0, high=1e4)
+
+
+@dataclass(eq=False, repr=False)
 class JAMsFace(AngularMargin):
     """z_y = s (cos(t_y + a_y) - b_y), a_c and b_c learned for each class, plus
     reg_angular (A - mean a) + reg_cosine (B - mean b) (our reading of
@@ -54,43 +59,31 @@ class JAMsFace(AngularMargin):
 
     per_class = ("raw_angular", "raw_cosine")
 
-    def __init__(
-        self,
-        scale: float = 64.0,
-        angular_bound: float = 0.8,
-        cosine_bound: float = 0.5,
-        angular_init: float = 0.3,
-        cosine_init: float = 0.2,
-        reg_angular: float = 8.0,
-        reg_cosine: float = 8.0,
-        *,
-        scope: Literal["all", "batch"] = "all",
-        lr_factor: float = 1.0,
-        gradient: Gradient = "exact",
-        overflow: Overflow = "none",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, gradient, overflow, **options)
-        one_of("scope", scope, ("all", "batch"))
-        check_angle("angular_bound", angular_bound)
-        check_range("cosine_bound", cosine_bound, 0.0, 2.0, "largest cosine margin")
-        for name, bound, first in (
-            ("angular_init", angular_bound, angular_init),
-            ("cosine_init", cosine_bound, cosine_init),
-        ):
+    angular_bound: float = angle(0.8)
+    cosine_bound: float = option(0.5, "largest cosine margin", low=0, high=2)
+    angular_init: float = 0.3
+    cosine_init: float = 0.2
+    reg_angular: float = _weight(8.0)
+    reg_cosine: float = _weight(8.0)
+    _: KW_ONLY
+    scope: Literal["all", "batch"] = "all"
+    lr_factor: float = _lr_factor()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kind in ("angular", "cosine"):
+            bound, first = getattr(self, f"{kind}_bound"), getattr(self, f"{kind}_init")
             if not 0 < first < bound:
-                of = name.replace("init", "bound")
-                raise UserError(f"{name}={first}: between 0 and {of}={bound}, neither included")
-        for name, weight in (("reg_angular", reg_angular), ("reg_cosine", reg_cosine)):
-            check_range(name, weight, 0.0, 1e4, "weight of the regulariser")
-        check_range("lr_factor", lr_factor, 0.0, 1e4, "factor of the learning rate")
-        self.bounds, self.starts = (angular_bound, cosine_bound), (angular_init, cosine_init)
-        self.weights, self.scope, self.lr_factor = (reg_angular, reg_cosine), scope, lr_factor
+                raise UserError(
+                    f"{kind}_init={first}: between 0 and {kind}_bound={bound}, neither included"
+                )
+        self.bounds = (self.angular_bound, self.cosine_bound)
 
     def bind(self, layer: Layer) -> None:
         num = layer.shard[1] - layer.shard[0]
         self.num_classes = layer.num_classes
-        raw = [math.log(m / (bound - m)) for m, bound in zip(self.starts, self.bounds, strict=True)]
+        starts = (self.angular_init, self.cosine_init)
+        raw = [math.log(m / (bound - m)) for m, bound in zip(starts, self.bounds, strict=True)]
         self.raw_angular = nn.Parameter(torch.full((num,), raw[0]))
         self.raw_cosine = nn.Parameter(torch.full((num,), raw[1]))
 
@@ -123,7 +116,8 @@ class JAMsFace(AngularMargin):
 
     def _pull(self, margins: Tensor, share: Tensor) -> Tensor:
         """Sum of share_c (reg_angular (A - a_c) + reg_cosine (B - b_c)): []."""
-        kinds = zip(self.weights, self.bounds, margins.unbind(1), strict=True)
+        weights = (self.reg_angular, self.reg_cosine)
+        kinds = zip(weights, self.bounds, margins.unbind(1), strict=True)
         below = [weight * (bound - margin) for weight, bound, margin in kinds]
         return (share * (below[0] + below[1])).sum()
 
@@ -136,10 +130,8 @@ class JAMsFace(AngularMargin):
             "cosine_histogram": class_histogram(cosine, reduce),
         }
 
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, bounds={self.bounds}, weights={self.weights}, {self.scope}"
 
-
+@dataclass(eq=False, repr=False)
 class AdaMSoftmax(Margin):
     """z_y = s (cos t_y - m_y), m_c learned for each class, plus reg (1 - mean m)
     (AdaptiveFace, CVPR 2019, AdaM-Softmax).
@@ -152,18 +144,10 @@ class AdaMSoftmax(Margin):
 
     per_class = ("margins",)
 
-    def __init__(
-        self,
-        scale: float = 30.0,
-        reg: float = 70.0,
-        *,
-        lr_factor: float = 1.0,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, **options)
-        check_range("reg", reg, 0.0, 1e4, "weight of the regulariser")
-        check_range("lr_factor", lr_factor, 0.0, 1e4, "factor of the learning rate")
-        self.reg, self.lr_factor = reg, lr_factor
+    scale: float = positive(30.0)
+    reg: float = _weight(70.0)
+    _: KW_ONLY
+    lr_factor: float = _lr_factor()
 
     def bind(self, layer: Layer) -> None:
         self.num_classes = layer.num_classes
@@ -191,10 +175,8 @@ class AdaMSoftmax(Margin):
             "margin_histogram": class_histogram(margins, reduce),
         }
 
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, reg={self.reg}"
 
-
+@dataclass(eq=False, repr=False)
 class DynamicArcFace(AngularMargin):
     """z_y = s cos(t_y + m_y), m_c = low + (high - low) (u_c - min u) / (max u - min u),
     u_c = n_c^(-1/4) (arXiv:2010.05350).
@@ -205,24 +187,16 @@ class DynamicArcFace(AngularMargin):
     of the head).
     """
 
-    def __init__(
-        self,
-        scale: float = 80.0,
-        low: float = 0.05,
-        high: float = 0.5,
-        *,
-        gradient: Gradient = "exact",
-        overflow: Overflow = "none",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, gradient, overflow, **options)
-        check_angle("low", low)
-        check_angle("high", high)
-        if low > high:
+    scale: float = positive(80.0)
+    low: float = angle(0.05)
+    high: float = angle(0.5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low > self.high:
             raise UserError(
-                f"low={low}, high={high}: the margins of the largest and smallest class"
+                f"low={self.low}, high={self.high}: the margins of the largest and smallest class"
             )
-        self.low, self.high = low, high
         self.margins: Tensor
 
     def bind(self, layer: Layer) -> None:
@@ -246,9 +220,6 @@ class DynamicArcFace(AngularMargin):
 
     def statistics(self, reduce: Reduce) -> Statistics:
         return {"margin_mean": class_mean(self.margins, reduce)}
-
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, margin {self.low}..{self.high} by class size"
 
 
 def _mean_over_classes(label: Tensor) -> Tensor:

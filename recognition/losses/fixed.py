@@ -3,47 +3,48 @@
 Letters: B rows of the global batch, n classes of a chunk; t angle in radians.
 """
 
-from __future__ import annotations
-
 import math
-from typing import Literal, Unpack
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from data_tools.common.errors import UserError
+from data_tools.common.schema import option
 from recognition.losses.margin import (
     AngularMargin,
     Gradient,
     Margin,
-    Options,
-    Overflow,
     Rows,
+    angle,
     angle_of,
-    check_angle,
-    check_gradient,
-    one_of,
+    positive,
     shifted_cosine,
     with_gradient,
 )
 
 
+def _factor(default: float) -> Any:
+    note = "1 changes nothing"
+    return option(default, "a positive factor of the angle", note=note, low=0, open_ends="low")
+
+
+@dataclass(eq=False, repr=False)
 class Softmax(Margin):
     """z = s cos t for all classes, no margin (NormFace, arXiv:1704.06369).
 
     Both gradients are the same.
     """
 
-    def __init__(
-        self, scale: float = 64.0, *, gradient: Gradient = "exact", **options: Unpack[Options]
-    ) -> None:
-        super().__init__(scale, **options)
-        check_gradient(gradient)
+    _: KW_ONLY
+    gradient: Gradient = "exact"
 
     def target(self, rows: Rows) -> Tensor:
         return rows.cos_target
 
 
+@dataclass(eq=False, repr=False)
 class CombinedMargin(AngularMargin):
     """z_y = s (cos(m1 t_y + m2) - m3), z_j = s cos t_j (ArcFace, arXiv:1801.07698 eq. 4).
 
@@ -57,28 +58,16 @@ class CombinedMargin(AngularMargin):
     rule), "fallback" (m1 = 1 only) or "easy", as margin.shifted_cosine says.
     """
 
-    def __init__(
-        self,
-        scale: float = 64.0,
-        m1: float = 1.0,
-        m2: float = 0.0,
-        m3: float = 0.0,
-        *,
-        gradient: Gradient = "exact",
-        overflow: Overflow = "none",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, gradient, overflow, **options)
-        if not (math.isfinite(m1) and m1 > 0):
-            raise UserError(f"m1={m1}: a positive factor of the angle, 1 is none")
-        check_angle("m2", m2)
-        if not math.isfinite(m3):
-            raise UserError(f"m3={m3}: a finite number (0.35 or 0.4 is CosFace's)")
-        if overflow == "fallback" and m1 != 1.0:
+    m1: float = _factor(1.0)
+    m2: float = angle(0.0)
+    m3: float = option(0.0, "a cosine margin (0.35 or 0.4 is CosFace's)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.overflow == "fallback" and self.m1 != 1.0:
             raise UserError(
-                f"overflow='fallback' is defined for m1=1 only, not m1={m1}: use 'easy'"
+                f"overflow='fallback' is defined for m1=1 only, not m1={self.m1}: use 'easy'"
             )
-        self.m1, self.m2, self.m3 = m1, m2, m3
 
     def target(self, rows: Rows) -> Tensor:
         return with_gradient(self._shift, rows.cos_target, self.gradient) - self.m3
@@ -86,15 +75,13 @@ class CombinedMargin(AngularMargin):
     def _shift(self, cos: Tensor) -> Tensor:
         """cos(m1 t + m2) with the rule for large angles."""
         if self.m1 == 1.0:
-            return cos if self.m2 == 0.0 else shifted_cosine(cos, self.m2, self.overflow)
+            return shifted_cosine(cos, self.m2, self.overflow)
         shifted = torch.cos(self.m1 * angle_of(cos) + self.m2)
         return torch.where(cos > 0, shifted, cos) if self.overflow == "easy" else shifted
 
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, margin_list=({self.m1}, {self.m2}, {self.m3})"
 
-
-class ArcFace(CombinedMargin):
+@dataclass(eq=False, repr=False)
+class ArcFace(AngularMargin):
     """z_y = s cos(t_y + m) (arXiv:1801.07698 eq. 3).
 
     gradient, overflow: as in CombinedMargin. With num_subcenters=K of the head it is sub-center
@@ -102,36 +89,28 @@ class ArcFace(CombinedMargin):
     others; as is every margin here that reads cosines alone.
     """
 
-    def __init__(
-        self,
-        scale: float = 64.0,
-        margin: float = 0.5,
-        *,
-        gradient: Gradient = "exact",
-        overflow: Overflow = "none",
-        **options: Unpack[Options],
-    ) -> None:
-        check_angle("margin", margin)
-        super().__init__(scale, m2=margin, gradient=gradient, overflow=overflow, **options)
+    margin: float = angle(0.5)
+
+    def target(self, rows: Rows) -> Tensor:
+        return self.turned(rows, self.margin)
 
 
-class CosFace(CombinedMargin):
+@dataclass(eq=False, repr=False)
+class CosFace(Margin):
     """z_y = s (cos t_y - m) (arXiv:1801.09414 eq. 4).
 
     The slope is 1: both gradients are the same.
     """
 
-    def __init__(
-        self,
-        scale: float = 64.0,
-        margin: float = 0.4,
-        *,
-        gradient: Gradient = "exact",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, m3=margin, gradient=gradient, **options)
+    margin: float = option(0.4, "a cosine margin (0.35 or 0.4 is usual)")
+    _: KW_ONLY
+    gradient: Gradient = "exact"
+
+    def target(self, rows: Rows) -> Tensor:
+        return rows.cos_target - self.margin
 
 
+@dataclass(eq=False, repr=False)
 class SphereFace(AngularMargin):
     """z_y = s cos(m1 t_y), or piecewise s ((-1)^k cos(m t_y) - 2 k), k = floor(m t_y / pi)
     (arXiv:1704.08063).
@@ -143,44 +122,32 @@ class SphereFace(AngularMargin):
     form, which alone turns up again.
     """
 
-    def __init__(
-        self,
-        scale: float = 64.0,
-        m1: float = 1.35,
-        *,
-        form: Literal["cosine", "piecewise"] = "cosine",
-        m: float = 1.7,
-        gradient: Gradient = "exact",
-        overflow: Overflow = "none",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, gradient, overflow, **options)
-        one_of("form", form, ("cosine", "piecewise"))
-        if overflow == "fallback":
+    m1: float = _factor(1.35)
+    _: KW_ONLY
+    form: Literal["cosine", "piecewise"] = "cosine"
+    m: float = _factor(1.7)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.overflow == "fallback":
             raise UserError("overflow='fallback' is defined for m1=1 only: use 'easy'")
-        for name, factor in (("m1", m1), ("m", m)):
-            if not (math.isfinite(factor) and factor > 0):
-                raise UserError(f"{name}={factor}: a positive factor of the angle, 1 is none")
-        if form == "piecewise" and overflow != "none":
-            raise UserError(f"overflow={overflow!r}: the piecewise form needs no such rule")
-        self.form, self.factor = form, m1 if form == "cosine" else m
+        if self.form == "piecewise" and self.overflow != "none":
+            raise UserError(f"overflow={self.overflow!r}: the piecewise form needs no such rule")
 
     def target(self, rows: Rows) -> Tensor:
         return with_gradient(self._multiplied, rows.cos_target, self.gradient)
 
     def _multiplied(self, cos: Tensor) -> Tensor:
-        angle = self.factor * angle_of(cos)
         if self.form == "cosine":
-            multiplied = torch.cos(angle)
+            multiplied = torch.cos(self.m1 * angle_of(cos))
             return torch.where(cos > 0, multiplied, cos) if self.overflow == "easy" else multiplied
+        angle = self.m * angle_of(cos)
         k = torch.floor(angle.detach() / math.pi)
         sign = 1 - 2 * torch.remainder(k, 2)
         return sign * torch.cos(angle) - 2 * k
 
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, form={self.form}, factor={self.factor}"
 
-
+@dataclass(eq=False, repr=False)
 class SphereFaceR(Margin):
     """v1: z_y = s cos(min(m t_y, pi)); v2: z_j = s cos(t_j / m) instead (SphereFace-R,
     arXiv:2109.05565).
@@ -190,21 +157,11 @@ class SphereFaceR(Margin):
     whatever m acts on; the value is theirs. The norm of the features is not used (their "H" form).
     """
 
-    def __init__(
-        self,
-        scale: float = 30.0,
-        m: float = 1.5,
-        *,
-        version: Literal["v1", "v2"] = "v1",
-        gradient: Gradient = "exact",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, **options)
-        one_of("version", version, ("v1", "v2"))
-        check_gradient(gradient)
-        if not (math.isfinite(m) and m >= 1):
-            raise UserError(f"m={m}: a factor of the angle of at least 1, which is none")
-        self.m, self.version, self.gradient = m, version, gradient
+    scale: float = positive(30.0)
+    m: float = option(1.5, "a factor of the angle (1 changes nothing)", low=1)
+    _: KW_ONLY
+    version: Literal["v1", "v2"] = "v1"
+    gradient: Gradient = "exact"
 
     def target(self, rows: Rows) -> Tensor:
         if self.version == "v2":
@@ -219,6 +176,3 @@ class SphereFaceR(Margin):
         if self.version == "v1":
             return cos
         return with_gradient(lambda c: torch.cos(angle_of(c) / self.m), cos, self.gradient)
-
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, m={self.m}, version={self.version}"

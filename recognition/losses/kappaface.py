@@ -4,29 +4,24 @@ Letters: B rows of the global batch, C classes, C_r of this shard, D embedding, 
 whose class is in this shard; t angle in radians.
 """
 
-from __future__ import annotations
-
 import math
-from typing import Literal, Unpack
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from data_tools.common.schema import option
 from recognition.losses.margin import (
     AngularMargin,
-    Gradient,
     Layer,
-    Options,
-    Overflow,
     Owned,
     Reduce,
     Rows,
     Statistics,
-    check_angle,
-    check_range,
+    angle,
     class_histogram,
     class_mean,
-    one_of,
 )
 
 _SIZES = (1, 2, 5, 10, 20, 50, 100)  # classes of so many images and more, in the log
@@ -35,6 +30,15 @@ _ROUNDING = 1e-9  # a deviation below this share of the mean is one of rounding
 _LARGEST_R = 1 - 1e-3  # a mean of unit features this long or longer is as concentrated as can be
 
 
+def _share(default: float, help: str) -> Any:
+    return option(default, help, low=0, high=1)
+
+
+def _weight() -> Any:
+    return option(None, "weight of a part of psi", low=0, high=2)
+
+
+@dataclass(eq=False, repr=False)
 class KappaFace(AngularMargin):
     """z_y = s cos(t_y + psi_y m), psi_c = w_kappa w_k + w_size w_s (arXiv:2201.07394).
 
@@ -58,33 +62,21 @@ class KappaFace(AngularMargin):
 
     per_class = ("psi", "feature_sum", "seen")
 
-    def __init__(
-        self,
-        scale: float = 64.0,
-        margin: float = 0.8,
-        temperature: float = 0.4,
-        gamma: float = 0.7,
-        *,
-        w_kappa: float | None = None,
-        w_size: float | None = None,
-        features: Literal["epoch", "momentum"] = "epoch",
-        encoder_momentum: float = 0.9,
-        gradient: Gradient = "exact",
-        overflow: Overflow = "none",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, gradient, overflow, **options)
-        check_angle("margin", margin)
-        check_range("temperature", temperature, 0.0, 1.0, "sharpness of the concentration weight")
-        check_range("gamma", gamma, 0.0, 1.0, "weight of the concentration")
-        check_range("encoder_momentum", encoder_momentum, 0.0, 1.0, "share kept each step")
-        one_of("features", features, ("epoch", "momentum"))
-        self.w_kappa = gamma if w_kappa is None else w_kappa
-        self.w_size = 1 - gamma if w_size is None else w_size
-        for name, weight in (("w_kappa", self.w_kappa), ("w_size", self.w_size)):
-            check_range(name, weight, 0.0, 2.0, "weight of a part of psi")
-        self.margin, self.temperature = margin, temperature
-        self.encoder_momentum = encoder_momentum if features == "momentum" else None
+    margin: float = angle(0.8)
+    temperature: float = _share(0.4, "sharpness of the concentration weight")
+    gamma: float = _share(0.7, "weight of the concentration")
+    _: KW_ONLY
+    w_kappa: float | None = _weight()
+    w_size: float | None = _weight()
+    features: Literal["epoch", "momentum"] = "epoch"
+    encoder_momentum: float = _share(0.9, "share kept each step")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.weight_kappa = self.gamma if self.w_kappa is None else self.w_kappa
+        self.weight_size = 1 - self.gamma if self.w_size is None else self.w_size
+        if self.features == "epoch":
+            self.encoder_momentum = None  # type: ignore[assignment]
         self.psi: Tensor
         self.feature_sum: Tensor
         self.seen: Tensor
@@ -124,7 +116,7 @@ class KappaFace(AngularMargin):
         num_seen = self.seen.double()  # n_c
         most = reduce(num_seen.max(), "max").clamp_min(1)
         w_s = (torch.cos(math.pi * num_seen / (1.05 * most)) + 1) / 2
-        psi = self.w_kappa * w_k + self.w_size * w_s
+        psi = self.weight_kappa * w_k + self.weight_size * w_s
         self.psi = torch.where(self.seen > 0, psi.to(self.psi.dtype), self.psi)
         statistics = self._epoch_statistics(kappa, several, reduce)
         self.feature_sum.zero_()
@@ -170,6 +162,3 @@ class KappaFace(AngularMargin):
             if count > 0:  # once an epoch: the host may wait
                 found[f"margin_of_classes_from_{least}_images"] = margin
         return found
-
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, margin={self.margin}, w_kappa={self.w_kappa}"

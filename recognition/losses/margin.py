@@ -1,26 +1,26 @@
 """What a margin loss is: a small formula on cosines, and the little state that some of them keep.
 
-A margin sees values, never a rank, a column or a process group. The head
-(recognition/head/partial_fc.py)
+A margin sees values, never a rank, a column or a process group. The head (head/partial_fc.py)
 gives it the cosine of every row to its own class, and the cosines of every row to the other
-classes in chunks, and turns what it answers into the loss over all sampled classes.
+classes in chunks, and turns its answers into the loss over all sampled classes.
 
 Letters: B rows of the global batch, C classes, C_r of this shard, n of a chunk, D embedding,
 m rows of the batch whose class is in this shard, k values of a class.
 """
 
-from __future__ import annotations
-
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypedDict, Unpack
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data_tools.common.errors import UserError
+from data_tools.common.schema import option
 
 Gradient = Literal["exact", "straight_through"]
 Overflow = Literal["none", "fallback", "easy"]
@@ -32,8 +32,8 @@ _BINS = 50  # of a histogram
 
 
 class Rows(NamedTuple):
-    """What every rank knows of the global batch. A field carries gradient only on the rank that
-    holds the row's class, so what is computed from it counts once."""
+    """The global batch, as every rank knows it. A field carries gradient only on the rank that
+    holds the row's class, so that a gradient counts once."""
 
     cos_target: Tensor  # [B] cosine to the own class
     norm: Tensor  # [B] norm of the embedding
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     class_values: Tensor  # [B, k] what class_values() of the shard that holds the class returned
     key: int = 0  # of this batch's random draws: a function of (seed, step, micro-step)
 
-    def constant(self) -> Rows:
+    def constant(self) -> "Rows":
         """The same without gradient."""
         return self._replace(
             cos_target=self.cos_target.detach(),
@@ -58,7 +58,7 @@ class Owned(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What a margin may know of the layer that it serves."""
+    """The facts of the head's layer that a margin may use."""
 
     num_classes: int
     shard: tuple[int, int]  # the classes [start, stop) whose state this margin holds
@@ -78,15 +78,27 @@ class Histogram(NamedTuple):
 Statistics = dict[str, Tensor | Histogram]  # 0-d tensors, or distributions
 
 
-class Options(TypedDict, total=False):
-    """What every margin takes beside its own arguments."""
+def positive(default: float) -> Any:
+    """An argument above 0, as a dataclass's field."""
+    return option(default, "give a positive number", note=f"{default:g} is usual", **_ABOVE_0)
 
-    interclass_filtering_threshold: float
+
+_ABOVE_0: dict[str, Any] = {"low": 0, "open_ends": "low"}
 
 
+def angle(default: float | None) -> Any:
+    """An argument in radians, as a dataclass's field."""
+    note = "0 <= {name} < pi (0.5 is usual)"
+    return option(default, "an angle in radians", note=note, low=0, high=math.pi, open_ends="high")
+
+
+@dataclass(eq=False, repr=False)
 class Margin(nn.Module):
     """The logits of a row: scale * target(rows) for its class, scale * negatives(cos, rows)
     elsewhere; "softmax" makes them the cross-entropy, "sigmoid" one binary loss a class.
+
+    A subclass is a dataclass: its fields are the arguments. One made by data_tools' option() also
+    states its range, which is checked here; so are the words of a Literal.
 
     interclass_filtering_threshold: negatives with a cosine above it count as 0 and get no
     gradient: conflicting or duplicate identities are left in peace (arXiv:2203.15565 section
@@ -98,32 +110,35 @@ class Margin(nn.Module):
     commit(), at the end of the optimiser step.
     """
 
-    reduction: Literal["softmax", "sigmoid"] = "softmax"
-    per_class: tuple[str, ...] = ()
+    scale: float = positive(64.0)  # AdaCos's is a constant tensor []
+    _: KW_ONLY
+    interclass_filtering_threshold: float = option(
+        0.0, "a cosine", note="0 to 1 (0.4 is usual), or 0 for off", low=0, high=1
+    )
+
+    reduction: ClassVar[Literal["softmax", "sigmoid"]] = "softmax"
+    per_class: ClassVar[tuple[str, ...]] = ()
     needs_lse = False  # wants rescale() before its scale is used
     needs_centres = False  # negatives() wants centre_cos
     positive_weight = 1.0  # of the two terms of the "sigmoid" reduction
     negative_weight = 1.0
     lr_factor = 1.0  # of the own parameters, on the learning rate of the class rows
-    encoder_momentum: float | None = None  # observe() wants a slow copy's features, at this pace
 
-    def __init__(self, scale: float, interclass_filtering_threshold: float = 0.0) -> None:
+    def __post_init__(self) -> None:
+        """Raises: UserError naming an argument out of its range."""
         super().__init__()
-        if not (math.isfinite(scale) and scale > 0):
-            raise UserError(f"scale={scale}: give a positive number, 64 is usual")
-        if not 0.0 <= interclass_filtering_threshold <= 1.0:
-            raise UserError(
-                f"interclass_filtering_threshold={interclass_filtering_threshold}: a cosine "
-                "in (0, 1], 0.4 is usual, or 0 for off"
-            )
-        self._scale = scale
-        self.interclass_filtering_threshold = interclass_filtering_threshold
+        for field in dataclasses.fields(self):
+            _check(field, vars(self).get(field.name))
         self._gathered: list[Tensor] = []  # by observe() in the micro-steps of this step
         self._next: dict[str, Tensor] = {}  # buffers as the end of the step will have them
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
+
     @property
-    def scale(self) -> float | Tensor:  # or [], a constant
-        return self._scale
+    def encoder_momentum(self) -> float | None:
+        """The pace of a slow copy of the network, whose features observe() wants; None: none."""
+        return None
 
     @property
     def leaves_negatives(self) -> bool:
@@ -177,7 +192,7 @@ class Margin(nn.Module):
         scale, and how many classes each row had for negatives, over all shards."""
 
     def commit(self, found_inf: Tensor | None = None) -> None:  # [] not 0: the step was skipped
-        """The optimiser step is over: keep what was gathered, or drop it."""
+        """Called after an optimiser step: keep what observe() gathered, or drop it."""
         for name, value in self._next.items():
             if found_inf is not None:
                 value = torch.where(found_inf > 0, getattr(self, name), value)
@@ -189,16 +204,16 @@ class Margin(nn.Module):
         """After an optimiser step: bring the parameters back into their bounds."""
 
     def end_epoch(self, reduce: Reduce) -> Statistics:
-        """An epoch of samples is over; what there is to log of it."""
+        """Called after an epoch of samples; what the log shows of it."""
         return {}
 
     def statistics(self, reduce: Reduce) -> Statistics:
-        """What a user of this loss looks at, at each line of the log."""
+        """What each line of the log shows of this loss."""
         return {}
 
-    def frozen(self, committed: bool = False) -> Margin:
-        """A copy that keeps the present state, or the one before this optimiser step: a backward
-        computes with that of its forward."""
+    def frozen(self, committed: bool = False) -> "Margin":
+        """A copy that keeps the present state, or with `committed` the state before this optimiser
+        step, so that a backward computes with the state of its forward."""
         kept = copy.copy(self)
         kept._buffers = dict(self._buffers)
         if committed:
@@ -214,17 +229,25 @@ class Margin(nn.Module):
         return torch.cat(self._gathered)
 
 
+def _check(field: dataclasses.Field, value: Any) -> None:
+    """Raises: UserError: none of the words, not finite, or beyond the bounds of the field."""
+    words, entry = get_args(field.type), field.metadata.get("option")
+    if isinstance(value, str) and value not in words:
+        raise UserError(f"{field.name}={value!r}: one of {', '.join(words)}")
+    if entry is not None and value is not None:
+        if not math.isfinite(value) or entry.broken_bound(value):
+            bounds = entry.note.format(name=field.name) or entry.range or "a finite number"
+            raise UserError(f"{field.name}={value}: {entry.help}, {bounds}")
+
+
+@dataclass(eq=False, repr=False)
 class AngularMargin(Margin):
     """Margins that add an angle to the target's, z_y = s cos(t_y + m): by which slope (see
     with_gradient) and by which rule past pi (see shifted_cosine)."""
 
-    def __init__(
-        self, scale: float, gradient: Gradient, overflow: Overflow, **options: Unpack[Options]
-    ) -> None:
-        super().__init__(scale, **options)
-        check_gradient(gradient)
-        one_of("overflow", overflow, ("none", "fallback", "easy"))
-        self.gradient, self.overflow = gradient, overflow
+    _: KW_ONLY
+    gradient: Gradient = "exact"
+    overflow: Overflow = "none"
 
     def turned(self, rows: Rows, margin: float | Tensor) -> Tensor:
         """cos(t_y + m) of the rows: [B]; margin: radians, one or [B]."""
@@ -246,6 +269,8 @@ def shifted_cosine(cos: Tensor, margin: float | Tensor, overflow: Overflow = "no
     "none": as the formula says. "fallback": cos t - m sin m there (ArcFace's code of 2018).
     "easy": cos(t + m) for cos t > 0 only, cos t elsewhere.
     """
+    if isinstance(margin, float | int) and margin == 0:
+        return cos
     angle = angle_of(cos) + margin
     shifted = torch.cos(angle)
     if overflow == "fallback":
@@ -265,26 +290,7 @@ def with_gradient(formula: Callable[[Tensor], Tensor], cos: Tensor, gradient: Gr
     return formula(constant) + (cos - constant)
 
 
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name}={value!r}: one of {', '.join(allowed)}")
-
-
-def check_gradient(gradient: str) -> None:
-    one_of("gradient", gradient, ("exact", "straight_through"))
-
-
-def check_angle(name: str, angle: float) -> None:
-    if not 0.0 <= angle < math.pi:
-        raise UserError(f"{name}={angle}: an angle in radians, 0 <= {name} < pi (0.5 is usual)")
-
-
-def check_range(name: str, value: float, low: float, high: float, what: str) -> None:
-    if not low <= value <= high:
-        raise UserError(f"{name}={value}: {what}, {low} to {high}")
-
-
-# --- What the log says of a value that every class has --------------------------------------------
+# --- Statistics of a value that every class has, for the log --------------------------------------
 
 
 def class_mean(values: Tensor, reduce: Reduce) -> Tensor:  # [C_r] -> []

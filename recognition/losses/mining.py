@@ -3,36 +3,34 @@
 Letters: B rows of the global batch, n classes of a chunk; t angle in radians.
 """
 
-from __future__ import annotations
-
 import math
-from typing import Literal, Unpack
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from data_tools.common.errors import UserError
+from data_tools.common.schema import option
 from recognition.losses.margin import (
     AngularMargin,
-    Gradient,
     Layer,
     Margin,
-    Options,
     Overflow,
     Owned,
     Reduce,
     Rows,
     Statistics,
+    angle,
     angle_of,
-    check_angle,
-    check_range,
-    one_of,
+    positive,
     shifted_cosine,
 )
 
 _LEAST_CENTRE_ANGLE = 0.01  # radians, as in InterFace's code
 
 
+@dataclass(eq=False, repr=False)
 class CurricularFace(AngularMargin):
     """z_y = s cos(t_y + m); z_j = s cos t_j (t + cos t_j) where cos t_j > cos(t_y + m), else
     s cos t_j (arXiv:2004.00288).
@@ -44,20 +42,13 @@ class CurricularFace(AngularMargin):
     gradient="straight_through" acts on the target.
     """
 
-    def __init__(
-        self,
-        scale: float = 64.0,
-        margin: float = 0.5,
-        momentum: float = 0.01,
-        *,
-        gradient: Gradient = "exact",
-        overflow: Overflow = "fallback",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, gradient, overflow, **options)
-        check_angle("margin", margin)
-        check_range("momentum", momentum, 0.0, 1.0, "share of the batch in t")
-        self.margin, self.momentum = margin, momentum
+    margin: float = angle(0.5)
+    momentum: float = option(0.01, "share of the batch in t", low=0, high=1)
+    _: KW_ONLY
+    overflow: Overflow = "fallback"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.t: Tensor
         self.register_buffer("t", torch.tensor(0.0))
 
@@ -74,10 +65,8 @@ class CurricularFace(AngularMargin):
     def statistics(self, reduce: Reduce) -> Statistics:
         return {"t": self.t}
 
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, margin={self.margin}, momentum={self.momentum}"
 
-
+@dataclass(eq=False, repr=False)
 class MVSoftmax(AngularMargin):
     """z_y = s cos(t_y + m) or s (cos t_y - m); z_j = s ((1 + t) cos t_j + t) where cos t_j is above
     the margined target's (MV-Softmax, arXiv:1912.00833).
@@ -88,44 +77,35 @@ class MVSoftmax(AngularMargin):
     gradient="straight_through" acts on the target.
     """
 
-    def __init__(
-        self,
-        scale: float = 32.0,
-        margin: float | None = None,
-        t: float = 0.2,
-        *,
-        kind: Literal["arc", "am"] = "arc",
-        adaptive: bool = True,
-        gradient: Gradient = "exact",
-        overflow: Overflow = "easy",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, gradient, overflow, **options)
-        one_of("kind", kind, ("arc", "am"))
-        if kind == "am" and overflow == "fallback":
+    scale: float = positive(32.0)
+    margin: float | None = angle(None)
+    t: float = option(0.2, "extra weight of a misclassified vector", low=0, high=10)
+    _: KW_ONLY
+    kind: Literal["arc", "am"] = "arc"
+    adaptive: bool = True
+    overflow: Overflow = "easy"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "am" and self.overflow == "fallback":
             raise UserError("overflow='fallback' belongs to kind='arc': use 'easy' or 'none'")
-        margin = {"arc": 0.5, "am": 0.35}[kind] if margin is None else margin
-        check_angle("margin", margin)
-        check_range("t", t, 0.0, 10.0, "extra weight of a mis-classified vector")
-        self.margin, self.t, self.kind, self.adaptive = margin, t, kind, adaptive
+        self.m = {"arc": 0.5, "am": 0.35}[self.kind] if self.margin is None else self.margin
 
     def target(self, rows: Rows) -> Tensor:
         if self.kind == "arc":
-            return self.turned(rows, self.margin)
+            return self.turned(rows, self.m)
         cos = rows.cos_target
         eased = (cos <= 0) & (self.overflow == "easy")
-        return torch.where(eased, cos, cos - self.margin)
+        return torch.where(eased, cos, cos - self.m)
 
     def negatives(self, cos: Tensor, rows: Rows, centre_cos: Tensor | None = None) -> Tensor:
         own = rows.cos_target
-        limit = shifted_cosine(own, self.margin) if self.kind == "arc" else own - self.margin
+        limit = shifted_cosine(own, self.m) if self.kind == "arc" else own - self.m
         harder = (1 + self.t) * cos + self.t if self.adaptive else cos + self.t
         return torch.where(cos > limit[:, None], harder, cos)
 
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, {self.kind}, margin={self.margin}, t={self.t}"
 
-
+@dataclass(eq=False, repr=False)
 class InterFace(AngularMargin):
     """z_y = s cos(t_y + m), z_j = s cos(t_j - d_ij), d_ij = alpha (exp(-tau_j) - exp(-t_y / c_yj))
     (arXiv:2210.02018, as in the authors' code).
@@ -142,23 +122,14 @@ class InterFace(AngularMargin):
     dc compare one centre a class: sub-centres are refused.
     """
 
-    def __init__(
-        self,
-        scale: float = 64.0,
-        margin: float = 0.5,
-        alpha: float = 0.1,
-        *,
-        variant: Literal["dd", "dc", "cc"] = "dd",
-        gradient: Gradient = "exact",
-        overflow: Overflow = "none",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, gradient, overflow, **options)
-        one_of("variant", variant, ("dd", "dc", "cc"))
-        check_angle("margin", margin)
-        check_range("alpha", alpha, 0.0, 1.0, "largest margin of a negative in radians")
-        self.margin, self.alpha, self.variant = margin, alpha, variant
-        self.needs_centres = variant != "cc"
+    margin: float = angle(0.5)
+    alpha: float = option(0.1, "largest margin of a negative in radians", low=0, high=1)
+    _: KW_ONLY
+    variant: Literal["dd", "dc", "cc"] = "dd"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.needs_centres = self.variant != "cc"
 
     def bind(self, layer: Layer) -> None:
         if self.needs_centres and layer.num_subcenters > 1:
@@ -190,12 +161,8 @@ class InterFace(AngularMargin):
             return self.alpha * (math.exp(-0.3) - near)
         return inverse.mul_(-math.pi / 18).exp_().sub_(near).mul_(self.alpha)
 
-    def extra_repr(self) -> str:
-        return (
-            f"scale={self.scale}, margin={self.margin}, alpha={self.alpha}, variant={self.variant}"
-        )
 
-
+@dataclass(eq=False, repr=False)
 class Circle(Margin):
     """z_y = gamma [1 + m - c_y]+ (c_y - (1 - m)), z_j = gamma [c_j + m]+ (c_j - m), c the cosine
     (arXiv:2002.10857, class level).
@@ -203,14 +170,13 @@ class Circle(Margin):
     The brackets are weights without gradient, as in the paper and in FaceX-Zoo's code.
     """
 
-    def __init__(
-        self, gamma: float = 256.0, margin: float = 0.25, **options: Unpack[Options]
-    ) -> None:
-        if not (math.isfinite(gamma) and gamma > 0):
-            raise UserError(f"gamma={gamma}: give a positive number, 256 is the paper's")
-        super().__init__(gamma, **options)
-        check_range("margin", margin, 0.0, 1.0, "relaxation of the circle")
-        self.margin = margin
+    scale: float = field(init=False)
+    gamma: float = positive(256.0)
+    margin: float = option(0.25, "relaxation of the circle", low=0, high=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.scale = self.gamma
 
     def target(self, rows: Rows) -> Tensor:
         cos = rows.cos_target
@@ -218,6 +184,3 @@ class Circle(Margin):
 
     def negatives(self, cos: Tensor, rows: Rows, centre_cos: Tensor | None = None) -> Tensor:
         return (cos.detach() + self.margin).clamp_min(0) * (cos - self.margin)
-
-    def extra_repr(self) -> str:
-        return f"gamma={self.scale}, margin={self.margin}"

@@ -4,29 +4,27 @@ The head sums softplus over the classes ("sigmoid" reduction): loss of a row =
 positive_weight softplus(-z_y) + negative_weight sum over j != y of softplus(z_j).
 """
 
-from __future__ import annotations
-
 import math
-from typing import Unpack
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor, nn
 
 from data_tools.common.errors import UserError
+from data_tools.common.schema import option
 from recognition.losses.margin import (
     Gradient,
     Layer,
     Margin,
-    Options,
     Reduce,
     Rows,
     Statistics,
-    check_gradient,
-    check_range,
+    positive,
     with_gradient,
 )
 
 
+@dataclass(eq=False, repr=False)
 class UniFace(Margin):
     """z_y = s (cos t_y - m) - b, z_j = s cos t_j - b, one-vs-all with one learned b (UniFace,
     ICCV 2023, unified cross-entropy).
@@ -39,20 +37,13 @@ class UniFace(Margin):
 
     reduction = "sigmoid"
 
-    def __init__(
-        self,
-        scale: float = 64.0,
-        margin: float = 0.4,
-        negative_weight: float = 1.0,
-        *,
-        bounded: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, **options)
-        check_range("margin", margin, -1.0, 2.0, "cosine margin")
-        if not 0 < negative_weight < math.inf:
-            raise UserError(f"negative_weight={negative_weight}: a positive number, 1 is usual")
-        self.margin, self.negative_weight, self.bounded = margin, negative_weight, bounded
+    margin: float = option(0.4, "a cosine margin", low=-1, high=2)
+    negative_weight: float = positive(1.0)
+    _: KW_ONLY
+    bounded: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.bias = nn.Parameter(torch.tensor(0.0))
 
     def bind(self, layer: Layer) -> None:
@@ -72,10 +63,8 @@ class UniFace(Margin):
     def statistics(self, reduce: Reduce) -> Statistics:
         return {"bias": self.bias.detach()}
 
-    def extra_repr(self) -> str:
-        return f"scale={self.scale}, margin={self.margin}"
 
-
+@dataclass(eq=False, repr=False)
 class SphereFace2(Margin):
     """z_y = r (g(cos t_y) - m) + b, z_j = r (g(cos t_j) + m) + b, g(c) = 2 ((c + 1) / 2)^t - 1,
     one-vs-all (arXiv:2108.01513 eq. 5, SphereFace2-C).
@@ -88,28 +77,22 @@ class SphereFace2(Margin):
 
     reduction = "sigmoid"
 
-    def __init__(
-        self,
-        scale: float = 40.0,
-        margin: float = 0.4,
-        t: float = 3.0,
-        lam: float = 0.7,
-        loss_weight: float = 50.0,
-        *,
-        gradient: Gradient = "exact",
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(scale, **options)
-        check_gradient(gradient)
-        check_range("margin", margin, 0.0, 2.0, "margin of g")
-        check_range("t", t, 1.0, 100.0, "exponent of g")
-        if not 0 < lam < 1:
-            raise UserError(f"lam={lam}: the weight of the target, between 0 and 1 (0.7)")
-        if not 0 < loss_weight < math.inf:
-            raise UserError(f"loss_weight={loss_weight}: a positive number, 50 is usual")
-        self.margin, self.t, self.lam, self.gradient = margin, t, lam, gradient
-        self.positive_weight = loss_weight * lam / scale
-        self.negative_weight = loss_weight * (1 - lam) / scale
+    scale: float = positive(40.0)
+    margin: float = option(0.4, "margin of g", low=0, high=2)
+    t: float = option(3.0, "exponent of g", low=1, high=100)
+    lam: float = 0.7
+    loss_weight: float = positive(50.0)
+    _: KW_ONLY
+    gradient: Gradient = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.lam < 1:
+            raise UserError(
+                f"lam={self.lam}: the weight of the target, between 0 and 1 (0.7 is usual)"
+            )
+        self.positive_weight = self.loss_weight * self.lam / self.scale
+        self.negative_weight = self.loss_weight * (1 - self.lam) / self.scale
         self.bias = nn.Parameter(torch.tensor(0.0))
 
     def bind(self, layer: Layer) -> None:
@@ -140,6 +123,3 @@ class SphereFace2(Margin):
     def _grown(self, cos: Tensor) -> Tensor:
         """g: -1..1 onto itself, flat for small cosines. Rounding may leave cos beyond -1."""
         return 2 * ((cos + 1) / 2).clamp_min(0).pow(self.t) - 1
-
-    def extra_repr(self) -> str:
-        return f"r={self.scale}, margin={self.margin}, t={self.t}, lam={self.lam}"

@@ -14,7 +14,7 @@ from recognition import checkpoint
 
 
 class Centres:
-    """Rows of a head of a checkpoint, [C, K, D], read by range."""
+    """The rows [C, K, D] of a head of a checkpoint, read by range."""
 
     def __init__(self, run: Path, head: int = 0) -> None:
         found = checkpoint.find(str(run))

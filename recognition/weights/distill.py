@@ -1,10 +1,10 @@
-"""A bigger network's embeddings as a second lesson: knowledge distillation beside the margin loss.
+"""Knowledge distillation: a bigger network's embeddings as a second target beside the margin loss.
 
     loss = margin loss + teacher_weight * mean over the batch of d(student, teacher)
 
-d is 1 - cos ("cosine") or the squared distance of the embeddings as they come ("feature", the
-FitNets form, arXiv:1412.6550, on the last layer). The teacher is a run, an ONNX recognition network
-or embeddings that were stored before, and never learns.
+d is 1 - cos ("cosine") or the squared distance of the raw embeddings ("feature", the FitNets form,
+arXiv:1412.6550, on the last layer). The teacher is a run, an ONNX recognition network or stored
+embeddings, and is never trained.
 
 Letters: W ranks, b rows of this rank, B of all, D embedding size, N images of the data set.
 """
@@ -31,7 +31,7 @@ from recognition.weights.foreign import WEIGHT_FILES
 
 class Teacher(Protocol):
     def __call__(self, pixels: Tensor, ids: np.ndarray) -> Tensor:
-        """[b, D] for pixels [b, 3, 112, 112] in [-1, 1], which are the images `ids` [b]."""
+        """[b, D] for pixels [b, 3, 112, 112] in [-1, 1] of the images number `ids` [b]."""
 
 
 def open_teacher(
@@ -40,14 +40,14 @@ def open_teacher(
     """The teacher at `path`: a run or checkpoint directory, an .onnx, or an .npy [N, D].
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or embeddings of another size or number.
+        FileNotFoundError, ValueError: nothing there, or another size or number of embeddings.
     """
     if path.endswith(".npy"):
         return Stored(path, size, num_images, device)
     if path.endswith(WEIGHT_FILES):
         raise UserError(
-            f"teacher={path}: a file of weights does not say of which network: a run directory, "
-            "an .onnx or an .npy is taken"
+            f"teacher={path}: a file of weights does not name its network: give a run directory, "
+            "an .onnx or an .npy"
         )
     if not files.exists(Path(path)):
         raise FileNotFoundError(f"teacher={path}: no such run directory, .onnx or .npy file")
@@ -80,7 +80,7 @@ class RunTeacher:
 
 
 class OnnxTeacher:
-    """Anybody's ONNX network, fed as its metadata or InsightFace's convention say."""
+    """Any ONNX network, with the input that its metadata or InsightFace's convention state."""
 
     def __init__(self, path: str, device: torch.device) -> None:
         self.network, self.device = OnnxEmbedder(path), device
@@ -110,11 +110,11 @@ class Stored:
 
     def __call__(self, pixels: Tensor, ids: np.ndarray) -> Tensor:
         rows = np.asarray(self.rows[ids], np.float32)
-        if not np.isfinite(rows).all():  # here, as a look at all of them would be long
+        if not np.isfinite(rows).all():  # here, because checking the whole file would take long
             wrong = ids[~np.isfinite(rows).all(1)]
             raise UserError(
-                f"teacher={self.path}: the embedding of image {wrong[0]} is not finite: make the "
-                "file anew, or take the run itself as the teacher"
+                f"teacher={self.path}: the embedding of image {wrong[0]} is not finite: write the "
+                "file again, or use the run itself as the teacher"
             )
         return torch.from_numpy(rows).to(self.device)
 
@@ -128,8 +128,8 @@ def distillation_loss(
 ) -> Tensor:
     """[] the mean of d over all B rows, the same on every rank; its gradient is this rank's part.
 
-    DDP averages the gradients over W ranks: this rank's is that of sum(d) * W / B. One all-reduce
-    of a number in the forward, none in the backward.
+    DDP averages the gradients over W ranks, so this rank's gradient is that of sum(d) * W / B.
+    Forward: an all-reduce of one number. Backward: nothing.
     """
     x, t = student.to(torch.promote_types(student.dtype, torch.float32)), teacher.to(student.dtype)
     if kind == "cosine":

@@ -6,12 +6,12 @@ Read: InsightFace's backbone.pth / model.pt and checkpoint_gpu_*.pt (arcface_tor
 CVLface's and AdaFace's IR-18/34/50/101 (model.pt, .ckpt); MXNet's .params of InsightFace's r34,
 r50, r100 (LResNet-E-IR); safetensors. `init_from=` of a run takes the same files.
 
-What differs is folded into the weights, so that ours computes what theirs did:
+Differences are folded into the weights, so that our network computes what theirs did:
 - IR blocks of equal width take every second pixel as their shortcut; ours have a convolution and a
   BatchNorm there: the identity.
 - MXNet's networks see (pixel - 127.5) / 128, ours / 127.5: the first convolution takes the factor.
   Their BatchNorm adds 2e-5 to the variance, ours 1e-5: the variance takes the difference.
-- Weights for BGR images (AdaFace's): the first convolution's input channels are turned round.
+- Weights for BGR images (AdaFace's): the first convolution's input channels are reversed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".safetensors", ".params")
 _TORCH_MAGIC = (b"PK", b"\x80\x02")  # a zip; a pickle, as torch wrote before 1.6
 _OUR_EPS, _MXNET_EPS = 1e-5, 2e-5
 _WIDTHS = (64, 128, 256, 512)
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _WRAPPERS = ("module.", "model.", "net.", "backbone.", "network.", "student.")  # DDP, CVLface ...
 _ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile
 _INSIDE = (
@@ -88,7 +87,7 @@ def read_weights(path: str, color_order: str | None = None) -> dict[str, Tensor]
 
 
 def read_torch(path: str, mapped: bool = False) -> Any:
-    """What torch.save wrote, read without running anything in it.
+    """The content of a file of torch.save, read without running any code in it.
 
     mapped: read the tensors' bytes when they are used, where the file's kind allows it.
 
@@ -103,10 +102,10 @@ def read_torch(path: str, mapped: bool = False) -> Any:
     except OSError:
         raise
     except Exception as error:  # damaged bytes can fail anywhere in torch's reader
-        reason = "it is damaged, or nothing that torch.save wrote"
+        reason = "it is damaged, or torch.save did not write it"
         if files.read_bytes(path)[:2] in _TORCH_MAGIC and "eights only" in str(error):
             reason = (
-                "it holds objects beside tensors and plain containers, which reading could run: "
+                "it holds objects beside tensors and plain containers, which could run code: "
                 "save the network's state_dict()"
             )
         hint = content.hint(path, "torch.save (.pt)")
@@ -152,7 +151,7 @@ def dense(tensor: Tensor, where: str) -> Tensor:
         ("sparse", tensor.layout != torch.strided), ("quantised", tensor.is_quantized),
         ("complex", tensor.is_complex()), ("without content", tensor.is_meta),
     )  # fmt: skip
-    if kinds := [kind for kind, is_so in wrong if is_so]:
+    if kinds := [kind for kind, applies in wrong if applies]:
         raise UserError(
             f"{where} is {' and '.join(kinds)}: weights are dense tensors of real numbers. Convert "
             "it where the file was made, and save the state_dict() anew"
@@ -172,7 +171,7 @@ def _inside(found: Any) -> Any:
     """The state dict in a training checkpoint, as deep as it is wrapped."""
     while isinstance(found, Mapping) and not _is_state(found):
         names = [name for name in _INSIDE if isinstance(found.get(name), Mapping)]
-        if not names:  # of an unknown name, if there is no choice
+        if not names:  # an unknown name, if it is the only state dict
             names = [name for name, value in found.items() if _is_state(value) and value]
             names = names if len(names) == 1 else []
         if not names:
@@ -182,7 +181,7 @@ def _inside(found: Any) -> Any:
 
 
 def _listed(found: Any) -> str:
-    """The keys of what is no state dict, for a message."""
+    """The keys of an object that is not a state dict, for a message."""
     if not isinstance(found, Mapping):
         return f"a {type(found).__name__}"
     kinds = [f"{str(name)[:80]} ({type(value).__name__})" for name, value in found.items()]
@@ -191,7 +190,7 @@ def _listed(found: Any) -> str:
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the heads of a training checkpoint and the prefixes of what held the network."""
+    """The backbone's tensors of a training checkpoint, without the prefixes of wrappers."""
     for part in _ANYWHERE:
         state = {name.replace(part, ""): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not name.startswith("head.")}
@@ -205,7 +204,7 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _counted(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the BatchNorms' counters of batches, which files of torch before 0.4.1 lack."""
+    """Add the BatchNorms' counters of batches, which files of torch before 0.4.1 lack."""
     for name in [name for name in state if name.endswith(".running_mean")]:
         counter = name.removesuffix("running_mean") + "num_batches_tracked"
         state.setdefault(counter, torch.zeros((), dtype=torch.int64))
@@ -314,7 +313,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("source", help=f"one of {', '.join(WEIGHT_FILES)}")
     parser.add_argument("out", help="file to write, OUT.safetensors")
-    parser.add_argument("--color-order", choices=["RGB", "BGR"], help="default: as it is known")
+    parser.add_argument(
+        "--color-order",
+        choices=["RGB", "BGR"],
+        help="default: BGR for AdaFace's own, else RGB",
+    )
     args = parser.parse_args(arguments)
     out = Path(args.out)
     try:
@@ -322,8 +325,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"{out}: name the output *.safetensors, by which readers know it")
         state = read_weights(args.source, args.color_order)
         if not state:
-            raise UserError(f"{args.source} holds no backbone: not one tensor of it is left")
-        network = network_of(state, args.source)
+            raise UserError(f"{args.source} holds no backbone, not one tensor")
+        network, _ = network_of(state, args.source)
         _write(state, out, {"source": args.source, "color_order": "RGB"})
     except (*USER_ERRORS, safetensors.SafetensorError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -333,30 +336,32 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def network_of(state: Mapping[str, Tensor], source: str) -> str:
-    """The name of the network that these weights are of.
+def network_of(state: Mapping[str, Tensor], source: str) -> tuple[str, int]:
+    """(name, embedding size) of the network that these weights belong to.
 
     Raises:
-        ValueError: they are of none; with what is amiss for the nearest.
+        ValueError: none of ours; it lists what does not fit the nearest.
     """
-    # All end in a BatchNorm of the embedding.
+    # All networks end in a BatchNorm of the embedding.
     sizes = [len(v) for n, v in state.items() if n.startswith("feature") and v.ndim == 1]
-    shared = {}  # of each network: how many names and shapes are the same, and the network
+    size = sizes[-1] if sizes else 512
+    common = {}  # of each network: how many names and shapes are the same, and the network
     for name in BACKBONES:
         with torch.device("meta"):
-            module = BACKBONES[name](embedding_size=sizes[-1] if sizes else 512)
+            module = BACKBONES[name](embedding_size=size)
         own = {n: v.shape for n, v in module.state_dict().items()}
         same = sum(n in state and state[n].shape == shape for n, shape in own.items())
         if same == len(own) == len(state):
-            return name
-        shared[name] = same, module
-    nearest = max(shared, key=lambda name: shared[name][0])
-    if not shared[nearest][0]:
+            return name, size
+        common[name] = same, module
+    nearest = max(common, key=lambda name: common[name][0])
+    if not common[nearest][0]:
+        shown = ", ".join([*state][:_SHOWN]) + (", ..." if len(state) > _SHOWN else "")
         raise UserError(
-            f"{source} is of no network here ({', '.join(BACKBONES)}): it holds "
-            f"{', '.join([*state][:_SHOWN])}"
+            f"{source}: its {len(state)} tensors ({shown}) fit none of our networks "
+            f"({', '.join(BACKBONES)}): export the network to ONNX to evaluate it"
         )
-    raise UserError(f"as {nearest}, the nearest: {misfit(shared[nearest][1], state, source)}")
+    raise UserError(f"as {nearest}, the nearest: {misfit(common[nearest][1], state, source)}")
 
 
 def _write(state: Mapping[str, Tensor], out: Path, facts: dict[str, str]) -> None:

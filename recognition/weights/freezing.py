@@ -1,4 +1,4 @@
-"""Which of the backbone's parameters stand still, and the statistics that stand still with them."""
+"""Freezes parameters of the backbone, with the statistics of the BatchNorms that they belong to."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from data_tools.common.errors import UserError
 
 
 def freeze(backbone: nn.Module, patterns: list[str]) -> list[str]:
-    """Take the parameters whose names match (`layer1.*`) out of training; their names.
+    """Freeze the parameters whose names match (`layer1.*`); returns their names.
 
-    A BatchNorm of which nothing is left to train also keeps its running statistics, and normalises
-    by them, wherever train_mode() sets the mode.
+    A BatchNorm without a trained parameter also keeps its running statistics, and normalises by
+    them, as train_mode() sets it.
 
     Raises:
-        ValueError: a pattern that matches nothing, or all parameters are frozen.
+        ValueError: a pattern matches nothing, or all parameters are frozen.
     """
     names = [name for name, _ in backbone.named_parameters()]
     frozen = set()
@@ -35,10 +35,9 @@ def freeze(backbone: nn.Module, patterns: list[str]) -> list[str]:
 
 
 def train_mode(backbone: nn.Module) -> None:
-    """backbone.train(), but a BatchNorm without a parameter in training stays in eval mode.
+    """backbone.train(), except that a BatchNorm with all parameters frozen stays in eval mode.
 
-    Its inputs may still drift where an earlier layer trains; its scale and shift are then those of
-    the weights that it was frozen with, as in fine-tuning elsewhere.
+    Its inputs may still drift if an earlier layer trains, as usual in fine-tuning.
     """
     backbone.train()
     for module in backbone.modules():

@@ -1,4 +1,4 @@
-"""Where a new run's class centres start.
+"""The initial class centres of a new run.
 
 Letters: C classes, C_r of this rank, D embedding size.
 """
@@ -22,9 +22,9 @@ from eval.embedders.embed_onnx import OnnxEmbedder
 from recognition.head import PartialFC
 from recognition.weights.saved_rows import open_rows
 
-_IMAGES_OF_A_CLASS = 16  # that its centre is the mean of
+_IMAGES_OF_A_CLASS = 16  # whose mean is its centre, at most
 _BATCH = 64  # images
-_ID, _DIGITS = re.compile(r"-?[0-9]+"), 18  # of a line of the label map; more do not fit int64
+_ID, _DIGITS = re.compile(r"-?[0-9]+"), 18  # of an id in the label map; more do not fit int64
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def start_centres(
     ],  # uint8 [n, 112, 112, 3] -> [n, D]
     resize: bool = False,
 ) -> int:
-    """Fill this rank's class centres, as `init_head` says; how many were.
+    """Fill this rank's class centres as `init_head` says; returns how many were filled.
 
     source: "features", the mean direction of up to 16 images of each class under the backbone; an
         .onnx, the same under that network; a run or checkpoint directory of ours; or a directory
@@ -46,12 +46,12 @@ def start_centres(
         checkpoint_gpu_*.pt, one a rank, in the order of their numbers).
     label_map: a text file, a line for each class here: its id there, or -1 for none.
 
-    Centres keep the length that new ones have; a class without a source keeps its random start.
-    Each rank reads the rows of its own classes alone.
+    A centre gets the length of its random start; a class without a source keeps that start. Each
+    rank reads only the rows of its own classes.
 
     Raises:
-        ValueError: shapes that do not fit, rows without a direction, or as many classes as here are
-            not there and no map.
+        ValueError: shapes that do not fit, rows of zeros or NaN, or another number of classes
+            and no map.
         FileNotFoundError: nothing at `source`.
     """
     start, stop = head.shard
@@ -111,7 +111,7 @@ def _mapped(
     if label_map is None:
         if there != here:
             raise UserError(
-                f"init_head={source} has {there} classes, the data {here}: say which is which, "
+                f"init_head={source} has {there} classes, the data {here}: map them, "
                 "init_label_map=FILE with a line for each class here: its id there, or -1"
             )
         return np.arange(*shard)

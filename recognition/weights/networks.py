@@ -23,7 +23,7 @@ from eval.embedders.embedder import Embedder
 from recognition import checkpoint
 from recognition.backbones import BACKBONES
 from recognition.weights.centres import Centres
-from recognition.weights.foreign import WEIGHT_FILES, read_weights
+from recognition.weights.foreign import WEIGHT_FILES, network_of, read_weights
 
 __all__ = ["Centres", "TorchEmbedder", "open_embedder"]
 
@@ -87,29 +87,11 @@ def _from_weights(path: Path) -> tuple[nn.Module, dict[str, object], str]:
         state = read_weights(str(path))
     except UserError as error:
         raise UserError(f"{path} is not a backbone: {error}") from error
-    name, size = _network_of({key: tuple(value.shape) for key, value in state.items()}, path)
+    name, size = network_of(state, str(path))
     module = BACKBONES[name](embedding_size=size)
     checkpoint.load_state(module, state, str(path))
     facts: dict[str, object] = {"path": str(path), "network": name, "embedding_size": size}
     return module.float().eval(), facts, files.sha256(path)
-
-
-def _network_of(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[str, int]:
-    """(name, embedding size) of the network whose tensors have these names and shapes."""
-    sizes = sorted({shape[0] for shape in shapes.values() if len(shape) == 2})  # linear layers
-    for name, build in BACKBONES.items():
-        for size in sizes:
-            with torch.device("meta"):
-                state = build(embedding_size=size).state_dict()
-            wanted = {key: tuple(value.shape) for key, value in state.items()}
-            counters = {key for key in wanted if key.endswith("num_batches_tracked")}
-            if {**{key: () for key in counters}, **shapes} == wanted:
-                return name, size
-    shown = ", ".join([*shapes][:8]) + (", ..." if len(shapes) > 8 else "")
-    raise UserError(
-        f"{path}: its {len(shapes)} tensors ({shown}) fit none of our networks "
-        f"({', '.join(BACKBONES)}): export the network to ONNX to evaluate it"
-    )
 
 
 class TorchEmbedder:

@@ -1,4 +1,4 @@
-"""The class rows of a head that was trained elsewhere, of which each rank reads its own.
+"""The class rows of a head that was trained elsewhere; each rank reads only its own.
 
 Letters: C classes there, K sub-centres, D embedding size, n rows asked for.
 """
@@ -70,8 +70,8 @@ class ClassRows:
 def open_rows(source: str) -> ClassRows:
     """The class rows of a run of ours, or of arcface_torch's shards, in the order of the classes.
 
-    Those of a run's own heads of several sets are numbered as its classes are, set by set. The
-    files of a run are taken as they are: verify() comes first.
+    The classes of a run with several heads are numbered head by head. The files of a run are not
+    checked here: call verify() first.
 
     Raises:
         FileNotFoundError: neither is at `source`.
@@ -84,7 +84,7 @@ def open_rows(source: str) -> ClassRows:
 
 
 def checkpoint_at(source: str) -> str | None:
-    """The checkpoint that `source` is or has, None if it is no run of ours. Raises: OSError."""
+    """The checkpoint at or in `source`; None if it is no run of ours. Raises: OSError."""
     try:
         return checkpoint.find(source)
     except FileNotFoundError:
@@ -141,7 +141,7 @@ def _of_shards(source: str) -> ClassRows:
         others = (rank for rank in range(max(by_rank)) if rank not in by_rank)
         absent = list(itertools.islice(others, 4))  # a name may hold any number
         raise UserError(
-            f"init_head={source}: shards of ranks {absent} are not there, of the ranks up to "
+            f"init_head={source}: the shards of ranks {absent} are missing, of the ranks up to "
             f"{max(by_rank)}: the head is not whole"
         )
     paths = [by_rank[rank] for rank in sorted(by_rank)]
@@ -176,7 +176,9 @@ def _shards_at(source: str) -> dict[int, str]:
     for path in paths:
         if found := re.search(_SHARD, path):
             if int(found[1]) in by_rank:
-                raise UserError(f"init_head={source}: shards of ranks given twice are not whole")
+                raise UserError(
+                    f"init_head={source}: two shards are of rank {found[1]}: give those of one head"
+                )
             by_rank[int(found[1])] = path
     if not by_rank:
         raise FileNotFoundError(
@@ -187,7 +189,7 @@ def _shards_at(source: str) -> dict[int, str]:
 
 
 def _shard(path: str) -> Tensor:
-    """The class rows in a file of one rank; of a file of today's kind only what is used is read."""
+    """The class rows in the file of one rank, mapped where torch.save wrote a zip."""
     content = read_torch(path, mapped=True)
     if isinstance(content, dict) and isinstance(content.get("state_dict_softmax_fc"), dict):
         content = content["state_dict_softmax_fc"]

@@ -432,7 +432,7 @@ def test_damaged_files_are_told_by_name(tmp_path):
         ({1: torch.ones(2)}, "not a state dict"),
         ({}, "not one tensor"),
         ({"a": torch.tensor([1.0, np.nan])}, "hold NaN or infinity, a"),
-        ({"a": torch.ones(2)}, "of no network here (r18, "),
+        ({"a": torch.ones(2)}, "fit none of our networks (r18, "),
         ({"conv1.weight": torch.ones(64, 3, 3, 3)}, "as r18, the nearest: "),
         (nn.Linear(2, 2), "save the network's state_dict()"),
     ],
