@@ -43,8 +43,11 @@ def current_device() -> int:
 
 
 def set_device(device: Any) -> None:
+    """As cudaSetDevice, which opens a context on the device since CUDA 12."""
     assert _library is not None
-    _library.pretend_set_device(_index(device))
+    index = _index(device)
+    touch(index)
+    _library.pretend_set_device(index)
 
 
 def _index(device: Any) -> int:

@@ -18,11 +18,11 @@ from recognition.head.partial_fc import Limits
 from recognition.losses import make_margin
 from recognition.optim import RowAdamW, RowSGD
 from tests.pretend_cuda import device as cuda
-from tests.pretend_cuda.recorder import NON_DETERMINISTIC, Observation
+from tests.pretend_cuda.recorder import NON_DETERMINISTIC, SYNCHRONISATION, Observation
 from tests.recognition.losses.cases import CASES
 
 C, D, B = 203, 32, 12
-STEPS = 3  # the first allocates
+STEPS = 3  # the first two allocate, and are not looked at
 
 
 class Way(NamedTuple):
@@ -38,6 +38,12 @@ class Way(NamedTuple):
     subcenters: int = 1
     threshold: float = 0.0
     labels_on: str = "host"  # or "device"
+
+    def waits_by_design(self) -> bool:
+        """Rows of the host's memory are read again when the step before has stored them: all of
+        them where they are streamed, and those that a second micro-step asks for. The gradient of
+        all rows, where one is kept, lies in pageable memory of the host."""
+        return self.storage == "host" and (self.sample_rate == 1.0 or self.micro_steps > 1)
 
     def is_possible(self) -> bool:
         updates_at_once = self.in_backward and (self.micro_steps > 1 or self.precision == "fp16")
@@ -74,7 +80,7 @@ def batch(seed: int, num: int, device: torch.device, dtype: torch.dtype) -> tupl
 def take_steps(
     head: PartialFC, optimizer: RowSGD | RowAdamW, way: Way, steps: int = STEPS
 ) -> list[Observation]:
-    """What was seen in the steps but the first."""
+    """What was seen in the last step."""
     device, seen = head.device, list[Observation]()
     scale = torch.tensor(1024.0).to(device) if way.precision == "fp16" else None
     for step in range(steps):
@@ -91,7 +97,7 @@ def take_steps(
                 (loss if scale is None else loss * scale).backward()
             found = None if way.in_backward else torch.zeros((), device=device)
             optimizer.step(0.1, None if way.in_backward else scale, found)
-        if step:
+        if step == steps - 1:
             seen += observed
     return seen
 
@@ -100,7 +106,16 @@ def step(case: str, way: Way) -> list[str]:
     """What a step of a head may not do on a GPU and did."""
     head = make_head(case, way, torch.float32, torch.device("cuda", cuda.current_device()))
     seen = take_steps(head, make_optimizer(head, way), way)
-    return [str(one) for one in seen if one.kind != NON_DETERMINISTIC]
+    return [str(one) for one in seen if one.kind != NON_DETERMINISTIC and not _is_known(one, way)]
+
+
+def _is_known(one: Observation, way: Way) -> bool:
+    if not way.waits_by_design() or one.kind != SYNCHRONISATION:
+        return False
+    known = ["head/async_copy.py"]  # PendingCopy.finish
+    if way.sample_rate == 1.0 and not way.in_backward:
+        known += ["head/class_rows.py", "head/row_optim.py"]  # the gradient, out and back
+    return any(name in one.place for name in known)
 
 
 def steps(jobs: list[tuple[str, Way]]) -> dict[str, list[str]]:
