@@ -32,7 +32,7 @@ from recognition.distributed.runtime import Runtime
 from recognition.head import PartialFC, multi_head
 from recognition.head.kernels.autotune import choose_all
 from recognition.optim import RowAdamW, RowSGD
-from recognition.precision import LossScaler, dtype_of, embed, resolve
+from recognition.precision import LossScaler, dtype_of, embed, resolve, resolve_head
 from recognition.run import elastic, resume
 from recognition.run.nonfinite import FiniteGuard
 from recognition.run.run_dir import commit, initial_weights
@@ -92,8 +92,15 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     backbone = backbone.to(runtime.device, dtype)
     backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = _distribute(cfg, backbone, runtime)
+    head_precision = resolve_head(cfg.head_precision, precision, runtime.device)
+    if head_precision != cfg.head_precision and head_precision == "bf16":
+        messages.append(
+            "head_precision=auto: the head multiplies bf16 numbers, with sums and logits in fp32, "
+            "as the run is bf16; head_precision=full multiplies fp32 numbers, which is slower"
+        )
     heads = [
-        head.to(runtime.device, dtype) for head in multi_head.make_heads(cfg, data, runtime.group)
+        head.to(runtime.device, dtype)
+        for head in multi_head.make_heads(cfg, data, runtime.group, head_precision)
     ]
     saved_forms = manifest["config"].get("head_forms") if manifest else None
     choices = choose_all(cfg, heads, runtime.world, saved_forms)
@@ -112,6 +119,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         FiniteGuard(runtime.group, runtime.device),
         facts={
             "commit": commit(), "world": runtime.world, "precision": precision,
+            "head_precision": head_precision,
             "num_classes": data.num_classes, "num_image": data.num_images,
             "labels_crc32": labels_crc32, "data_sha256": _hashes(data), **plan.facts(),
             "head_forms": [choice.form for choice in choices],

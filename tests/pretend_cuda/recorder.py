@@ -3,8 +3,8 @@
 An actor is a thread of the host or a stream. Work of one actor happens in the order in which it was
 given; between actors there is an order only where an event, a synchronisation or the hand-over of a
 task to a thread makes one. Each actor has a vector clock: how much of every actor's work certainly
-happened before what it does next. Two accesses to one memory, one of them a write, of which neither
-certainly happened before the other, are a race, whether or not the numbers came out right this time.
+happened before what it does next. Two accesses to one memory, one of them a write, are a race if
+neither certainly happened before the other, whether or not the numbers came out right this time.
 
 This file knows nothing of torch.
 """
@@ -156,8 +156,7 @@ class Recorder:
     def _race(self, earlier: Access, how: str, what: str) -> None:
         self.note(
             RACE,
-            f"{how} by {what}, which need not come after {earlier.what} on "
-            f"{_name(earlier.actor)}",
+            f"{how} by {what}, which need not come after {earlier.what} on {_name(earlier.actor)}",
         )
 
 

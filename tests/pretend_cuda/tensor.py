@@ -110,9 +110,7 @@ def _on_host(tensors: Sequence[Tensor], written: Sequence[Tensor], what: str) ->
             continue
         memory = _host_memory.get(tensor.untyped_storage()._cdata)
         if memory is not None:
-            touch = (
-                RECORDER.written if any(tensor is one for one in written) else RECORDER.read
-            )
+            touch = RECORDER.written if any(tensor is one for one in written) else RECORDER.read
             touch(RECORDER.host, memory, what)
 
 

@@ -39,7 +39,9 @@ def selection() -> dict[str, list[Way]]:
         order = random.Random(number).sample(ways, len(ways))
         values, chosen[case] = set().union(*map(_values, ways)), []
         while values:
-            best = max(order, key=lambda way: (len(_values(way) & values), len(_pairs(way) & wanted)))
+            best = max(
+                order, key=lambda way: (len(_values(way) & values), len(_pairs(way) & wanted))
+            )
             chosen[case].append(best)
             values -= _values(best)
             wanted -= _pairs(best)

@@ -50,6 +50,24 @@ def test_a_step_of_two_ranks_is_clean(shards_dir):
     assert answers[0][2] == answers[1][2]
 
 
+@pytest.mark.parametrize(
+    "keys, products",
+    [
+        ({"precision": "bf16"}, "bf16"),
+        ({}, "bf16"),  # precision=auto is bf16 on such a GPU
+        ({"precision": "bf16", "head_precision": "full"}, "full"),
+        ({"precision": "fp16"}, "full"),
+        ({"precision": "fp32", "head_precision": "bf16"}, "bf16"),
+    ],
+)
+def test_the_heads_products_are_bf16_where_the_run_is(keys, products, shards_dir):
+    ((dtype, said, messages),) = pool.run(1, scenes_training.products, str(shards_dir), keys)
+    assert (dtype == "torch.bfloat16") == (products == "bf16")
+    assert said == products
+    is_automatic = products == "bf16" and "head_precision" not in keys
+    assert any("head_precision=auto" in line for line in messages) == is_automatic
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("run", LONG)
 def test_a_step_of_a_real_network_is_clean(run, shards_dir):

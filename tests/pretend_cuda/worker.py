@@ -1,6 +1,6 @@
 """A process with the pretend device: it calls what pool.py asks for and sends the result back.
 
-    python -m tests.pretend_cuda.worker LIBRARY ADDRESS RANK WORLD STORE
+python -m tests.pretend_cuda.worker LIBRARY ADDRESS RANK WORLD STORE
 """
 
 from __future__ import annotations
