@@ -214,8 +214,6 @@ def _distribute(cfg: Config, backbone: nn.Module, runtime: Runtime) -> Distribut
     more ranks are summed. One backward before the first step makes a resumed run sum in the same
     order as a run that was never interrupted.
     """
-    if cfg.compile:
-        backbone.compile()  # in place, so that its parameters keep their names
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
     new_name = "forward_sync_buffers" in known  # torch 2.13 renamed it
@@ -240,6 +238,10 @@ def _distribute(cfg: Config, backbone: nn.Module, runtime: Runtime) -> Distribut
     model.zero_grad(set_to_none=True)
     for name, buffer in backbone.named_buffers():
         buffer.copy_(before[name])
+    if cfg.compile:
+        # In place, so that its parameters keep their names. After the backward above, whose two
+        # images would compile a graph that no step uses and make the batch a dynamic size.
+        backbone.compile()
     return model
 
 
