@@ -286,12 +286,19 @@ def _note(func: Any, args: tuple) -> None:
         on_host = func in _SYNCHRONISE_UNLESS_ON_HOST and not isinstance(args[2], PretendTensor)
         if not on_host:
             cuda.synchronised(_schema(func).name)
-    if func in _NON_DETERMINISTIC:
+    if func in _NON_DETERMINISTIC and not _indices_differ(func, args):
         RECORDER.note(rec.NON_DETERMINISTIC, _schema(func).name)
     if func in _INDEXING and any(
         one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1]
     ):
         cuda.synchronised(f"{_schema(func).name} of a mask")
+
+
+def _indices_differ(func: Any, args: tuple) -> bool:
+    """Sums into places that all differ have no order."""
+    if func not in (aten.index_add_.default, aten.index_add.default):
+        return False
+    return len(args[2].held.unique()) == args[2].held.numel()
 
 
 def _compute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
