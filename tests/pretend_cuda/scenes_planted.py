@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from recognition.head import async_copy, partial_fc
+from recognition.head import async_copy, chunks, partial_fc
+from recognition.head.kernels import fused
 from recognition.head.partial_fc import PartialFC
 from tests.pretend_cuda import scenes_head
 from tests.pretend_cuda.scenes_head import Way
@@ -91,6 +92,21 @@ def _replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, old)
+
+
+def atomic_sums(way: Way) -> list[str]:
+    """What is seen where rows of one class are summed as index_add_ sums them on a GPU."""
+
+    def add(target: Any, index: Any, source: Any) -> None:
+        target.index_add_(0, index, source)
+
+    module = fused if way.form == "fused" else chunks
+    old, module.add_rows_ = module.add_rows_, add  # type: ignore[attr-defined]
+    try:
+        seen = scenes_head.steps([("arcface", way)])
+    finally:
+        module.add_rows_ = old  # type: ignore[attr-defined]
+    return [text for texts in seen.values() for text in texts]
 
 
 # --- Copies of rows that the host holds -----------------------------------------------------------

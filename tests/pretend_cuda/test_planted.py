@@ -19,6 +19,12 @@ def test_a_bug_anywhere_in_a_forward_is_seen(method, bug):
     assert pool.run(1, scenes_planted.everywhere, method, bug) == [[]]
 
 
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_sums_in_any_order_are_seen(form):
+    (seen,) = pool.run(1, scenes_planted.atomic_sums, Way(form=form))
+    assert any(text.startswith("non-deterministic operator: aten::index_add_") for text in seen)
+
+
 @pytest.mark.parametrize("way", [STREAMED, STAGED], ids=["streamed", "staged"])
 def test_copies_of_the_hosts_rows_are_clean(way):
     assert pool.run(2, scenes_planted.no_bug, way) == [[], []]
