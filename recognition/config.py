@@ -172,8 +172,10 @@ class Config:
     head_kernel: Literal["auto", "plain", "native", "compiled", "triton"] = _head(
         "auto", "Form of the head's reduction. A form that is not available falls back to plain."
     )
-    head_precision: Literal["full", "bf16"] = _head(
-        "full", "Products of the head; bf16 keeps sums and logits in fp32, for GPUs."
+    head_precision: Literal["auto", "full", "bf16"] = _head(
+        "auto",
+        "Products of the head; bf16 has sums and logits in fp32. auto: bf16 for bf16 runs on GPUs.",
+        may_change=True,
     )
     head_storage: Literal["device", "host"] = _head(
         "device", "Where class centres and their optimiser state live.", may_change=True

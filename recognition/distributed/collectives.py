@@ -225,8 +225,10 @@ def average_(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
         with _exchange(group):
             dist.all_reduce(flat, group=group)
         flat /= group.size()
-        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        means = flat.split([t.numel() for t in tensors])
+        torch._foreach_copy_(  # few kernels, where one for each tensor is a sixth of a step's
+            list(tensors), [mean.view_as(t) for t, mean in zip(tensors, means, strict=True)]
+        )
 
 
 def largest_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:

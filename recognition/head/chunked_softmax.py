@@ -178,7 +178,7 @@ class ThroughFormula:
             cos, _ = self._chunks.cosines(chunk, x)
             z = self._logit(self._nearest(cos)[0], chunk)
             if chunk.own is not None:
-                z[chunk.own] = -torch.inf
+                z.index_put_(chunk.own, z.new_full((), -torch.inf))
             yield z
         self._chunks.is_walked = True
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from data_tools.common.files import is_file
 from data_tools.common.text import read_text
 from recognition.head.class_rows import ClassRows, Pool
+from recognition.losses.margin import add_rows_
 
 # On a GPU the products [B, n] pass through its memory in any case: chunks are large, so that few
 # kernels are launched.
@@ -218,8 +219,8 @@ class Chunks:
         flat = product(spread.T, pulling, grad.flatten(0, 1))
         if chunk.own is not None:
             column = own.column[chunk.targets]
-            flat.index_add_(0, column, own.centre[chunk.targets])
-            radial.index_add_(0, column, own.radial[chunk.targets])
+            add_rows_(flat, column, own.centre[chunk.targets])
+            add_rows_(radial, column, own.radial[chunk.targets])
         radial.mul_(chunk.inverse).mul_(chunk.inverse)
         self.class_rows.add_gradient(chunk.where, grad, weight.view_as(grad), radial)
 

@@ -87,6 +87,7 @@ class HostStorage(Storage):
         self._previous: Stage | None = None  # its rows are being stored
         self._stored: PendingCopy | None = None
         self._free: list[dict[str, Tensor]] = []
+        self._most_missed = 0  # of all micro-steps of a step: a stage that grows waits for copies
         self._version = -1  # of the tables as the stages know them
 
     def move(self, like: Tensor) -> None:
@@ -225,7 +226,7 @@ class HostStorage(Storage):
         new = missed[stage.find(missed) < 0]
         first, num = len(stage), len(new)
         if first + num > len(stage.memory["weight"]):
-            memory = self._memory(first, num)
+            memory = self._memory(len(stage.drawn), len(stage.missed) + num)
             for name, table in memory.items():
                 table[:first] = stage.memory[name][:first]
             stage.memory = memory
@@ -256,7 +257,10 @@ class HostStorage(Storage):
             table.index_copy_(0, place, source.memory[name].index_select(0, theirs))
 
     def _memory(self, num_drawn: int, num_missed: int) -> dict[str, Tensor]:
-        """Room for so many rows; as much again of missed ones, for their number varies."""
+        """Room for so many rows, and for as many missed ones as the micro-steps of a step have had;
+        new memory for twice as many, for their number varies."""
+        self._most_missed = max(self._most_missed, num_missed)
+        num_missed = self._most_missed
         for place, memory in enumerate(self._free):
             if len(memory["weight"]) >= num_drawn + num_missed:
                 return self._free.pop(place)

@@ -33,8 +33,10 @@ class MultiHeadLoss(NamedTuple):
     by_head: Tensor  # [heads]
 
 
-def make_heads(cfg: Config, data: Shards | Union, group: ProcessGroup) -> list[PartialFC]:
-    """The heads that `cfg` asks for, on the CPU in fp32.
+def make_heads(
+    cfg: Config, data: Shards | Union, group: ProcessGroup, head_precision: str | None = None
+) -> list[PartialFC]:
+    """The heads that `cfg` asks for, on the CPU in fp32. head_precision: as of limits_of().
 
     Raises:
         ValueError: not as many as sets, or slow encoders that differ.
@@ -42,7 +44,7 @@ def make_heads(cfg: Config, data: Shards | Union, group: ProcessGroup) -> list[P
     """
     counts = np.bincount(data.labels, minlength=data.num_classes)
     if not cfg.rec_heads:
-        return [make_head(cfg, len(counts), counts, group, cfg.seed)]
+        return [make_head(cfg, len(counts), counts, group, cfg.seed, head_precision)]
     firsts = first_classes(data)
     if len(cfg.rec_heads) != len(firsts) - 1:
         raise UserError(
@@ -53,7 +55,8 @@ def make_heads(cfg: Config, data: Shards | Union, group: ProcessGroup) -> list[P
     for k, (start, stop) in enumerate(zip(firsts[:-1], firsts[1:], strict=True)):
         own = of_head(cfg, k)
         try:
-            heads.append(make_head(own, stop - start, counts[start:stop], group, cfg.seed + k))
+            local_counts, seed = counts[start:stop], cfg.seed + k
+            heads.append(make_head(own, stop - start, local_counts, group, seed, head_precision))
         except (KeyError, TypeError, ValueError) as error:
             raise type(error)(f"rec_heads[{k}]: {error.args[0]}") from error
     encoder_momentum(heads)
@@ -66,6 +69,7 @@ def make_head(
     class_counts: np.ndarray | None,  # int64 [C]
     group: ProcessGroup,
     seed: int,
+    head_precision: str | None = None,
 ) -> PartialFC:
     """One head with the margin that `cfg` names, on the CPU in fp32."""
     return PartialFC(
@@ -78,15 +82,15 @@ def make_head(
         seed,
         class_counts,
         cfg.head_storage,
-        limits_of(cfg),
+        limits_of(cfg, head_precision),
     )
 
 
-def limits_of(cfg: Config) -> Limits:
-    return Limits(
-        cfg.head_stored_mib << 20,
-        dtype=torch.bfloat16 if cfg.head_precision == "bf16" else None,
-    )
+def limits_of(cfg: Config, head_precision: str | None = None) -> Limits:
+    """head_precision: "full" or "bf16", what the run has made of "auto"; None: as `cfg` says, where
+    "auto" is "full"."""
+    is_narrow = (head_precision or cfg.head_precision) == "bf16"
+    return Limits(cfg.head_stored_mib << 20, dtype=torch.bfloat16 if is_narrow else None)
 
 
 def _make_margin(cfg: Config) -> Margin:

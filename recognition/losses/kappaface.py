@@ -19,6 +19,7 @@ from recognition.losses.margin import (
     Reduce,
     Rows,
     Statistics,
+    add_rows_,
     angle,
     class_histogram,
     class_mean,
@@ -101,8 +102,8 @@ class KappaFace(AngularMargin):
             if found_inf is not None:
                 features = torch.where(found_inf > 0, 0.0, features)
                 one = torch.where(found_inf > 0, 0, one)
-            self.feature_sum.index_add_(0, local_id, features)
-            self.seen.index_add_(0, local_id, one)
+            add_rows_(self.feature_sum, local_id, features)
+            add_rows_(self.seen, local_id, one)
         self._pending = []
 
     def target(self, rows: Rows) -> Tensor:

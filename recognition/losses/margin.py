@@ -290,6 +290,15 @@ def with_gradient(formula: Callable[[Tensor], Tensor], cos: Tensor, gradient: Gr
     return formula(constant) + (cos - constant)
 
 
+def add_rows_(target: Tensor, index: Tensor, source: Tensor) -> None:
+    """target[index] += source, the same bits in every run, with repeated indices too: on a GPU
+    index_add_ sums those by atomic operations, in any order, and this sorts them first."""
+    if target.is_cuda:
+        target.index_put_((index,), source, accumulate=True)
+    else:
+        target.index_add_(0, index, source)
+
+
 # --- Statistics of a value that every class has, for the log --------------------------------------
 
 

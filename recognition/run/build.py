@@ -29,7 +29,7 @@ from recognition.distributed.sync_batch_norm import SyncBatchNorm
 from recognition.head import PartialFC, multi_head
 from recognition.head.kernels.autotune import choose_all
 from recognition.optim import RowAdamW, RowSGD
-from recognition.precision import LossScaler, dtype_of, embed, resolve
+from recognition.precision import LossScaler, dtype_of, embed, resolve, resolve_head
 from recognition.run import resume
 from recognition.run.data import check_data, hashes_of, open_val_set
 from recognition.run.nonfinite import FiniteGuard
@@ -76,8 +76,15 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         messages.append(f"{pairs.name}.bin: {count} of {len(pairs.encoded)} images are resized")
     backbone = _make_backbone(cfg, runtime, dtype, resumed_from is None, messages)
     model = _distribute(cfg, backbone, runtime)
+    head_precision = resolve_head(cfg.head_precision, precision, runtime.device)
+    if head_precision != cfg.head_precision and head_precision == "bf16":
+        messages.append(
+            "head_precision=auto: the head multiplies bf16 numbers, with sums and logits in fp32, "
+            "as the run is bf16; head_precision=full multiplies fp32 numbers, which is slower"
+        )
     heads = [
-        head.to(runtime.device, dtype) for head in multi_head.make_heads(cfg, data, runtime.group)
+        head.to(runtime.device, dtype)
+        for head in multi_head.make_heads(cfg, data, runtime.group, head_precision)
     ]
     saved_forms = manifest["config"].get("head_forms") if manifest else None
     choices = choose_all(cfg, heads, runtime.world, saved_forms)
@@ -96,6 +103,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
         FiniteGuard(runtime.group, runtime.device),
         facts={
             "commit": commit(), "world": runtime.world, "precision": precision,
+            "head_precision": head_precision,
             "num_classes": data.num_classes, "num_image": data.num_images,
             "labels_crc32": labels_crc32, "data_sha256": hashes_of(data),
             "first_batch": plan.first_batch, "first_rows": plan.first_rows,
@@ -206,8 +214,6 @@ def _distribute(cfg: Config, backbone: nn.Module, runtime: Runtime) -> Distribut
     more ranks are summed. One backward before the first step makes a resumed run sum in the same
     order as a run that was never interrupted.
     """
-    if cfg.compile:
-        backbone.compile()  # in place, so that its parameters keep their names
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
     new_name = "forward_sync_buffers" in known  # torch 2.13 renamed it
@@ -232,6 +238,10 @@ def _distribute(cfg: Config, backbone: nn.Module, runtime: Runtime) -> Distribut
     model.zero_grad(set_to_none=True)
     for name, buffer in backbone.named_buffers():
         buffer.copy_(before[name])
+    if cfg.compile:
+        # In place, so that its parameters keep their names. After the backward above, whose two
+        # images would compile a graph that no step uses and make the batch a dynamic size.
+        backbone.compile()
     return model
 
 

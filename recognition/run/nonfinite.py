@@ -110,7 +110,8 @@ def _set_found_inf(optimizer: Optimizer, found_inf: Tensor) -> None:
 
 def _non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
     """Which tensors contain an inf or a nan: bool [tensors]; False for an empty tensor."""
-    filled = [tensor.detach().flatten() for tensor in tensors.values() if tensor.numel()]
+    # As they lie in memory: to flatten the gradient of a channels-last convolution is to copy it.
+    filled = [tensor.detach() for tensor in tensors.values() if tensor.numel()]
     norms = iter(torch._foreach_norm(filled, torch.inf) if filled else [])
     nothing = torch.zeros((), device=device)
     # The gradient of class rows in host memory lies on the host as well.

@@ -160,7 +160,7 @@ def list_changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path
         order["rec_shares"] = "rec_shares"
     if cfg.shuffle_block:
         order["shuffle_window"] = "shuffle_window"
-    facts_since = ("head_forms", "data_sha256")
+    facts_since = ("head_forms", "head_precision", "data_sha256")
     newer = dataclasses.asdict(Config(rec="")) | {key: now[key] for key in facts_since}
     saved = newer | saved  # keys newer than the checkpoint
     for key, what in order.items():

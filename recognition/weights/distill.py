@@ -25,6 +25,7 @@ from data_tools.common.errors import UserError
 from eval.embedders.embed_onnx import OnnxEmbedder
 from recognition import checkpoint
 from recognition.distributed import collectives
+from recognition.head.class_rows import to_device
 from recognition.precision import autocast
 from recognition.weights.foreign import WEIGHT_FILES
 
@@ -88,7 +89,7 @@ class OnnxTeacher:
     def __call__(self, pixels: Tensor, ids: np.ndarray) -> Tensor:
         images = (pixels.float() * 127.5 + 127.5).round().to(torch.uint8)
         found = self.network(images.permute(0, 2, 3, 1).cpu().numpy())
-        return torch.from_numpy(found).to(self.device)
+        return to_device(found, self.device)
 
 
 class Stored:
@@ -116,7 +117,7 @@ class Stored:
                 f"teacher={self.path}: the embedding of image {wrong[0]} is not finite: write the "
                 "file again, or use the run itself as the teacher"
             )
-        return torch.from_numpy(rows).to(self.device)
+        return to_device(rows, self.device)
 
 
 def distillation_loss(

@@ -184,6 +184,7 @@ def _dtype(head: PartialFC) -> torch.dtype:
     return head.limits.dtype or head.storage.like.dtype
 
 
+@torch.no_grad()  # as a step computes: with gradients on, compiled forms would compile twice
 def _seconds(head: PartialFC, form: str, num_rows: int) -> tuple[float, str]:
     """Median of a step on this rank; infinite, and why, if the form fails."""
     device = head.device

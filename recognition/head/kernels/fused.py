@@ -21,7 +21,7 @@ from torch import Tensor
 
 from recognition.head.chunked_softmax import Formula, Reducer, needs_no_base, plain_kernel
 from recognition.head.chunks import Chunk, Chunks, TargetCosines, add_product, product
-from recognition.losses.margin import Margin
+from recognition.losses.margin import Margin, add_rows_
 
 _LOG2_E = math.log2(math.e)
 
@@ -109,7 +109,7 @@ class FusedExpSums:
             add_product(total, spread, unit)
             flat = product(spread.T, pulling, torch.empty_like(weight))
             if chunk.own is not None:
-                flat.index_add_(0, of_targets.column[chunk.targets], of_centres[chunk.targets])
+                add_rows_(flat, of_targets.column[chunk.targets], of_centres[chunk.targets])
             grad = chunks.class_rows.room(chunk.where)  # [n, 1, D]
             self._operations.project(flat, weight, chunk.inverse, largest, grad.flatten(0, 1))
             chunks.class_rows.add_gradient(chunk.where, grad, weight.view_as(grad))

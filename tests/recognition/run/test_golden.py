@@ -35,8 +35,8 @@ def write_noise(directory):
 def test_a_short_run_gives_the_numbers_on_file(tmp_path, request):
     write_noise(tmp_path)
     keys = {
-        "rec": str(tmp_path), "precision": "fp64", "margin": "arcface", "accumulation": 2,
-        "global_batch_size": 16, "output": str(tmp_path / "run"),
+        "rec": str(tmp_path), "network": "mbf_tiny", "precision": "fp64", "margin": "arcface",
+        "accumulation": 2, "global_batch_size": 16, "output": str(tmp_path / "run"),
     }  # fmt: skip
     got = ranks.run(2, curve, keys)[0]
     if request.config.getoption("--renew-golden"):

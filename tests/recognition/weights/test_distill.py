@@ -101,7 +101,7 @@ def test_a_run_with_a_teacher_learns_its_directions(teachers, keys, shards_dir):
     teacher, _ = load_backbone(str(teachers["run"]))
 
     def agreement(state):
-        module = BACKBONES["mbf_tiny"](embedding_size=32)
+        module = BACKBONES[runs.BASE["network"]](embedding_size=32)
         named = {k.removeprefix("backbone."): v for k, v in state.items() if k[:9] == "backbone."}
         module.load_state_dict(named)
         with torch.no_grad():  # in training mode: so few steps leave BatchNorm's statistics behind

@@ -1,0 +1,7 @@
+from __future__ import annotations
+
+from tests.pretend_cuda import pool
+
+
+def pytest_sessionfinish():
+    pool.close_all()
