@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=131_072, help="of a chunk of the head")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    installed = {}
+    installed: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             installed[package] = importlib.metadata.version(package)

@@ -338,8 +338,13 @@ def _origin(pairs: int, device: str) -> dict[str, Any]:
 
 
 def _beside_rivals(case: Case, pairs: int, warmup: int, device: str) -> dict[str, Any]:
-    told = rivals.Told(case._replace(margin="softmax"), pairs, warmup)
-    found = together(1, device, rivals.compare, told)
+    told = rivals.Told(case._replace(margin="softmax"), pairs, warmup, tuple(rivals.RIVALS))
+    try:
+        found = together(1, device, rivals.compare, told)
+    except OSError as error:  # a library's kernel may end the whole process, or spoil its GPU
+        found = together(1, device, rivals.compare, told._replace(names=rivals.OF_TORCH))
+        others = set(rivals.RIVALS) - set(rivals.OF_TORCH)
+        found["left_out"] |= dict.fromkeys(others, f"one of these ended all: {one_line(error)}")
     return {"case": _described(case, 1), **found, **_origin(pairs, device)}
 
 

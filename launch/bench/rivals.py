@@ -76,6 +76,9 @@ RIVALS: dict[str, Callable[[], Loss]] = {
 }
 
 
+OF_TORCH = ("eager", "torch")
+
+
 class Softmax:
     """A rival: forward and backward over a weight of its own."""
 
@@ -162,6 +165,7 @@ class Told(NamedTuple):
     case: Case
     pairs: int
     warmup: int
+    names: tuple[str, ...]  # of RIVALS
 
 
 def _side(name: str, case: Case, device: torch.device) -> Softmax | OursAlone:
@@ -181,7 +185,7 @@ def compare(rank: int, device: torch.device, told: Told) -> dict[str, Any]:
     peaks: dict[str, int] = {}
     errors: dict[str, dict[str, float]] = {}
     left_out: dict[str, str] = {}
-    for name in ["ours", *case.forms, *RIVALS]:
+    for name in ["ours", *case.forms, *told.names]:
         try:
             side = _side(name, small, device)
             errors[name] = side.error(*side.operands(*batch_of(small, rank, 1, device)))
@@ -190,7 +194,8 @@ def compare(rank: int, device: torch.device, told: Told) -> dict[str, Any]:
             errors.pop(name, None)
             left_out[name] = f"{type(error).__name__}: {one_line(error)}"
     sides = {name: _side(name, case, device) for name in peaks}
-    floor = Floor(sides["ours"], case, device) if isinstance(sides.get("ours"), Ours) else None
+    ours = sides.get("ours")
+    floor = Floor(ours, case, device) if isinstance(ours, Ours) else None
     return {
         "ms": _times(sides, floor, told, x, labels),
         "products": floor.num_products if floor else None,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from launch.bench import head
 from launch.bench.rivals import RIVALS, Softmax
 from launch.bench.sides import Case, batch_of
 from tests.conftest import command, run
@@ -96,6 +97,23 @@ def test_beside_the_rivals_that_run_here():
     for name, errors in report["error"].items():
         assert errors.keys() == {"loss", "grad_x", "grad_weight"}
         assert max(errors.values()) < 1e-4, name
+
+
+def test_a_rival_that_ends_the_process_costs_the_libraries_only(monkeypatch):
+    """The first comparison dies, and torch's own operations are compared without the others."""
+    tried = []
+
+    def together(world, device, function, told):
+        tried.append(told.names)
+        if set(told.names) - {"eager", "torch"}:
+            raise OSError("compare: a process was killed")
+        return {"left_out": {}, "ms": {"ours": 1.0}}
+
+    monkeypatch.setattr(head, "together", together)
+    found = head._beside_rivals(Case(50, 8, embedding_size=16), 1, 0, "cpu")
+    assert tried == [tuple(RIVALS), ("eager", "torch")] and found["ms"] == {"ours": 1.0}
+    assert found["left_out"].keys() == {"liger-kernel", "quack-kernels", "cut-cross-entropy"}
+    assert "a process was killed" in found["left_out"]["liger-kernel"]
 
 
 def test_a_rival_whose_gradient_is_wrong_has_an_error(monkeypatch):
