@@ -46,29 +46,36 @@ def backbone_sizes(cfg: Config, rows: int) -> BackboneSizes:
     """Raises: as backbone_bytes()."""
     arguments = tuple(sorted(cfg.network_args.items()))
     precision = "bf16" if cfg.precision == "auto" else cfg.precision  # of a GPU of today
-    return _sizes(cfg.network, cfg.embedding_size, arguments, precision, rows)
+    sizes, more = _sizes(cfg.network, cfg.embedding_size, arguments, precision)
+    return sizes._replace(activations=sizes.activations + (rows - 1) * more)
 
 
 @functools.cache
 def _sizes(
-    name: str,
-    embedding_size: int,
-    arguments: tuple[tuple[str, Any], ...],
-    precision: str,
-    rows: int,
-) -> BackboneSizes:
+    name: str, embedding_size: int, arguments: tuple[tuple[str, Any], ...], precision: str
+) -> tuple[BackboneSizes, float]:
+    """Of one image, and the bytes of activations that each further image adds."""
     with torch.device("meta"):  # where initialising looks at no value
         network = make_backbone(name, embedding_size, dict(arguments))
     weights = sum(p.numel() for p in network.parameters()) * _FP32
     statistics = sum(b.numel() for b in network.buffers() if b.is_floating_point()) * _FP32
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
-        images = torch.empty(rows, 3, INPUT_SIZE, INPUT_SIZE)
-        kept, itemsize = _kept(network, images, precision)
-        if isinstance(network, VisionTransformer) and network.checkpointing:
-            network.checkpointing = False  # the backward computes one block at a time again
-            kept += (_kept(network, images, precision)[0] - kept) / len(network.blocks)
-    return BackboneSizes(weights, statistics, kept, itemsize)
+        two, itemsize = _kept_with_checkpointing(network, 2, precision)
+        four, _ = _kept_with_checkpointing(network, 4, precision)
+    more = (four - two) / 2
+    return BackboneSizes(weights, statistics, two - more, itemsize), more
+
+
+def _kept_with_checkpointing(network: nn.Module, rows: int, precision: str) -> tuple[float, int]:
+    """As _kept(), with the activations of the one block that the backward computes at a time."""
+    images = torch.empty(rows, 3, INPUT_SIZE, INPUT_SIZE)
+    kept, itemsize = _kept(network, images, precision)
+    if isinstance(network, VisionTransformer) and network.checkpointing:
+        network.checkpointing = False
+        kept += (_kept(network, images, precision)[0] - kept) / len(network.blocks)
+        network.checkpointing = True
+    return kept, itemsize
 
 
 def _kept(network: nn.Module, images: torch.Tensor, precision: str) -> tuple[float, int]:
