@@ -59,7 +59,7 @@ def stages(work: Path, rehearse: bool) -> dict[str, list[Part]]:
         rates = ["--side", "64", "--classes", "1024"]
         beside = [*small, *quick, "--forms", "triton"]
         suite = [*small, *quick, *one_process]
-        largest = [*small[2:], "--memory-mib", "64"]
+        largest = [*small[2:], "--memory-mib", "256"]
         faces = ["--identities", "16", "--images", "4"]
         packed = ["--shards", "1", "--hold-out", "4", "--pairs", "20", "--workers", "1"]
         r50 = ["network=mbf_tiny", "batch_size=8", "max_steps=2", "log_every=1", "num_workers=1"]
