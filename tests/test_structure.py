@@ -291,3 +291,52 @@ def test_a_read_that_fails_names_its_file():
     ]
     named = ("files", "text")
     assert [read for read in reads if read[1] not in named and "/proc/" not in read[1]] == []
+
+
+SINCE_2_11 = {
+    line
+    for line in (ROOT / "tests" / "torch_since_2_11.txt").read_text().splitlines()
+    if not line.startswith("#")
+}
+
+
+def test_no_name_of_torch_is_newer_than_2_11():
+    """The newest torch of a GPU machine that we know. A newer name is asked for by getattr, with
+    what stands in for it."""
+    found = {ids(path): names_since_2_11(tree(path)) for path in FILES}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_a_newer_name_of_torch_is_seen_in_every_way_of_writing_it():
+    found = names_since_2_11(
+        ast.parse(
+            "import torch\nimport torch.distributed as dist\nfrom torch.nn import functional as F\n"
+            "from torch.nn import LinearCrossEntropyOptions as Options\n"
+            "F.linear_cross_entropy(x, w, y)\ndist.all_gather_single(a, b)\n"
+            "torch.distributed.reduce_scatter_single(a, b)\n"
+            "getattr(dist, 'all_gather_single', None)\nother.linear_cross_entropy()\n"
+        )
+    )
+    assert found == {
+        "LinearCrossEntropyOptions", "linear_cross_entropy", "all_gather_single",
+        "reduce_scatter_single",
+    }  # fmt: skip
+
+
+def names_since_2_11(source: ast.Module) -> set[str]:
+    bound, found = set(), set()
+    for node in ast.walk(source):
+        if isinstance(node, ast.Import):
+            names = [alias for alias in node.names if alias.name.split(".")[0] == "torch"]
+            bound |= {alias.asname or "torch" for alias in names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            found |= {alias.name for alias in node.names} & SINCE_2_11
+            bound |= {alias.asname or alias.name for alias in node.names}
+    for node in ast.walk(source):
+        if isinstance(node, ast.Attribute) and node.attr in SINCE_2_11:
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in bound:
+                found.add(node.attr)
+    return found

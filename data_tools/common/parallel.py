@@ -1,7 +1,6 @@
 """Tasks spread over processes, with one progress bar for all of them."""
 
 import contextlib
-import functools
 import itertools
 import multiprocessing
 import os
@@ -14,16 +13,6 @@ from multiprocessing.connection import wait as wait_for_end
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -65,14 +54,19 @@ def run_tasks(
 
     Raises: ChildProcessError if a worker was killed.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        bar = progress.add_task(title, total=total)
+    with _progress_bar(title, total) as show:
         if isinstance(tasks, Sized):
             workers = min(workers, len(tasks))
         workers = min(workers, total // ITEMS_PER_WORKER)
         if workers <= 1:
-            return [function(task, lambda n: progress.advance(bar, n)) for task in tasks]
+            finished = 0
+
+            def advance(n: int) -> None:
+                nonlocal finished
+                finished += n
+                show(finished)
+
+            return [function(task, advance) for task in tasks]
         context = multiprocessing.get_context("spawn")  # fork would copy OpenCV's threads mid-work
         done, stop = context.Value("q", 0), context.Event()
         with ProcessPoolExecutor(
@@ -80,8 +74,7 @@ def run_tasks(
         ) as pool:
             submitted = (pool.submit(_call, function, task) for task in tasks)
             try:
-                show = functools.partial(_show, progress, bar, done)
-                return _collect(submitted, workers + _AHEAD, show)
+                return _collect(submitted, workers + _AHEAD, lambda: show(done.value))
             except BrokenProcessPool as error:
                 raise ChildProcessError(
                     "a worker process was killed; if memory ran out, use fewer --workers"
@@ -91,8 +84,25 @@ def run_tasks(
                 pool.shutdown(cancel_futures=True)
 
 
-def _show(progress: Progress, bar: TaskID, done: Synchronized) -> None:
-    progress.update(bar, completed=done.value)
+@contextlib.contextmanager
+def _progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, none without rich; yields what sets how many of `total` are done."""
+    try:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+    except ModuleNotFoundError:
+        yield lambda done: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task(title, total=total)
+        yield lambda done: progress.update(bar, completed=done)
 
 
 def _collect(submitted: Iterator[Future], window: int, show: Callable[[], None]) -> list[Any]:

@@ -17,6 +17,8 @@ Peak memory is each one's alone, in processes of its own: from before the head i
 of two steps, less weights and optimiser state, so that what the allocator keeps counts: the
 resident set on a CPU, what torch has reserved on a GPU.
 
+--rivals compares, in place of all this, plain softmax with other libraries': see rivals.py.
+
 --alone leaves out rival and floor: is a size within reach, and at what time? --storage auto then
 holds the rows on the device if they fit it and on the host if not.
 
@@ -36,10 +38,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import torch
 
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
+from launch.bench import rivals
 from launch.bench.hardware import machine
 from launch.bench.memory import read_peak, reset_peak
 from launch.bench.processes import slowest, together
@@ -55,7 +57,7 @@ _FUSED = ("compiled", "triton")
 _FORMS = ("plain", "native", *_FUSED)  # as config.py's head_kernel
 _OF_A_CASE = (
     "classes", "batch", "embedding_size", "sample_rate", "dtype", "stored_mib",
-    "update_in_backward", "piece", "kernel", "forms", "storage", "alone", "plot",
+    "update_in_backward", "piece", "kernel", "forms", "storage", "alone", "plot", "rivals",
 )  # fmt: skip
 SUITES = {
     "cpu": [
@@ -77,7 +79,7 @@ SUITES = {
     ],
     "gpu": [
         Case(1_000_000, batch, rate, dtype="bf16", targets=(0.30, 1 / 0.6, 0.10), forms=_FUSED)
-        for batch in (1024, 4096)
+        for batch in (4096, 1024)
         for rate in (1.0, 0.1)
     ],
 }
@@ -113,6 +115,9 @@ def main(arguments: list[str] | None = None) -> int:
         if args.plot:
             base = Measurement(cases[0], world, args.pairs, args.warmup, device)
             print(json.dumps({"ms": _plot(args.plot, base)}), flush=True)
+            return 0
+        if args.rivals:
+            print(json.dumps(_beside_rivals(cases[0], args.pairs, args.warmup, device)), flush=True)
             return 0
         reports = []
         for case in cases:
@@ -151,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--storage", choices=["device", "host", "auto"], default="device", help="of the rows")
     add("--alone", action="store_true", help="no rival, no floor")
     add("--plot", metavar="OUT.svg", help="vary each size from this case, and draw our step's time")
+    add("--rivals", action="store_true", help="plain softmax beside other libraries', one process")
     add("--processes", type=int, metavar="W", help="default: one a GPU, two on a CPU")
     add("--pairs", type=int, default=7, metavar="N", help="timed; default %(default)s")
     add("--warmup", type=int, default=2, metavar="N", help="pairs before them; %(default)s")
@@ -171,6 +177,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         given = getattr(args, name)
         if given is not None and given < number:
             parser.error(f"--{name.replace('_', '-')} {given}: at least {number}")
+    if args.rivals and (args.processes or 1, args.sample_rate, args.storage) != (1, 1, "device"):
+        parser.error("--rivals: one process, all classes (--sample-rate 1), rows on the device")
     if not 0 < args.sample_rate <= 1:
         parser.error(f"--sample-rate {args.sample_rate:g}: a share of the classes, above 0, to 1")
 
@@ -252,6 +260,8 @@ def _plot(path: str, base: Measurement) -> dict[str, dict[float, float]]:
         for size, told in measurements.items():
             ms[name][size] = round(1e3 * statistics.median(_times(told)["seconds"]["ours"]), 3)
             print(f"{name} {size:g}: {ms[name][size]:.1f} ms", file=sys.stderr, flush=True)
+    import matplotlib  # needed for the picture alone
+
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
@@ -287,21 +297,14 @@ def _report(told: Measurement) -> dict[str, Any]:
             else:
                 peaks |= together(told.world, told.device, _peaks, told, [name])
     report: dict[str, Any] = {
-        "case": {
-            "W": told.world, "B": case.batch, "C": case.classes, "D": case.embedding_size,
-            "r": case.sample_rate, "dtype": case.dtype, "stored_mib": case.stored_mib,
-            "update_in_backward": case.update_in_backward, "kernel": case.kernel,
-        },
+        "case": _described(case, told.world),
         "median_ratio": _ratios("ours", seconds, peaks),
         "ms": {name: round(1e3 * statistics.median(every), 1) for name, every in seconds.items()},
         "peak_bytes": peaks,
         **{key: times[key] for key in ("piece", "products", "threads", "taken", "left_out")},
         "storage": case.storage,
-        "pairs": told.pairs,
-        "commit": commit(),
-        "machine": machine(torch.device(told.device)),
-        "torch": torch.__version__,
-    }  # fmt: skip
+        **_origin(told.pairs, told.device),
+    }
     report["forms"] = {
         name: _ratios(name, seconds, peaks) for name in case.forms if name in seconds
     }
@@ -314,6 +317,35 @@ def _report(told: Measurement) -> dict[str, Any]:
             met |= {name: found[name] <= limit for name, limit in report["targets"].items()
                     if name in found}  # fmt: skip
     return report
+
+
+def _described(case: Case, world: int) -> dict[str, Any]:
+    return {
+        "W": world, "B": case.batch, "C": case.classes, "D": case.embedding_size,
+        "r": case.sample_rate, "dtype": case.dtype, "stored_mib": case.stored_mib,
+        "update_in_backward": case.update_in_backward, "kernel": case.kernel,
+    }  # fmt: skip
+
+
+def _origin(pairs: int, device: str) -> dict[str, Any]:
+    """Of how many pairs of steps, of which code, and where."""
+    return {
+        "pairs": pairs,
+        "commit": commit(),
+        "machine": machine(torch.device(device)),
+        "torch": torch.__version__,
+    }
+
+
+def _beside_rivals(case: Case, pairs: int, warmup: int, device: str) -> dict[str, Any]:
+    told = rivals.Told(case._replace(margin="softmax"), pairs, warmup, tuple(rivals.RIVALS))
+    try:
+        found = together(1, device, rivals.compare, told)
+    except OSError as error:  # a library's kernel may end the whole process, or spoil its GPU
+        found = together(1, device, rivals.compare, told._replace(names=rivals.OF_TORCH))
+        others = set(rivals.RIVALS) - set(rivals.OF_TORCH)
+        found["left_out"] |= dict.fromkeys(others, f"one of these ended all: {one_line(error)}")
+    return {"case": _described(case, 1), **found, **_origin(pairs, device)}
 
 
 def _ratios(side: str, seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, float]:

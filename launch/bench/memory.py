@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 
 import torch
@@ -14,6 +15,7 @@ def reset_peak(device: torch.device) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_reserved(device)
+    ctypes.CDLL(None).malloc_trim(0)  # or what is freed but kept would serve the next unseen
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     return _status("VmRSS")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from launch.bench.standard_head import DenseHead
-from recognition.head import PartialFC
+from recognition.head import PartialFC, partial_fc
 from recognition.head.kernels.autotune import choose
 from recognition.head.partial_fc import Limits
 from recognition.losses import make_margin
 from recognition.optim import RowSGD
 
-_SEED, _LR, _NORM = 1, 0.01, 20.0  # norm of an embedding, about what a trained network gives
+SEED, _LR, _NORM = 1, 0.01, 20.0  # norm of an embedding, about what a trained network gives
 
 # dtype of the embeddings and of the products; the class rows are fp32 in all.
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -37,6 +40,7 @@ class Case(NamedTuple):
     forms: tuple[str, ...] = ()  # to be timed beside it
     storage: Storage = "device"
     alone: bool = False  # no rival, no floor
+    margin: str = "cosface"  # of our head
 
 
 class Unavailable(Exception):
@@ -51,11 +55,12 @@ class Ours:
     """
 
     def __init__(self, case: Case, device: torch.device, form: str | None = None) -> None:
-        self.head = PartialFC(
-            make_margin("cosface"), case.embedding_size, case.classes, case.sample_rate, seed=_SEED,
-            head_storage=case.storage,
-            limits=Limits(case.stored_mib << 20, case.piece, DTYPES[case.dtype]),
-        ).to(device)  # fmt: skip
+        with _rows_drawn_on(device if case.storage == "device" else torch.device("cpu")):
+            self.head = PartialFC(
+                make_margin(case.margin), case.embedding_size, case.classes, case.sample_rate,
+                seed=SEED, head_storage=case.storage,
+                limits=Limits(case.stored_mib << 20, case.piece, DTYPES[case.dtype]),
+            ).to(device)  # fmt: skip
         form = form or case.kernel
         choice = choose(form, self.head, case.batch)
         if form not in ("auto", "plain") and choice.form == "plain":
@@ -74,14 +79,33 @@ class Ours:
         return [self.head.weight.detach(), *self.optimizer.state.values()]
 
 
+@contextlib.contextmanager
+def _rows_drawn_on(device: torch.device) -> Iterator[None]:
+    """Let PartialFC draw its rows on a GPU, which takes no time: a benchmark needs rows of some
+    length, not the numbers that are the same at every world size."""
+    if device.type == "cpu":
+        yield
+        return
+
+    def rows(shard: tuple[int, int], num_subcenters: int, size: int, seed: int) -> Tensor:
+        return torch.empty(shard[1] - shard[0], num_subcenters, size, device=device).normal_(
+            0, 0.01
+        )
+
+    with mock.patch.object(partial_fc, "initial_rows", rows):
+        yield
+
+
 class Rival:
     def __init__(self, case: Case, device: torch.device) -> None:
-        torch.manual_seed(_SEED)
-        head = DenseHead(
-            case.embedding_size, case.classes, case.sample_rate, dtype=DTYPES[case.dtype]
+        torch.manual_seed(SEED)
+        with device:
+            self.head = DenseHead(
+                case.embedding_size, case.classes, case.sample_rate, dtype=DTYPES[case.dtype]
+            )
+        self.optimizer = torch.optim.SGD(
+            self.head.parameters(), _LR, momentum=0.9, weight_decay=5e-4
         )
-        self.head = head.to(device)
-        self.optimizer = torch.optim.SGD(head.parameters(), _LR, momentum=0.9, weight_decay=5e-4)
 
     def step(self, x: Tensor, labels: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -123,7 +147,7 @@ class Floor:
 
 def batch_of(case: Case, rank: int, world: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Embeddings [b, D] and host labels int64 [b] of this rank."""
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(SEED)
     labels = torch.randint(case.classes, (case.batch,), generator=generator)
     x = torch.randn(case.batch, case.embedding_size, generator=generator)
     x = x * _NORM / case.embedding_size**0.5

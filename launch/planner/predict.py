@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
 from data_tools.union import open_all
 from launch.planner.advice import advice
-from launch.planner.backbone_memory import backbone_bytes
+from launch.planner.backbone_memory import BackboneSizes, backbone_bytes, backbone_sizes
 from recognition import config
 from recognition.config import Config
 from recognition.head.async_copy import BUFFER_BYTES
@@ -47,10 +47,10 @@ class Plan(NamedTuple):
 def plan(cfg: Config, num_classes: int, gpus: int, is_cuda: bool = True) -> Plan:
     """What each of `gpus` processes holds and sends."""
     batch = cfg.global_batch(gpus) // cfg.accumulation  # rows of a micro-step over all
-    backbone = backbone_bytes(cfg, math.ceil(batch / gpus))
+    rows = math.ceil(batch / gpus)
     return Plan(
-        head_bytes(cfg, num_classes, gpus, batch, is_cuda) | backbone,
-        _wire(cfg, batch, gpus, backbone["backbone: weights"]),
+        head_bytes(cfg, num_classes, gpus, batch, is_cuda) | backbone_bytes(cfg, rows),
+        _wire(cfg, batch, gpus, backbone_sizes(cfg, rows)),
         *host_bytes(cfg, num_classes, gpus, batch),
     )
 
@@ -133,18 +133,25 @@ def _rows(
     return local, missed, sampled, row, 2 * row + _FP32 if cfg.optimizer == "adamw" else row
 
 
-def _wire(cfg: Config, batch: int, gpus: int, weights: float) -> dict[str, float]:
+def _wire(cfg: Config, batch: int, gpus: int, backbone: BackboneSizes) -> dict[str, float]:
     """Bytes that one GPU sends in a step, by rings: (W - 1) / W of the whole for a gather or a
     scatter, twice that for a sum."""
-    ring = (gpus - 1) / gpus * cfg.accumulation
-    size = cfg.embedding_size * _FP32
-    gradients = weights / 2 if cfg.gradient_compression == "bf16" else weights
+    once = (gpus - 1) / gpus
+    ring = once * cfg.accumulation
+    # Embeddings travel in their own format, or in that of the head's products; their gradient is
+    # summed in fp32.
+    sent = cfg.embedding_size * (2 if cfg.head_precision == "bf16" else backbone.embedding_itemsize)
+    gradients = backbone.weights / (2 if cfg.gradient_compression == "bf16" else 1)
+    statistics = 2 * once * backbone.statistics
+    if cfg.sync_bn:  # means and variances gathered from all, and two sums in the backward
+        statistics = (gpus + 2) * ring * backbone.statistics
     return {
-        "gather of embeddings and labels": ring * batch * (size + _INT64),
+        "gather of embeddings and labels": ring * batch * (sent + _INT64),
         "sum of target cosines": 2 * ring * batch * _FP32,
         "merge of log-sum-exps": 2 * 2 * ring * batch * _FP32,  # a maximum and a sum
-        "scatter of their gradients": ring * batch * size,
-        "sum of the backbone's gradients": 2 * (gpus - 1) / gpus * gradients,
+        "scatter of their gradients": ring * batch * cfg.embedding_size * _FP32,
+        "sum of the backbone's gradients": 2 * once * gradients,
+        "BatchNorm's statistics": statistics,
     }
 
 

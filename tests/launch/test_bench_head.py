@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
+import torch
+from torch.nn import functional as F
 
 from launch.bench import head
+from launch.bench.rivals import RIVALS, Softmax
+from launch.bench.sides import Case, batch_of
 from tests.conftest import command, run
 
 SCRIPT = "launch/bench/head.py"
@@ -66,6 +67,7 @@ def test_a_size_alone_where_it_fits():
         (["--classes", 0], "--classes 0: at least 1", 2),
         (["--pairs", 0], "--pairs 0: at least 1", 2),
         (["--sample-rate", 2], "--sample-rate 2", 2),
+        (["--rivals", "--sample-rate", 0.5], "--rivals: one process, all classes", 2),
         (["--plot", "growth.txt"], "--plot growth.txt: give a name that ends in .svg", 2),
     ],
 )
@@ -89,18 +91,43 @@ def test_the_picture_of_growth(tmp_path):
     assert picture.read_text().rstrip().endswith("</svg>")
 
 
-@pytest.mark.long
-@pytest.mark.timeout(1200)
-def test_the_commands_for_a_gpu_run(tmp_path):
-    """launch/bench/gpu.sh from end to end on the CPU, so that no command of it is misspelt."""
-    done = subprocess.run(
-        ["bash", "launch/bench/gpu.sh", tmp_path], capture_output=True, text=True, timeout=1100,
-        cwd=pathlib.Path(__file__).parents[2],
-        env={**os.environ, "REHEARSAL": "1", "PYTHON": sys.executable},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("head", "largest", "r50", "losses", "loader", "stages"):
-        json.loads((tmp_path / f"{name}.json").read_text().splitlines()[-1])
-    for name in ("bf16_cpu", "fp32_cpu", "bf16_dali"):
-        lines = (tmp_path / f"r50_{name}" / "metrics.jsonl").read_text().splitlines()
-        assert any("images_per_second" in line for line in lines)
+def test_beside_the_rivals_that_run_here():
+    """Each with time, memory and an error of fp32's size; the others say why they are left out."""
+    report = json.loads(command(SCRIPT, *SMALL, "--rivals").stdout.splitlines()[-1])
+    ran = {"ours", "eager", "torch"}
+    assert ran <= report["peak_bytes"].keys() == report["error"].keys()
+    assert report["ms"].keys() == {*report["error"], "floor"} and min(report["ms"].values()) > 0
+    assert set(RIVALS) | {"ours"} == report["error"].keys() | report["left_out"].keys()
+    for name, errors in report["error"].items():
+        assert errors.keys() == {"loss", "grad_x", "grad_weight"}
+        assert max(errors.values()) < 1e-4, name
+
+
+def test_a_rival_that_ends_the_process_costs_the_libraries_only(monkeypatch):
+    """The first comparison dies, and torch's own operations are compared without the others."""
+    tried = []
+
+    def together(world, device, function, told):
+        tried.append(told.names)
+        if set(told.names) - {"eager", "torch"}:
+            raise OSError("compare: a process was killed")
+        return {"left_out": {}, "ms": {"ours": 1.0}}
+
+    monkeypatch.setattr(head, "together", together)
+    found = head._beside_rivals(Case(50, 8, embedding_size=16), 1, 0, "cpu")
+    assert tried == [tuple(RIVALS), ("eager", "torch")] and found["ms"] == {"ours": 1.0}
+    assert found["left_out"].keys() == {"liger-kernel", "quack-kernels", "cut-cross-entropy"}
+    assert "a process was killed" in found["left_out"]["liger-kernel"]
+
+
+def test_a_rival_whose_gradient_is_wrong_has_an_error(monkeypatch):
+    device = torch.device("cpu")
+    case = Case(50, 8, embedding_size=16)
+    monkeypatch.setitem(
+        RIVALS, "wrong", lambda: lambda x, w, y: F.cross_entropy((x * 1.01) @ w.T, y)
+    )
+    found = {}
+    for name in ("eager", "wrong"):
+        side = Softmax(name, case, device)
+        found[name] = side.error(*side.operands(*batch_of(case, 0, 1, device)))
+    assert max(found["eager"].values()) < 1e-4 < min(found["wrong"].values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from launch.planner import predict
 from launch.planner.backbone_memory import backbone_bytes
 from recognition import config
 from recognition.backbones import BACKBONES, make_backbone
+from recognition.distributed import collectives, runtime
 from recognition.head import PartialFC
 from recognition.head.multi_head import limits_of
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
+from recognition.run import build, trainer
 from tests.conftest import command
 from tests.recognition.head.test_partial_fc import _memory_events, memory_profile
 
@@ -94,6 +97,46 @@ def test_a_transformers_activations(arguments):
     with memory_profile() as profile:
         network(x).sum().backward()
     assert predicted["backbone: activations"] == pytest.approx(_peak(profile), rel=0.15)
+
+
+@pytest.mark.parametrize("keys", [{"precision": "bf16"}, {"precision": "fp32", "sync_bn": True}])
+def test_the_wires_bytes_are_those_of_a_step(shards_dir, tmp_path, monkeypatch, keys):
+    """One rank's part of each collective, which is what a GPU of two sends by a ring. bf16
+    embeddings travel as bf16, and BatchNorm's statistics are averaged after the step."""
+    sent: Counter = Counter()
+
+    def record(module, name, operation, which):
+        original = getattr(module, name)
+
+        def recorded(*arguments, **options):
+            tensor = arguments[which]
+            sent[operation] += tensor.numel() * tensor.element_size()
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, recorded)
+
+    cfg = config.make(
+        {"rec": str(shards_dir), "output": str(tmp_path), "network": "mbf_tiny", "batch_size": 8,
+         "max_steps": 2, "preflight_seconds": 0, **keys}
+    )  # fmt: skip
+    with runtime.start() as here:
+        state = build.build(cfg, here)
+        with trainer.make_loader(state) as loader:
+            record(collectives, "_all_gather", "gather", 1)
+            record(collectives, "_reduce_scatter", "scatter", 1)
+            record(collectives.dist, "all_reduce", "sum", 0)
+            trainer.take_step(state, iter(loader))
+    wire = predict.plan(cfg, state.data.num_classes, 2).wire
+    normalised = wire.pop("BatchNorm's statistics")
+    gathered = wire["gather of embeddings and labels"]
+    sums = wire["sum of target cosines"] + wire["merge of log-sum-exps"]
+    if cfg.sync_bn:  # half of them gathered, half of them summed, as the group is one of two
+        gathered, sums = gathered + normalised / 2, sums + normalised / 2
+    else:
+        sums += normalised
+    assert sent["gather"] == pytest.approx(gathered, rel=0.01)
+    assert sent["scatter"] == wire["scatter of their gradients"]
+    assert sent["sum"] == pytest.approx(sums, rel=0.05)
 
 
 def test_the_wire_knows_the_compression():
