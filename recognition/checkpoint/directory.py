@@ -26,6 +26,11 @@ PENDING = "verification_pending"  # of a manifest: this step is to be verified, 
 _COPIES = ("", ".partial", ".former.partial")
 _ROWS = r"(?:head(\d+)-)?rows-(\d+)-(\d+)\.safetensors"
 
+# What JSON that is no manifest raises.
+_NO_MANIFEST = (
+    ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError,
+)  # fmt: skip
+
 
 class Damaged(OSError):
     """A checkpoint is not what was written: a file of it is missing or has changed."""
@@ -159,7 +164,7 @@ def read_manifest(path: str) -> dict[str, Any]:
         FileNotFoundError: not a complete checkpoint.
         OSError: it cannot be read.
         Damaged: the manifest has changed.
-        ValueError: written by a newer version, or not by us: a fact is missing or makes no sense.
+        UserError: written by a newer version, or not by us: a fact is missing or makes no sense.
     """
     manifest = _read_checked(path)
     version = int(manifest["format"])
@@ -181,7 +186,7 @@ def _read_checked(path: str) -> dict[str, Any]:
         manifest = json.loads(content)
         own = manifest.pop("sha256")
         int(manifest["format"])
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except _NO_MANIFEST as error:
         raise Damaged(f"{name} is damaged") from error
     if own != digest(manifest):
         raise Damaged(f"{name} is damaged: its sha256 is not its own")

@@ -5,6 +5,7 @@ import os
 import re
 from typing import Any
 
+from data_tools.common.errors import UserError
 from recognition.checkpoint.directory import (
     PENDING,
     Damaged,
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         path = directory_of(args.path, step)
         try:
             listed.append(describe(path))
-        except (Damaged, ValueError) as error:
+        except (Damaged, UserError) as error:
             listed.append({"path": path, "step": step, "problem": str(error)})
     root = os.path.dirname(found)
     aside = sorted(name for name in os.listdir(root) if re.match(r"step-\d+\.", name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from data_tools.common.errors import UserError
 from recognition.checkpoint.directory import (
     PENDING,
     Damaged,
@@ -52,7 +53,7 @@ def prune(run_dir: str, step: int, keep: Keep) -> None:
     for each in steps:
         try:
             manifest = read_manifest(directory_of(run_dir, each))
-        except (Damaged, ValueError):
+        except (Damaged, UserError):
             continue  # it cannot be the best
         if manifest.get(PENDING):
             pending.add(each)

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from data_tools.common.errors import UserError
 from recognition.checkpoint.directory import (
     Damaged,
     complete,
@@ -48,6 +49,6 @@ def check(path: str) -> list[str]:
     """What is wrong with a checkpoint."""
     try:
         manifest = read_manifest(path)
-    except (Damaged, ValueError) as error:
+    except (Damaged, UserError) as error:
         return [str(error)]
     return [wrong for name in manifest["files"] if (wrong := problem(path, name, manifest))]

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from data_tools.common import files
+from data_tools.common.errors import UserError
 from recognition.checkpoint import tensors
 from recognition.checkpoint.directory import (
     FORMAT,
@@ -75,7 +76,7 @@ def _is_complete(path: str) -> bool:
         return False
     try:
         manifest = read_manifest(path)
-    except (Damaged, ValueError):
+    except (Damaged, UserError):
         return False
     name = os.path.basename(final_name(path))
     return name == f"step-{manifest['step']}" and tensors.is_intact(path, manifest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,7 +97,7 @@ def facts(state: TrainState, results: Mapping[str, Any]) -> dict[str, Any]:
         **({checkpoint.PENDING: True} if is_verification_due(state) and not results else {}),
         "skipped": [list(window) for window in state.skipped],
         "spikes": None if state.spikes is None else state.spikes.state(),
-        "config": dataclasses.asdict(state.cfg) | state.facts,
+        "config": state.cfg.recorded() | state.facts,
     }
 
 

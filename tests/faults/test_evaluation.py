@@ -18,9 +18,9 @@ from tests.faults import positions
 from tests.faults.judging import Fault, Scene, assert_survived, recorded
 from tests.faults.shim import ROOT, Worker
 
-# Embeddings computed, and taken from the cache: the result of another network is replaced. Then
-# the page that shows both.
-SCENES = ("computed", "cached", "reported")
+# Embeddings taken from the cache, and computed: the result of another network is replaced. Then
+# the page that shows both. The quick part does in the first, which costs least, what it can.
+SCENES = ("cached", "computed", "reported")
 
 Numbers = dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]]  # name -> (metrics, arrays)
 
@@ -67,7 +67,7 @@ class Evaluation:
 
     def _make_templates(self) -> None:
         """A directory for each scene, and what is right before and after it."""
-        computed, cached, reported = (self.directory / name for name in SCENES)
+        cached, computed, reported = (self.directory / name for name in SCENES)
         self._do("eval", *self.arguments("run/checkpoints/step-1"))
         self.report()
         self.former, self.former_page = self._numbers(), self._page()
@@ -111,6 +111,8 @@ class Evaluation:
             former = [self.former_page[name]] * (fault.outcome.code != 0)
             if text not in [self.expected_page[name], *former]:
                 wrong.append(f"{name} is neither the former nor the new one")
+        if fault.after == fault.before:
+            return wrong  # the next run would be the undisturbed one
         again = self.worker.run("eval", "report", self.root / "results", "--out", self.page)
         if again.code != 0 or self._page() != self.expected_page:
             wrong.append(f"the next report is another one: {again.said.splitlines()[-1:]}")
