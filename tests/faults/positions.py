@@ -36,7 +36,7 @@ ERRORS = {
 CHANGES = {"create", "write", "truncate", "fsync", "mkdir", "rename", "link", "unlink", "rmdir"}
 # Operations that the quick part takes as one: they fail alike, mostly in one line of code.
 _ALIKE = {
-    "access": "stat", "fstat": "stat", "opendir": "open", "readdir": "open", "read": "open",
+    "access": "stat", "opendir": "open", "readdir": "open", "read": "open",
     "mmap": "open", "create": "write", "truncate": "write", "mkdir": "write", "chmod": "write",
     "rmdir": "unlink",
 }  # fmt: skip
@@ -88,10 +88,12 @@ def one_of_a_kind(recorded: list[Call], seen: set[tuple[str, str]]) -> list[Posi
     is: an error at the first call and a kill after the last in turn, of a rename both.
 
     The files that are written under another name first, all in one function, are of one kind until
-    they take their names.
+    they take their names. An fstat is left out: Python's open() does without it.
     """
     found: dict[tuple[str, str], list[Call]] = {}
     for call in recorded:
+        if call.operation == "fstat":
+            continue
         operation = _ALIKE.get(call.operation, call.operation)
         where = "partial" if _PARTIAL.search(call.path) else kind(call.path)
         found.setdefault((operation, where), []).append(call)
