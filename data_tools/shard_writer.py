@@ -24,6 +24,7 @@ from data_tools.common.partial_directory import (
     MARKER,
     PartialDirectory,
     check_ours,
+    is_empty,
     is_marked,
     mark,
     remove,
@@ -215,6 +216,8 @@ def tidy(out: Path) -> None:
 def _remove_replaced(out: Path) -> None:
     """Remove the old data set; the verification sets that a user had put into it move to `out`."""
     replaced = out.with_name(out.name + _REPLACED)
+    if is_empty(replaced):  # a removal was killed after it had removed the marker
+        replaced.rmdir()
     if not is_marked(replaced):
         return
     if files.exists(replaced / INDEX):  # nothing is removed yet

@@ -237,6 +237,10 @@ class Config:
     def recs(self) -> list[str]:
         return [self.rec] if isinstance(self.rec, str) else self.rec
 
+    def recorded(self) -> dict[str, Any]:
+        """Every key as a run records it, with absolute paths."""
+        return with_absolute_paths(dataclasses.asdict(self))
+
     def global_batch(self, world: int) -> int:
         """Images of one optimiser step."""
         if self.global_batch_size is not None:
@@ -258,6 +262,9 @@ HEAD_KEYS = (
 
 # Two keys for the same thing: a recipe or a command line may set one of them.
 _ALTERNATIVES = [("batch_size", "global_batch_size"), ("max_steps", "num_epochs")]
+
+# Keys whose values are paths.
+_PATHS = {"rec", "init_from", "init_head", "init_label_map", "teacher", "output"}
 
 # Keys of arcface_torch: what to write instead.
 _RENAMED = {
@@ -362,6 +369,17 @@ def make(values: Mapping[str, Any]) -> Config:
     for k in range(len(cfg.rec_heads)):
         of_head(cfg, k)
     return cfg
+
+
+def with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with every path absolute: it means the same in another working directory."""
+
+    def absolute(path: Any) -> Any:
+        if isinstance(path, list):
+            return [absolute(each) for each in path]
+        return os.path.abspath(path) if path else path
+
+    return {key: absolute(value) if key in _PATHS else value for key, value in values.items()}
 
 
 def of_head(cfg: Config, k: int) -> Config:

@@ -7,8 +7,6 @@ with its traceback.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import traceback
 from collections.abc import Callable
 
@@ -30,12 +28,14 @@ class _Pool:
     def __init__(self, world: int) -> None:
         context = mp.get_context("spawn")
         self._world = world
-        self._dir = tempfile.TemporaryDirectory()
-        store = os.path.join(self._dir.name, "store")
+        # Over TCP: a limit on the size of a rank's files must not reach what the ranks agree by.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes, self._workers = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(rank, world, store, theirs), daemon=True)
+            worker = context.Process(
+                target=_work, args=(rank, world, self._store.port, theirs), daemon=True
+            )
             worker.start()
             self._pipes.append(ours)
             self._workers.append(worker)
@@ -72,12 +72,12 @@ class _Pool:
         for worker in self._workers:
             worker.kill()
             worker.join()
-        self._dir.cleanup()
 
 
-def _work(rank: int, world: int, store: str, pipe) -> None:
+def _work(rank: int, world: int, port: int, pipe) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     while True:
         try:
             function, arguments = pipe.recv()

@@ -99,6 +99,12 @@ def is_marked(directory: Path) -> bool:
     return not files.is_link(directory) and files.is_file(directory / MARKER)
 
 
+def is_empty(directory: Path) -> bool:
+    """Whether `directory`, itself no link, is there and holds nothing, not even MARKER. Raises:
+    OSError if nobody can tell."""
+    return not files.is_link(directory) and files.is_dir(directory) and not files.names(directory)
+
+
 def check_ours(directory: Path) -> None:
     """Raises: FileExistsError if something is there that this program did not make."""
     if files.is_link(directory):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools.common.errors import UserError
 from data_tools.common.schema import options_of
 from recognition import checkpoint
-from recognition.config import Config
+from recognition.config import Config, with_absolute_paths
 from recognition.distributed import collectives
 from recognition.distributed.runtime import Runtime
 from recognition.distributed.store_exchange import check_same, run_on_all_ranks
@@ -154,7 +154,7 @@ def list_changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path
     Raises:
         ValueError: the change would alter the order of samples.
     """
-    now = dataclasses.asdict(cfg) | facts
+    now = cfg.recorded() | facts
     order = {"seed": "seed", "labels_crc32": "data set", "shuffle_block": "shuffle_block"}
     if cfg.rec_shares or saved.get("rec_shares"):
         order["rec_shares"] = "rec_shares"
@@ -162,7 +162,8 @@ def list_changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path
         order["shuffle_window"] = "shuffle_window"
     facts_since = ("head_forms", "head_precision", "data_sha256")
     newer = dataclasses.asdict(Config(rec="")) | {key: now[key] for key in facts_since}
-    saved = newer | saved  # keys newer than the checkpoint
+    # Keys newer than the checkpoint; and paths, which earlier versions recorded as they were given.
+    saved = with_absolute_paths(newer | saved)
     for key, what in order.items():
         if saved.get(key) != now[key]:
             raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import os
@@ -113,10 +112,11 @@ _WRITTEN: dict[str, Callable[[bytes], bool]] = {
 
 
 def write_config(cfg: Config, facts: Mapping[str, Any]) -> None:
-    """Write config.json: every resolved key, and `facts` (world, precision, data, ...)."""
+    """Write config.json: every resolved key, paths as absolute ones, and `facts` (world,
+    precision, data, ...)."""
     os.makedirs(cfg.output, exist_ok=True)
     path = os.path.join(cfg.output, "config.json")
-    text = json.dumps({**dataclasses.asdict(cfg), **facts}, indent=1)
+    text = json.dumps({**cfg.recorded(), **facts}, indent=1)
     if files.exists(path) and files.read_bytes(path) == text.encode():
         return  # so that a restart works on a full disk
     files.write_text(path, text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,5 +73,5 @@ def facts(state: TrainState, results: Mapping[str, Any]) -> dict[str, Any]:
         **({checkpoint.PENDING: True} if unverified else {}),
         "skipped": [list(window) for window in state.skipped],
         "spikes": None if state.spikes is None else state.spikes.state(),
-        "config": dataclasses.asdict(state.cfg) | state.facts,
+        "config": state.cfg.recorded() | state.facts,
     }

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from recognition import checkpoint
+from recognition.checkpoint.tensors import readable
 
 
 class Centres:
@@ -30,16 +31,32 @@ class Centres:
         self._files = checkpoint.row_files(manifest, head)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Normalised centres float32 [stop - start, K, D]."""
+        """Normalised centres float32 [stop - start, K, D].
+
+        Raises:
+            Damaged: a file holds no rows of the head's shape.
+            OSError: a file cannot be read.
+        """
         rows = np.empty((stop - start, self.num_subcenters, self.size), np.float32)
         filled = 0
         for name, first, last in self._files:
             low, high = max(start, first), min(stop, last)
             if low < high:
-                with safe_open(self.path / name, "np") as file:
-                    part = file.get_slice("weight")[low - first : high - first]
+                part = self._read(name, low - first, high - first)
                 rows[low - start : high - start] = part.reshape(high - low, -1, self.size)
                 filled += high - low
         if filled != stop - start:
             raise UserError(f"{self.path} lacks some of the classes {start} to {stop - 1}")
         return rows / np.linalg.norm(rows, axis=2, keepdims=True)
+
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a file, [stop - start, K, D] or, where K is 1, [stop - start, D]."""
+        with readable(str(self.path), name), safe_open(self.path / name, "np") as file:
+            part: np.ndarray = file.get_slice("weight")[start:stop]
+        if part.size != (stop - start) * self.num_subcenters * self.size:
+            raise checkpoint.Damaged(
+                f"{self.path / name} is damaged: its rows {start} to {stop} have the shape "
+                f"{list(part.shape)}, the head has {count(self.num_subcenters, 'sub-centre')} of "
+                f"{count(self.size, 'number')}"
+            )
+        return part

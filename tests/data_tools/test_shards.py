@@ -13,7 +13,7 @@ from data_tools.common.errors import UserError
 from data_tools.common.partial_directory import MARKER, mark
 from data_tools.inspect import verify
 from data_tools.recordio import Header, Writer
-from data_tools.shard_writer import ShardWriter, write_shard
+from data_tools.shard_writer import ShardWriter, tidy, write_shard
 from tests.real import real
 
 IMAGES = [(label, f"image {i}".encode()) for i, label in enumerate([2, 0, 1, 1, 0, 2, 2])]
@@ -259,6 +259,18 @@ def test_a_crash_before_the_removal_of_the_old_set_is_mended(packed, tmp_path, h
         written = [write_shard(writer.partial, "train-00000-of-00001", IMAGES[:2])]
         writer.finish(written, ["a", "b", "c"], (112, 112), {})
     assert list(shards.open(packed)) == IMAGES[:2]
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_crash_after_the_old_set_is_removed_leaves_nothing(packed, tmp_path):
+    """Its directory is empty, and no marker says that we made it."""
+    packed.with_name("set.replaced").mkdir()
+    with ShardWriter(packed, overwrite=True) as writer:
+        assert [p.name for p in tmp_path.iterdir() if p.suffix == ".replaced"] == []
+        written = [write_shard(writer.partial, "train-00000-of-00001", IMAGES[:2])]
+        writer.finish(written, ["a", "b", "c"], (112, 112), {})
+    packed.with_name("set.replaced").mkdir()
+    tidy(packed)
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 

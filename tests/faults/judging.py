@@ -23,6 +23,7 @@ class Fault(NamedTuple):
     outcome: Outcome
     before: Files
     after: Files
+    known: bool  # whether the next run is one that was judged: it starts from the same files
 
 
 class Scene(NamedTuple):
@@ -61,18 +62,31 @@ def assert_survived(worker: Worker, scene: Scene, chosen: list[Position]) -> Non
 
 def failures(worker: Worker, scene: Scene, chosen: list[Position]) -> list[str]:
     """Run the scene with a fault at each position; what is wrong afterwards, a line each."""
-    found = []
+    found, judged = [], set()
     for position in chosen:
         before = prepare(worker, scene)
         outcome = worker.run(scene.command, *scene.arguments, position=position)
         if not outcome.reached:
             found.append(f"{position}: not reached, exit code {outcome.code}: {_short(outcome)}")
             continue
-        fault = Fault(position, outcome, before, files(worker.root))
+        judged.add(_state(before))  # of which the next run is the undisturbed one
+        after = files(worker.root)
+        fault = Fault(position, outcome, before, after, _state(after) in judged)
         wrong = [*_wrong_words(fault, worker.root), *scene.judge(fault)]
         if wrong:
             found.append(f"{position}: {'; '.join(wrong)} | {_short(outcome)}")
+        else:
+            judged.add(_state(after))
     return found
+
+
+def _state(found: Files) -> str:
+    """A hash of the files. What a lock file says of its last holder has no effect."""
+    state = hashlib.sha256()
+    for path, content in found.items():
+        if not path.endswith(".lock"):
+            state.update(f"{path}\0{len(content)}\0".encode() + content)
+    return state.hexdigest()
 
 
 def _wrong_words(fault: Fault, root: pathlib.Path) -> list[str]:

@@ -36,9 +36,11 @@ ERRORS = {
 CHANGES = {"create", "write", "truncate", "fsync", "mkdir", "rename", "link", "unlink", "rmdir"}
 # Operations that the quick part takes as one: they fail alike, mostly in one line of code.
 _ALIKE = {
-    "access": "stat", "fstat": "stat", "opendir": "open", "readdir": "read", "mmap": "read",
-    "create": "write", "truncate": "write", "mkdir": "write", "chmod": "write", "rmdir": "unlink",
+    "access": "stat", "opendir": "open", "readdir": "open", "read": "open",
+    "mmap": "open", "create": "write", "truncate": "write", "mkdir": "write", "chmod": "write",
+    "rmdir": "unlink",
 }  # fmt: skip
+_PARTIAL = re.compile(r"(^|/)\.[^/]+-#\.partial$")  # a file before it takes its name
 # Calls on one open file: of a long row of them the first, the second and the last are tried.
 _ROWS = {"read", "write", "fsync", "readdir", "fstat"}
 
@@ -54,29 +56,54 @@ def every(recorded: list[Call]) -> list[Position]:
     """Every distinct call and path, with each of its errors, and a kill where it changes something.
 
     A call that comes again on the same path is another position; of the many reads or writes of one
-    file the first two and the last are.
+    file the first two and the last are. Positions that differ in nothing but the number or the
+    digest in a path are equivalent, and one of them is tried: the same call with the same fault on
+    a path of the same kind, where the last call that changed the disk and the two calls before it
+    are the same as well. The second shard of a set that is packed is such a case, and the tenth
+    picture that is read.
     """
     last = Counter((call.operation, call.path) for call in recorded)
-    chosen = [
-        call
-        for call in recorded
-        if call.operation not in _ROWS
-        or call.occurrence <= 2
-        or call.occurrence == last[call.operation, call.path]
-    ]
-    return [position for call in chosen for position in _faults(call)]
+    chosen: dict[tuple[object, ...], Position] = {}
+    change: tuple[str, str] | None = None
+    before: list[tuple[str, str]] = []
+    for call in recorded:
+        what = (call.operation, kind(call.path))
+        if (
+            call.operation not in _ROWS
+            or call.occurrence <= 2
+            or call.occurrence == last[call.operation, call.path]
+        ):
+            for position in _faults(call):
+                fault = (position.action, position.value)
+                chosen.setdefault((fault, what, change, *before), position)
+        if call.operation in CHANGES:
+            change = what
+        if before[-1:] != [what]:
+            before = [*before[-1:], what]
+    return list(chosen.values())
 
 
 def one_of_a_kind(recorded: list[Call], seen: set[tuple[str, str]]) -> list[Position]:
     """Of each kind of operation on each kind of file that is not in `seen` one position, which then
-    is: an error at the first call and a kill after the last in turn, of a rename both."""
+    is: an error at the first call and a kill after the last in turn, of a rename both.
+
+    The files that are written under another name first, all in one function, are of one kind until
+    they take their names. An fstat is left out: Python's open() does without it.
+    """
     found: dict[tuple[str, str], list[Call]] = {}
     for call in recorded:
+        if call.operation == "fstat":
+            continue
         operation = _ALIKE.get(call.operation, call.operation)
-        found.setdefault((operation, kind(call.path)), []).append(call)
+        where = "partial" if _PARTIAL.search(call.path) else kind(call.path)
+        found.setdefault((operation, where), []).append(call)
     chosen = []
     for number, key in enumerate(key for key in found if key not in seen):
-        first, last = found[key][0], found[key][-1]
+        # Of operations that fail alike one after the other: an open here, a read there.
+        operations = list(dict.fromkeys(call.operation for call in found[key]))
+        operation = operations[number // 2 % len(operations)]
+        first = next(call for call in found[key] if call.operation == operation)
+        last = found[key][-1]
         kill = Position(last, "k", 0)
         if key[0] == "rename":
             chosen += [_faults(first)[0], kill]

@@ -18,9 +18,9 @@ from tests.faults import positions
 from tests.faults.judging import Fault, Scene, assert_survived, recorded
 from tests.faults.shim import ROOT, Worker
 
-# Embeddings computed, and taken from the cache: the result of another network is replaced. Then
-# the page that shows both.
-SCENES = ("computed", "cached", "reported")
+# Embeddings taken from the cache, and computed: the result of another network is replaced. Then
+# the page that shows both. The quick part does in the first, which costs least, what it can.
+SCENES = ("cached", "computed", "reported")
 
 Numbers = dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]]  # name -> (metrics, arrays)
 
@@ -34,8 +34,8 @@ class Evaluation:
         shutil.rmtree(self.root)
         shutil.copytree(faces, self.root / "faces")
         people = sorted(path.name for path in faces.iterdir() if path.is_dir())
-        lines = [f"{p}/000{i}.jpg {p}/000{i + 1}.jpg 1" for p in people[:4] for i in range(3)]
-        lines += [f"{p}/000{i}.jpg {people[-1]}/000{i}.jpg 0" for p in people[:4] for i in range(3)]
+        lines = [f"{p}/000{i}.jpg {p}/000{i + 1}.jpg 1" for p in people[:2] for i in range(3)]
+        lines += [f"{p}/000{i}.jpg {people[-1]}/000{i}.jpg 0" for p in people[:2] for i in range(3)]
         (self.root / "list.txt").write_text("\n".join(lines) + "\n")
         packing = ["--shards", 2, "--hold-out", 2, "--pairs", 20]
         self._do("pack", "pack", faces, self.root / "set", *packing)
@@ -44,6 +44,7 @@ class Evaluation:
             f"output={self.root / 'run'}", "val_targets=", "embedding_size=16", "num_workers=1",
             "preflight_seconds=0", "global_batch_size=4", "checkpoint_every=1", "max_steps=2",
         )  # fmt: skip
+        self._make_templates()
 
     def arguments(self, model: str) -> list[object]:
         root = self.root
@@ -58,26 +59,28 @@ class Evaluation:
 
     def scene(self, name: str) -> Scene:
         """The results of step 1 lie there, and a report of them; step 2 takes their place."""
-        template, former = self.directory / name, self.directory / f"former-{name}"
-        self._do("eval", *self.arguments("run/checkpoints/step-1"))
-        self.report()
-        self.former, self.former_page = self._numbers(), self._page()
-        shutil.copytree(self.root, former)
-        self._do("eval", *self.arguments("run"))
-        self.expected = self._numbers()
-        shutil.copytree(self.root, template)
-        self.report()
-        self.expected_page = self._page()
-        assert not _equal(self.former, self.expected) and self.former_page != self.expected_page
+        template = self.directory / name
         if name == "reported":
             arguments: list[object] = ["report", self.root / "results", "--out", self.page]
             return Scene("eval", arguments, template, self.judge_report)
-        if name == "computed":
-            template = former
-        else:  # the embeddings are cached
-            shutil.rmtree(template / "results")
-            shutil.copytree(former / "results", template / "results")
         return Scene("eval", self.arguments("run"), template, self.judge)
+
+    def _make_templates(self) -> None:
+        """A directory for each scene, and what is right before and after it."""
+        cached, computed, reported = (self.directory / name for name in SCENES)
+        self._do("eval", *self.arguments("run/checkpoints/step-1"))
+        self.report()
+        self.former, self.former_page = self._numbers(), self._page()
+        shutil.copytree(self.root, computed)
+        self._do("eval", *self.arguments("run"))
+        self.expected = self._numbers()
+        shutil.copytree(self.root, reported)
+        self.report()
+        self.expected_page = self._page()
+        assert not _equal(self.former, self.expected) and self.former_page != self.expected_page
+        shutil.copytree(reported, cached)
+        shutil.rmtree(cached / "results")
+        shutil.copytree(computed / "results", cached / "results")
 
     def judge(self, fault: Fault) -> list[str]:
         wrong = []
@@ -93,8 +96,8 @@ class Evaluation:
             allowed = [self.expected] if fault.outcome.code == 0 else [self.expected, self.former]
             if not any(_equal({name: own}, {name: each[name]}) for each in allowed):
                 wrong.append(f"the result {name} is neither the former nor the new one")
-        if fault.after == fault.before:
-            return wrong  # the next run would be the undisturbed one
+        if fault.known:
+            return wrong
         again = self.worker.run("eval", *self.arguments("run"))
         if again.code != 0:
             return [*wrong, f"the next run fails: {again.said.splitlines()[-1:]}"]
@@ -108,6 +111,8 @@ class Evaluation:
             former = [self.former_page[name]] * (fault.outcome.code != 0)
             if text not in [self.expected_page[name], *former]:
                 wrong.append(f"{name} is neither the former nor the new one")
+        if fault.known:
+            return wrong
         again = self.worker.run("eval", "report", self.root / "results", "--out", self.page)
         if again.code != 0 or self._page() != self.expected_page:
             wrong.append(f"the next report is another one: {again.said.splitlines()[-1:]}")

@@ -70,7 +70,7 @@ class Made:
             wrong.append("OUT is there and not whole")
         if fault.outcome.code == 0 and now != self.expected:
             wrong.append(f"exit code 0, but {differences(now, self.expected)} differ")
-        return wrong if now else wrong + self._after_the_next_run()
+        return wrong if now or fault.known else wrong + self._after_the_next_run()
 
     def _after_the_next_run(self) -> list[str]:
         again = self.worker.run(self.command, *self.arguments)

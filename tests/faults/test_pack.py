@@ -79,8 +79,8 @@ class Pack:
                 wrong.append(f"finished shard {shard} is gone")
             else:
                 kept[shard] = _identity(place)
-        if fault.after == fault.before:
-            return wrong  # the next run would be the undisturbed one
+        if fault.known:
+            return wrong
         again = self.worker.run("pack", *self.arguments)
         if again.code != 0:
             return [*wrong, f"the next run fails: {again.said.splitlines()[-1:]}"]

@@ -23,9 +23,9 @@ from tests.faults.judging import (
 )
 from tests.faults.shim import ROOT, Worker
 
-# A save and a load, a save of a step that is there already, a start from nothing, and starts from
-# the network of another run and from a file of weights.
-SCENES = ("resumed", "saved again", "new", "from a run", "from a file")
+# A save and a load, a start from nothing, and starts from the network of another run and from a
+# file of weights.
+SCENES = ("resumed", "new", "from a run", "from a file")
 _SOURCES = {"from a run": "former", "from a file": "released/model.safetensors"}
 
 
@@ -64,8 +64,7 @@ class Training:
         self.train(self.steps)
         found = files(self.worker.root)
         self.expected = below(found, f"run/checkpoints/step-{self.steps}")
-        command = "save_again" if name == "saved again" else "train"
-        return Scene(command, self.arguments(self.steps), template, self.judge)
+        return Scene("train", self.arguments(self.steps), template, self.judge)
 
     def train(self, steps: int) -> None:
         done = self.worker.run("train", *self.arguments(steps))
@@ -80,8 +79,8 @@ class Training:
         metrics = fault.before.get("run/metrics.jsonl", b"")
         if not fault.after.get("run/metrics.jsonl", b"").startswith(metrics):
             wrong.append("metrics.jsonl has lost what it had")
-        if fault.after == fault.before:
-            return wrong  # the next run would be the undisturbed one
+        if fault.known:
+            return wrong
         again = self.worker.run("train", *self.arguments(self.steps))
         if again.code != 0:
             return [*wrong, f"the next run fails: {again.said.splitlines()[-1:]}"]
@@ -143,6 +142,8 @@ def training(faults_worker, faces_dir, tmp_path):
 def test_a_fault_of_each_kind(faults_worker, training):
     seen: set[tuple[str, str]] = set()
     for name in SCENES:
+        if name == "new":
+            continue  # what it does is in the others
         scene = training.scene(name)
         chosen = positions.one_of_a_kind(recorded(faults_worker, scene), seen)
         assert_survived(faults_worker, scene, chosen)

@@ -32,31 +32,13 @@ import eval.report.page
 import launch.train
 import recognition.checkpoint.__main__
 import recognition.weights.networks
-from data_tools.common.errors import USER_ERRORS, one_line
-from recognition import config
-from recognition.distributed import runtime
-from recognition.run import build, saving
-from tests.recognition import runs
-
-
-def save_again(arguments: list[str]) -> int:
-    """Resume a run and save the step that it resumed from once more."""
-    cfg = config.load(arguments[0], arguments[1:])
-    try:
-        with runtime.start(cfg.collective_timeout) as place:
-            runs.save_here(build.build(cfg, place))
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
-
+from recognition.run import saving
 
 COMMANDS = {
     "pack": data_tools.__main__.main,
     "train": launch.train.main,
     "checkpoint": recognition.checkpoint.__main__.main,
     "eval": eval.__main__.main,
-    "save_again": save_again,
 }
 
 

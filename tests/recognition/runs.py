@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -32,6 +35,17 @@ BASE = {
 def here() -> Runtime:
     world = dist.group.WORLD
     return Runtime(torch.device("cpu"), world, dist.get_rank(), dist.get_world_size())
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """The system lets no file of this process grow: every write to one fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def run(keys: dict, stop_after: int | None = None) -> dict[str, torch.Tensor]:

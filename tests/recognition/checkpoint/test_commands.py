@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from recognition import checkpoint
 from recognition.checkpoint import __main__ as program
+from recognition.checkpoint import inspect_command, retention, verify_command
 from tests import ranks
 from tests.conftest import run
 from tests.recognition import runs
@@ -64,6 +65,22 @@ def test_verify(run_dir, capsys):
     assert code == 1 and not result["ok"]
     assert "rows-6-11.safetensors is damaged" in result["problems"][path][0]
     assert said(capsys, "verify", path.replace("step-2", "step-1"))[0] == 0
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "prune"])
+def test_an_error_of_ours_is_not_taken_for_damage(command, run_dir, monkeypatch):
+    """A ValueError that names no mistake of the user's is a bug, and keeps its traceback."""
+
+    def broken(path):
+        raise ValueError("a bug")
+
+    for module in (verify_command, inspect_command, retention):
+        monkeypatch.setattr(module, "read_manifest", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        if command == "prune":
+            retention.prune(run_dir, 2, retention.Keep(1, None, None))
+        else:
+            program.main([command, run_dir])
 
 
 def test_merge_gives_a_checkpoint_that_resumes(trained, run_dir, tmp_path, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import pathlib
@@ -43,18 +42,6 @@ def slow_disk(gate=None, seconds=0.0):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensors, "write", write)
-        yield
-
-
-@contextlib.contextmanager
-def full_disk():
-    """No room for a checkpoint. (A limit on file sizes would stop the pool's store as well.)"""
-
-    def full(path, *_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensors, "write", full)
         yield
 
 
@@ -167,7 +154,7 @@ def test_a_full_disk_on_one_rank_is_said_and_the_next_save_tries_again(keys, bac
 def save_on_a_full_disk_and_again(keys):
     with stepping(keys) as (state, saver, step):
         step()
-        with full_disk() if state.runtime.rank == 1 else contextlib.nullcontext():
+        with runs.full_disk() if state.runtime.rank == 1 else contextlib.nullcontext():
             saving.save(saver, state, {})
             failure = saver.finish()
         if state.runtime.rank == 0:  # who removes what was written
@@ -192,7 +179,7 @@ def end_on_a_full_disk(keys):
     with pytest.MonkeyPatch.context() as patch, stepping(keys) as (state, saver, step):
         patch.setattr(saving, "_LAST_WAITS", (0.0, 0.0))
         step()
-        with full_disk() if state.runtime.rank == 1 else contextlib.nullcontext():
+        with runs.full_disk() if state.runtime.rank == 1 else contextlib.nullcontext():
             try:
                 saving.save_now(saver, state)
             except OSError as error:

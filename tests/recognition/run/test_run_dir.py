@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import pathlib
 import shutil
 import signal
 
 import pytest
 
 from recognition import checkpoint, config
+from recognition.checkpoint import directory
 from recognition.distributed import preemption
 from recognition.run import build, run_dir, trainer
 from tests import ranks
@@ -55,6 +58,49 @@ def test_a_foreign_file_beside_our_checkpoints_is_refused_too(keys, name, tmp_pa
     (message,) = ranks.run(1, failure, keys)
     assert f"holds {name}, not written" in message
     assert (tmp_path / "run" / name).read_text() == '{"theirs": 1}\n'
+
+
+def test_paths_mean_the_same_in_another_working_directory(keys, tmp_path):
+    """The run is started in one directory and resumed in another, as is one whose paths an earlier
+    version recorded as they were given."""
+    home, other = pathlib.Path(keys["rec"]).parent, tmp_path / "elsewhere"
+    other.mkdir()
+    output = os.path.relpath(keys["output"], home)
+    ranks.run(1, run_in, home, keys | {"rec": "shards", "output": output}, 1)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    newest = checkpoint.newest(keys["output"])
+    for recorded in (written, checkpoint.read_manifest(newest)["config"]):
+        assert (recorded["rec"], recorded["output"]) == (keys["rec"], keys["output"])
+    ranks.run(1, run_in, other, keys, 2)
+    newest = checkpoint.newest(keys["output"])
+    assert newest.endswith("step-2")
+    recorded = checkpoint.read_manifest(newest)["config"]
+    directory.amend(newest, {"config": recorded | {"rec": "shards", "output": output}})
+    ranks.run(1, run_in, other, keys, 3)
+    newest = checkpoint.newest(keys["output"])
+    assert newest.endswith("step-3")
+    assert checkpoint.read_manifest(newest)["config"]["rec"] == keys["rec"]
+
+
+def run_in(working_directory, keys, steps):
+    """Train to a step and save, started from a working directory."""
+    former = os.getcwd()
+    os.chdir(working_directory)
+    try:
+        state = build.build(config.make(runs.BASE | keys | {"max_steps": steps}), runs.here())
+        trainer.train(state)
+    finally:
+        os.chdir(former)
+
+
+def test_all_paths_are_recorded_as_absolute_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = config.make({"rec": ["a", "b/../c", str(tmp_path / "d")], "teacher": "t.onnx"})
+    run_dir.write_config(dataclasses.replace(cfg, output="run"), {"world": 1})
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["rec"] == [str(tmp_path / name) for name in "acd"]
+    assert written["teacher"] == str(tmp_path / "t.onnx") and written["init_from"] is None
+    assert cfg.rec == ["a", "b/../c", str(tmp_path / "d")]  # messages say what the user gave
 
 
 def test_what_runs_leave_is_ours(keys, tmp_path):
