@@ -21,7 +21,7 @@ from data_tools.common.errors import UserError
 from data_tools.common.messages import count, file_size
 from data_tools.common.schema import add_flags, from_flags
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import HELD_OUT, Options, Sources
+from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options, Sources
 from data_tools.pack.pairs import resized_text
 
 
@@ -93,6 +93,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     if done["pairs_made"]:
         print(f"{HELD_OUT}.bin: {done['pairs_made']} pairs of {people} held out")
+    if SPLIT in done:
+        print(
+            f"{args.out / done[SPLIT]['directory']}: {count(done[SPLIT]['images'], 'image')} of "
+            f"{count(done[SPLIT]['identities'], 'identity', 'identities')} set aside"
+        )
     print(
         f"{done['status']} {done['path']}: {count(done['images'], 'image')}, "
         f"{count(done['classes'], 'class', 'classes')}, {count(done['shards'], 'shard')}, "

@@ -77,6 +77,9 @@ class Options:
     detector: Path | None = option(
         None, "an ONNX file of YuNet or SCRFD that finds the five points", metavar="FILE"
     )
+    skip_missing_landmarks: bool = option(
+        False, "skip and count images that --landmarks or the .lst has no points of"
+    )
     resize: bool = option(
         False,
         "the faces are aligned at another size: resize square images (with --pass-through keep "
@@ -97,6 +100,9 @@ class Options:
             )
         if (self.landmarks or self.detector) and not self.align:
             raise UserError("--landmarks and --detector are of --align: say that too")
+        if self.skip_missing_landmarks and (not self.align or self.detector):
+            why = "--detector finds the points that are missing" if self.align else "say that too"
+            raise UserError(f"--skip-missing-landmarks is of --align by known points: {why}")
         if self.align and self.pass_through:
             raise UserError("--align makes new images: it cannot --pass-through old ones")
         if self.align and self.resize:
