@@ -22,6 +22,7 @@ from data_tools.clean.decisions import before_cleaning, write_decision
 from data_tools.clean.features import Features
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
+from data_tools.common.schema import check_number
 
 _BLOCK = 4096  # rows of a product of centres
 _ROUNDS = 20  # of 2-means at most
@@ -97,8 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if not -1 <= args.different < args.same <= 1:
         raise UserError("-1 <= --different < --same <= 1 is needed")
-    if args.min_images < 1:
-        raise UserError(f"--min-images {args.min_images}: must be 1 or more")
+    check_number("--min-images", args.min_images, 1)
     data = shards.open(args.path)
     x, images = Features(args.features, data.fingerprint), before_cleaning(data)
     centres = class_centres(x, images, data.labels, data.num_classes)

@@ -28,6 +28,7 @@ from data_tools.common.decode import decode_any_size
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.common.parallel import Advance, run_tasks
+from data_tools.common.schema import check_number
 from data_tools.sources.source import Images, RecordSource, open_source
 from data_tools.verification_bin import load_bin
 
@@ -134,6 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 0 <= args.bits <= 3 or not -1 < args.cosine <= 1:
         raise UserError("--bits is 0 to 3 and --cosine above -1, at most 1")
+    check_number("--workers", args.workers, 1)
     data = shards.open(args.train)
     train, test = RecordSource(args.train), _open_test(args.test)
     one, readable = hash_images(train, args.workers, "training set")

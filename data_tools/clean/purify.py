@@ -23,6 +23,7 @@ from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.common.networks import Centres, networks
 from data_tools.common.parallel import Advance, Tasks, run_tasks
+from data_tools.common.schema import check_number
 
 _CLASSES = 8192  # classes whose centres are in memory at a time
 _SHOWN = 100  # faces on the sheet
@@ -109,8 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 0 < args.threshold < 180:
         raise UserError(f"--threshold {args.threshold}: degrees between 0 and 180")
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be 1 or more")
+    check_number("--workers", args.workers, 1)
     data = shards.open(args.path)
     features = Features(args.features, data.fingerprint)
     centres: Centres = networks().Centres(args.run, args.head)

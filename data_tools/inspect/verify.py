@@ -16,6 +16,7 @@ from data_tools.common.errors import UserError
 from data_tools.common.files import is_file
 from data_tools.common.messages import count
 from data_tools.common.parallel import Advance, Tasks, run_tasks
+from data_tools.common.schema import check_number
 from data_tools.recordio import Header, RecordFile, read_idx, unpack_record
 
 _BLOCK = 1 << 16  # records of an InsightFace .rec that make a task
@@ -250,8 +251,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be 1 or more")
+    check_number("--workers", args.workers, 1)
     if files.is_file(args.path / shards.INDEX):
         records, findings = verify_packed(args.path, args.deep, args.workers)
     elif args.path.suffix == ".rec" and is_file(args.path):
@@ -259,6 +259,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     elif rec := insightface.find_rec(args.path):
         records, findings = verify_insightface(args.path, rec, args.deep, args.workers)
     else:
+        insightface.check_directory(args.path)
         raise FileNotFoundError(f"{args.path}: neither {shards.INDEX} nor train.rec: no data set")
     for finding in findings:
         key = "" if finding.key is None else f" key {finding.key}"

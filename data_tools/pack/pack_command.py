@@ -17,9 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_tools.common.errors import UserError
 from data_tools.common.messages import count, file_size
-from data_tools.common.schema import add_flags, from_flags
+from data_tools.common.schema import add_flags, check_number, from_flags
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options, Sources
 from data_tools.pack.pairs import resized_text
@@ -51,14 +50,13 @@ def other_size(images: int, size: int) -> str:
     if not images:
         return ""
     return (
-        f"of which {images} are of another size than {size}x{size}: align them (--align), or "
-        "--resize them if the faces are aligned; "
+        f"of which {images} {'is' if images == 1 else 'are'} of another size than {size}x{size}: "
+        "align them (--align), or --resize them if the faces are aligned; "
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be 1 or more")
+    check_number("--workers", args.workers, 1)
     options = from_flags(Options, args)
     sources = from_flags(Sources, args, paths=args.sources)
     done = pack(sources, args.out, options, args.workers, args.overwrite)

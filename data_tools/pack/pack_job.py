@@ -74,13 +74,12 @@ def _check_pairs(options: Options, labels: np.ndarray) -> None:
 
 def _reasons(skipped: Skipped) -> str:
     """The most frequent reasons, each once with its first image; the number of the others."""
-    first: dict[str, str] = {}
-    for where, why in skipped:
-        first.setdefault(why, where)
-    common = Counter(why for _, why in skipped).most_common(_REASONS)
+    kinds = ["size" if is_size_fault(why) else why for _, why in skipped]  # sizes differ
+    first = dict(zip(reversed(kinds), reversed(skipped), strict=True))
+    common = [(first[kind], times) for kind, times in Counter(kinds).most_common(_REASONS)]
     return "".join(
-        f"; {first[why]}{f' and {times - 1} more' if times > 1 else ''}: {why}"
-        for why, times in common
+        f"; {where}{f' and {times - 1} more' if times > 1 else ''}: {why}"
+        for (where, why), times in common
     )
 
 

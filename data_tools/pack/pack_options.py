@@ -8,17 +8,16 @@ from typing import Any, Literal
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
-from data_tools.common.schema import check, option
+from data_tools.common.schema import check, default_of, option
 from data_tools.pack.alignment import Aligner
 from data_tools.pack.conversion import Conversion
 from data_tools.pack.detectors import detector_sha256
-from data_tools.pack.pairs import check_num_pairs
+from data_tools.pack.pairs import MAX_SIZE, check_num_pairs
 from data_tools.pack.split import Choice
 from data_tools.sources.source import Join, JoinedSource, Source, open_source
 
 HELD_OUT = "heldout"
 SPLIT = "split"  # the second set, a directory in the first
-MAX_SIZE = 1024  # pixels: a slip of the finger beyond it would run for hours and fill the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +92,8 @@ class Options:
             raise UserError(f"--quality {self.quality}: a JPEG's quality is at most 100")
         if self.hold_out:
             check_num_pairs(self.pairs)
+        elif self.pairs != default_of(Options, "pairs"):
+            raise UserError(f"--pairs {self.pairs} are of --hold-out N: say that too")
         if self.landmarks and files.is_dir(self.landmarks):
             raise UserError(
                 f"--landmarks {self.landmarks} is a directory: pack takes one file with a line for "

@@ -23,6 +23,7 @@ from data_tools.common.image_file import SYNTHETIC
 from data_tools.common.messages import count
 from data_tools.common.parallel import Advance, run_tasks
 from data_tools.common.partial_directory import PartialDirectory
+from data_tools.common.schema import check_number
 from data_tools.synthetic.canvas import SIZE
 from data_tools.synthetic.people import Drawn, Person, Pose, span
 from data_tools.synthetic.portrait import paint
@@ -220,8 +221,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be 1 or more")
+    check_number("--workers", args.workers, 1)
     options = Options(args.identities, args.images, args.seed)
     done = synthesize(args.out, options, args.workers)
     print(

@@ -144,6 +144,15 @@ def test_a_reason_is_given_once(tmp_path, capsys):
     assert error.count("zero bytes") == 1 and " and 8 more: " in error and "p00/0.jpg: " in error
 
 
+def test_other_sizes_are_one_reason(tmp_path, capsys):
+    source = folder(tmp_path / "faces", [2, 2])
+    for k, path in enumerate(sorted(source.glob("*/*.jpg"))):
+        path.write_bytes(encoded(k, 20 + k, 40))
+    assert main(["pack", str(source), str(tmp_path / "set")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("--resize, in a recipe") == 1 and " and 3 more: " in error
+
+
 def test_what_synthesize_wrote_is_packed_without_a_warning(tmp_path, capsys):
     done_of(capsys, "synthesize", tmp_path / "faces", "--identities", 3, "--images", 2)
     done, lines, error = done_of(capsys, "pack", tmp_path / "faces", tmp_path / "set")

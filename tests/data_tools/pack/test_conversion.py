@@ -203,6 +203,7 @@ def test_bad_landmarks(tmp_path, text, fault):
             "--detector finds the points that are missing",
         ),
         ({"split": "images=2"}, "say images=SHARE"),
+        ({"pairs": 40}, "--pairs 40 are of --hold-out N: say that too"),
         ({"split": "faces=0.1"}, "say images=SHARE"),
         ({"min_images": 0}, "--min-images 0"),
         ({"max_images": -1}, "--max-images -1"),
