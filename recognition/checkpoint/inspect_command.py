@@ -5,6 +5,7 @@ import os
 import re
 from typing import Any
 
+from data_tools.common.messages import count
 from recognition.checkpoint.directory import (
     PENDING,
     Damaged,
@@ -83,6 +84,7 @@ def _print(facts: dict[str, Any]) -> None:
     scores += ", not yet verified" * facts["verification_pending"]
     print(
         f"{facts['path']}: {name}, {heads}; "
-        f"{facts['samples_seen']} samples, saved by {facts['world']} processes, "
+        f"{facts['samples_seen']} samples, saved by "
+        f"{count(facts['world'], 'process', 'processes')}, "
         f"{facts['bytes'] / 1e6:.1f} MB{scores}"
     )

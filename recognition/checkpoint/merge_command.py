@@ -9,6 +9,7 @@ import os
 import shutil
 from typing import Any
 
+from data_tools.common.messages import count
 from recognition.checkpoint import tensors
 from recognition.checkpoint.directory import FORMAT, all_rows, sync, write_manifest
 from recognition.checkpoint.making import add_paths, checked, joined, making
@@ -41,5 +42,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         manifest |= {"format": FORMAT, "files": files, "world": 1}
         write_manifest(str(partial), manifest)
         sync(str(partial))
-    print(f"{args.out}: {len(merged)} files of rows as {len(manifest['heads'])}")
+    print(f"{args.out}: {count(len(merged), 'file')} of rows as {len(manifest['heads'])}")
     return {"path": str(args.out), "from": path, "files": files}

@@ -168,7 +168,7 @@ def load_embeddings(path: str | Path, size: int) -> tuple[np.ndarray, np.ndarray
     except (UserError, OSError):
         raise
     except Exception as error:  # of the compressed arrays: zipfile's, zlib's, tokenize's
-        raise UserError(f"{path} is no whole .npy or .npz of numbers: {error}") from error
+        raise arrays.not_numbers(path, error) from error
     if content is None:
         raise UserError(f"{path} has {names}: `embeddings` is wanted")
     if content.ndim != 2 or content.shape[1] != size or content.dtype.kind != "f":
