@@ -52,7 +52,7 @@ def test_the_example_of_two_photographs_takes_scrfd_as_pack_does(tmp_path):
 
 def test_the_example_says_that_a_narrow_picture_has_no_face(tmp_path):
     """Its shorter side is a fraction of a pixel in what the detector sees."""
-    session = InferenceSession(network(tmp_path / "net.onnx", [0.1], _FACE))
+    session = onnxruntime.InferenceSession(network(tmp_path / "net.onnx", [0.1], _FACE))
     for shape in ((1, 2000, 3), (2000, 1, 3), (1, 1, 3)):
         with pytest.raises(ValueError, match="no face found"):
             compare_photographs.five_points(session, np.zeros(shape, np.uint8))
