@@ -27,7 +27,7 @@ demo: .venv/.product  ## faces -> shards -> training -> ONNX -> evaluation -> re
 	$(BIN)/python -m launch.demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)")
 
 test: .venv/.test  ## the tests (within eight minutes on two cores)
-	$(BIN)/python -m pytest -n 2 -m "not long and not peers"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long and not peers"
 
 test-long: .venv/.test  ## what takes minutes each
 	$(BIN)/python -m pytest -m "long"

@@ -26,7 +26,8 @@ def backbone_bytes(cfg: Config, rows: int) -> dict[str, float]:
     """
     arguments = tuple(sorted(cfg.network_args.items()))
     precision = "bf16" if cfg.precision == "auto" else cfg.precision  # of a GPU of today
-    weights, activations = _sizes(cfg.network, cfg.embedding_size, arguments, precision, rows)
+    weights, of_one, more = _sizes(cfg.network, cfg.embedding_size, arguments, precision)
+    activations = of_one + (rows - 1) * more
     return {
         "backbone: weights": weights,
         "backbone: gradient": weights,
@@ -37,24 +38,27 @@ def backbone_bytes(cfg: Config, rows: int) -> dict[str, float]:
 
 @functools.cache
 def _sizes(
-    name: str,
-    embedding_size: int,
-    arguments: tuple[tuple[str, Any], ...],
-    precision: str,
-    rows: int,
-) -> tuple[float, float]:
-    """Bytes of the weights, and of what a forward leaves for the backward."""
+    name: str, embedding_size: int, arguments: tuple[tuple[str, Any], ...], precision: str
+) -> tuple[float, float, float]:
+    """Bytes of the weights, of what a forward of one image leaves for the backward, and of what
+    each further image adds."""
     with torch.device("meta"):  # where initialising looks at no value
         network = make_backbone(name, embedding_size, dict(arguments))
     weights = sum(p.numel() for p in network.parameters()) * _FP32
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
-        images = torch.empty(rows, 3, INPUT_SIZE, INPUT_SIZE)
-        kept = _kept(network, images, precision)
-        if isinstance(network, VisionTransformer) and network.checkpointing:
-            network.checkpointing = False  # the backward computes one block at a time again
-            kept += (_kept(network, images, precision) - kept) / len(network.blocks)
-    return weights, kept
+        two, four = (_kept_with_checkpointing(network, rows, precision) for rows in (2, 4))
+    return weights, two - (four - two) / 2, (four - two) / 2
+
+
+def _kept_with_checkpointing(network: nn.Module, rows: int, precision: str) -> float:
+    images = torch.empty(rows, 3, INPUT_SIZE, INPUT_SIZE)
+    kept = _kept(network, images, precision)
+    if isinstance(network, VisionTransformer) and network.checkpointing:
+        network.checkpointing = False  # the backward computes one block at a time again
+        kept += (_kept(network, images, precision) - kept) / len(network.blocks)
+        network.checkpointing = True
+    return kept
 
 
 def _kept(network: nn.Module, images: torch.Tensor, precision: str) -> float:

@@ -81,7 +81,7 @@ def plain_balanced(embeddings, issame):
     return balanced_accuracy_score(issame, called)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.1, 0.5])
 def test_balanced_accuracy_equals_the_plain_definition(share):
     rng = np.random.default_rng(int(100 * share))
     issame = rng.random(163) < share

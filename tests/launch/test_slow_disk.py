@@ -31,8 +31,10 @@ def test_a_linux_that_ties_no_process_to_its_launcher_is_said(faults_library, tm
 
 @pytest.mark.parametrize(
     ("rank", "name"),
-    [("1", "rows-*"), ("0", "*manifest*")],
-    ids=["rank 1's rows", "rank 0's manifest"],
+    [
+        pytest.param("1", "rows-*", id="rank 1's rows"),
+        pytest.param("0", "*manifest*", id="rank 0's manifest", marks=pytest.mark.long),
+    ],
 )
 def test_a_slow_fsync_ends_no_run(faults_library, shards_dir, tmp_path, rank, name):
     """Longer than collective_timeout, in a save: by the thread of one rank, or between the ranks'

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 
 from recognition import checkpoint, config
+from recognition.backbones import BACKBONES, MobileFaceNet
 from recognition.distributed.runtime import Runtime
 from recognition.run import build, saving, trainer
 from recognition.run.logger import Logger
 
+# A MobileFaceNet with every kind of layer, at a fifth of the time of mbf_tiny.
+BACKBONES["mbf_test"] = partial(MobileFaceNet, (0, 1, 1, 1), width=8, expansion=8, head_width=32)
+
 BASE = {
-    "network": "mbf_tiny",
+    "network": "mbf_test",
     "embedding_size": 32,
     "sample_rate": 0.5,
     "global_batch_size": 12,

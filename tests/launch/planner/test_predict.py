@@ -15,7 +15,7 @@ from recognition.head import PartialFC
 from recognition.head.multi_head import limits_of
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
-from tests.conftest import command, run
+from tests.conftest import command
 from tests.recognition.head.test_partial_fc import _memory_events, memory_profile
 
 RECIPE = "launch/configs/wf42m_r100_cosface_pfc02.py"
@@ -111,19 +111,30 @@ def test_a_recipe_without_data():
     assert "300 classes on 2 GPUs" in done.stdout
 
 
-def test_a_recipe_for_64_gpus():
-    done = command("-m", "launch.plan", RECIPE, "--gpus", 64, "--memory", 80, "--classes",
-                   2_059_906, "--json")  # fmt: skip
-    report = json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def planned(capsys):
+    """Run the command in this process, which then knows the networks' sizes for the next test."""
+
+    def plan(*typed: object) -> tuple[dict, str]:
+        assert predict.main([*map(str, typed), "--json"]) == 0
+        text = capsys.readouterr().out
+        return json.loads(text.splitlines()[-1]), text
+
+    return plan
+
+
+def test_a_recipe_for_64_gpus(planned):
+    report, text = planned(RECIPE, "--gpus", 64, "--memory", 80, "--classes", 2_059_906)
     assert report["fits"] is True and report["advice"] == [] and report["wire_seconds"] > 0
     assert report["bytes"]["classes: weights"] == pytest.approx(2_059_906 / 64 * 2048, rel=1e-3)
-    assert "predicted" in done.stdout and "fits into 80 GB" in done.stdout
+    assert "predicted" in text and "fits into 80 GB" in text
 
 
-def test_what_does_not_fit_is_told_what_to_change():
-    done = command("-m", "launch.plan", RECIPE, "--gpus", 1, "--memory", 24, "--classes",
-                   4_000_000, "sample_rate=1.0", "batch_size=16", "--json")  # fmt: skip
-    report = json.loads(done.stdout.splitlines()[-1])
+def test_what_does_not_fit_is_told_what_to_change(planned):
+    report, _ = planned(
+        RECIPE, "--gpus", 1, "--memory", 24, "--classes", 4_000_000, "sample_rate=1.0",
+        "batch_size=16",
+    )  # fmt: skip
     assert report["fits"] is False and "update_in_backward=true" in report["advice"]
     assert any(hint.startswith("--gpus") for hint in report["advice"])
 
@@ -137,12 +148,11 @@ def test_what_does_not_fit_is_told_what_to_change():
          ["sample_rate=0.1 accumulation=4"]),
     ],
 )  # fmt: skip
-def test_advice_is_of_what_is_too_large(typed, hints):
+def test_advice_is_of_what_is_too_large(planned, typed, hints):
     """And what it says does fit, as it is typed."""
-    asked = ["-m", "launch.plan", RECIPE, "--gpus", 8, "--classes", 10_000_000, *typed, "--json"]
-    found = json.loads(command(*asked).stdout.splitlines()[-1])["advice"]
-    assert found[: len(hints)] == hints
-    assert json.loads(command(*asked, *hints[0].split()).stdout.splitlines()[-1])["fits"] is True
+    asked = [RECIPE, "--gpus", 8, "--classes", 10_000_000, *typed]
+    assert planned(*asked)[0]["advice"][: len(hints)] == hints
+    assert planned(*asked, *hints[0].split())[0]["fits"] is True
 
 
 @pytest.mark.parametrize(
@@ -156,6 +166,9 @@ def test_advice_is_of_what_is_too_large(typed, hints):
         ([RECIPE], "--gpus", 2),
     ],
 )
-def test_a_mistake_is_said(typed, words, code):
-    done = run("-m", "launch.plan", *typed)
-    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+def test_a_mistake_is_said(typed, words, code, capsys):
+    try:
+        ended = predict.main(list(map(str, typed)))
+    except SystemExit as exit:  # of argparse
+        ended = exit.code
+    assert ended == code and words in capsys.readouterr().err

@@ -78,7 +78,16 @@ def test_uneven_batches_filter_and_sub_centres(path):
     test_partial_fc.check(2, "arcface", 0.3, num_subcenters=3)
 
 
-@pytest.mark.parametrize("case", CASES)
+def paths_by_loss():
+    """Every loss on two paths in turn, so that each path has a third of them; the rest are long."""
+    taken = [path for path in PATHS if path not in _LONG]
+    for number, case in enumerate(CASES):
+        quick = {taken[number % len(taken)], taken[(number + 2) % len(taken)]}
+        for path in PATHS:
+            yield pytest.param(path, case, marks=[] if path in quick else pytest.mark.long)
+
+
+@pytest.mark.parametrize("path, case", paths_by_loss(), indirect=["path"])
 def test_every_loss(path, case):
     test_sharding.check(*CASES[case], 2, 0.3)
 

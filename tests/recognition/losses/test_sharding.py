@@ -150,8 +150,18 @@ def check_step(ours, truth, shape):
         torch.testing.assert_close(gradient, expected, msg=name, **EXACT)
 
 
-@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize(
+    "world, sample_rate",
+    [
+        (1, 1.0),
+        (2, 0.3),
+        (4, 1.0),
+        (4, 0.3),
+        # Between those above.
+        pytest.param(1, 0.3, marks=pytest.mark.long),
+        pytest.param(2, 1.0, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("case", CASES | STRAIGHT)
 def test_three_steps_are_those_of_the_dense_layer(case, world, sample_rate):
     check(*(CASES | STRAIGHT)[case], world, sample_rate)
