@@ -41,6 +41,17 @@ class ImageRecords(NamedTuple):
     damaged: list[int]  # offsets of records that cannot be read, left out
 
 
+def check_directory(path: Path) -> None:
+    """Raises: FileNotFoundError if there is nothing; UserError for a file, which is no data set."""
+    if not files.exists(path):
+        raise FileNotFoundError(f"{path}: no such directory")
+    if not files.is_dir(path):
+        raise UserError(
+            f"{path} is a file, not a data set: name the directory of the shards, or a .rec"
+            f"{content.hint(path)}"
+        )
+
+
 def find_rec(directory: Path) -> Path | None:
     """`train.rec`, or the only .rec of the directory; None if there is none, or a choice."""
     found = files.ending(directory, ".rec")

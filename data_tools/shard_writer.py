@@ -77,11 +77,15 @@ class ShardWriter:
     """
 
     def __init__(
-        self, out: str | Path, overwrite: bool = False, plan: dict[str, Any] | None = None
+        self,
+        out: str | Path,
+        overwrite: bool = False,
+        plan: dict[str, Any] | None = None,  # what is packed, and how; None: no shard is kept
+        num_shards: int = 0,  # in all, with a plan
     ) -> None:
         self.out = Path(os.path.abspath(out))
         self._replaced = self.out.with_name(self.out.name + _REPLACED)
-        self._shards = 0 if plan is None else plan.get("shards", 0)
+        self._shards = num_shards
         if not self._was_interrupted():
             self._check_free(overwrite)  # before anything is touched
         self._aside = PartialDirectory(self.out, clear=False)

@@ -249,8 +249,7 @@ def open(
 def _open(path: Path, walk: bool, tolerant: bool) -> Shards:
     if path.suffix == ".rec" and files.is_file(path):
         return _open_insightface(path.parent, path, walk, tolerant)
-    if not files.is_dir(path):
-        raise FileNotFoundError(f"{path}: no such directory")
+    insightface.check_directory(path)
     if files.is_file(path / INDEX):
         return _open_packed(path)
     rec = insightface.find_rec(path)

@@ -31,8 +31,8 @@ def five_points(detector: InferenceSession, image: NDArray) -> NDArray:
     """The points [5, 2] of the large, central face in a BGR image [h, w, 3]."""
     high, wide = (x if isinstance(x, int) else SIDE for x in detector.get_inputs()[0].shape[2:])
     scale = min(1.0, high / image.shape[0], wide / image.shape[1])
-    small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    small = small[:high, :wide]
+    size = [max(1, round(scale * side)) for side in image.shape[1::-1]]
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)[:high, :wide]
     canvas = np.zeros((high, wide, 3), np.float32)
     canvas[: small.shape[0], : small.shape[1]] = small
     yunet = len(detector.get_outputs()) == 12
@@ -43,7 +43,7 @@ def five_points(detector: InferenceSession, image: NDArray) -> NDArray:
     found = cv2.dnn.NMSBoxes(box.tolist(), score.tolist(), *limits, **best_first)
     kept = np.asarray(found, int).ravel()[:MOST]
     if not len(kept):
-        sys.exit("no face found")
+        raise ValueError("no face found")
     centre = np.array(small.shape[1::-1]) / 2
     away = ((box[kept, :2] + box[kept, 2:] / 2 - centre) ** 2).sum(1)
     best = kept[np.argmax(box[kept, 2] * box[kept, 3] - 2 * away)]
@@ -96,7 +96,11 @@ def embedding(
     if image is None:
         sys.exit(f"{path}: not an image")
     template = [[float(x) for x in point.split(",")] for point in facts["alignment"].split(";")]
-    rows = [r for x, y in five_points(detector, image) for r in ((x, -y, 1, 0), (y, x, 0, 1))]
+    try:
+        found = five_points(detector, image)
+    except ValueError as error:
+        sys.exit(f"{path}: {error}")
+    rows = [r for x, y in found for r in ((x, -y, 1, 0), (y, x, 0, 1))]
     a, b, tx, ty = np.linalg.lstsq(np.array(rows), np.ravel(template), rcond=None)[0]
     height, width = (int(side) for side in facts["input_size"].split(","))
     face = cv2.warpAffine(image, np.array([[a, -b, tx], [b, a, ty]]), (width, height))

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_tools.common import files, text
-from data_tools.common.errors import USER_ERRORS, UserError, one_line
+from data_tools.common import cli, files, text
+from data_tools.common.errors import UserError
 from data_tools.images.image_file import is_image_name
 from data_tools.pack.pairs import PAIRS_STEP
 
@@ -32,6 +32,7 @@ _FEWEST_HELD_OUT = 3  # identities
 _PAIRS = 2000  # of held-out people, half of them same; fewer where they have fewer
 
 
+@cli.on_one_line()
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,9 +57,6 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"\nerror: this command failed ({error.returncode}):\n  {_shown(error.cmd)}",
               file=sys.stderr)  # fmt: skip
-        return 1
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     print(
         f"\nDone in {time.time() - began:.0f} s.\n"

@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 
 from data_tools import shards
-from data_tools.common import files
-from data_tools.common.errors import USER_ERRORS, UserError, one_line
+from data_tools.common import cli, files
+from data_tools.common.errors import UserError
 from data_tools.images.decode import decode
 from data_tools.images.template import TEMPLATE
 from data_tools.verification_bin import PairSet, load_bin
@@ -42,6 +42,7 @@ its metadata, together with how to feed it and, where `python -m eval thresholds
 the scores from which to accept."""
 
 
+@cli.on_one_line(ExportError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 when the checked file is in place, 1 otherwise."""
     parser = argparse.ArgumentParser(description=DESCRIPTION)
@@ -88,12 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON line last")
     args = parser.parse_args(argv)
-    try:
-        with Console(stderr=True).status(f"exporting {args.run}") as status:
-            report = export_run(args, status.update)
-    except (ExportError, *USER_ERRORS) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
+    with Console(stderr=True).status(f"exporting {args.run}") as status:
+        report = export_run(args, status.update)
     print(summary(report))
     if args.json:
         print(json.dumps(report))
@@ -184,6 +181,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"{args.out}: name the output *.onnx, by which readers know it")
     if not files.is_dir(args.out.parent):
         raise OSError(f"cannot write {args.out}: {args.out.parent} is not a directory")
+    if args.data and not files.is_dir(args.data):
+        raise FileNotFoundError(f"--data {args.data}: no such directory")
     if args.max_pairs < 0:
         raise UserError(f"--max-pairs {args.max_pairs}: 0 (do not verify) or more")
     if args.max_drop is not None and not 0 <= args.max_drop <= 100:

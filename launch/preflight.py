@@ -17,7 +17,7 @@ import os
 import sys
 import time
 
-from data_tools.common.errors import USER_ERRORS, one_line
+from data_tools.common import cli
 from launch.preflight_checks import links, machine
 from recognition import config
 from recognition.distributed import collectives, runtime
@@ -68,6 +68,7 @@ def report(found: links.Findings, place: runtime.Runtime, everything: bool) -> N
         raise OSError("preflight: " + "; ".join(found.errors))
 
 
+@cli.on_one_line(lead=lambda: f"error (rank {os.environ.get('RANK', '0')})")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -88,9 +89,6 @@ def main(arguments: list[str] | None = None) -> int:
                 print(json.dumps(found.numbers | {"warnings": found.warnings}))
     except LostContact as error:
         run_dir.record_failure(error, "", int(os.environ.get("RANK", "0")))
-        return 1
-    except USER_ERRORS as error:
-        print(f"error (rank {os.environ.get('RANK', '0')}): {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -21,6 +21,7 @@ from data_tools import shards
 from data_tools.clean.features import Features
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
+from data_tools.common.schema import check_number
 from data_tools.decisions import before_cleaning, write_decision
 
 _BLOCK = 4096  # rows of a product of centres
@@ -109,8 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if not -1 <= args.different < args.same <= 1:
         raise UserError("--different and --same must be cosines, and --different below --same")
-    if args.min_images < 1:
-        raise UserError(f"--min-images {args.min_images}: must be 1 or more")
+    check_number("--min-images", args.min_images, 1)
     data = shards.open(args.path)
     x, images = Features(args.features, data.fingerprint), before_cleaning(data)
     centres = class_centres(x, images, data.labels, data.num_classes)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.common import files
+from data_tools.common import content, files
 from data_tools.common.errors import UserError
 
 _MARK = b"arcline-sha256:"
@@ -32,17 +32,25 @@ def load_npy(path: str | os.PathLike[str], mmap: bool = False) -> Any:
         except OSError:
             raise
         except Exception as error:  # NumPy parses the header as Python: tokenize's and many others
-            raise UserError(f"{path} is no whole .npy or .npz of numbers: {error}") from error
+            raise not_numbers(path, error) from error
+
+
+def not_numbers(path: str | os.PathLike[str], error: Exception) -> UserError:
+    """What to raise where NumPy found a file damaged; its advice to load a pickle is left out."""
+    why = "it holds no array, or Python objects" if "pickle" in str(error) else str(error)
+    return UserError(
+        f"{path} is no whole .npy or .npz of numbers: {why}{content.hint(path, 'NumPy')}"
+    )
 
 
 def write_hashed(path: str | os.PathLike[str], array: np.ndarray) -> None:
     """Write an array with its hash, whole or not at all, for its owner alone."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
-    content = buffer.getbuffer()
+    numbers = buffer.getbuffer()
     with files.replacing(path, permissions=files.PRIVATE_FILE) as file:
-        file.write(content)
-        file.write(_MARK + hashlib.sha256(content).digest())
+        file.write(numbers)
+        file.write(_MARK + hashlib.sha256(numbers).digest())
 
 
 def load_hashed(path: str | os.PathLike[str], mmap: bool = False, check: bool = True) -> np.ndarray:

@@ -6,11 +6,13 @@ another one returns None and prints nothing.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
+from typing import ParamSpec
 
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
 
@@ -18,6 +20,38 @@ from data_tools.common.errors import USER_ERRORS, UserError, one_line
 def add_workers(parser: argparse.ArgumentParser, help: str = "processes (all cores)") -> None:
     """The flag `--workers N`, whose value main() checks."""
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=help)
+
+
+P = ParamSpec("P")
+
+
+def on_one_line(
+    *more: type[Exception], lead: Callable[[], str] = lambda: "error"
+) -> Callable[[Callable[P, int]], Callable[P, int]]:
+    """A decorator of a program's main(): an error of the user and Ctrl-C end it with one line.
+
+    more: exceptions of its own that are no bugs. lead: what the line starts with, such as the rank.
+    The exit codes are 1 and, for Ctrl-C, 130.
+    """
+
+    expected: tuple[type[Exception], ...] = (*more, *USER_ERRORS)
+
+    def decorate(function: Callable[P, int]) -> Callable[P, int]:
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
+            try:
+                return function(*args, **kwargs)
+            except expected as error:
+                print(f"{lead()}: {one_line(error)}", file=sys.stderr, flush=True)
+                return 1
+            except KeyboardInterrupt as error:
+                left = one_line(error) or "nothing half-made is left"
+                print(f"{lead()}: interrupted; {left}", file=sys.stderr, flush=True)
+                return 130
+
+        return wrapped
+
+    return decorate
 
 
 def main(
@@ -46,17 +80,14 @@ def main(
         parser.print_help()
         return 2
     args = parser.parse_args(argv)
-    try:
-        if getattr(args, "workers", 1) < 1:
-            raise UserError(f"--workers {args.workers}: must be 1 or more")
-        result = commands[args.command][0].run(args)
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        left = one_line(error) or "nothing half-made is left"
-        print(f"error: interrupted; {left}", file=sys.stderr)
-        return 130
+    return _run(commands[args.command][0], args)
+
+
+@on_one_line()
+def _run(command: ModuleType, args: argparse.Namespace) -> int:
+    if getattr(args, "workers", 1) < 1:
+        raise UserError(f"--workers {args.workers}: must be 1 or more")
+    result = command.run(args)
     if result is None:
         return 0
     if args.json:

@@ -44,15 +44,14 @@ class Journal:
     """The journal of a directory that is being written. Without a plan nothing is kept."""
 
     def __init__(self, partial: Path, plan: dict[str, Any] | None) -> None:
-        self._partial = partial
         self._path = partial / _DIRECTORY
         self.used = plan is not None
         if self.used and not is_of_plan(partial, plan):
             self._path.mkdir()
             files.write_bytes(self._path / _PLAN, json.dumps(plan).encode())
 
-    def find(self, name: str) -> Finished | None:
-        """The shard of that name if it was finished and is still whole.
+    def find(self, name: str, directory: Path) -> Finished | None:
+        """The shard of that name in `directory` if it was finished and is still whole.
 
         Raises: OSError if its files are there and cannot be read.
         """
@@ -60,7 +59,7 @@ class Journal:
         if finished is None:
             return None
         for suffix, sha256 in finished.shard.entry["sha256"].items():
-            path = self._partial / f"{name}.{suffix}"
+            path = directory / f"{name}.{suffix}"
             if not files.exists(path) or files.sha256(path) != sha256:
                 return None
         return finished

@@ -192,6 +192,14 @@ def check(made: Any) -> None:
     _checked_flags(type(made), {name: getattr(made, name) for name in options_of(type(made))})
 
 
+def check_number(flag: str, value: float, low: float, high: float = math.inf) -> None:
+    """Checks the number that a flag outside a schema got.
+
+    Raises: UserError: it is out of its range; the message names the flag.
+    """
+    checked_value(flag, value, type(value), Option("", low=low, high=high))
+
+
 def _checked_flags(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(schema)
     return {

@@ -24,6 +24,7 @@ SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
 )  # fmt: skip
 HEAD = 64  # bytes that tell the kind
+SYNTHETIC = "synthetic.json"  # what `synthesize` notes beside its pictures
 
 _SOI, _EOI, _SOS = b"\xff\xd8", b"\xff\xd9", 0xDA
 _SCAN = bytes((0xFF, _SOS))
@@ -63,7 +64,7 @@ def is_image_name(name: str) -> bool:
 
 
 class Chooser:
-    """Tells the images among files, and counts the others."""
+    """Tells the images among files, and counts the others, except those that we wrote there."""
 
     def __init__(self) -> None:
         self.hidden = 0
@@ -76,6 +77,8 @@ class Chooser:
     def takes(self, name: str, head: Callable[[], bytes]) -> bool:
         """Whether the file of this base name is an image: by its ending, or by its first bytes
         (of `head`, which is called only then) where it has none."""
+        if name == SYNTHETIC:
+            return False
         if is_hidden(name):
             self.hidden += 1
             return False

@@ -11,6 +11,7 @@ from data_tools import shards
 from data_tools.clean.contact_sheet import face, write_sheet
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count, file_size
+from data_tools.common.schema import check_number
 from data_tools.images.decode import decode_any_size
 
 _BAR = 40  # characters of the longest bar
@@ -192,6 +193,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    check_number("--quality", args.quality, 0)
     facts = describe(args.path, args.walk)
     _print(facts)
     data = shards.open(args.path, walk=args.walk, tolerant=True)

@@ -254,6 +254,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     elif rec := insightface.find_rec(args.path):
         records, findings = verify_insightface(args.path, rec, args.deep, args.workers)
     else:
+        insightface.check_directory(args.path)
         raise FileNotFoundError(f"{args.path}: neither {shards.INDEX} nor train.rec: no data set")
     for finding in findings:
         key = "" if finding.key is None else f" key {finding.key}"

@@ -14,14 +14,18 @@ import numpy as np
 from data_tools import shards
 from data_tools.common import files
 from data_tools.common.errors import UserError
+from data_tools.common.messages import count
 from data_tools.images.image_table import Names
 from data_tools.images.landmarks import LandmarkFile
-from data_tools.pack.pack_job import Packing, plan
+from data_tools.pack.pack_job import Packing, num_split_shards, plan
 from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options, Sources
+from data_tools.pack.split import Parts
 from data_tools.shard_writer import ShardWriter, tidy
 from data_tools.sources.folders import same_person_text
 from data_tools.sources.lst import ListSource
 from data_tools.sources.source import Source
+
+_SHOWN = 3  # images in a message
 
 
 def pack(
@@ -49,8 +53,10 @@ def pack(
         return _summary(out, shards.read_index(out), "reused", time.monotonic() - started)
     if options.hold_out and any(path.stem == HELD_OUT for path in source.bins):
         raise UserError(f"{asked} already holds {HELD_OUT}.bin: pack without --hold-out")
-    points, unused = _points(source, options)
-    with ShardWriter(out, overwrite, {**_describe(source), **recorded}) as writer:
+    points, unused = _points(source, options, parts)
+    assert options.shards is not None
+    num_shards = options.shards + num_split_shards(options, parts)
+    with ShardWriter(out, overwrite, {**_describe(source), **recorded}, num_shards) as writer:
         packing = Packing(source, points, options, parts, writer.partial, writer.journal, workers)
         about = packing.run()
         about["source"] = {"path": str(_where(asked)), **_describe(source)}
@@ -63,8 +69,11 @@ def pack(
     return _summary(out, index, status, time.monotonic() - started)
 
 
-def _points(source: Source, options: Options) -> tuple[np.ndarray | None, int]:
-    """Landmarks float32 [N, 5, 2] to align by, NaN where unknown; lines of the file without use."""
+def _points(source: Source, options: Options, parts: Parts) -> tuple[np.ndarray | None, int]:
+    """Landmarks float32 [N, 5, 2] to align by, NaN where unknown; lines of the file without use.
+
+    Raises: UserError if images that are to be packed have none, unless that is asked for.
+    """
     unaligned = isinstance(source, ListSource) and bool(source.unaligned.any())
     if not options.align:
         if unaligned and isinstance(source, ListSource):
@@ -81,13 +90,34 @@ def _points(source: Source, options: Options) -> tuple[np.ndarray | None, int]:
                 f"--landmarks {options.landmarks}: names no image of {source.path}, whose first is "
                 f"{os.fsdecode(source.name(0))!r}"
             )
+        _check_missing(source, points, options, parts, f"--landmarks {options.landmarks}")
         return points, unused
     if isinstance(source, ListSource) and source.landmarks is not None:
-        own = source.landmarks.reshape(-1, 2, 5).transpose(0, 2, 1)
-        return np.ascontiguousarray(own), 0
+        own = np.ascontiguousarray(source.landmarks.reshape(-1, 2, 5).transpose(0, 2, 1))
+        _check_missing(source, own, options, parts, str(source.path))
+        return own, 0
     if not options.detector:
         raise UserError("--align needs five points: give --landmarks FILE or --detector FILE.onnx")
     return None, 0
+
+
+def _check_missing(
+    source: Source, points: np.ndarray, options: Options, parts: Parts, file: str
+) -> None:
+    """Raises: UserError if images of `parts` have no points and nothing else finds them."""
+    if options.detector or options.skip_missing_landmarks:
+        return
+    packed = np.isin(source.labels, parts.held)
+    packed[parts.images] = packed[parts.aside_images] = True
+    missing = np.flatnonzero(packed & np.isnan(points).any((1, 2)))
+    if len(missing):
+        first = ", ".join(repr(source.where(i)) for i in missing[:_SHOWN].tolist())
+        raise UserError(
+            f"{file}: no landmarks of {len(missing)} of {count(int(packed.sum()), 'image')} to "
+            f"pack, {'the first ' if len(missing) > _SHOWN else ''}{first}: add their lines, find "
+            f"their points by --detector FILE.onnx, or leave these images out by "
+            f"--skip-missing-landmarks"
+        )
 
 
 def _where(asked: Sources) -> str:

@@ -20,7 +20,7 @@ from data_tools.common import cli
 from data_tools.common.messages import count, file_size
 from data_tools.common.schema import add_flags, from_flags
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import HELD_OUT, Options, Sources
+from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options, Sources
 from data_tools.pack.pairs import resized_text
 
 
@@ -45,8 +45,8 @@ def other_size(images: int, size: int) -> str:
     if not images:
         return ""
     return (
-        f"of which {images} are of another size than {size}x{size}: align them (--align), or "
-        "--resize them if the faces are aligned; "
+        f"of which {images} {'is' if images == 1 else 'are'} of another size than {size}x{size}: "
+        "align them (--align), or --resize them if the faces are aligned; "
     )
 
 
@@ -85,6 +85,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     if done["pairs_made"]:
         print(f"{HELD_OUT}.bin: {done['pairs_made']} pairs of {people} held out")
+    if SPLIT in done:
+        print(
+            f"{args.out / done[SPLIT]['directory']}: {count(done[SPLIT]['images'], 'image')} of "
+            f"{count(done[SPLIT]['identities'], 'identity', 'identities')} set aside"
+        )
     print(
         f"{done['status']} {done['path']}: {count(done['images'], 'image')}, "
         f"{count(done['classes'], 'class', 'classes')}, {count(done['shards'], 'shard')}, "

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from data_tools.sources.source import Images, Source
 
 IMAGES_PER_SHARD = 1000  # at least, where nobody asks for a number of shards
 MOST_SHARDS = 8  # where nobody asks for more
+_REASONS = 3  # in a message
 Skipped = list[tuple[str, str]]  # (where, why)
 _ONE_FIELD = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})  # a name may hold them
 
@@ -55,6 +57,14 @@ def plan(source: Source, options: Options) -> tuple[Options, Parts]:
     return options, parts
 
 
+def num_split_shards(options: Options, parts: Parts) -> int:
+    """The shards of the set that --split sets aside; 0 without one."""
+    if not len(parts.aside_images):
+        return 0
+    assert options.shards is not None
+    return min(options.shards, max(1, len(parts.aside_images) // IMAGES_PER_SHARD))
+
+
 def _check_pairs(options: Options, labels: np.ndarray) -> None:
     try:
         check_possible(labels, max(most_pairs(labels), PAIRS_STEP))
@@ -63,7 +73,14 @@ def _check_pairs(options: Options, labels: np.ndarray) -> None:
 
 
 def _reasons(skipped: Skipped) -> str:
-    return "".join(f"; {where}: {why}" for where, why in skipped[:3])
+    """The most frequent reasons, each once with its first image; the number of the others."""
+    kinds = ["size" if is_size_fault(why) else why for _, why in skipped]  # sizes differ
+    first = dict(zip(reversed(kinds), reversed(skipped), strict=True))
+    common = [(first[kind], times) for kind, times in Counter(kinds).most_common(_REASONS)]
+    return "".join(
+        f"; {where}{f' and {times - 1} more' if times > 1 else ''}: {why}"
+        for (where, why), times in common
+    )
 
 
 class Packing:
@@ -158,9 +175,7 @@ class Packing:
         """The second set, complete in its own directory."""
         directory = self.directory / SPLIT
         directory.mkdir(exist_ok=True)
-        assert self.options.shards is not None
-        fitting = max(1, len(parts.aside_images) // IMAGES_PER_SHARD)
-        num_shards = min(self.options.shards, fitting)
+        num_shards = num_split_shards(self.options, parts)
         written = self._write(parts.aside_images, parts.aside, directory, num_shards, f"{SPLIT}-")
         names = [self.source.identities[k] for k in parts.aside]
         size = (self.options.size, self.options.size)
@@ -181,19 +196,18 @@ class Packing:
         shuffled = np.random.default_rng([self.options.seed, 0]).permutation(images)
         cuts = np.array_split(shuffled, num_shards)
         names = [f"{prefix}train-{s:05d}-of-{num_shards:05d}" for s in range(num_shards)]
-        found = {name: self._journal.find(name) for name in names} if not prefix else {}
+        found = {name: self._journal.find(name, directory) for name in names}
         finished = {name: shard for name, shard in found.items() if shard is not None}
         self.reused += len(finished)
         left = [
             (name, some) for name, some in zip(names, cuts, strict=True) if name not in finished
         ]
-        journal = None if prefix else self._journal
         tasks = Tasks(
             len(left),
             (
                 (
                     self._images(some), class_of[self.source.labels[some]], directory, name,
-                    self.options.conversion(), journal,
+                    self.options.conversion(), self._journal,
                 )
                 for name, some in left
             ),
@@ -263,6 +277,5 @@ def _write_one(task: tuple, advance: Advance) -> Finished:
 
     shard = write_shard(directory, name, labelled())
     finished = Finished(shard, resized, skipped, several)
-    if journal is not None:
-        journal.add(finished)
+    journal.add(finished)
     return finished

@@ -8,17 +8,16 @@ from typing import Any, Literal
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
-from data_tools.common.schema import check, option
+from data_tools.common.schema import check, default_of, option
 from data_tools.pack.alignment import Aligner
 from data_tools.pack.conversion import Conversion
 from data_tools.pack.detectors import detector_sha256
-from data_tools.pack.pairs import check_num_pairs
+from data_tools.pack.pairs import MAX_SIZE, check_num_pairs
 from data_tools.pack.split import Choice
 from data_tools.sources.source import Join, JoinedSource, Source, open_source
 
 HELD_OUT = "heldout"
 SPLIT = "split"  # the second set, a directory in the first
-MAX_SIZE = 1024  # pixels: a slip of the finger beyond it would run for hours and fill the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +76,9 @@ class Options:
     detector: Path | None = option(
         None, "an ONNX file of YuNet or SCRFD that finds the five points", metavar="FILE"
     )
+    skip_missing_landmarks: bool = option(
+        False, "skip and count images that --landmarks or the .lst has no points of"
+    )
     resize: bool = option(
         False,
         "the faces are aligned at another size: resize square images (with --pass-through keep "
@@ -90,6 +92,8 @@ class Options:
             raise UserError(f"--quality {self.quality}: a JPEG's quality is at most 100")
         if self.hold_out:
             check_num_pairs(self.pairs)
+        elif self.pairs != default_of(Options, "pairs"):
+            raise UserError(f"--pairs {self.pairs} are of --hold-out N: say that too")
         if self.landmarks and files.is_dir(self.landmarks):
             raise UserError(
                 f"--landmarks {self.landmarks} is a directory: pack takes one file with a line for "
@@ -97,6 +101,9 @@ class Options:
             )
         if (self.landmarks or self.detector) and not self.align:
             raise UserError("--landmarks and --detector need --align: give it too")
+        if self.skip_missing_landmarks and (not self.align or self.detector):
+            why = "--detector finds the points that are missing" if self.align else "give it too"
+            raise UserError(f"--skip-missing-landmarks needs --align with known points: {why}")
         if self.align and self.pass_through:
             raise UserError("--align makes new images: it cannot keep old ones (--pass-through)")
         if self.align and self.resize:

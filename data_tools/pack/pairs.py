@@ -25,12 +25,14 @@ from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.common.parallel import Advance, run_tasks
+from data_tools.common.schema import check_number
 from data_tools.common.text import numbered_lines
 from data_tools.decisions import write_decision
 from data_tools.pack.conversion import Conversion, convert_all
 from data_tools.sources.source import Images, RecordSource, Source, open_source
 
 FOLDS = 10
+MAX_SIZE = 1024  # pixels: a slip of the finger beyond it would run for hours and fill the disk
 PAIRS_STEP = 2 * FOLDS  # one same and one different pair in each fold
 
 
@@ -207,6 +209,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    check_number("--seed", args.seed, 0)
+    check_number("--size", args.size, 1, MAX_SIZE)
     if args.out.suffix != ".bin":
         raise UserError(f"{args.out}: the name of a verification set ends in .bin")
     if files.exists(args.out) and not args.overwrite:

@@ -23,12 +23,12 @@ from data_tools.common.messages import count
 from data_tools.common.parallel import Advance, run_tasks
 from data_tools.common.partial_directory import PartialDirectory
 from data_tools.common.schema import add_flags, check, from_flags, option
+from data_tools.images.image_file import SYNTHETIC
 from data_tools.synthetic.canvas import SIZE
 from data_tools.synthetic.people import Drawn, Person, Pose, span
 from data_tools.synthetic.portrait import paint
 
 VERSION = 1  # of the drawing: another version draws other pictures
-PARAMETERS = "synthetic.json"
 _PER_TASK = 8  # identities
 
 
@@ -173,7 +173,7 @@ def synthesize(out: Path, options: Options, workers: int = 1) -> dict[str, Any]:
             ]
             run_tasks(_write, tasks, workers, total, "faces")
             text = json.dumps(parameters) + "\n"
-            files.write_text(aside.path / PARAMETERS, text)
+            files.write_text(aside.path / SYNTHETIC, text)
             aside.rename()
     seconds = round(time.monotonic() - started, 3)
     return {"status": status, "path": str(out), "total": total, **parameters, "seconds": seconds}
@@ -184,9 +184,9 @@ def _is_made(out: Path, parameters: dict[str, Any]) -> bool:
     if files.is_free(out):
         return False
     try:
-        was = json.loads(files.read_bytes(out / PARAMETERS))
+        was = json.loads(files.read_bytes(out / SYNTHETIC))
     except (FileNotFoundError, ValueError) as error:
-        raise FileExistsError(f"{out} exists and holds no {PARAMETERS}: choose another") from error
+        raise FileExistsError(f"{out} exists and holds no {SYNTHETIC}: choose another") from error
     if was != parameters:
         raise FileExistsError(f"{out} was made with {was}, not {parameters}: choose another")
     left, total = len(list(out.glob("*/*.jpg"))), parameters["identities"] * parameters["images"]

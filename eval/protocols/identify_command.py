@@ -1,6 +1,7 @@
 """Identify probes in one or several galleries of your own: ranks, and TPIR at a given FPIR."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.common.errors import UserError
+from data_tools.common.messages import count
 from eval import identification, templates
 from eval.protocols import pairs_command, session, text_tables
 from eval.report import results
@@ -63,6 +65,7 @@ def run(args: argparse.Namespace) -> dict | None:
                 pairs_command.pool(one.matrix(), faces, args.norm)))  # fmt: skip
     if not work.is_first:
         return None
+    _warn_of_shared(work, tables[:-1], tables[-1])
     probes = pooled[-1], tables[-1].subjects
     searches = {
         name: identification.search(unit, faces.subjects, *probes)
@@ -75,6 +78,24 @@ def run(args: argparse.Namespace) -> dict | None:
     work.save(result)
     show(work, [result])
     return work.output({"sets": {result.name: result.metrics}})
+
+
+def _warn_of_shared(
+    work: session.Session, galleries: list[text_tables.Faces], probes: text_tables.Faces
+) -> None:
+    """Says how many probes are images of a gallery: they find themselves with any network."""
+    wanted = _paths(probes)
+    for gallery in galleries:
+        if shared := len(wanted & _paths(gallery)):
+            work.warn(
+                f"{gallery.images.name}: {count(shared, 'image')} of the probes "
+                f"{'is' if shared == 1 else 'are'} in this gallery too, where any network finds "
+                f"{'it' if shared == 1 else 'them'}: leave such probes out"
+            )
+
+
+def _paths(faces: text_tables.Faces) -> set[str]:
+    return {os.path.realpath(os.path.join(faces.images.root, x)) for x in faces.images.paths}
 
 
 def make_result(

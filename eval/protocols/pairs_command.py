@@ -109,6 +109,8 @@ def _of_templates(
         args.templates, args.images, args.landmarks, ("image", "template"), args.resize
     )
     numbers = {name: number for number, name in enumerate(faces.names)}
+    from eval.protocols import score_pairs
+
     sides = []
     for side in ("first", "second"):
         for row, name in enumerate(table.columns[side]):
@@ -122,6 +124,7 @@ def _of_templates(
         return None
     pooled = pool(features.matrix(), faces, args.norm)
     unit = templates.normalised(pooled)
+    score_pairs.warn_of_itself(work, args.pairs.stem, int((sides[0] == sides[1]).sum()), "template")
     scores = templates.pair_scores(unit, sides[0], sides[1])
     points = roc.curve(scores, issame)
     quality = np.linalg.norm(pooled, axis=1)[np.stack(sides)].min(axis=0)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.common import files
+from data_tools.common.messages import count
 from eval import bootstrap, roc, verification
 from eval.embedders.contract import InputContract
 from eval.embedders.embedder import Embedder
@@ -33,6 +34,7 @@ def verify(session: Session, pairs: Pairs, features: Features, protocol: str) ->
     Raises:
         ValueError: fewer than ten pairs, or only same or only different pairs.
     """
+    warn_of_itself(session, pairs.name, int((pairs.first == pairs.second).sum()), "image")
     x = features.matrix(np.float64)
     distance = verification.pair_distances(x, pairs.first, pairs.second)
     norms = features.norms()  # [N, V]
@@ -72,6 +74,15 @@ def verify(session: Session, pairs: Pairs, features: Features, protocol: str) ->
         "resamples, same and different pairs apart",
     )
     return results.make(protocol, pairs.name, session.embedder.facts, contract, metrics, arrays)
+
+
+def warn_of_itself(session: Session, name: str, pairs: int, what: str) -> None:
+    """Says how many pairs compare an image or a template with itself: any network gets them."""
+    if pairs:
+        session.warn(
+            f"{name}: {count(pairs, 'pair')} of one {what} with itself, whose score is 1 with any "
+            f"network: leave such pairs out"
+        )
 
 
 def _intervals(

@@ -40,8 +40,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from data_tools import shards
-from data_tools.common import text
-from data_tools.common.errors import USER_ERRORS, UserError, one_line
+from data_tools.common import cli, text
+from data_tools.common.errors import UserError
 from data_tools.images.decode import _FLAGS
 from data_tools.load import order
 from data_tools.load.augment import Probabilities
@@ -58,6 +58,7 @@ _RATIOS = [  # of rates, and the target
 ]  # fmt: skip
 
 
+@cli.on_one_line()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -69,16 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="WAY", help="time these alone")
     parser.add_argument("--index", type=int, metavar="N", help="open a generated set of N images")
     args = parser.parse_args(arguments)
-    try:
-        if args.index:
-            report = opened(args.index)
-        elif args.shards:
-            report = rates(shards.open(args.shards), args)
-        else:
-            parser.error("name a packed set, or --index N")
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
+    if args.index:
+        report = opened(args.index)
+    elif args.shards:
+        report = rates(shards.open(args.shards), args)
+    else:
+        parser.error("name a packed set, or --index N")
     print(json.dumps(report))
     return 0
 

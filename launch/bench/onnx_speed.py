@@ -33,8 +33,7 @@ import torch
 from torch import nn
 
 from data_tools import verification_bin
-from data_tools.common import files
-from data_tools.common.errors import USER_ERRORS, one_line
+from data_tools.common import cli, files
 from data_tools.images.decode import decode
 from eval.embedders.embed_onnx import OnnxEmbedder
 from eval.protocols import drop
@@ -52,6 +51,7 @@ _FARS = (1e-2, 1e-3, 1e-4)
 _NO_LIMIT = Limits(2.0, -1.0, -1.0, 100.0, 100.0)  # what is measured here is not refused
 
 
+@cli.on_one_line()
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -65,11 +65,7 @@ def main() -> int:
     args = parser.parse_args()
     if (args.run is None) == (args.network is None):
         parser.error("one of RUN and --network")
-    try:
-        report = measure(args.run, args.network, args.data, args.repeat, args.people)
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
+    report = measure(args.run, args.network, args.data, args.repeat, args.people)
     print("| | MiB | accuracy % | TAR % | ms, batch 1 | images/s, batch 32 | x torch, 1 | 32 |")
     print("|---|---|---|---|---|---|---|---|")
     for name, row in report["rows"].items():

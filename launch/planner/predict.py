@@ -20,7 +20,8 @@ import math
 import sys
 from typing import Any, NamedTuple
 
-from data_tools.common.errors import USER_ERRORS, UserError, one_line
+from data_tools.common import cli
+from data_tools.common.errors import UserError
 from data_tools.union import open_all
 from launch.planner.advice import advice
 from launch.planner.backbone_memory import BackboneSizes, backbone_bytes, backbone_sizes
@@ -155,6 +156,7 @@ def _wire(cfg: Config, batch: int, gpus: int, backbone: BackboneSizes) -> dict[s
     }
 
 
+@cli.on_one_line()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch.plan",
@@ -170,24 +172,20 @@ def main(arguments: list[str] | None = None) -> int:
     add("--bandwidth", type=float, default=25.0, metavar="GB/S", help="of a GPU; %(default)s")
     add("--json", action="store_true", help="one JSON line last")
     args = parser.parse_intermixed_args(arguments)
-    try:
-        for option in ("gpus", "memory", "classes", "bandwidth"):
-            number = getattr(args, option)
-            if number is not None and not number > 0:
-                raise UserError(f"--{option} {number:g}: a number above 0")
-        unread = [] if args.classes is None else ["rec=-"]  # then a recipe needs no data
-        cfg = config.load(args.recipe, [*args.overrides, *unread])
-        num_classes = args.classes or cfg.num_classes or _count(cfg)
-        if num_classes < args.gpus:
-            raise UserError(f"--gpus {args.gpus}: 1 to {num_classes}, the number of classes")
-        found = plan(cfg, num_classes, args.gpus)
-        hints = advice(
-            cfg, args.gpus, (args.memory or math.inf) * _GB,
-            lambda one, gpus: plan(one, num_classes, gpus).total,
-        )  # fmt: skip
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
+    for option in ("gpus", "memory", "classes", "bandwidth"):
+        number = getattr(args, option)
+        if number is not None and not number > 0:
+            raise UserError(f"--{option} {number:g}: a number above 0")
+    unread = [] if args.classes is None else ["rec=-"]  # then a recipe needs no data
+    cfg = config.load(args.recipe, [*args.overrides, *unread])
+    num_classes = args.classes or cfg.num_classes or _count(cfg)
+    if num_classes < args.gpus:
+        raise UserError(f"--gpus {args.gpus}: 1 to {num_classes}, the number of classes")
+    found = plan(cfg, num_classes, args.gpus)
+    hints = advice(
+        cfg, args.gpus, (args.memory or math.inf) * _GB,
+        lambda one, gpus: plan(one, num_classes, gpus).total,
+    )  # fmt: skip
     report = _report(found, num_classes, args, hints)
     if args.json:
         print(json.dumps(report))

@@ -7,6 +7,7 @@ from typing import Any
 
 from data_tools.common import files
 from data_tools.common.errors import UserError
+from data_tools.common.messages import count
 from recognition.checkpoint.directory import Damaged, complete, directory_of, find
 from recognition.checkpoint.manifest import PENDING, read_manifest
 
@@ -78,6 +79,7 @@ def _print(facts: dict[str, Any]) -> None:
     scores += ", not yet verified" * facts["verification_pending"]
     print(
         f"{facts['path']}: {name}, {heads}; "
-        f"{facts['samples_seen']} samples, saved by {facts['world']} processes, "
+        f"{facts['samples_seen']} samples, saved by "
+        f"{count(facts['world'], 'process', 'processes')}, "
         f"{facts['bytes'] / 1e6:.1f} MB{scores}"
     )

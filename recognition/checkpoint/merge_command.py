@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.common import files
+from data_tools.common.messages import count
 from data_tools.common.partial_directory import PartialDirectory
 from recognition.checkpoint import tensors
 from recognition.checkpoint.directory import Damaged, find, naming_predecessor
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             entries[name] = tensors.write(str(out / name), joined(path, manifest, k))
         write_manifest(str(out), manifest | {"format": FORMAT, "files": entries, "world": 1})
         files.sync_directory(out)
-    print(f"{args.out}: {len(merged)} files of class rows merged into {len(heads)}")
+    print(f"{args.out}: {count(len(merged), 'file')} of class rows merged into {len(heads)}")
     return {"path": str(args.out), "from": path, "files": entries}
 
 

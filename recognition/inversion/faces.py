@@ -165,7 +165,7 @@ def load_embeddings(path: str | Path, size: int) -> tuple[np.ndarray, np.ndarray
     except (UserError, OSError):
         raise
     except Exception as error:  # compressed arrays raise zipfile's, zlib's and tokenize's errors
-        raise UserError(f"{path} is no whole .npy or .npz of numbers: {error}") from error
+        raise arrays.not_numbers(path, error) from error
     if content is None:
         raise UserError(f"{path} has {names}: `embeddings` is wanted")
     if content.ndim != 2 or content.shape[1] != size or content.dtype.kind != "f":

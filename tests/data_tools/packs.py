@@ -7,7 +7,7 @@ from tests.real import ROOT
 
 
 def contents(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def by_identity(data):
@@ -18,10 +18,11 @@ def by_identity(data):
     return found
 
 
-def start_pack(source, out, *arguments, before=None):
+def start_pack(source, out, *arguments, before=None, images_per_shard=1000):
     program = (  # processes, for few images as well
         "import sys; from data_tools import __main__; from data_tools.common import parallel; "
-        "parallel.ITEMS_PER_WORKER = 1; "
+        "from data_tools.pack import pack_job; "
+        f"parallel.ITEMS_PER_WORKER = 1; pack_job.IMAGES_PER_SHARD = {images_per_shard}; "
         "sys.exit(__main__.main())"
     )
     command = [sys.executable, "-c", program, "pack", str(source), str(out), *arguments]

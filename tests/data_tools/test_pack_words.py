@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 
 import cv2
 import numpy as np
@@ -131,6 +132,36 @@ def test_the_last_line_counts_all_that_was_left_out(tmp_path, capsys):
                    "7 images beyond --max-images"]  # fmt: skip
         counted = [f"{skipped} skipped"] * bool(skipped) + counted
         assert lines[-1].endswith(f" s; left out: {', '.join(counted)}")
+
+
+def test_a_reason_is_given_once(tmp_path, capsys):
+    source = folder(tmp_path / "faces", [5, 5])
+    for path in source.glob("*/*.jpg"):
+        path.write_bytes(b"")
+    (source / "p00" / "0.jpg").write_bytes(b"GIF89a" + bytes(60))
+    assert main(["pack", str(source), str(tmp_path / "set")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("zero bytes") == 1 and " and 8 more: " in error and "p00/0.jpg: " in error
+
+
+def test_other_sizes_are_one_reason(tmp_path, capsys):
+    source = folder(tmp_path / "faces", [2, 2])
+    for k, path in enumerate(sorted(source.glob("*/*.jpg"))):
+        path.write_bytes(encoded(k, 20 + k, 40))
+    assert main(["pack", str(source), str(tmp_path / "set")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("--resize, in a recipe") == 1 and " and 3 more: " in error
+
+
+def test_what_synthesize_wrote_is_packed_without_a_warning(tmp_path, capsys):
+    done_of(capsys, "synthesize", tmp_path / "faces", "--identities", 3, "--images", 2)
+    done, lines, error = done_of(capsys, "pack", tmp_path / "faces", tmp_path / "set")
+    assert done["ignored_files"] == 0 and "warning" not in error and "left out" not in lines[-1]
+    with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
+        for path in sorted((tmp_path / "faces").rglob("*")):
+            archive.write(path, path.relative_to(tmp_path / "faces"))
+    done, _, error = done_of(capsys, "pack", tmp_path / "faces.zip", tmp_path / "zipped")
+    assert (done["images"], done["ignored_files"]) == (6, 0) and "warning" not in error
 
 
 def test_a_last_line_without_anything_left_out(tmp_path, capsys):

@@ -409,6 +409,7 @@ def test_command_refuses_with_one_line(run, tmp_path, capsys, monkeypatch):
         (["--max-pairs", "-3"], "--max-pairs -3: 0"),
         (["--max-drop", "nan"], "--max-drop nan"),
         (["--max-drop", "-1"], "--max-drop -1"),
+        (["--data", "none"], "--data none: no such directory"),
     ],
 )
 def test_what_cannot_be_asked_is_told(run, more, told, tmp_path, capsys):
@@ -416,6 +417,17 @@ def test_what_cannot_be_asked_is_told(run, more, told, tmp_path, capsys):
         arguments = more if name == "x.onnx" else []
         assert launch.export.main(["run", str(tmp_path / name), *arguments]) == 1
         assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_is_one_line(run, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch.export, "images_of", interrupted)
+    assert launch.export.main(["run", str(tmp_path / "x.onnx")]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: interrupted; nothing half-made is left"
     assert not list(tmp_path.iterdir())
 
 

@@ -35,6 +35,19 @@ def test_every_cut_is_noticed(tmp_path):
             load_hashed(tmp_path / "x.npy")
 
 
+def test_what_is_no_array_is_named_without_numpys_advice(tmp_path):
+    """NumPy takes every other file for a pickle, and says how to load one."""
+    for name, content, fault in (
+        ("model.onnx", b"\x08\x08\x12\x07pytorch", "or Python objects; it is an ONNX model"),
+        ("empty.npy", b"", "it is an empty file"),
+        ("text.npy", b"1 2 3\n", "it holds no array, or Python objects"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=fault) as caught:
+            load_npy(tmp_path / name)
+        assert "pickle" not in str(caught.value)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
 def test_any_damage_of_a_header_is_a_users_error(tmp_path):
     """NumPy reads the header as Python, so the tokenizer's errors come out too."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 from pathlib import Path
 
 import cv2
@@ -105,7 +106,7 @@ def photograph(seed, turned=0.3):
     return image, TEMPLATE @ matrix[:, :2].T + matrix[:, 2]
 
 
-def test_landmarks_of_a_file(tmp_path):
+def test_landmarks_of_a_file(tmp_path, capsys):
     source = tmp_path / "raw"
     lines = ["# made for a test"]
     for k in range(2):
@@ -118,7 +119,12 @@ def test_landmarks_of_a_file(tmp_path):
     lines.append("p9/9.png " + " ".join(["1"] * 10))
     (tmp_path / "points.txt").write_text("\n".join(lines))
     words = ["pack", str(source), str(tmp_path / "set"), "--shards", "1", "--align"]
-    assert main([*words, "--landmarks", str(tmp_path / "points.txt")]) == 0
+    words += ["--landmarks", str(tmp_path / "points.txt")]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "points.txt: no landmarks of 1 of 6 images to pack, 'p0/0.png': add their lines" in error
+    assert "--detector FILE.onnx" in error and not (tmp_path / "set").exists()
+    assert main([*words, "--skip-missing-landmarks"]) == 0
     data = shards.open(tmp_path / "set")
     assert len(data) == 5 and data.index["landmarks_unused"] == 1
     assert data.index["skipped"] == {"count": 1, "file": "skipped.txt", "without_face": 1}
@@ -126,6 +132,48 @@ def test_landmarks_of_a_file(tmp_path):
     image, points = photograph(11, turned=0.1)
     aligned = warp(image, points)
     assert min(difference(face, aligned) for _, face in data) < 2
+
+
+def aligned_lines(names):
+    """A line of landmarks for each name: the points of the template."""
+    points = " ".join(f"{v:.3f}" for v in TEMPLATE.ravel())
+    return [f"{name} {points}" for name in names]
+
+
+@pytest.mark.parametrize("kind", ["file", "lst"])
+def test_landmarks_may_miss_only_where_nothing_is_packed(tmp_path, kind, capsys):
+    """Of an image that is left out, no points are needed; of 12 that miss, three are named."""
+    source = folder(tmp_path / "faces", [6, 6, 6, 1])
+    names = sorted(path.relative_to(source).as_posix() for path in source.glob("*/*"))
+    known = [name for name in names if name < "p02" or name >= "p03"]
+    if kind == "file":
+        (tmp_path / "points.txt").write_text("\n".join(aligned_lines(known)))
+        words = [source, "--landmarks", tmp_path / "points.txt"]
+    else:
+        points = "\t".join(f"{v:.3f}" for v in TEMPLATE.T.ravel())
+        lines = [
+            f"0\t{name}\t{name[2]}" + f"\t0\t0\t9\t9\t{points}" * (name in known) for name in names
+        ]
+        (source / "all.lst").write_text("\n".join(lines))
+        words = [source / "all.lst"]
+    words = ["pack", *map(str, words), str(tmp_path / "set"), "--align"]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "no landmarks of 6 of 19 images to pack, the first 'p02/0.jpg', 'p02/1.jpg', " in error
+    assert "'p02/2.jpg': add" in error and "--skip-missing-landmarks" in error
+    assert main([*words, "--skip-missing-landmarks", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["without_face"] == 6
+    index = shards.open(tmp_path / "set").index
+    assert index["options"]["skip_missing_landmarks"] is True
+
+
+def test_the_points_of_people_left_out_may_miss(tmp_path):
+    source = folder(tmp_path / "faces", [6, 6, 1])
+    names = sorted(path.relative_to(source).as_posix() for path in source.glob("*/*"))
+    points = tmp_path / "points.txt"
+    points.write_text("\n".join(aligned_lines(name for name in names if name < "p02")))
+    done = pack(source, tmp_path / "set", Options(align=True, landmarks=points, min_images=2))
+    assert (done["images"], done["skipped"]) == (12, 0)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +197,13 @@ def test_bad_landmarks(tmp_path, text, fault):
         ({"align": True}, "--align needs five points"),
         ({"landmarks": Path("x")}, "need --align"),
         ({"align": True, "pass_through": True}, "cannot keep old ones"),
+        ({"skip_missing_landmarks": True}, "needs --align with known points: give it too"),
+        (
+            {"align": True, "detector": Path("x"), "skip_missing_landmarks": True},
+            "--detector finds the points that are missing",
+        ),
         ({"split": "images=2"}, "say images=SHARE"),
+        ({"pairs": 40}, "--pairs 40 are of --hold-out N: say that too"),
         ({"split": "faces=0.1"}, "say images=SHARE"),
         ({"min_images": 0}, "--min-images 0"),
         ({"max_images": -1}, "--max-images -1"),

@@ -50,6 +50,14 @@ def test_the_example_of_two_photographs_takes_scrfd_as_pack_does(tmp_path):
     np.testing.assert_allclose(found, detect(image, str(path)), atol=1e-4)
 
 
+def test_the_example_says_that_a_narrow_picture_has_no_face(tmp_path):
+    """Its shorter side is a fraction of a pixel in what the detector sees."""
+    session = onnxruntime.InferenceSession(network(tmp_path / "net.onnx", [0.1], _FACE))
+    for shape in ((1, 2000, 3), (2000, 1, 3), (1, 1, 3)):
+        with pytest.raises(ValueError, match="no face found"):
+            compare_photographs.five_points(session, np.zeros(shape, np.uint8))
+
+
 @pytest.mark.parametrize(
     ("score", "points"),
     [([0.1], _FACE), ([np.nan], _FACE), ([0.9], _FACE * np.nan), ([0.9], _FACE * 1e30)],

@@ -7,6 +7,8 @@ import shutil
 import pytest
 
 from data_tools.__main__ import main
+from data_tools.pack.pack import pack
+from data_tools.pack.pack_options import Options
 from tests.data_tools.packs import start_pack
 
 
@@ -53,6 +55,30 @@ def test_source_and_output_are_kept_apart(source, tmp_path, capsys):
     assert len(list(source.glob("*/*.jpg"))) == 31
     assert main(["pack", str(tmp_path / "absent"), str(tmp_path / "set")]) == 1
     assert "absent: no such directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["inspect"], ["verify"], ["unpack"], ["view", "--label", "0"]], ids=lambda x: x[0]
+)
+def test_a_file_is_no_data_set(tmp_path, capsys, words):
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    command, *options = words
+    out = [str(tmp_path / "out.png")] * (command in ("unpack", "view"))
+    assert main([command, str(tmp_path / "model.onnx"), *out, *options]) == 1
+    assert "model.onnx is a file, not a data set: name the dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["inspect", "SET", "--quality", "-1"], "--quality -1: must be 0 or more"),
+        (["overlap", "SET", "SET", "out.txt", "--workers", "0"], "--workers 0: must be 1 or more"),
+    ],
+)
+def test_numbers_out_of_range(source, tmp_path, capsys, words, fault):
+    pack(source, tmp_path / "set", Options())
+    assert main([word.replace("SET", str(tmp_path / "set")) for word in words]) == 1
+    assert fault in capsys.readouterr().err
 
 
 def test_the_command_prints_one_json_line_last(source, tmp_path):

@@ -1,6 +1,7 @@
 """A pack that is stopped or fails leaves nothing half-made; a killed one goes on."""
 
 import os
+import re
 import resource
 import signal
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from data_tools.__main__ import main
 from data_tools.common import parallel
+from data_tools.pack import pack_job
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import Options
 from data_tools.sources import folders
@@ -170,6 +172,31 @@ def test_a_killed_pack_goes_on_to_the_same_bytes(slow_source, tmp_path, workers)
         assert (now.st_ino, now.st_mtime_ns) == (was.st_ino, was.st_mtime_ns), "written again"
     assert pack(slow_source, tmp_path / "unbroken", options)["status"] == "packed"
     assert contents(out) == contents(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+def test_the_shards_of_a_split_are_kept(slow_source, tmp_path, stop, monkeypatch):
+    monkeypatch.setattr(pack_job, "IMAGES_PER_SHARD", 20)
+    out, partial = tmp_path / "set", tmp_path / "set.partial"
+    words = ["--resize", "--split", "images=0.5", "--shards", "4", "--workers", "1"]
+    process = start_pack(slow_source, out, *words, images_per_shard=20)
+    journal = partial / "journal"
+    wait_for(lambda: len(list(journal.glob("split-*-of-*[0-9].npz"))) >= 2, "two shards of split")
+    process.send_signal(stop)
+    _, error = process.communicate(timeout=60)
+    if stop == signal.SIGINT:
+        assert re.search(r"[23] of 8 shards that are finished are kept in", error)
+    done = sorted(journal.glob("*.npz"))
+    was = {path.stem: (partial / "split" / f"{path.stem}.rec").stat() for path in done}
+    options = Options(shards=4, resize=True, split="images=0.5")
+    assert pack(slow_source, out, options)["status"] == "resumed"
+    for name, one in was.items():
+        now = (out / "split" / f"{name}.rec").stat()
+        assert (now.st_ino, now.st_mtime_ns) == (one.st_ino, one.st_mtime_ns), "written again"
+    assert pack(slow_source, tmp_path / "unbroken", options)["status"] == "packed"
+    for part in (".", "split"):
+        assert contents(out / part) == contents(tmp_path / "unbroken" / part)
+    assert not partial.exists()
 
 
 def test_what_a_kill_left_is_not_trusted_blindly(slow_source, tmp_path):

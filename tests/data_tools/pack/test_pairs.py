@@ -156,6 +156,9 @@ def test_mistakes_of_the_command(tmp_path, capsys):
         ([str(source), "x.pkl"], "ends in .bin"),
         ([str(tmp_path / "absent"), "x.bin"], "no such directory"),
         ([str(source), str(tmp_path / "x.bin"), "--pairs", "20"], "make only 2"),
+        ([str(source), str(tmp_path / "x.bin"), "--seed", "-1"], "--seed -1: must be 0 or more"),
+        ([str(source), str(tmp_path / "x.bin"), "--size", "0"], "--size 0: must be 1 or more"),
+        ([str(source), str(tmp_path / "x.bin"), "--size", "9999"], "must be 1024 or less"),
         ([str(source), str(tmp_path / "no" / "x.bin"), "--pairs", "20"], "make only 2"),
     ]:
         assert main(["pairs", *arguments]) == 1

@@ -203,6 +203,29 @@ def test_own_templates_and_galleries(capsys, run, people):
     assert found["counts"] == {"gallery": 5, "probes": 16, "mated": 10, "nonmated": 6}
 
 
+def test_images_that_meet_themselves_are_counted(capsys, run, people):
+    """Their score is 1 with any network, so that a number may look like a good one."""
+    (people / "g.csv").write_text("image,subject\n0/0.jpg,0\n1/0.jpg,1\n2/0.jpg,2\n")
+    (people / "q.csv").write_text("image,subject\n0/0.jpg,0\n./1/0.jpg,1\n1/1.jpg,1\n3/0.jpg,3\n")
+    words = ["identify", str(run), "--gallery", people / "g.csv", "--probes", people / "q.csv"]
+    assert cli.main([*map(str, words)]) == 0
+    assert "g: 2 images of the probes are in this gallery too" in capsys.readouterr().err
+    lines = [f"{p}/0.jpg,{q}/{i}.jpg,{int(p == q)}\n" for p in range(6) for q in (p, p + 1)
+             for i in ((0,) if p == q == 0 else (1,))]  # fmt: skip
+    (people / "p.csv").write_text("first,second,same\n" + "".join(lines))
+    assert cli.main(["pairs", str(run), str(people / "p.csv")]) == 0
+    assert "p: 1 pair of one image with itself" in capsys.readouterr().err
+    (people / "t.csv").write_text(
+        "image,template\n" + "".join(f"{p}/{i}.jpg,{p}{i}\n" for p in range(4) for i in range(2))
+    )
+    (people / "tp.csv").write_text(
+        "first,second,same\n00,00,1\n10,11,1\n20,21,1\n00,10,0\n10,20,0\n20,30,0\n"
+    )
+    words = ["pairs", run, people / "tp.csv", "--templates", people / "t.csv"]
+    assert cli.main([*map(str, words)]) == 0
+    assert "tp: 1 pair of one template with itself" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "command, text, message",
     [
