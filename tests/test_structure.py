@@ -32,7 +32,7 @@ ROOMS: dict[str, list[str]] = {
     "data_tools.pack": ["data_tools", "data_tools.images", "data_tools.sources"],
     "data_tools.clean": ["data_tools", "data_tools.images", "data_tools.sources"],
     "data_tools.inspect": ["data_tools", "data_tools.images", "data_tools.clean"],
-    "data_tools.synthetic": [],
+    "data_tools.synthetic": ["data_tools.images"],
     "eval": ["data_tools.images"],  # the metrics, and the alignment template under its public name
     "eval.embedders": ["eval", "data_tools.*"],
     "eval.report": ["eval", "data_tools.*"],

@@ -77,7 +77,7 @@ def test_names_of_people_in_several_parts_are_no_reason_for_a_warning(tmp_path, 
     ("arguments", "fault"),
     [
         (["--identity-level", "-1"], "must be 1 or more"),
-        (["--identity-level", "1", "--nested"], "take one"),
+        (["--identity-level", "1", "--nested"], "choose one"),
         ([], "--identity-level N says at which depth"),
     ],
 )

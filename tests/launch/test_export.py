@@ -27,7 +27,7 @@ from recognition.backbones import BACKBONES
 from recognition.export.graph import check_graph
 from recognition.export.parity import Agreement, ExportError
 from recognition.export.to_onnx import Bake, export_onnx
-from recognition.run import build
+from recognition.run.data import hashes_of
 from tests.eval.embedders.test_embed import make_run
 from tests.real import ROOT, real
 
@@ -349,7 +349,7 @@ def test_hashes_are_those_that_the_run_noted(shards_dir):
     assert "training_index_sha256" not in both
     before = launch.export._data({"rec": str(shards_dir), "labels_crc32": 7}, "")
     assert not [key for key in before if "sha256" in key]
-    own = build._hashes(shards.open(shards_dir))
+    own = hashes_of(shards.open(shards_dir))
     index = hashlib.sha256((shards_dir / "index.json").read_bytes()).hexdigest()
     assert own == [{"name": shards_dir.name, "sha256": index, "of": "index.json"}]
 

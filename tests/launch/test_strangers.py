@@ -15,7 +15,7 @@ import torch
 
 import launch.compare_photographs
 from data_tools.images.template import TEMPLATE, warp
-from data_tools.pack.alignment import detect
+from data_tools.pack.detectors import detect
 from recognition.export.to_onnx import Bake, export_onnx
 from tests.launch.test_export import normalised, trained, unit
 from tests.real import ROOT, real

@@ -153,7 +153,7 @@ def test_a_damaged_pair_file_is_named(tmp_path, capsys):
 
 
 def test_what_cannot_be_verified(tmp_path, capsys):
-    for path, fault in ((tmp_path, "no data set"), (tmp_path / "absent", "no data set")):
+    for path, fault in ((tmp_path, "no data set"), (tmp_path / "absent", "no such directory")):
         assert main(["verify", str(path)]) == 1
         assert fault in capsys.readouterr().err
     (tmp_path / "index.json").write_text("{}")

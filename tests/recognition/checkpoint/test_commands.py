@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from recognition import checkpoint
 from recognition.checkpoint import __main__ as program
-from recognition.checkpoint import inspect_command, retention, verify_command
+from recognition.checkpoint import inspect_command, verify_command, writing
 from tests import ranks
 from tests.conftest import run
 from tests.recognition import runs
@@ -74,11 +74,11 @@ def test_an_error_of_ours_is_not_taken_for_damage(command, run_dir, monkeypatch)
     def broken(path):
         raise ValueError("a bug")
 
-    for module in (verify_command, inspect_command, retention):
+    for module in (verify_command, inspect_command, writing):
         monkeypatch.setattr(module, "read_manifest", broken)
     with pytest.raises(ValueError, match="a bug"):
         if command == "prune":
-            retention.prune(run_dir, 2, retention.Keep(1, None, None))
+            writing.prune(run_dir, 2, writing.Keep(1, None, None))
         else:
             program.main([command, run_dir])
 

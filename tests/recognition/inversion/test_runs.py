@@ -23,6 +23,7 @@ from recognition.inversion.descent import Batch
 from recognition.inversion.identity import ClosedSet, centres
 from recognition.inversion.settings import Request, Settings
 from tests import ranks
+from tests.recognition import runs  # noqa: F401  the pool's processes learn the tests' network from it
 from tests.recognition.inversion.cases import CPU, FEW, images_of, same
 
 

@@ -12,7 +12,7 @@ import signal
 import pytest
 
 from recognition import checkpoint, config
-from recognition.checkpoint import directory
+from recognition.checkpoint import manifest
 from recognition.distributed import preemption
 from recognition.run import build, run_dir, trainer
 from tests import ranks
@@ -75,7 +75,7 @@ def test_paths_mean_the_same_in_another_working_directory(keys, tmp_path):
     newest = checkpoint.newest(keys["output"])
     assert newest.endswith("step-2")
     recorded = checkpoint.read_manifest(newest)["config"]
-    directory.amend(newest, {"config": recorded | {"rec": "shards", "output": output}})
+    manifest.amend(newest, {"config": recorded | {"rec": "shards", "output": output}})
     ranks.run(1, run_in, other, keys, 3)
     newest = checkpoint.newest(keys["output"])
     assert newest.endswith("step-3")

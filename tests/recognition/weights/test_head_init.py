@@ -61,7 +61,7 @@ def test_shards_that_are_not_whole(tmp_path):
         saved_rows.open_rows(str(tmp_path))
     far = tmp_path / f"softmax_fc_gpu_{10**19}.pt"
     torch.save({"weight": torch.zeros(9, D)}, far)
-    with pytest.raises(ValueError, match=rf"ranks \[3, 8, 9, 10\] are not .* up to {10**19}"):
+    with pytest.raises(ValueError, match=rf"ranks \[3, 8, 9, 10\] are missing, .* up to {10**19}"):
         saved_rows.open_rows(str(tmp_path))
     far.unlink()
     torch.save({"weight": torch.zeros(9, D).to_sparse()}, tmp_path / "softmax_fc_gpu_3.pt")
@@ -150,7 +150,7 @@ def is_mean_direction(rows, module, data):
 def test_centres_from_the_features_of_the_new_set(world, keys, shards_dir):
     """Under the backbone of the start."""
     found = ranks.run(world, start, keys | {"init_head": "features"})[0]
-    module = BACKBONES["mbf_tiny"](embedding_size=32)
+    module = BACKBONES[runs.BASE["network"]](embedding_size=32)
     module.load_state_dict(
         {k.removeprefix("backbone."): v for k, v in found.items() if k.startswith("backbone.")}
     )
@@ -160,7 +160,7 @@ def test_centres_from_the_features_of_the_new_set(world, keys, shards_dir):
 @pytest.mark.parametrize("world", [1, 2])
 def test_centres_from_the_features_under_an_onnx(world, keys, shards_dir, tmp_path):
     torch.manual_seed(5)
-    module = BACKBONES["mbf_tiny"](embedding_size=32).eval()
+    module = BACKBONES[runs.BASE["network"]](embedding_size=32).eval()
     export_onnx(module, tmp_path / "x.onnx", metadata={})
     found = ranks.run(world, start, keys | {"init_head": str(tmp_path / "x.onnx")})[0]
     is_mean_direction(found["rows"], module, shards.open(shards_dir))
@@ -266,7 +266,7 @@ def test_a_damaged_run_gives_no_centres(damage, keys, tmp_path):
             last = file.read(1)[0]
             file.seek(-1, 2)
             file.write(bytes([last ^ 1]))
-    words = "where the classes from 0 on are due" if damage == "gap" else "8-16.* is damaged"
+    words = "where the classes from 0 on are expected" if damage == "gap" else "8-16.* is damaged"
     new = keys | {"init_head": keys["output"], "output": str(tmp_path / "new")}
     with pytest.raises(Exception, match=words):
         ranks.run(2, start, new)
