@@ -188,17 +188,25 @@ class Workers:
     """Processes that run commands as `python FILE` and `python -m MODULE` would, started once."""
 
     def __init__(self, count: int, directory: str) -> None:
+        self._count, self._directory, self._world = count, directory, 1
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
-        for _ in range(count):
+        for _ in range(self._count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, directory), daemon=True)
+            process = context.Process(target=_work, args=(theirs, self._directory), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
 
     def run(self, world: int, *command: str) -> tuple[int, str, str]:
         """The exit code of the first rank that failed, rank 0's stdout, and that rank's stderr."""
+        if world > self._world > 1:  # ranks number their exchanges from the start of their process
+            self.close()
+            self._start()
+        self._world = world if world > 1 else self._world
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
