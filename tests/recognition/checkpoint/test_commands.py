@@ -153,7 +153,10 @@ def test_what_is_not_ours_is_not_cleared(command, kind, run_dir, tmp_path, capsy
     assert os.path.lexists(partial) and not (tmp_path / "out").exists()
 
 
-def test_the_help_of_each():
-    for command in ([], ["inspect"], ["verify"], ["merge"], ["export"]):
-        done = run("-m", "recognition.checkpoint", *command, "--help")
-        assert done.returncode == 0 and "usage" in done.stdout
+def test_the_help_of_each(capsys):
+    done = run("-m", "recognition.checkpoint", "--help")
+    assert done.returncode == 0 and "usage" in done.stdout
+    for command in ("inspect", "verify", "merge", "export"):
+        with pytest.raises(SystemExit) as end:
+            program.main([command, "--help"])
+        assert end.value.code == 0 and "usage" in capsys.readouterr().out

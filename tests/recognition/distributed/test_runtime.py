@@ -22,7 +22,11 @@ sys.exit({command}.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    ("command", "options"), [("preflight", ["--seconds", "1"]), ("train", ["max_steps=2"])]
+    ("command", "options"),
+    [
+        pytest.param("preflight", ["--seconds", "1"], marks=pytest.mark.long),
+        ("train", ["max_steps=2"]),
+    ],
 )
 def test_no_thread_of_a_group_outlives_it(shards_dir, tmp_path, command, options):
     ended = run(

@@ -285,8 +285,15 @@ def test_copies_pass_through_buffers_of_any_size(buffer_bytes):
     assert (lane.rows_loaded, lane.rows_stored) == (7, 14)
 
 
-@pytest.mark.parametrize("keys", [{"sample_rate": 0.5}, {"sample_rate": 1.0, "optimizer": "adamw"},
-                                  {"accumulation": 2, "margin": "jamsface"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param({"sample_rate": 0.5}, marks=pytest.mark.long),
+        {"sample_rate": 1.0, "optimizer": "adamw"},
+        pytest.param({"accumulation": 2, "margin": "jamsface"}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_a_run_changes_its_storage_at_a_resume(shards_dir, tmp_path, keys):
     keys = {"rec": str(shards_dir), "max_steps": 4, "checkpoint_every": 2, "lr": 0.01, **keys}
     whole = ranks.run(2, runs.run, keys | {"output": str(tmp_path / "a")})[0]

@@ -154,10 +154,10 @@ def check_step(ours, truth, shape):
     "world, sample_rate",
     [
         (1, 1.0),
-        (2, 0.3),
-        (4, 1.0),
         (4, 0.3),
         # Between those above.
+        pytest.param(2, 0.3, marks=pytest.mark.long),
+        pytest.param(4, 1.0, marks=pytest.mark.long),
         pytest.param(1, 0.3, marks=pytest.mark.long),
         pytest.param(2, 1.0, marks=pytest.mark.long),
     ],
@@ -179,7 +179,7 @@ def test_filtered(case):
     check(*FILTERED[case], 2, 1.0)
 
 
-@pytest.mark.parametrize("num_subcenters", [2, 3])
+@pytest.mark.parametrize("num_subcenters", [pytest.param(2, marks=pytest.mark.long), 3])
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case not in ("interface-dd", "interface-dc")]
 )
@@ -187,7 +187,7 @@ def test_sub_centres(case, num_subcenters):
     check(*CASES[case], 2, 0.3, num_subcenters=num_subcenters)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.long), 4])
 @pytest.mark.parametrize("case", ["kappaface", "kappaface-weights"])
 def test_the_second_epoch_has_new_margins(case, world):
     check(*CASES[case], world, 0.3, epochs=2)

@@ -25,7 +25,13 @@ def largest_difference(a, b):
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"optimizer": "adamw", "lr": 1e-4, "accumulation": 2, "global_batch_size": 16}],
+    [
+        {},
+        pytest.param(
+            {"optimizer": "adamw", "lr": 1e-4, "accumulation": 2, "global_batch_size": 16},
+            marks=pytest.mark.long,
+        ),
+    ],
     ids=str,
 )
 def test_any_world_size_trains_the_same_model(shards_dir, tmp_path, keys):
@@ -66,10 +72,14 @@ def test_without_synchronised_batchnorm_the_models_differ(shards_dir, tmp_path):
 @pytest.mark.parametrize(
     "world, keys",
     [
-        (3, {}),
+        pytest.param(3, {}, marks=pytest.mark.long),
         (2, {"optimizer": "adamw", "lr": 1e-3, "accumulation": 2}),
         (3, {"precision": "bf16", "sync_bn": True}),
-        (2, {"sample_rate": 1.0, "margin": "cosface", "num_subcenters": 2}),
+        pytest.param(
+            2,
+            {"sample_rate": 1.0, "margin": "cosface", "num_subcenters": 2},
+            marks=pytest.mark.long,
+        ),
     ],
     ids=str,
 )
@@ -122,7 +132,10 @@ def test_fifty_steps_after_a_resume_at_another_world_size(shards_dir, tmp_path):
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"crop_augmentation_prob": 0.4, "photometric_augmentation_prob": 0.4, "shuffle_block": 7}],
+    [
+        pytest.param({}, marks=pytest.mark.long),
+        {"crop_augmentation_prob": 0.4, "photometric_augmentation_prob": 0.4, "shuffle_block": 7},
+    ],
     ids=str,
 )
 def test_dali_trains_the_same_model_to_the_bit(shards_dir, tmp_path, keys):
@@ -159,7 +172,7 @@ def two_sets(shards_dir, tmp_path_factory):
     return [str(shards_dir), str(other / "set")]
 
 
-@pytest.mark.parametrize("shares", [[], [2, 1]], ids=str)
+@pytest.mark.parametrize("shares", [pytest.param([], marks=pytest.mark.long), [2, 1]], ids=str)
 def test_two_sets_train_the_same_model_at_any_world_size_and_resume(two_sets, tmp_path, shares):
     keys = {
         "rec": two_sets, "rec_shares": shares, "precision": "fp64", "sync_bn": True,

@@ -146,7 +146,7 @@ def is_mean_direction(rows, module, data):
         assert (unit(mean) @ unit(rows[c])).item() == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_centres_from_the_features_of_the_new_set(world, keys, shards_dir):
     """Under the backbone of the start."""
     found = ranks.run(world, start, keys | {"init_head": "features"})[0]
@@ -157,7 +157,7 @@ def test_centres_from_the_features_of_the_new_set(world, keys, shards_dir):
     is_mean_direction(found["rows"], module.eval(), shards.open(shards_dir))
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_centres_from_the_features_under_an_onnx(world, keys, shards_dir, tmp_path):
     torch.manual_seed(5)
     module = BACKBONES[runs.BASE["network"]](embedding_size=32).eval()
