@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 
 import pytest
@@ -12,14 +13,19 @@ from data_tools.common.partial_directory import MARKER
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import Options
 from data_tools.recordio import Header, Writer
-from tests.data_tools.pack.test_pack_killed import kill_after, slow_source, wait_for
+from tests.data_tools.pack.test_pack_killed import (
+    kill_after,
+    make_slow_source,
+    slow_source,
+    wait_for,
+)
 from tests.data_tools.packs import contents, start_pack
 from tests.data_tools.samples import encoded
 
 __all__ = ["slow_source"]  # a fixture
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.long), "2"])
 def test_ctrl_c_keeps_the_finished_shards(slow_source, tmp_path, workers):
     out, partial = tmp_path / "set", tmp_path / "set.partial"
     process = start_pack(slow_source, out, "--resize", "--shards", "6", "--workers", workers)
@@ -40,6 +46,15 @@ def test_ctrl_c_keeps_the_finished_shards(slow_source, tmp_path, workers):
     assert not partial.exists()
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """(images, what their killed pack left) to be copied."""
+    root = tmp_path_factory.mktemp("killed")
+    source = make_slow_source(root)
+    kill_after(2, source, root / "set", "--resize", "--shards", "6", "--workers", "1")
+    return source, root / "set.partial"
+
+
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
@@ -53,13 +68,14 @@ def test_ctrl_c_keeps_the_finished_shards(slow_source, tmp_path, workers):
     ],
 )
 def test_options_that_are_refused_cost_no_finished_shard(
-    slow_source, tmp_path, capsys, arguments, fault
+    killed, tmp_path, capsys, arguments, fault
 ):
+    source, left = killed
     out = tmp_path / "set"
-    kill_after(2, slow_source, out, "--resize", "--shards", "6", "--workers", "1")
+    shutil.copytree(left, tmp_path / "set.partial")
     before = contents(tmp_path / "set.partial" / "journal")
     assert len(before) >= 3
-    assert main(["pack", str(slow_source), str(out), *arguments]) == 1
+    assert main(["pack", str(source), str(out), *arguments]) == 1
     assert fault in capsys.readouterr().err
     assert contents(tmp_path / "set.partial" / "journal") == before
 

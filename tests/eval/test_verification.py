@@ -81,7 +81,7 @@ def plain_balanced(embeddings, issame):
     return balanced_accuracy_score(issame, called)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize("share", [0.1, pytest.param(0.5, marks=pytest.mark.long)])
 def test_balanced_accuracy_equals_the_plain_definition(share):
     rng = np.random.default_rng(int(100 * share))
     issame = rng.random(163) < share

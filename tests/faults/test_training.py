@@ -138,8 +138,17 @@ def training(faults_worker, faces_dir, tmp_path):
     return Training(faults_worker, faces_dir, tmp_path)
 
 
-@pytest.mark.timeout(1800)  # hundreds of runs: a busy machine needs more than the usual
+@pytest.mark.timeout(1800)  # many runs: a busy machine needs more than the usual
 def test_a_fault_of_each_kind(faults_worker, training):
+    """In a run that loads and saves."""
+    scene = training.scene("resumed")
+    chosen = positions.one_of_a_kind(recorded(faults_worker, scene), set())
+    assert_survived(faults_worker, scene, chosen)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_fault_of_each_kind_in_any_scene(faults_worker, training):
     seen: set[tuple[str, str]] = set()
     for name in SCENES:
         if name == "new":

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from launch.bench import losses
+from launch.bench import loader, losses
 from recognition.losses import Margin, Rows, make_margin
 from recognition.losses.margin import Layer
 from tests.conftest import command, run
@@ -36,9 +36,10 @@ def test_two_losses_on_two_processes():
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "bf16"])
-def test_one_process_sampled_and_in_other_precisions(dtype):
-    done = command(SCRIPT, *SMALL, "--losses", "kappaface", "--dtype", dtype, "--sample-rate", 0.3)
-    report = json.loads(done.stdout.splitlines()[-1])
+def test_one_process_sampled_and_in_other_precisions(dtype, capsys):
+    typed = [*SMALL, "--losses", "kappaface", "--dtype", dtype, "--sample-rate", 0.3]
+    assert losses.main(list(map(str, typed))) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (report["W"], report["r"], report["dtype"]) == (1, 0.3, dtype)
     assert report["losses"]["kappaface"]["limit"] == 1.1
 
@@ -95,6 +96,7 @@ def test_a_mistake_is_said_and_an_exit_code(typed, words, code, capsys):
     assert ended == code and words in said.err and said.out == ""
 
 
+@pytest.mark.long
 def test_a_batch_that_two_processes_cannot_share():
     done = run(*TORCHRUN, SCRIPT, *SMALL, "--batch", 15)
     assert done.returncode != 0 and done.stdout == ""
@@ -123,7 +125,10 @@ def test_the_loader_bench_opens_a_large_index():
     assert report["of_it_private_mib"] < 64
 
 
-def test_the_loader_bench_says_what_it_wants(tmp_path):
-    for typed, words, code in [([], "name a packed set", 2), ([tmp_path / "no"], "no such", 1)]:
-        done = run("launch/bench/loader.py", *typed)
-        assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+def test_the_loader_bench_says_what_it_wants(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        loader.main([])
+    assert ended.value.code == 2 and "name a packed set" in capsys.readouterr().err
+    assert loader.main([str(tmp_path / "no")]) == 1
+    said = capsys.readouterr().err
+    assert "no such" in said and "Traceback" not in said

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from launch.bench import head
 from launch.bench.rivals import RIVALS, Softmax
 from launch.bench.sides import Case, batch_of
-from tests.conftest import command, run
+from tests.conftest import command
 
 SCRIPT = "launch/bench/head.py"
 SMALL = ["--classes", 600, "--batch", 8, "--embedding-size", 32, "--pairs", 2, "--warmup", 1]
@@ -49,12 +49,13 @@ def test_a_form_takes_its_turns_or_is_said_to_be_left_out():
             assert "Triton is for GPUs" in report["left_out"]["triton"]
 
 
-def test_a_size_alone_where_it_fits():
-    wanted = ["--alone", "--storage", "auto", "--processes", 1]
-    report = json.loads(command(SCRIPT, *SMALL, *wanted).stdout.splitlines()[-1])
+def test_a_size_alone_where_it_fits(capsys):
+    wanted = [*map(str, SMALL), "--alone", "--storage", "auto", "--processes", "1"]
+    assert head.main(wanted) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(report["ms"]) == {"ours"} and report["storage"] == "device"
-    done = run(SCRIPT, *SMALL, *wanted, "--classes", 10**12)
-    assert done.returncode == 1 and "1000000000000 classes need" in done.stderr
+    assert head.main([*wanted, "--classes", str(10**12)]) == 1
+    assert "1000000000000 classes need" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,11 @@ def test_a_size_alone_where_it_fits():
     [
         (["--batch", 7, "--processes", 2], "batch 7: not divisible by 2", 1),
         (["--suite", "tpu"], "invalid choice", 2),
-        (["--kernel", "native"], "--kernel native: head_kernel=native: the plain form is taken", 1),
+        (
+            ["--kernel", "native", "--processes", 1],
+            "--kernel native: head_kernel=native: the plain form is taken",
+            1,
+        ),
         (["--suite", "cpu"], "--classes is of one case", 2),
         (["--classes", 0], "--classes 0: at least 1", 2),
         (["--pairs", 0], "--pairs 0: at least 1", 2),

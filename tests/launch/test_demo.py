@@ -7,14 +7,16 @@ import sys
 import numpy as np
 import pytest
 
+from data_tools.synthetic.generate import Options, synthesize
 from launch import demo
-from tests.conftest import command, run
+from tests.conftest import command
 
 
-def test_a_small_folder_and_the_same_again(tmp_path):
+def demonstrated(tmp_path, steps):
+    """What is typed, its output directory and what it said last, judged."""
     faces, out = tmp_path / "faces", tmp_path / "out"
-    command("-m", "data_tools", "synthesize", faces, "--identities", 12, "--images", 6)
-    words = ["-m", "launch.demo", "--data", faces, "--out", out, "--steps", 3, "--json"]
+    synthesize(faces, Options(12, 6))
+    words = ["-m", "launch.demo", "--data", faces, "--out", out, "--steps", steps, "--json"]
     first = command(*words)
     done = json.loads(first.stdout.splitlines()[-1])
     assert done["run"] == str(out / "run")
@@ -33,6 +35,16 @@ def test_a_small_folder_and_the_same_again(tmp_path):
     assert "80 pairs made, not 2000" in first.stderr
     (results,) = json.loads((out / "run" / "report.json").read_text())["models"].values()
     assert [(x["name"], x["metrics"]["pairs"]) for x in results] == [("heldout", 80)]
+    return words, out, done
+
+
+def test_a_small_folder(tmp_path):
+    demonstrated(tmp_path, 1)
+
+
+@pytest.mark.long
+def test_the_same_again(tmp_path):
+    words, out, done = demonstrated(tmp_path, 3)
     stamps = {path: path.stat().st_mtime_ns for path in (out / "shards").iterdir()}
     checkpoints = os.listdir(out / "run" / "checkpoints")
 
@@ -95,11 +107,16 @@ def test_commands_can_be_typed(monkeypatch, tmp_path):
         (["--steps", "0"], 2, "--steps 0: must be 1 or more"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, words, code, message):
+def test_mistakes_are_one_line(tmp_path, words, code, message, monkeypatch, capsys):
     for k in range(2):
         (tmp_path / "few" / f"{k}").mkdir(parents=True)
         (tmp_path / "few" / f"{k}" / "a.jpg").touch()
-    words = [tmp_path / word if word in ("absent", "few") else word for word in words]
-    done = run("-m", "launch.demo", "--out", tmp_path / "out", *words)
-    assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
+    words = [str(tmp_path / word) if word in ("absent", "few") else word for word in words]
+    monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path / "out"), *words])
+    try:
+        ended = demo.main()
+    except SystemExit as exit:  # of argparse
+        ended = exit.code
+    said = capsys.readouterr().err
+    assert ended == code and message in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()

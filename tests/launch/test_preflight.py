@@ -45,7 +45,7 @@ def test_training_refuses_what_preflight_refuses(shards_dir, tmp_path):
     keys = [key for key in TINY if not key.startswith("preflight")]
     done = run(
         *TORCHRUN, "launch/train.py", *keys, f"rec={shards_dir}", "max_steps=1",
-        "global_batch_size=12", f"output={tmp_path / 'r'}", "network=r200",
+        "global_batch_size=12", f"output={tmp_path / 'r'}", "network=r18",
         "embedding_size=40000000",
     )  # fmt: skip
     assert done.returncode != 0

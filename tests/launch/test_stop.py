@@ -36,9 +36,8 @@ def test_sigusr1_to_one_rank_saves_on_all_and_ends_torchrun(shards_dir, tmp_path
         assert note == {"step": run.step(), "signal": "SIGUSR1"} and saved(output) == run.step()
         assert run.text().count("stopped by SIGUSR1") == 1
     last = note["step"]
-    with Run(
-        tmp_path / "log", output, LOCAL, [*keys_for(shards_dir), f"max_steps={last + 2}"]
-    ) as on:
+    alone, keys = [*LOCAL[:-1], 1], [*keys_for(shards_dir), f"max_steps={last + 2}"]
+    with Run(tmp_path / "log", output, alone, keys) as on:
         assert on.agent.wait(60) == 0
         assert f"continues after step {last}" in on.text() and f"step {last}/" not in on.text()
     assert not (output / "stopped.json").exists()
@@ -54,7 +53,14 @@ def test_sigterm_to_torchrun_saves_the_last_step(shards_dir, tmp_path):
         assert saved(output) == run.step() and "SIGKILL" not in run.text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        # Also in test_one_run.py.
+        pytest.param(signal.SIGTERM, marks=pytest.mark.long, id="SIGTERM"),
+        pytest.param(signal.SIGUSR1, id="SIGUSR1"),
+    ],
+)
 def test_without_torchrun_the_exit_code_says_try_again(shards_dir, tmp_path, number):
     output = tmp_path / "r"
     with open(tmp_path / "log", "w") as log:
@@ -109,6 +115,7 @@ def test_ctrl_c_without_torchrun(shards_dir, tmp_path, presses):
         assert "interrupted twice" in said()
 
 
+@pytest.mark.long
 def test_a_second_ctrl_c_under_torchrun_ends_at_once(shards_dir, tmp_path):
     """While the first waits for a disk that takes nothing."""
     output = tmp_path / "r"

@@ -22,6 +22,10 @@ from tests.data_tools.packs import contents, start_pack
 
 @pytest.fixture
 def slow_source(tmp_path):
+    return make_slow_source(tmp_path)
+
+
+def make_slow_source(tmp_path):
     """240 images that take some 10 ms each."""
     source = tmp_path / "slow"
     big = tmp_path / "big.png"
@@ -157,7 +161,7 @@ def kill_after(shards_done, source, out, *arguments):
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the workers' end")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_killed_pack_goes_on_to_the_same_bytes(slow_source, tmp_path, workers):
     (slow_source / "p3" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     options = Options(shards=6, hold_out=2, pairs=20, resize=True)
@@ -174,7 +178,13 @@ def test_a_killed_pack_goes_on_to_the_same_bytes(slow_source, tmp_path, workers)
     assert contents(out) == contents(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(signal.SIGKILL, marks=pytest.mark.long, id="kill"),
+        pytest.param(signal.SIGINT, id="ctrl-c"),
+    ],
+)
 def test_the_shards_of_a_split_are_kept(slow_source, tmp_path, stop, monkeypatch):
     monkeypatch.setattr(pack_job, "IMAGES_PER_SHARD", 20)
     out, partial = tmp_path / "set", tmp_path / "set.partial"

@@ -121,7 +121,10 @@ def test_results_come_back_as_they_were_saved(tmp_path):
         np.testing.assert_array_equal(again["lfw"].arrays[key], value)
 
 
-@pytest.mark.parametrize("renames", [0, 1, 2])
+@pytest.mark.parametrize(
+    "renames",
+    [pytest.param(0, marks=pytest.mark.long), 1, pytest.param(2, marks=pytest.mark.long)],
+)
 def test_a_kill_between_the_files_of_a_result_leaves_one_evaluation(tmp_path, renames):
     """Before: one model's figures over another's curves."""
     first, second = result(), result(num_pairs=40)
