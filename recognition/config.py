@@ -43,8 +43,8 @@ class Config:
 
     rec: str | list[str] = _data(
         MISSING,
-        "Directory of the RecordIO data: shards, or InsightFace's layout. A list is read as one set, "
-        "with the classes of each directory after those of the previous one.",
+        "Directory of the RecordIO data: shards, or InsightFace's layout. A list is read as one "
+        "set, with the classes of each directory after those of the previous one.",
         may_change=True,
     )
     rec_shares: list[int] = _data(
@@ -179,7 +179,8 @@ class Config:
     )
     head_precision: Literal["auto", "full", "bf16"] = _head(
         "auto",
-        "Precision of the head's products; sums and logits stay fp32. auto: bf16 for bf16 runs on GPUs.",
+        "Precision of the head's products; sums and logits stay fp32. "
+        "auto: bf16 in bf16 runs on GPUs.",
         may_change=True,
     )
     head_storage: Literal["device", "host"] = _head(

@@ -212,7 +212,7 @@ class JoinedSource(Joined):
         if join == "offset" and len(set(stems)) < len(stems):
             raise UserError(
                 f"two of the sources {', '.join(stems)} have the same name, so their identity "
-                f"names would clash: rename one, or give --join name if the same name is the same person"
+                f"names would clash: rename one, or give --join name if one name means one person"
             )
         for source, stem in zip(sources, stems, strict=True):
             digest.update(source.sha256.encode())
