@@ -43,31 +43,31 @@ class Config:
 
     rec: str | list[str] = _data(
         MISSING,
-        "Directory of shards or a classic InsightFace directory. A list is read as one set, with "
-        "the classes of each directory after those of the one before.",
+        "Directory of the RecordIO data: shards, or InsightFace's layout. A list is read as one "
+        "set, with the classes of each directory after those of the previous one.",
         may_change=True,
     )
     rec_shares: list[int] = _data(
-        [], "Share of every batch for each rec, such as [3, 1]; empty: an epoch shows all once."
+        [], "Share of every batch for each rec, such as [3, 1]; empty: each image once per epoch."
     )
     rec_heads: list[dict] = _data(
-        [], "A head for each rec, with the keys that differ from the run's; empty: one over all."
+        [],
+        "A head for each rec, with the keys that differ from the run's; empty: one head over all.",
     )
     val_targets: list[str] = _data(
-        [], "Names of .bin files in rec to verify on, without the ending.", may_change=True
+        [], "Verification sets: names of .bin files in rec, without the extension.", may_change=True
     )
     num_classes: int | None = _data(
-        None, "Checked against rec, and read from it when absent.", may_change=True
+        None, "Read from rec; if given, it must match.", may_change=True
     )
-    num_image: int | None = _data(
-        None, "Checked against rec, and read from it when absent.", may_change=True
-    )
+    num_image: int | None = _data(None, "Read from rec; if given, it must match.", may_change=True)
     loader: Literal["cpu", "dali"] = _data(
-        "cpu", "What decodes images; dali uses the GPU where there is one. Both give equal pixels."
+        "cpu",
+        "Image decoder; dali uses the GPU if there is one. On the CPU both give the same pixels.",
     )
     num_workers: int = _data(2, "Decoding threads per process.", low=1, may_change=True)
     resize: bool = _data(
-        False, "Accept aligned images of another size than the network's, and resize them."
+        False, "Accept aligned images whose size is not the network's, and resize them."
     )
     crop_augmentation_prob: float = _data(
         0.0, "How often AdaFace's random crop is applied; its models used 0.2.", low=0, high=1
@@ -80,7 +80,7 @@ class Config:
     )
     shuffle_block: int = _data(
         0,
-        "Neighbouring images that are shuffled as one block, for slow disks; 0: each alone.",
+        "Neighbouring images shuffled as one block, for slow disks; 0: each image on its own.",
         low=0,
     )
     shuffle_window: int = _data(64, "Blocks that are read ahead and mixed.", low=1)
@@ -91,7 +91,7 @@ class Config:
     )
     embedding_size: int = _network(512, "Length of an embedding.", low=1)
     init_from: str | None = _network(
-        None, "Backbone to start from: a run, or a published weight file.", may_change=True
+        None, "Initial weights of the backbone: a run, or a published weight file.", may_change=True
     )
     init_color_order: Literal["auto", "RGB", "BGR"] = _network(
         "auto",
@@ -100,12 +100,11 @@ class Config:
     )
     init_head: str | None = _network(
         None,
-        "Class centres to start from: features, an .onnx, a run, or a directory of partial FC "
-        "files.",
+        "Initial class centres: features, an .onnx, a run, or a directory of partial FC files.",
         may_change=True,
     )
     init_label_map: str | None = _network(
-        None, "File with a line for each class: its id in init_head, -1 for none.", may_change=True
+        None, "File with one line per class: its id in init_head, -1 for none.", may_change=True
     )
     freeze: list[str] = _network(
         [], "Patterns of backbone parameters that are not trained, such as layer1.*."
@@ -113,24 +112,26 @@ class Config:
     teacher: str | None = _network(
         None, "Larger network to learn from: a run, an .onnx, or an .npy [images, D]."
     )
-    teacher_weight: float = _network(1.0, "Weight of the teacher's part of the loss.", low=0)
+    teacher_weight: float = _network(
+        1.0, "Weight of the distance to the teacher in the loss.", low=0
+    )
     teacher_loss: Literal["cosine", "feature"] = _network(
         "cosine", "Distance to the teacher's embeddings."
     )
 
     margin: str = _loss("arcface", "Name of the margin loss, see Losses.")
-    margin_args: dict = _loss({}, "Arguments of the loss, margin_args.scale=30 and so on.")
+    margin_args: dict = _loss({}, "Arguments of the loss, for example margin_args.scale=30.")
     sample_rate: float = _loss(
         1.0, "Share of the classes that a step samples as negatives (Partial FC).", low=0, high=1
     )
-    num_subcenters: int = _loss(1, "Centres of each class, of which the nearest counts.", low=1)
+    num_subcenters: int = _loss(1, "Centres per class; only the nearest is used.", low=1)
     interclass_filtering_threshold: float = _loss(
         0.0, "Negatives with a cosine above this are ignored; 0: off.", low=0, high=1
     )
 
     batch_size: int | None = _optimisation(
         None,
-        f"Images per process and micro-step ({BATCH_SIZE} where global_batch_size is absent).",
+        f"Images per process and micro-step ({BATCH_SIZE} if global_batch_size is not set).",
         low=1,
         may_change=True,
     )
@@ -138,21 +139,25 @@ class Config:
         None, "Images per optimiser step over all processes.", low=1, may_change=True
     )
     accumulation: int = _optimisation(1, "Micro-steps per optimiser step.", low=1)
-    optimizer: Literal["sgd", "adamw"] = _optimisation("sgd", "Of backbone and class rows.")
-    momentum: float = _optimisation(0.9, "Of SGD.", low=0, high=1)
-    weight_decay: float = _optimisation(5e-4, "Of backbone and sampled class rows.", low=0)
+    optimizer: Literal["sgd", "adamw"] = _optimisation(
+        "sgd", "Optimiser of the backbone and class rows."
+    )
+    momentum: float = _optimisation(0.9, "Momentum of SGD.", low=0, high=1)
+    weight_decay: float = _optimisation(
+        5e-4, "Weight decay of the backbone and the sampled class rows.", low=0
+    )
     clip_norm: float | None = _optimisation(
         5.0, "Limit of the backbone's gradient norm; none: off.", low=0
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = _optimisation(
-        "auto", "Of the backbone; auto: bf16 on GPUs that have it, else fp32."
+        "auto", "Precision of the backbone; auto: bf16 on GPUs that support it, else fp32."
     )
     sync_bn: bool = _optimisation(False, "Compute BatchNorm statistics over all processes.")
-    seed: int = _optimisation(0, "Of every random draw.", low=0)
+    seed: int = _optimisation(0, "Seed of every random draw.", low=0)
 
     lr: float = _schedule(0.1, "Learning rate after the warm-up.", low=0)
     schedule: Literal["polynomial", "step", "cosine"] = _schedule(
-        "polynomial", "How the learning rate falls."
+        "polynomial", "How the learning rate decreases."
     )
     lr_power: float = _schedule(
         1.0, "Exponent of the polynomial; InsightFace's tables used 2.", low=0
@@ -162,7 +167,7 @@ class Config:
     warmup_epochs: float = _schedule(0.0, "Linear warm-up.", low=0, unit="epochs")
     num_epochs: float | None = _schedule(
         None,
-        f"Length of the run ({NUM_EPOCHS:g} where max_steps is absent).",
+        f"Length of the run ({NUM_EPOCHS:g} if max_steps is not set).",
         low=0,
         high=1e6,
         unit="epochs",
@@ -174,21 +179,22 @@ class Config:
     )
     head_precision: Literal["auto", "full", "bf16"] = _head(
         "auto",
-        "Products of the head; bf16 has sums and logits in fp32. auto: bf16 for bf16 runs on GPUs.",
+        "Precision of the head's products; sums and logits stay fp32. "
+        "auto: bf16 in bf16 runs on GPUs.",
         may_change=True,
     )
     head_storage: Literal["device", "host"] = _head(
         "device", "Where class centres and their optimiser state live.", may_change=True
     )
     head_stored_mib: int = _head(
-        16, "Results that the forward may keep for the backward.", low=0, unit="MiB per process"
+        16, "Memory for forward results kept for the backward.", low=0, unit="MiB per process"
     )
     update_in_backward: bool = _head(
         False, "Update class rows inside the backward. Not with accumulation, fp16 or rollback."
     )
-    compile: bool = _head(False, "Compile the backbone by torch.compile.")
+    compile: bool = _head(False, "Compile the backbone with torch.compile.")
     gradient_compression: Literal["none", "bf16"] = _head(
-        "none", "Of the backbone's gradients between ranks."
+        "none", "Compression of the backbone's gradients between ranks."
     )
     profile: bool = _head(False, "Write trace-<rank>.json of a few steps.", may_change=True)
 
@@ -206,31 +212,41 @@ class Config:
         "auto", "What adapts when a run resumes at another world size."
     )
     collective_timeout: float = _machines(
-        600.0, "How long ranks wait for one; then all end.", low=1, unit="seconds"
+        600.0,
+        "How long a rank waits in a collective before all processes exit.",
+        low=1,
+        unit="seconds",
     )
     preflight_seconds: float = _machines(
-        10.0, "Time for the checks at the start; 0: off.", low=0, unit="seconds"
+        10.0, "Time limit of the checks at the start; 0: off.", low=0, unit="seconds"
     )
-    debug: bool = _machines(False, "Compare the ranks' copies, and record the images of each step.")
-    debug_every: int = _machines(100, "Distance of two comparisons.", low=1, unit="steps")
+    debug: bool = _machines(
+        False, "Compare what should be equal on all ranks, and record the images of each step."
+    )
+    debug_every: int = _machines(100, "Steps between two comparisons.", low=1, unit="steps")
 
     output: str = _checkpoints("runs/default", "Run directory; default: runs/<name of the recipe>.")
     resume: str | None = _checkpoints(
         "auto", "auto: the newest checkpoint of output; none: a new run; or a checkpoint directory."
     )
-    checkpoint_every: int = _checkpoints(2000, "Also after the last step.", low=1, unit="steps")
-    save_async: bool = _checkpoints(
-        True, "Write beside the training; costs a copy of the state in host memory."
+    checkpoint_every: int = _checkpoints(
+        2000, "Steps between two checkpoints; the last step is always saved.", low=1, unit="steps"
     )
-    keep_checkpoints: int = _checkpoints(3, "Newest checkpoints to keep.", low=1)
+    save_async: bool = _checkpoints(
+        True, "Write in the background during training; needs a copy of the state in host memory."
+    )
+    keep_checkpoints: int = _checkpoints(3, "How many of the newest checkpoints to keep.", low=1)
     keep_every: int | None = _checkpoints(
-        None, "Also keep every multiple of this.", low=1, unit="steps"
+        None, "Also keep the checkpoint of every multiple of this step count.", low=1, unit="steps"
     )
     keep_best: str | None = _checkpoints(None, "Also keep the best one on this val_target.")
 
-    log_every: int = _logging(10, "Distance of two log lines.", low=1, unit="steps")
+    log_every: int = _logging(10, "Steps between two log lines.", low=1, unit="steps")
     verify_every: int = _logging(
-        2000, "Also before the first and after the last step.", low=1, unit="steps"
+        2000,
+        "Steps between two verifications; also before the first and after the last step.",
+        low=1,
+        unit="steps",
     )
 
     @property

@@ -2,9 +2,9 @@
 
 From a run trained with num_subcenters=K on this set. Every image votes for the nearest of its
 class's K centres; the one with most votes (the lowest of equals) is dominant; an image stays if its
-cosine to the dominant centre is above cos(--threshold), 75 degrees by default. Identities of whom
-nothing stays vanish, the others are numbered densely. Nothing is applied: the decision is a relabel
-index; `relabel` puts it in force. Then train again from scratch with num_subcenters=1.
+cosine to the dominant centre is above cos(--threshold), 75 degrees by default. Identities for
+which no image stays vanish, the others are numbered densely. Nothing is applied: the decision is a
+relabel index; `relabel` puts it in force. Then train again from scratch with num_subcenters=1.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The one door from a command up to trained networks, which recognition opens.
+"""The only way commands reach trained networks; recognition provides them.
 
 data_tools and eval stand below recognition and import nothing from it. Some of their commands need
 a network all the same: `embed`, `purify` and every evaluation. They call networks(), and nothing

@@ -1,6 +1,6 @@
 """Images -> shards. The same source and options give the same bytes, at any number of workers.
 
-What is done, in order, stands in pack_command.py.
+pack_command.py lists the steps in order.
 """
 
 import os

@@ -1,6 +1,7 @@
 """`pack`: images -> shards. The same source and options give the same bytes, at any --workers.
 
-1. The source is listed; --min-images, --hold-out, --split, --max-images choose of it by the seed.
+1. The source is listed; --min-images, --hold-out, --split and --max-images select
+   from it, using the seed.
 2. --hold-out identities are left out of training and become heldout.bin.
 3. All other images are shuffled as one list and cut into shards; a worker writes a shard at a time
    and reads each image once. What cannot be used is counted, and listed in skipped.txt; an identity

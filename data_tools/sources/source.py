@@ -1,6 +1,6 @@
 """What can be packed, and several of them as one.
 
-| source | told by | rules |
+| source | recognised by | module |
 |---|---|---|
 | a folder of identities | a directory | folders.py |
 | zip and tar archives, alone or a directory of them | .zip, .tar | archives.py |
@@ -48,8 +48,8 @@ class Source(Images, Protocol):
     labels: np.ndarray  # int64 [N] number of the identity of each image
     skipped: list[tuple[str, str]]  # (where, why) of what has no identity
     ignored: int  # files that are no images, hidden ones among them
-    left_out: dict[str, int]  # those that are left out for their ending, by it
-    notes: list[str]  # what was read otherwise than it is written, for the user
+    left_out: dict[str, int]  # files left out because of their extension: count per extension
+    notes: list[str]  # messages for the user about input that was reinterpreted
     sha256: str  # of the listing: names, sizes and times of change
     bins: list[Path]  # verification sets that lie beside the images
 
@@ -62,7 +62,7 @@ def open_source(
     level: int = 0,
     walk: bool = False,
 ) -> Source:
-    """The source at `path`, told by what it holds.
+    """The source at `path`, recognised by its content.
 
     nested: in folders, look for identities at any depth. level: in folders, the first `level` parts
     of an image's path name its identity. root: where the paths of a .lst start
@@ -211,8 +211,8 @@ class JoinedSource(Joined):
         stems = [source.path.name for source in sources]
         if join == "offset" and len(set(stems)) < len(stems):
             raise UserError(
-                f"two of the sources {', '.join(stems)} have one name, so their identities "
-                f"would too: rename one, or give --join name if the same name is the same person"
+                f"two of the sources {', '.join(stems)} have the same name, so their identity "
+                f"names would clash: rename one, or give --join name if one name means one person"
             )
         for source, stem in zip(sources, stems, strict=True):
             digest.update(source.sha256.encode())

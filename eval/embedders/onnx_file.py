@@ -1,4 +1,4 @@
-"""A recognition network of anybody's, read from an ONNX file: its graph, its weights, its hash.
+"""A third-party recognition network, read from an ONNX file: its graph, its weights, its hash.
 
 What other exporters leave in a file, and what is done about it:
 

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> dict | None:
         UserError, OSError: a list, an image or the model cannot be read.
     """
     if not 0 < args.fmr < 1:
-        raise UserError(f"--fmr {args.fmr:g} is no share between 0 and 1")
+        raise UserError(f"--fmr {args.fmr:g}: it must be between 0 and 1")
     sets = {group: _read(args, group) for group in GROUPS}
     work = session.Session(args)
     for pairs in sets.values():

@@ -1,7 +1,7 @@
 """What an evaluation found, as files that a report can be drawn from without the network.
 
 A result is NAME.json (model, contract, numbers) and NAME.HASH.npz beside it (what the figures need:
-curves at some thousand points, histograms, pictures of the hardest pairs), small whatever the
+curves at a few thousand points, histograms, pictures of the hardest pairs), small whatever the
 number of pairs was. The JSON names the .npz by its SHA-256, so the two are always of one
 evaluation: a run that is killed between them leaves the result before. They may show people, so
 only their owner may read them.

@@ -71,20 +71,33 @@ def sample(
 
 class Draw:
     """The negatives of one step on one rank: the picks of n cells over the rotated class axis
-    u = (class - offset) mod C."""
+    u = (class - offset) mod C.
+
+    Invariants:
+        Cell k is [floor(k C / n), floor((k + 1) C / n)) of u. The n cells are disjoint, none is
+        empty, and together they cover the axis.
+        Each cell has exactly one pick, a function of (seed, step, k) alone. So all ranks agree on
+        the n drawn classes at every world size, and no class is drawn twice.
+        `runs` are ordered by class id and do not overlap; their picks are exactly the drawn classes
+        of this shard. So `num` over all ranks adds up to `num_cells`, and classes() ascends.
+        holds(c) is true exactly where some rank's classes() contains c, and for a drawn class c of
+        this shard classes()[places(c)] == c.
+    """
 
     def __init__(
         self, num_classes: int, shard: tuple[int, int], sample_rate: float, seed: int, step: int
     ) -> None:
         self.num_classes = num_classes
         # The small term keeps 0.1 * 30 = 3.0000000000000004 from becoming four cells.
-        self.num_cells = math.ceil(sample_rate * num_classes - 1e-9)  # of all ranks
+        self.num_cells = math.ceil(
+            sample_rate * num_classes - 1e-9
+        )  # n: drawn on all ranks together
         self.key = hash_words(seed, Purpose.CLASSES, step)
         self.offset = hash_words(self.key, -1) % num_classes
         # Runs of cells [first, last) whose picks are classes of this shard, and the shift from u
         # to class.
         self.runs = list(self._runs(*shard)) if self.num_cells else []
-        self.num = sum(last - first for first, last, _ in self.runs)  # drawn here
+        self.num = sum(last - first for first, last, _ in self.runs)  # drawn on this rank
 
     def _runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """At most two (the rotation wraps once), in the order of the class ids. Only the two cells

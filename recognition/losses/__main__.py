@@ -38,7 +38,7 @@ def entries() -> list[Entry]:
 
 def markdown() -> str:
     """The table as docs/losses.md has it."""
-    lines = ["| `margin=` | computes | arguments and defaults | keeps | gradient |"]
+    lines = ["| `margin=` | computes | arguments and defaults | state | gradient |"]
     lines.append("|" + "---|" * 5)
     for entry in entries():
         arguments = ", ".join(f"{k}={_value(v)}" for k, v in entry.arguments.items())
@@ -115,7 +115,7 @@ def _print_for_a_terminal() -> None:
         for label, text in (
             ("", entry.formula),
             ("arguments: ", own),
-            ("keeps: ", "; ".join(entry.state)),
+            ("state: ", "; ".join(entry.state)),
             ("gradient: ", ", ".join(entry.gradients)),
         ):
             if text:

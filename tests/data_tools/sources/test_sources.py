@@ -445,7 +445,7 @@ def test_joined_by_offset_and_by_name(faces, tmp_path):
 def test_joined_sources_of_one_name_are_refused(faces, tmp_path, capsys):
     other = folder(tmp_path / "x" / "faces", [1, 1])
     assert main(["pack", str(faces), str(other), str(tmp_path / "set")]) == 1
-    assert "have one name" in capsys.readouterr().err
+    assert "have the same name" in capsys.readouterr().err
 
 
 @pytest.mark.long

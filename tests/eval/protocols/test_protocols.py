@@ -134,7 +134,9 @@ def test_rfw(capsys, run, tmp_path):
     (root / "test" / "txts" / "Asian" / "Asian_lmk.txt").unlink()
     err = evaluate(capsys, "rfw", run, root, code=1)
     assert "Asian_lmk.txt is missing; request RFW from" in err
-    assert "--fmr 2 is no share" in evaluate(capsys, "rfw", run, root, "--fmr", "2", code=1)
+    assert "--fmr 2: it must be between 0 and 1" in evaluate(
+        capsys, "rfw", run, root, "--fmr", "2", code=1
+    )
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""The table of the losses: complete, in README as printed, and a recipe for every loss."""
+"""The table of the losses: complete, in docs/losses.md as printed, and a recipe for every loss."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -13,21 +14,33 @@ from recognition.losses.arguments import arguments_of
 from tests.conftest import command
 from tests.real import ROOT
 
+# A loss without a publication says "unpublished" in the place of its source.
+SOURCES = ("arXiv:", "doi:", "ICCV", "CVPR", "unpublished")
 RECIPES = sorted((ROOT / "launch" / "configs").glob("*.py"))
 
 
 def test_the_page_of_losses_has_the_table_as_it_is_printed():
     printed = command("-m", "recognition.losses", "--markdown").stdout.strip()
     assert printed == markdown()
-    assert printed in (ROOT / "docs" / "losses.md").read_text()
+    assert printed in (ROOT / "docs" / "losses.md").read_text(), (
+        "docs/losses.md is out of date: run `python docs/generate.py`"
+    )
 
 
 def test_every_loss_names_its_source_arguments_and_state():
     for entry in entries():
-        source = any(word in entry.formula for word in ("arXiv:", "doi:", "ICCV", "CVPR"))
-        assert source and "z" in entry.formula, entry
+        first = f"the first paragraph of {MARGINS[entry.name].__name__}'s docstring"
+        assert any(word in entry.formula for word in SOURCES), (
+            f"{entry.name}: {first} names no source: write one of {', '.join(SOURCES)}"
+        )
+        assert re.search(r"\bz(_[yj])? = ", entry.formula), (
+            f"{entry.name}: {first} states no formula: write z_y = ... (or z = ...)"
+        )
         shared = {"gradient", "interclass_filtering_threshold"}
-        assert set(entry.arguments) == set(arguments_of(MARGINS[entry.name])) - shared
+        shown, taken = set(entry.arguments), set(arguments_of(MARGINS[entry.name])) - shared
+        assert shown == taken, (
+            f"{entry.name}: the table differs from the arguments: {shown ^ taken}"
+        )
     keeps = {entry.name: " ".join(entry.state) for entry in entries()}
     assert keeps["kappaface"] == "psi, feature_sum, seen (of each class)"
     assert keeps["jamsface"] == "raw_angular, raw_cosine (learned, of each class)"
@@ -45,7 +58,7 @@ def test_other_forms():
 
 def test_every_loss_has_a_recipe():
     used = {config.load(str(path), ["rec=somewhere"]).margin for path in RECIPES}
-    assert used == set(MARGINS)
+    assert used == set(MARGINS), f"add a recipe to launch/configs for {set(MARGINS) - used}"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
