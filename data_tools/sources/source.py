@@ -5,6 +5,10 @@
 | a folder of identities | a directory | folders.py |
 | zip and tar archives, alone or a directory of them | .zip, .tar | archives.py |
 | a list of images | .lst | lst.py |
+| a table of paths and labels | .csv, .tsv | table.py |
+| labelled tars of WebDataset | a .cls or .json beside each image | webdataset.py |
+| an LMDB database | its first bytes | lmdb_source.py |
+| a data set of Hugging Face | .parquet | parquet.py |
 | an InsightFace directory or a .rec, with or without .idx | .rec | insightface.py |
 | shards packed before, cleaned or not | index.json | shards.py |
 """
@@ -18,12 +22,14 @@ from typing import Literal, Protocol
 import numpy as np
 
 from data_tools import shards
-from data_tools.common import files
+from data_tools.common import content, files
 from data_tools.common.errors import UserError
 from data_tools.recordio import RecordFile
 from data_tools.sources.archives import ArchiveSource, is_archive, refuse_packed
 from data_tools.sources.folders import FolderSource, stamp
+from data_tools.sources.labels import Fields
 from data_tools.sources.lst import ListSource
+from data_tools.sources.table import TableSource, is_table
 
 Join = Literal["offset", "name"]
 
@@ -61,13 +67,16 @@ def open_source(
     relabel: Path | None = None,
     level: int = 0,
     walk: bool = False,
+    fields: Fields | None = None,
+    labels: Path | None = None,
 ) -> Source:
     """The source at `path`, told by what it holds.
 
     nested: in folders, look for identities at any depth. level: in folders, the first `level` parts
     of an image's path name its identity. root: where the paths of a .lst start
     (default: the folder of the .lst). relabel: an index of cleaning to follow, of records only.
-    walk: read an InsightFace .rec without its .idx.
+    walk: read an InsightFace .rec without its .idx. fields: the columns of tables and samples.
+    labels: the list key<TAB>label of an LMDB database.
 
     Raises: FileNotFoundError if there is nothing; ValueError if it holds nothing to pack.
     """
@@ -93,9 +102,14 @@ def open_source(
         return ArchiveSource(path, archives)
     if path.suffix == ".lst":
         return ListSource(path, root)
+    if is_table(path):
+        return TableSource(path, root, fields)
     if files.is_dir(path):
         return FolderSource(path, nested, level)
-    raise UserError(f"{path}: neither a directory nor a .rec, .lst, .zip or .tar")
+    raise UserError(
+        f"{path}: neither a directory nor a .rec, .lst, .csv, .parquet, .zip, .tar or "
+        f"LMDB database{content.hint(path)}"
+    )
 
 
 class Records:
