@@ -25,11 +25,12 @@ from data_tools import shards
 from data_tools.common import content, files
 from data_tools.common.errors import UserError
 from data_tools.recordio import RecordFile
-from data_tools.sources.archives import ArchiveSource, is_archive, refuse_packed
+from data_tools.sources.archives import ArchiveSource, is_archive, is_tar, refuse_packed
 from data_tools.sources.folders import FolderSource, stamp
 from data_tools.sources.labels import Fields
 from data_tools.sources.lst import ListSource
 from data_tools.sources.table import TableSource, is_table
+from data_tools.sources.webdataset import WebDatasetSource, is_labelled
 
 Join = Literal["offset", "name"]
 
@@ -99,7 +100,7 @@ def open_source(
     if records:
         return RecordSource(path, relabel, walk)
     if archives:
-        return ArchiveSource(path, archives)
+        return _open_archives(path, archives, fields or Fields())
     if path.suffix == ".lst":
         return ListSource(path, root)
     if is_table(path):
@@ -110,6 +111,23 @@ def open_source(
         f"{path}: neither a directory nor a .rec, .lst, .csv, .parquet, .zip, .tar or "
         f"LMDB database{content.hint(path)}"
     )
+
+
+def _open_archives(path: Path, archives: list[Path], fields: Fields) -> Source:
+    """Archives of identity folders, or tars of labelled samples.
+
+    Raises: UserError: they are of both kinds.
+    """
+    labelled = [is_tar(archive) and is_labelled(archive, fields) for archive in archives]
+    if all(labelled):
+        return WebDatasetSource(path, archives, fields)
+    if any(labelled):
+        one, other = archives[labelled.index(True)], archives[labelled.index(False)]
+        raise UserError(
+            f"{path}: {one.name} holds labelled samples, {other.name} does not: pack them "
+            f"separately"
+        )
+    return ArchiveSource(path, archives)
 
 
 class Records:
