@@ -147,7 +147,7 @@ class ArchiveSource(ArchiveImages):
                 f"label beside it; {len(self.skipped)} were skipped"
             )
         used, self.labels = np.unique(self.labels, return_inverse=True)
-        self.identities = [os.fsdecode(name) for name in _stripped([folders[k] for k in used])]
+        self.identities = [os.fsdecode(name) for name in stripped([folders[k] for k in used])]
 
     def _list(self, archives: list[Path]) -> Iterator[bytes]:
         """The name of each image, its columns joined to `_found` on the way."""
@@ -205,7 +205,7 @@ def _parents(name: bytes) -> Iterator[bytes]:
     return (b"/".join(parts[:n]) for n in range(1, len(parts)))
 
 
-def _stripped(folders: list[bytes]) -> list[bytes]:
+def stripped(folders: list[bytes]) -> list[bytes]:
     """The folders less the parents that they all share."""
     above = [name.split(b"/")[:-1] for name in folders]
     shared = os.path.commonprefix(above) if above else []

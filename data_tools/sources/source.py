@@ -28,6 +28,8 @@ from data_tools.recordio import RecordFile
 from data_tools.sources.archives import ArchiveSource, is_archive, is_tar, refuse_packed
 from data_tools.sources.folders import FolderSource, stamp
 from data_tools.sources.labels import Fields
+from data_tools.sources.lmdb_file import database_file
+from data_tools.sources.lmdb_source import DatabaseSource
 from data_tools.sources.lst import ListSource
 from data_tools.sources.table import TableSource, is_table
 from data_tools.sources.webdataset import WebDatasetSource, is_labelled
@@ -97,8 +99,13 @@ def open_source(
         raise FileNotFoundError(f"{path}: no such directory or file")
     if level and (records or archives or not files.is_dir(path)):
         raise UserError(f"--identity-level {level}: {path} is not a folder of folders")
+    database = None if records or archives else database_file(path)
+    if labels is not None and database is None:
+        raise UserError(f"--labels {labels}: {path} is not an LMDB database, which they are for")
     if records:
         return RecordSource(path, relabel, walk)
+    if database is not None:
+        return DatabaseSource(path, database, labels)
     if archives:
         return _open_archives(path, archives, fields or Fields())
     if path.suffix == ".lst":

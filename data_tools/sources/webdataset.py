@@ -122,8 +122,8 @@ class WebDatasetSource(Listing, ArchiveImages):
         images = _images_of(sample, self._fields)
         if len(images) > 1:
             raise UserError(
-                f"{path}: the sample of {os.fsdecode(images[0].name)} has {len(images)} images: name the "
-                f"ending of one by --image-column (such as {_ending(images[0].name)})"
+                f"{path}: the sample of {os.fsdecode(images[0].name)} has {len(images)} images: "
+                f"name the ending of one by --image-column (such as {_ending(images[0].name)})"
             )
         for ending in sample.keys() - {_CLS, _JSON}:
             if not images or sample[ending] is not images[0]:
