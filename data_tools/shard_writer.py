@@ -32,7 +32,7 @@ from data_tools.common.partial_directory import (
 )
 from data_tools.recordio import LABEL_AT, Header, Writer
 from data_tools.relabel import NAME as RELABEL
-from data_tools.shards import FORMAT, INDEX, VERSION, read_index
+from data_tools.shards import FORMAT, INDEX, VERSION, content_sha256, read_index
 
 _REPLACED = ".replaced"
 _SUFFIXES = ("rec", "idx")
@@ -266,6 +266,7 @@ def write_index(
         **about,
         "shards": [shard.entry for shard in written],
     }
+    index["content"] = content_sha256(index)
     _sync(*(path for path in directory.iterdir() if path.suffix in (".bin", ".txt")))
     files.write_text(directory / INDEX, json.dumps(index, indent=1) + "\n")
     return index

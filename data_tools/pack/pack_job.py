@@ -21,10 +21,12 @@ from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options
 from data_tools.pack.pairs import PAIRS_STEP, PairOptions, check_possible, make_pairs, most_pairs
 from data_tools.pack.split import Parts, choose
 from data_tools.shard_writer import renumber, write_index, write_shard
-from data_tools.sources.source import Images, Source
+from data_tools.sources.parquet import ParquetImages
+from data_tools.sources.source import Images, Joined, Source
 
 IMAGES_PER_SHARD = 1000  # at least, where nobody asks for a number of shards
 MOST_SHARDS = 8  # where nobody asks for more
+STAGED = "staged"
 _REASONS = 3  # in a message
 Skipped = list[tuple[str, str]]  # (where, why)
 _ONE_FIELD = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})  # a name may hold them
@@ -110,6 +112,8 @@ class Packing:
         """Writes everything but the index; what the index says of it."""
         source, options, parts = self.source, self.options, self._parts
         assert options.shards is not None
+        held = np.flatnonzero(np.isin(source.labels, parts.held))
+        self._stage(np.concatenate([held, parts.aside_images, parts.images]), STAGED)
         about: dict[str, Any] = {}
         empty = [parts.without]
         if len(parts.held):
@@ -132,12 +136,19 @@ class Packing:
         ]
         about["too_few_images"] = {"identities": len(parts.few)}
         about["beyond_max_images"] = parts.over
+        if files.exists(self.directory / STAGED):
+            files.remove_tree(self.directory / STAGED)
         about["ignored_files"] = source.ignored
         if source.left_out:
             about["left_out"] = source.left_out
         if source.notes:
             about["notes"] = source.notes
         return about
+
+    def _stage(self, indices: np.ndarray, name: str) -> None:
+        """Copy images that cannot be read one by one (see parquet.py) beside the shards."""
+        if isinstance(self.source, ParquetImages | Joined):
+            self.source.stage(self.directory / name, indices)
 
     def _images(self, indices: np.ndarray) -> Images:
         chosen = self.source.select(indices)

@@ -31,6 +31,7 @@ from data_tools.sources.labels import Fields
 from data_tools.sources.lmdb_file import database_file
 from data_tools.sources.lmdb_source import DatabaseSource
 from data_tools.sources.lst import ListSource
+from data_tools.sources.parquet import ParquetImages, ParquetSource, parquet_files, refuse_arrow
 from data_tools.sources.table import TableSource, is_table
 from data_tools.sources.webdataset import WebDatasetSource, is_labelled
 
@@ -106,6 +107,9 @@ def open_source(
         return RecordSource(path, relabel, walk)
     if database is not None:
         return DatabaseSource(path, database, labels)
+    if tables := [] if archives else parquet_files(path):
+        return ParquetSource(path, tables, fields or Fields())
+    refuse_arrow(path)
     if archives:
         return _open_archives(path, archives, fields or Fields())
     if path.suffix == ".lst":
@@ -207,6 +211,14 @@ class Joined:
 
     def read(self, i: int) -> bytes:
         return self._parts[self._part_of[i]].read(int(self._index[i]))
+
+    def stage(self, directory: Path, indices: np.ndarray) -> None:
+        """As ParquetImages.stage, of those parts that have to."""
+        for p, part in enumerate(self._parts):
+            if isinstance(part, ParquetImages | Joined):
+                mine = indices[self._part_of[indices] == p]
+                directory.mkdir(exist_ok=True)
+                part.stage(directory / str(p), self._index[mine])
 
     def select(self, indices: np.ndarray) -> "Joined":
         part_of, old = self._part_of[indices], self._index[indices]

@@ -174,7 +174,7 @@ def test_databases_in_a_database_are_refused(tmp_path, flags, capsys):
 
 
 def thousand(tmp_path):
-    """900 images; one of them has pages of its own, the others lie among the keys."""
+    """900 images, one of them of many pages."""
     entries = [
         (f"p{n // 9:03d}/{n}.jpg".encode(), encoded(n, suffix=".png" if n == 500 else ".jpg"))
         for n in range(900)
@@ -230,7 +230,7 @@ def test_damaged_pages_and_values_are_named_counted_and_skipped(tmp_path, capsys
     assert main(["pack", str(path), str(tmp_path / "set")]) == 0
     data = shards.open(tmp_path / "set")
     lost = 899 - len(data)
-    assert 0 < lost < 10
+    assert 100 < lost < 200  # the keys of a page
     skipped = (tmp_path / "set" / "skipped.txt").read_text()
     assert f"a.lmdb: page {leaf // 4096}\tdamaged: it is no page of keys" in skipped
     assert "a.lmdb: p055/500.jpg\tdamaged in the database" in skipped
