@@ -20,6 +20,7 @@ from data_tools.common.journal import (
     remove_journal,
 )
 from data_tools.common.messages import count
+from data_tools.common.part_locks import refuse_running
 from data_tools.common.partial_directory import (
     MARKER,
     PartialDirectory,
@@ -91,6 +92,7 @@ class ShardWriter:
         self._aside = PartialDirectory(self.out, clear=False)
         self.partial = self._aside.path
         try:
+            refuse_running(self.out)
             if self._was_interrupted():
                 self._replaced.rename(self.out)
                 unmark(self.out)
