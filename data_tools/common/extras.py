@@ -1,17 +1,20 @@
 """Packages that only some commands need, installed by an extra of this one."""
 
-import importlib
-from typing import Any
+import contextlib
+from collections.abc import Iterator
 
 from data_tools.common.errors import UserError
 
 
-def require(module: str, extra: str, why: str) -> Any:
-    """The module. Raises: UserError: it is not installed; it names the extra that brings it."""
+@contextlib.contextmanager
+def needed(package: str, extra: str, why: str) -> Iterator[None]:
+    """The body imports `package` or a module of it.
+
+    Raises: UserError: it is not installed; it names the extra that brings it.
+    """
     try:
-        return importlib.import_module(module)
+        yield
     except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise
         raise UserError(

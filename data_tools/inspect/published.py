@@ -24,8 +24,9 @@ def ending_of(encoded: bytes) -> str:
 
 def to_parquet(data: shards.Shards, out: Path, advance: Advance) -> None:
     """data/train-*.parquet and README.md. Raises: UserError: pyarrow is not installed."""
-    arrow = extras.require("pyarrow", "formats", "--layout parquet")
-    parquet = extras.require("pyarrow.parquet", "formats", "--layout parquet")
+    with extras.needed("pyarrow", "formats", "--layout parquet"):
+        import pyarrow as arrow
+        from pyarrow import parquet
     names = data.identities
     features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
     schema = arrow.schema(

@@ -159,6 +159,8 @@ class ParquetImages:
                 start += rows
 
     def _of_group(self, file: Any, group: int, index: np.ndarray) -> Iterator[tuple[int, bytes]]:
+        from pyarrow.lib import ArrowException
+
         row = 0
         try:
             for batch in file.iter_batches(_BATCH, row_groups=[group], columns=[self._column]):
@@ -171,7 +173,7 @@ class ParquetImages:
         except OSError as error:
             if error.errno:
                 raise
-        except extras.require("pyarrow", "formats", SUFFIX).ArrowException:
+        except ArrowException:
             return  # damaged: read() names the rows
 
 
@@ -236,7 +238,8 @@ class ParquetSource(Listing, ParquetImages):
 
 def _open(path: Path) -> Any:
     """The ParquetFile. Raises: UserError: it is none, or pyarrow is not installed."""
-    parquet = extras.require("pyarrow.parquet", "formats", "a parquet file")
+    with extras.needed("pyarrow", "formats", "a parquet file"):
+        from pyarrow import parquet
     try:
         return parquet.ParquetFile(path, buffer_size=1 << 20)
     except Exception as error:
@@ -247,7 +250,8 @@ def _open(path: Path) -> Any:
 
 
 def _check_columns(path: Path, schema: Any, image: str, label: str) -> None:
-    types = extras.require("pyarrow", "formats", "a parquet file").types
+    from pyarrow import types
+
     for name, flag in ((image, "--image-column"), (label, "--label-column")):
         if name not in schema.names:
             raise UserError(
