@@ -9,9 +9,11 @@ from data_tools.pack import several_machines
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import Options
 from data_tools.pack.several_machines import Part
-from tests.data_tools.pack.test_pack_killed import slow_source, wait_for  # noqa: F401  # a fixture
+from tests.data_tools.pack.test_pack_killed import slow_source, wait_for
 from tests.data_tools.packs import contents, start_pack
 from tests.data_tools.samples import encoded, folder
+
+__all__ = ["slow_source"]  # a fixture
 
 SHARDS = ["--shards", "7"]
 
