@@ -20,6 +20,7 @@ from data_tools.common.journal import (
     remove_journal,
 )
 from data_tools.common.messages import count
+from data_tools.common.part_locks import refuse_running
 from data_tools.common.partial_directory import (
     MARKER,
     PartialDirectory,
@@ -32,7 +33,7 @@ from data_tools.common.partial_directory import (
 )
 from data_tools.recordio import LABEL_AT, Header, Writer
 from data_tools.relabel import NAME as RELABEL
-from data_tools.shards import FORMAT, INDEX, VERSION, read_index
+from data_tools.shards import FORMAT, INDEX, VERSION, content_sha256, read_index
 
 _REPLACED = ".replaced"
 _SUFFIXES = ("rec", "idx")
@@ -91,6 +92,7 @@ class ShardWriter:
         self._aside = PartialDirectory(self.out, clear=False)
         self.partial = self._aside.path
         try:
+            refuse_running(self.out)
             if self._was_interrupted():
                 self._replaced.rename(self.out)
                 unmark(self.out)
@@ -266,6 +268,7 @@ def write_index(
         **about,
         "shards": [shard.entry for shard in written],
     }
+    index["content"] = content_sha256(index)
     _sync(*(path for path in directory.iterdir() if path.suffix in (".bin", ".txt")))
     files.write_text(directory / INDEX, json.dumps(index, indent=1) + "\n")
     return index

@@ -16,6 +16,7 @@ import bisect
 import functools
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,7 +134,10 @@ class Shards:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of index.json, which hashes every file, or of InsightFace's labels and offsets."""
+        """Of what is trained on: see content_sha256(); of a set that an older version packed, of
+        its index.json; of InsightFace's, of labels and offsets."""
+        if self.index["format"] == FORMAT and "content" in self.index:
+            return str(self.index["content"])
         if self.index["format"] == FORMAT:
             content = files.read_bytes(self.path / INDEX)
         else:
@@ -285,6 +289,18 @@ def _cleaned(data: Shards, place: Path) -> Shards:
     left = Shards(data.path, index, data.files, data.offsets[kept], labels, cleaned)
     left.ways, left.unlisted, left.damaged = data.ways, data.unlisted, data.damaged
     return left
+
+
+def content_sha256(index: dict[str, Any]) -> str:
+    """The SHA-256 of the images, labels and offsets that an index.json lists.
+
+    It does not depend on the source, its path and the names of the people, so the same images
+    packed from a folder, a database or a table are the same set.
+    """
+    shards = [[shard["images"], shard["sha256"]["rec"]] for shard in index["shards"]]
+    columns = [index[key]["sha256"] for key in ("labels", "offsets")]
+    content = [index["images"], index["classes"], index["image_size"], shards, columns]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def read_index(path: Path) -> dict[str, Any]:

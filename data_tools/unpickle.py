@@ -8,6 +8,7 @@ interpreter of pickles is used, not the C one, because that one allocates whatev
 than the pointers of its lists.
 """
 
+import io
 import math
 import mmap
 import pickle
@@ -175,13 +176,24 @@ def load(path: str | Path) -> object:
         if file.seek(0, 2) == 0:
             raise UserError(f"{path}: an empty file, not a pickle")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            try:
-                return _Interpreter(mapped, encoding="bytes").load()
-            except Exception as error:  # damaged bytes can fail anywhere in the interpreter
-                if isinstance(error, EOFError):
-                    what = "the pickle ends early; is the file whole?"
-                elif isinstance(error, KeyError):  # of `dispatch`
-                    what = f"the pickle uses the forbidden instruction {chr(error.args[0])!r}"
-                else:
-                    what = f"not a verification pickle: {error}"
-                raise UserError(f"{path}: {what}{content.hint(path, _MINE)}") from error
+            return _load(mapped, Path(path))
+
+
+def loads(pickled: bytes, where: str) -> object:
+    """As load, of bytes that come from `where`. Raises: ValueError: as load."""
+    return _load(io.BytesIO(pickled), where)
+
+
+def _load(file: Any, where: str | Path) -> object:
+    try:
+        return _Interpreter(file, encoding="bytes").load()
+    except Exception as error:  # damaged bytes can fail anywhere in the interpreter
+        if isinstance(error, EOFError):
+            what = "the pickle ends early; is the file whole?"
+        elif isinstance(error, KeyError):  # of `dispatch`
+            what = f"the pickle uses the forbidden instruction {chr(error.args[0])!r}"
+        else:
+            what = f"not a pickle of plain values: {error}"
+            what = f"not a verification pickle: {error}" if isinstance(where, Path) else what
+        hint = content.hint(where, _MINE) if isinstance(where, Path) else ""
+        raise UserError(f"{where}: {what}{hint}") from error

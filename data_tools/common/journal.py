@@ -90,9 +90,15 @@ class Journal:
         files.write_bytes(self._path / f"{entry['name']}.npz", content.getvalue())
 
 
+def recorded(partial: Path) -> list[str]:
+    """The names of the shards that are recorded. Raises: OSError: as num_finished()."""
+    names = files.names(partial / _DIRECTORY)
+    return [name.removesuffix(".npz") for name in names if name.endswith(".npz")]
+
+
 def num_finished(partial: Path) -> int:
     """How many shards are recorded. Raises: OSError if the directory cannot be read."""
-    return sum(name.endswith(".npz") for name in files.names(partial / _DIRECTORY))
+    return len(recorded(partial))
 
 
 def remove_journal(directory: Path) -> None:

@@ -4,7 +4,13 @@
 --layout insightface: train.rec, train.idx and property (as InsightFace's RecBuilder):
 images with keys 1 .. N, those of an identity together; a record per identity with the range of its
 keys; the header with key 0 last. Its ranges are float32: beyond 2^24 records they are rounded, as
-in every file of that layout. The .bin files are copied. A relabel index in force is applied.
+in every file of that layout.
+--layout parquet: a data set of Hugging Face: data/train-*.parquet with the columns image ({bytes,
+path}) and label, and the names of the classes in the files and in README.md. Needs pyarrow.
+--layout webdataset: train-*.tar with a .jpg and a .cls for each image, and classes.txt, whose
+line c is the name of class c.
+`pack` reads what each layout writes. The .bin files are copied. A relabel index in force is
+applied.
 """
 
 import argparse
@@ -21,9 +27,8 @@ from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.common.parallel import Advance, run_tasks
 from data_tools.common.partial_directory import PartialDirectory
+from data_tools.inspect import published
 from data_tools.recordio import Header, Writer
-
-_SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"BM": "bmp", b"RI": "webp"}
 
 
 def to_folder(data: shards.Shards, out: Path, advance: Advance) -> None:
@@ -39,7 +44,7 @@ def to_folder(data: shards.Shards, out: Path, advance: Advance) -> None:
         if label not in made:
             folder.mkdir(parents=True, exist_ok=True)
             made.add(label)
-        suffix = _SUFFIXES.get(encoded[:2], "bin")
+        suffix = published.ending_of(encoded)
         path = folder / f"{i:08d}.{suffix}"
         with files.naming(path):
             path.write_bytes(encoded)
@@ -63,10 +68,18 @@ def to_insightface(data: shards.Shards, out: Path, advance: Advance) -> None:
     files.write_text(out / "property", f"{data.num_classes},{height},{width}\n")
 
 
+LAYOUTS = {
+    "folder": to_folder,
+    "insightface": to_insightface,
+    "parquet": published.to_parquet,
+    "webdataset": published.to_webdataset,
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="a data set directory")
     parser.add_argument("out", type=Path, help="directory to make")
-    parser.add_argument("--layout", choices=("folder", "insightface"), default="folder")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="folder")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -74,7 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     out = Path(os.path.abspath(args.out))
     if not files.is_free(out):
         raise FileExistsError(f"{args.out} exists: choose another directory")
-    write = to_folder if args.layout == "folder" else to_insightface
+    write = LAYOUTS[args.layout]
     with PartialDirectory(out) as aside:
         run_tasks(
             lambda _, advance: write(data, aside.path, advance), [None], 1, len(data), "unpacking"

@@ -17,8 +17,10 @@ from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.images.image_table import Names
 from data_tools.images.landmarks import LandmarkFile
-from data_tools.pack.pack_job import Packing, num_split_shards, plan
+from data_tools.pack import several_machines
+from data_tools.pack.pack_job import Packing, num_split_shards, plan, shard_names
 from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options, Sources
+from data_tools.pack.several_machines import Part
 from data_tools.pack.split import Parts
 from data_tools.shard_writer import ShardWriter, tidy
 from data_tools.sources.folders import same_person_text
@@ -29,17 +31,28 @@ _SHOWN = 3  # images in a message
 
 
 def pack(
-    paths: Path | Sources, out: Path, options: Options, workers: int = 1, overwrite: bool = False
+    paths: Path | Sources,
+    out: Path,
+    options: Options,
+    workers: int = 1,
+    overwrite: bool = False,
+    part: Part | None = None,
+    finish: bool = False,
 ) -> dict[str, Any]:
     """Pack a source into the data set directory `out` and describe it.
 
     An `out` packed before from the same, unchanged source with the same options is left as it is
     (`status` is then "reused"); one whose pack was killed is continued ("resumed").
 
+    part: write the shards of this part of several into OUT.partial alone ("part"). finish: join the
+    parts that are finished, and write no shard.
+
     Raises: ValueError, FileNotFoundError for a source that cannot be packed; FileExistsError if
     `out` holds something else; OSError if a disk is full or fails. `out` is then as it was.
     """
     started = time.monotonic()
+    if (part or finish) and options.shards is None:
+        raise UserError("--part and --finish need --shards S, the same for all parts")
     asked = paths if isinstance(paths, Sources) else Sources([paths])
     for path in asked.paths:
         _check_apart(path, out)
@@ -48,7 +61,7 @@ def pack(
         print(f"warning: {text}", file=sys.stderr)
     options, parts = plan(source, options)
     recorded = options.recorded()
-    if not overwrite and _is_packed(source, out, recorded):
+    if part is None and not overwrite and _is_packed(source, out, recorded):
         tidy(out)
         return _summary(out, shards.read_index(out), "reused", time.monotonic() - started)
     if options.hold_out and any(path.stem == HELD_OUT for path in source.bins):
@@ -56,17 +69,47 @@ def pack(
     points, unused = _points(source, options, parts)
     assert options.shards is not None
     num_shards = options.shards + num_split_shards(options, parts)
-    with ShardWriter(out, overwrite, {**_describe(source), **recorded}, num_shards) as writer:
-        packing = Packing(source, points, options, parts, writer.partial, writer.journal, workers)
+    todo = {**_describe(source), **recorded}
+    if part is not None:
+        if part.of > num_shards:
+            raise UserError(
+                f"--part {part}: {count(num_shards, 'shard')} cannot fill {part.of} parts: ask for "
+                f"more --shards"
+            )
+        with several_machines.writing(out, part, todo) as (partial, journal):
+            packing = Packing(source, points, options, parts, partial, journal, workers)
+            packing.run_part(part)
+        return _part_summary(part, partial, packing, time.monotonic() - started)
+    if finish:
+        several_machines.check_begun(out, todo, shard_names(options, parts))
+    with ShardWriter(out, overwrite, todo, num_shards) as writer:
+        packing = Packing(
+            source, points, options, parts, writer.partial, writer.journal, workers, finish
+        )
         about = packing.run()
         about["source"] = {"path": str(_where(asked)), **_describe(source)}
         about["options"] = recorded
         if unused:
             about["landmarks_unused"] = unused
         names = [source.identities[k] for k in packing.trained]
+        several_machines.forget(writer.partial)
         index = writer.finish(packing.written, names, (options.size, options.size), about)
-    status = "resumed" if packing.reused else "packed"
+    status = "packed" if finish or not packing.reused else "resumed"
     return _summary(out, index, status, time.monotonic() - started)
+
+
+def _part_summary(part: Part, partial: Path, packing: Packing, seconds: float) -> dict[str, Any]:
+    return {
+        "status": "part",
+        "part": str(part),
+        "path": str(partial),
+        "images": packing.readable,
+        "shards": len(packing.written),
+        "reused": packing.reused,
+        "bytes": sum(shard.entry["bytes"] for shard in packing.written),
+        "skipped": len(packing.skipped) - len(packing.source.skipped),
+        "seconds": round(seconds, 3),
+    }
 
 
 def _points(source: Source, options: Options, parts: Parts) -> tuple[np.ndarray | None, int]:

@@ -10,6 +10,10 @@
 Stopped by Ctrl-C, by a full or failing disk, or killed, the same command resumes after the last
 finished shard and writes the same bytes as an uninterrupted one. OUT.partial holds the finished
 shards until then; remove it to start afresh.
+
+Several machines that share a file system pack one set together: each runs the same command with
+--part 1/N, --part 2/N ...; when all have ended, one runs it with --finish. A part that was killed
+continues when it is started again. See also launch/slurm/pack_array.sh.
 """
 
 import argparse
@@ -18,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.common import cli
+from data_tools.common.errors import UserError
 from data_tools.common.messages import count, file_size
 from data_tools.common.schema import add_flags, from_flags
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options, Sources
 from data_tools.pack.pairs import resized_text
+from data_tools.pack.several_machines import Part
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="SOURCE",
         help="a folder of identities (SOURCE/<identity>/<image>.jpg); zip or tar archives, or a "
-        "directory of them; a .lst of im2rec or InsightFace; an InsightFace directory or a .rec, "
-        "with or without .idx; a set packed before",
+        "directory of them; labelled tars of WebDataset; an LMDB database; Hugging Face parquet "
+        "files or a directory of them; a .lst of im2rec or InsightFace; a .csv of path,label; an "
+        "InsightFace directory or a .rec, with or without .idx; a set packed before",
     )
     parser.add_argument("out", type=Path, help="directory to make")
     add_flags(parser, Sources)
     add_flags(parser, Options)
     cli.add_workers(parser, "processes, at most one per shard and none for small sets (all cores)")
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="on several machines that share OUT: write part I of N (1/N to N/N) into OUT.partial; "
+        "all parts take the same command, with --shards; --finish then makes OUT of them",
+    )
+    parser.add_argument(
+        "--finish",
+        action="store_true",
+        help="check the shards of all parts, and join them to OUT; the same bytes as without parts",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is a data set")
 
 
@@ -54,7 +72,18 @@ def other_size(images: int, size: int) -> str:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     options = from_flags(Options, args)
     sources = from_flags(Sources, args, paths=args.sources)
-    done = pack(sources, args.out, options, args.workers, args.overwrite)
+    part = Part.parse(args.part) if args.part is not None else None
+    if part and (args.finish or args.overwrite):
+        raise UserError("--part writes shards only: leave out --finish and --overwrite")
+    done = pack(sources, args.out, options, args.workers, args.overwrite, part, args.finish)
+    if part:
+        print(
+            f"part {part} of {done['path']}: {count(done['shards'], 'shard')}"
+            + (f" ({done['reused']} finished before)" if done["reused"] else "")
+            + f", {count(done['images'], 'image')}, {file_size(done['bytes'])}, "
+            f"{done['skipped']} skipped, {done['seconds']:.1f} s"
+        )
+        return done
     if done["skipped"] or done["empty_identities"]:
         print(
             f"warning: {done['skipped']} "

@@ -19,12 +19,15 @@ from data_tools.images.decode import is_size_fault
 from data_tools.pack.conversion import Pointed, convert_all
 from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options
 from data_tools.pack.pairs import PAIRS_STEP, PairOptions, check_possible, make_pairs, most_pairs
+from data_tools.pack.several_machines import Part, missing_text, number_of_parts
 from data_tools.pack.split import Parts, choose
 from data_tools.shard_writer import renumber, write_index, write_shard
-from data_tools.sources.source import Images, Source
+from data_tools.sources.parquet import ParquetImages
+from data_tools.sources.source import Images, Joined, Source
 
 IMAGES_PER_SHARD = 1000  # at least, where nobody asks for a number of shards
 MOST_SHARDS = 8  # where nobody asks for more
+STAGED = "staged"
 _REASONS = 3  # in a message
 Skipped = list[tuple[str, str]]  # (where, why)
 _ONE_FIELD = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})  # a name may hold them
@@ -65,6 +68,22 @@ def num_split_shards(options: Options, parts: Parts) -> int:
     return min(options.shards, max(1, len(parts.aside_images) // IMAGES_PER_SHARD))
 
 
+def shard_names(options: Options, parts: Parts) -> list[str]:
+    """The names of all shards, in the order in which parts count them."""
+    assert options.shards is not None
+    return _names("", options.shards) + _names(f"{SPLIT}-", num_split_shards(options, parts))
+
+
+def _names(prefix: str, num_shards: int) -> list[str]:
+    return [f"{prefix}train-{s:05d}-of-{num_shards:05d}" for s in range(num_shards)]
+
+
+def _cuts(images: np.ndarray, num_shards: int, seed: int) -> list[np.ndarray]:
+    """The images of each shard."""
+    shuffled = np.random.default_rng([seed, 0]).permutation(images)
+    return np.array_split(shuffled, num_shards) if num_shards else []
+
+
 def _check_pairs(options: Options, labels: np.ndarray) -> None:
     try:
         check_possible(labels, max(most_pairs(labels), PAIRS_STEP))
@@ -95,10 +114,13 @@ class Packing:
         directory: Path,
         journal: Journal,
         workers: int,
+        join: bool = False,  # find every shard finished, as --finish does
     ) -> None:
         self.source, self.options, self.directory = source, options, directory
         self._points, self._journal, self._workers = points, journal, workers
         self._parts = parts
+        self._join = join
+        self._part: Part | None = None  # the shards that this process writes; None: all
         self.skipped: Skipped = list(source.skipped)
         self.resized = self.readable = 0
         self.several = 0  # images in which the detector found more than one face
@@ -110,6 +132,9 @@ class Packing:
         """Writes everything but the index; what the index says of it."""
         source, options, parts = self.source, self.options, self._parts
         assert options.shards is not None
+        held = np.flatnonzero(np.isin(source.labels, parts.held))
+        written = [] if self._join else [parts.aside_images, parts.images]
+        self._stage(np.concatenate([held, *written]).astype(np.int64), STAGED)
         about: dict[str, Any] = {}
         empty = [parts.without]
         if len(parts.held):
@@ -132,12 +157,41 @@ class Packing:
         ]
         about["too_few_images"] = {"identities": len(parts.few)}
         about["beyond_max_images"] = parts.over
+        for name in files.names(self.directory):
+            if name.startswith(STAGED):
+                files.remove_tree(self.directory / name)
         about["ignored_files"] = source.ignored
         if source.left_out:
             about["left_out"] = source.left_out
         if source.notes:
             about["notes"] = source.notes
         return about
+
+    def run_part(self, part: Part) -> None:
+        """Writes the shards of this part alone, and records them in the journal."""
+        parts, options = self._parts, self.options
+        assert options.shards is not None
+        self._part = part
+        num_aside = num_split_shards(options, parts)
+        staged = f"{STAGED}-{part.number}"
+        main = _cuts(parts.images, options.shards, options.seed)
+        aside = _cuts(parts.aside_images, num_aside, options.seed)
+        mine = [some for number, some in enumerate([*main, *aside]) if part.has(number)]
+        self._stage(np.concatenate(mine), staged)
+        self.written = self._write(parts.images, parts.trained, self.directory, options.shards, "")
+        if num_aside:
+            directory = self.directory / SPLIT
+            directory.mkdir(exist_ok=True)
+            self.written += self._write(
+                parts.aside_images, parts.aside, directory, num_aside, f"{SPLIT}-", options.shards
+            )
+        if files.exists(self.directory / staged):
+            files.remove_tree(self.directory / staged)
+
+    def _stage(self, indices: np.ndarray, name: str) -> None:
+        """Copy images that cannot be read one by one (see parquet.py) beside the shards."""
+        if isinstance(self.source, ParquetImages | Joined):
+            self.source.stage(self.directory / name, indices)
 
     def _images(self, indices: np.ndarray) -> Images:
         chosen = self.source.select(indices)
@@ -176,7 +230,10 @@ class Packing:
         directory = self.directory / SPLIT
         directory.mkdir(exist_ok=True)
         num_shards = num_split_shards(self.options, parts)
-        written = self._write(parts.aside_images, parts.aside, directory, num_shards, f"{SPLIT}-")
+        first = self.options.shards or 0
+        written = self._write(
+            parts.aside_images, parts.aside, directory, num_shards, f"{SPLIT}-", first
+        )
         names = [self.source.identities[k] for k in parts.aside]
         size = (self.options.size, self.options.size)
         index = write_index(directory, written, names, size, {"split": self.options.split})
@@ -189,16 +246,29 @@ class Packing:
         directory: Path,
         num_shards: int,
         prefix: str,
+        first: int = 0,  # the number of the first shard among those of all sets
     ) -> list[WrittenShard]:
-        """These images in shards, shuffled; their counts join skipped, resized, readable."""
+        """These images in shards, shuffled; their counts join skipped, resized, readable.
+
+        Of a part of several, its own shards.
+
+        Raises: UserError: --finish, and a shard is damaged.
+        """
         class_of = np.full(len(self.source.identities), -1, np.int64)
         class_of[identities] = np.arange(len(identities))
-        shuffled = np.random.default_rng([self.options.seed, 0]).permutation(images)
-        cuts = np.array_split(shuffled, num_shards)
-        names = [f"{prefix}train-{s:05d}-of-{num_shards:05d}" for s in range(num_shards)]
+        cuts = _cuts(images, num_shards, self.options.seed)
+        names = _names(prefix, num_shards)
+        numbers = range(first, first + num_shards)
+        if self._part is not None:
+            own = [n - first for n in numbers if self._part.has(n)]
+            names, cuts = [names[k] for k in own], [cuts[k] for k in own]
         found = {name: self._journal.find(name, directory) for name in names}
         finished = {name: shard for name, shard in found.items() if shard is not None}
         self.reused += len(finished)
+        if self._join and len(finished) < len(names):
+            bad = [n for n, name in zip(numbers, names, strict=True) if name not in finished]
+            parts = number_of_parts(self.directory)
+            raise UserError(f"{self.directory}: damaged, so {missing_text(bad, parts)}")
         left = [
             (name, some) for name, some in zip(names, cuts, strict=True) if name not in finished
         ]

@@ -14,6 +14,7 @@ from data_tools.pack.conversion import Conversion
 from data_tools.pack.detectors import detector_sha256
 from data_tools.pack.pairs import MAX_SIZE, check_num_pairs
 from data_tools.pack.split import Choice
+from data_tools.sources.labels import Fields
 from data_tools.sources.source import Join, JoinedSource, Source, open_source
 
 HELD_OUT = "heldout"
@@ -164,6 +165,25 @@ class Sources:
         metavar="N",
     )
     walk: bool = option(False, "read an InsightFace .rec without its .idx")
+    image_column: str = option(
+        "",
+        "the column of the images or their paths (parquet, CSV), or a WebDataset image's ending",
+        note="default: image",
+        metavar="NAME",
+    )
+    label_column: str = option(
+        "",
+        "the column of the labels (parquet, CSV), or of a WebDataset sample: cls, or a key of its "
+        ".json",
+        note="default: label",
+        metavar="NAME",
+    )
+    labels: Path | None = option(
+        None,
+        "the labels of an LMDB database, lines of key<TAB>label",
+        note="default: the keys or values, or a .tsv or .txt beside it",
+        metavar="FILE",
+    )
 
     def open(self) -> Source:
         check(self)
@@ -175,10 +195,16 @@ class Sources:
             raise UserError(
                 "--nested and --identity-level N each define what an identity is: choose one"
             )
+        if self.labels and len(self.paths) > 1:
+            raise UserError("--labels applies to one database: pack the others separately")
+        fields = Fields(self.image_column, self.label_column)
         opened = [
-            open_source(path, self.nested, self.root, self.relabel, self.identity_level, self.walk)
+            open_source(
+                path, self.nested, self.root, self.relabel, self.identity_level, self.walk,
+                fields, self.labels,
+            )
             for path in self.paths
-        ]
+        ]  # fmt: skip
         return opened[0] if len(opened) == 1 else JoinedSource(opened, self.join)
 
     def __str__(self) -> str:

@@ -26,12 +26,16 @@ from data_tools.sources import zip_index
 
 ARCHIVES = (".zip", ".tar")
 _PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
-_TAR = 0xFFFF  # in the column of methods
+TAR = 0xFFFF  # in the column of methods
 _MAX_IMAGE = 1 << 28  # bytes: what claims more is damage, or meant to fill the memory
 
 
 def is_archive(path: Path) -> bool:
     return path.name.lower().endswith(ARCHIVES) and files.is_file(path)
+
+
+def is_tar(path: Path) -> bool:
+    return path.name.lower().endswith(".tar")
 
 
 def refuse_packed(path: Path) -> None:
@@ -43,7 +47,7 @@ def refuse_packed(path: Path) -> None:
         )
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """A file: its name, columns of where it is, and what tells its content apart."""
 
     name: bytes
@@ -93,10 +97,11 @@ class ArchiveImages:
         )
         if archive not in self._open:
             self._open[archive] = os.open(self._paths[archive], os.O_RDONLY)
+            files.make_room(self._open[archive])
         descriptor = self._open[archive]
         if size > _MAX_IMAGE or packed > _MAX_IMAGE:
             raise UserError(f"{self.where(i)}: {size} bytes cannot be an image of a face")
-        if method == _TAR:
+        if method == TAR:
             data = os.pread(descriptor, size, at)
             if len(data) != size:
                 raise UserError(f"{self.where(i)}: the archive ends within it: cut short")
@@ -124,7 +129,7 @@ class ArchiveSource(ArchiveImages):
         self._slashes = 0  # names with back slashes
         self._digest = hashlib.sha256()
         self._numbers: dict[bytes, int] = {}  # folder -> number, in order of appearance
-        self._found = {key: array(kind) for key, kind in _COLUMNS.items()}
+        self._found = {key: array(kind) for key, kind in COLUMNS.items()}
         super().__init__(archives, Names.of(self._list(archives)), {})
         self.ignored, self.left_out = self._chooser.ignored, dict(self._chooser.left_out)
         self.notes = [back_slashes(self._slashes, path)] if self._slashes else []
@@ -138,16 +143,17 @@ class ArchiveSource(ArchiveImages):
         self._drop(self._faults(folders))
         if not len(self):
             raise UserError(
-                f"{path}: no image lies in an identity folder; {len(self.skipped)} were skipped"
+                f"{path}: no image lies in an identity folder, and none has a .cls or .json with a "
+                f"label beside it; {len(self.skipped)} were skipped"
             )
         used, self.labels = np.unique(self.labels, return_inverse=True)
-        self.identities = [os.fsdecode(name) for name in _stripped([folders[k] for k in used])]
+        self.identities = [os.fsdecode(name) for name in stripped([folders[k] for k in used])]
 
     def _list(self, archives: list[Path]) -> Iterator[bytes]:
         """The name of each image, its columns joined to `_found` on the way."""
         for number, path in enumerate(archives):
             self._digest.update(os.fsencode(path.name) + b"\n")
-            for entry in _tar(path) if path.name.lower().endswith(".tar") else _zip(path):
+            for entry in tar_entries(path) if is_tar(path) else _zip(path):
                 folder, _, base = entry.name.rpartition(b"/")
                 if entry.name.startswith((b"__MACOSX/", b".")) or b"/." in entry.name:
                     self._chooser.hidden += 1
@@ -189,7 +195,7 @@ class ArchiveSource(ArchiveImages):
         self.names, self._columns, self.labels = kept.names, kept._columns, self.labels[keep]
 
 
-_COLUMNS = {
+COLUMNS = {
     "archive": "H", "at": "q", "packed": "q", "size": "q", "method": "H", "crc": "I", "folder": "i",
 }  # fmt: skip
 
@@ -199,34 +205,34 @@ def _parents(name: bytes) -> Iterator[bytes]:
     return (b"/".join(parts[:n]) for n in range(1, len(parts)))
 
 
-def _stripped(folders: list[bytes]) -> list[bytes]:
+def stripped(folders: list[bytes]) -> list[bytes]:
     """The folders less the parents that they all share."""
     above = [name.split(b"/")[:-1] for name in folders]
     shared = os.path.commonprefix(above) if above else []
     return [b"/".join(name.split(b"/")[len(shared) :]) for name in folders]
 
 
-def _zip(path: Path) -> Iterator[_Entry]:
+def _zip(path: Path) -> Iterator[Entry]:
     for found in zip_index.members(path):
         fault = "encrypted" if found.encrypted else None
         # A zip's names have slashes; some programs of Windows write their own instead.
         name = found.name.replace(b"\\", b"/").removeprefix(b"./")
         if name.endswith(b"/"):
             continue
-        yield _Entry(
+        yield Entry(
             name, found.header, found.packed, found.size, found.method, found.crc, fault,
             b"%d %d" % (found.size, found.crc), b"\\" in found.name,
         )  # fmt: skip
 
 
-def _head(path: Path, entry: _Entry) -> bytes:
+def _head(path: Path, entry: Entry) -> bytes:
     with open(path, "rb") as file:
-        if entry.method == _TAR:
+        if entry.method == TAR:
             return os.pread(file.fileno(), min(HEAD, entry.size), entry.at)
         return zip_index.read_head(file.fileno(), entry.at, entry.packed, entry.method, HEAD)
 
 
-def _tar(path: Path) -> Iterator[_Entry]:
+def tar_entries(path: Path) -> Iterator[Entry]:
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (found := tar.next()) is not None:
@@ -235,8 +241,8 @@ def _tar(path: Path) -> Iterator[_Entry]:
                     continue
                 name = os.fsencode(found.name.removeprefix("./"))
                 fault = None if found.isreg() and not found.sparse else "not a regular file"
-                yield _Entry(
-                    name, found.offset_data, found.size, found.size, _TAR, 0, fault,
+                yield Entry(
+                    name, found.offset_data, found.size, found.size, TAR, 0, fault,
                     b"%d %d" % (found.size, int(found.mtime)),
                 )  # fmt: skip
             _check_end(path, tar.offset)

@@ -25,9 +25,9 @@ from data_tools.common.errors import UserError
 from data_tools.images.image_file import ending, is_hidden, is_image_name
 from data_tools.images.image_table import Names, back_slashes, repeated
 from data_tools.sources.folders import Paths
+from data_tools.sources.labels import class_number, number, numbered
 
 _BOX, _POINTS = 4, 10
-MAX_LABEL = 2**31
 
 
 class ListSource(Paths):
@@ -68,7 +68,7 @@ class ListSource(Paths):
         if not keep.all():
             self.names = self.names.select(np.flatnonzero(keep))
             labels = labels[keep]
-        values, self.labels = _numbered(labels)
+        values, self.labels = numbered(labels)
         self.identities = [str(value) for value in values.tolist()]
         self.unaligned = unaligned[keep]
         self.landmarks = points[keep] if len(points) else None
@@ -89,32 +89,37 @@ class ListSource(Paths):
         return keep
 
     def _lines(self) -> Iterator[bytes]:
+        """The path of each line, its label joined to `_labels` on the way."""
         classic: bool | None = None
-        for number, line in text.numbered_lines(self.path, errors="surrogateescape"):
+        for line_number, line in text.numbered_lines(self.path, errors="surrogateescape"):
             fields = [field.strip() for field in line.split("\t")]
             if classic is None:
                 classic = fields[0] in ("0", "1") and len(fields) >= 3
-                classic = classic and _number(fields[1]) is None
+                classic = classic and number(fields[1]) is None
             try:
                 name = self._classic(fields) if classic else self._im2rec(fields)
             except ValueError as error:
-                hint = content.hint(self.path) if number == 1 else ""
-                raise UserError(f"{self.path}: line {number}: {error}{hint}") from error
-            if is_hidden(name.rpartition("/")[2]):
-                self._hidden.append(len(self._labels) - 1)
-            yield os.fsencode(name)
+                hint = content.hint(self.path) if line_number == 1 else ""
+                raise UserError(f"{self.path}: line {line_number}: {error}{hint}") from error
+            yield self._encoded(name)
+
+    def _encoded(self, name: str) -> bytes:
+        """The path of the line that was read last; one that is hidden is noted."""
+        if is_hidden(name.rpartition("/")[2]):
+            self._hidden.append(len(self._labels) - 1)
+        return os.fsencode(name)
 
     def _im2rec(self, fields: list[str]) -> str:
         if len(fields) < 3:
             raise UserError(f"{_shown(fields)} is not index<TAB>label<TAB>path")
-        _class(fields[0])
+        class_number(fields[0])
         for field in fields[2:-1]:
-            if _number(field) is None:
+            if number(field) is None:
                 raise UserError(
                     f"{field[:40]!r} is among the labels and is not a number: is there a tab "
                     f"in the path?"
                 )
-        label, name = _class(fields[1]), self._image(fields[-1])
+        label, name = class_number(fields[1]), self._image(fields[-1])
         self._labels.append(label)
         self._unaligned.append(0)
         return name
@@ -125,8 +130,8 @@ class ListSource(Paths):
                 f"{_shown(fields)} is not aligned(0 or 1)<TAB>path<TAB>label, with 4 numbers of a "
                 f"box and 10 of landmarks after it or without"
             )
-        name, label = self._image(fields[1]), _class(fields[2])
-        points = [_number(field) for field in fields[3 + _BOX :]]
+        name, label = self._image(fields[1]), class_number(fields[2])
+        points = [number(field) for field in fields[3 + _BOX :]]
         if None in points:
             raise UserError(f"{_shown(fields)}: a landmark is not a number")
         if points and not len(self._points):
@@ -152,33 +157,6 @@ class ListSource(Paths):
         if not is_image_name(base) and not is_hidden(base) and (ending(base) or _is_value(base)):
             raise UserError(f"{name[:80]!r} is not the path of an image")
         return name
-
-
-def _numbered(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The labels that occur, ascending, and the place of each label [N] among them: int64.
-
-    As np.unique, whose sort takes five times the memory of the labels.
-    """
-    if int(labels.max()) > 4 * len(labels) + 1_000_000:
-        return np.unique(labels, return_inverse=True)
-    occurs = np.zeros(int(labels.max()) + 1, bool)
-    occurs[labels] = True
-    return np.flatnonzero(occurs), (np.cumsum(occurs) - 1)[labels]
-
-
-def _class(field: str) -> int:
-    value = _number(field)
-    if value is None or not 0 <= value < MAX_LABEL or value != int(value):
-        raise UserError(f"{field[:40]!r} is not a whole number from 0 below 2^31")
-    return int(value)
-
-
-def _number(field: str) -> float | None:
-    try:
-        value = float(field)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def _is_value(field: str) -> bool:

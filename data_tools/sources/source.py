@@ -5,6 +5,10 @@
 | a folder of identities | a directory | folders.py |
 | zip and tar archives, alone or a directory of them | .zip, .tar | archives.py |
 | a list of images | .lst | lst.py |
+| a table of paths and labels | .csv, .tsv | table.py |
+| labelled tars of WebDataset | a .cls or .json beside each image | webdataset.py |
+| an LMDB database | its first bytes | lmdb_source.py |
+| a data set of Hugging Face | .parquet | parquet.py |
 | an InsightFace directory or a .rec, with or without .idx | .rec | insightface.py |
 | shards packed before, cleaned or not | index.json | shards.py |
 """
@@ -18,12 +22,18 @@ from typing import Literal, Protocol
 import numpy as np
 
 from data_tools import shards
-from data_tools.common import files
+from data_tools.common import content, files
 from data_tools.common.errors import UserError
 from data_tools.recordio import RecordFile
-from data_tools.sources.archives import ArchiveSource, is_archive, refuse_packed
+from data_tools.sources.archives import ArchiveSource, is_archive, is_tar, refuse_packed
 from data_tools.sources.folders import FolderSource, stamp
+from data_tools.sources.labels import Fields
+from data_tools.sources.lmdb_file import database_file
+from data_tools.sources.lmdb_source import DatabaseSource
 from data_tools.sources.lst import ListSource
+from data_tools.sources.parquet import ParquetImages, ParquetSource, parquet_files, refuse_arrow
+from data_tools.sources.table import TableSource, is_table
+from data_tools.sources.webdataset import WebDatasetSource, is_labelled
 
 Join = Literal["offset", "name"]
 
@@ -61,13 +71,16 @@ def open_source(
     relabel: Path | None = None,
     level: int = 0,
     walk: bool = False,
+    fields: Fields | None = None,
+    labels: Path | None = None,
 ) -> Source:
     """The source at `path`, recognised by its content.
 
     nested: in folders, look for identities at any depth. level: in folders, the first `level` parts
     of an image's path name its identity. root: where the paths of a .lst start
     (default: the folder of the .lst). relabel: an index of cleaning to follow, of records only.
-    walk: read an InsightFace .rec without its .idx.
+    walk: read an InsightFace .rec without its .idx. fields: the columns of tables and samples.
+    labels: the list key<TAB>label of an LMDB database.
 
     Raises: FileNotFoundError if there is nothing; ValueError if it holds nothing to pack.
     """
@@ -87,15 +100,45 @@ def open_source(
         raise FileNotFoundError(f"{path}: no such directory or file")
     if level and (records or archives or not files.is_dir(path)):
         raise UserError(f"--identity-level {level}: {path} is not a folder of folders")
+    database = None if records or archives else database_file(path)
+    if labels is not None and database is None:
+        raise UserError(f"--labels {labels}: {path} is not an LMDB database, which they are for")
     if records:
         return RecordSource(path, relabel, walk)
+    if database is not None:
+        return DatabaseSource(path, database, labels)
+    if tables := [] if archives else parquet_files(path):
+        return ParquetSource(path, tables, fields or Fields())
+    refuse_arrow(path)
     if archives:
-        return ArchiveSource(path, archives)
+        return _open_archives(path, archives, fields or Fields())
     if path.suffix == ".lst":
         return ListSource(path, root)
+    if is_table(path):
+        return TableSource(path, root, fields)
     if files.is_dir(path):
         return FolderSource(path, nested, level)
-    raise UserError(f"{path}: neither a directory nor a .rec, .lst, .zip or .tar")
+    raise UserError(
+        f"{path}: neither a directory nor a .rec, .lst, .csv, .parquet, .zip, .tar or "
+        f"LMDB database{content.hint(path)}"
+    )
+
+
+def _open_archives(path: Path, archives: list[Path], fields: Fields) -> Source:
+    """Archives of identity folders, or tars of labelled samples.
+
+    Raises: UserError: they are of both kinds.
+    """
+    labelled = [is_tar(archive) and is_labelled(archive, fields) for archive in archives]
+    if all(labelled):
+        return WebDatasetSource(path, archives, fields)
+    if any(labelled):
+        one, other = archives[labelled.index(True)], archives[labelled.index(False)]
+        raise UserError(
+            f"{path}: {one.name} holds labelled samples, {other.name} does not: pack them "
+            f"separately"
+        )
+    return ArchiveSource(path, archives)
 
 
 class Records:
@@ -168,6 +211,14 @@ class Joined:
 
     def read(self, i: int) -> bytes:
         return self._parts[self._part_of[i]].read(int(self._index[i]))
+
+    def stage(self, directory: Path, indices: np.ndarray) -> None:
+        """As ParquetImages.stage, of those parts that have to."""
+        for p, part in enumerate(self._parts):
+            if isinstance(part, ParquetImages | Joined):
+                mine = indices[self._part_of[indices] == p]
+                directory.mkdir(exist_ok=True)
+                part.stage(directory / str(p), self._index[mine])
 
     def select(self, indices: np.ndarray) -> "Joined":
         part_of, old = self._part_of[indices], self._index[indices]

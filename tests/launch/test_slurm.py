@@ -138,3 +138,26 @@ def test_the_chain_packs_trains_evaluates_and_exports(cluster, tmp_path):
         p.read_text() for p in sorted(tmp_path.glob("*.log"))))  # fmt: skip
     assert [cluster.shown(job)["JobState"] for job in jobs] == ["COMPLETED"] * 4, said
     assert (tmp_path / "r" / "model.onnx").exists() and list((tmp_path / "r" / "eval").iterdir())
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_an_array_packs_what_one_machine_packs(cluster, tmp_path):
+    made = [sys.executable, "-m", "data_tools"]
+    faces, out, one = tmp_path / "faces", tmp_path / "many", tmp_path / "one"
+    for arguments in (
+        ["synthesize", faces, "--identities", "20", "--images", "8"],
+        ["pack", faces, one, "--shards", "5"],
+    ):
+        subprocess.run([*made, *arguments], cwd=ROOT, check=True, capture_output=True)
+    said = cluster.run(
+        "launch/slurm/pack_array.sh", "3", faces, out, "--shards", "5",
+        cwd=ROOT, check=True, env={"PYTHON": sys.executable, "LOGS_DIR": str(tmp_path)},
+    )  # fmt: skip
+    finish = said.split("finish=")[1].split()[0]
+    wait(lambda: ended(cluster, finish), 240, lambda: said + "".join(
+        p.read_text() for p in sorted(tmp_path.glob("*.log"))))  # fmt: skip
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in one.iterdir()
+    }
+    assert len(list(tmp_path.glob("pack-[0-9]*-[123].log"))) == 3
