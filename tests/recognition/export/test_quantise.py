@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -92,9 +94,14 @@ def test_int8_needs_images():
         export_onnx(Linear().eval(), "x.onnx", metadata={}, precision="int8")
 
 
-@pytest.mark.parametrize("flip_sum", [False, True])
-@pytest.mark.parametrize("l2", [False, True])
-@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize(
+    "normalise, l2, flip_sum",
+    [
+        # Each pair of two switches has every combination in those that are not long.
+        pytest.param(*switches, marks=[] if sum(switches) % 2 == 0 else pytest.mark.long)
+        for switches in itertools.product([False, True], repeat=3)
+    ],
+)
 def test_what_is_baked_in(tiny, tmp_path, normalise, flip_sum, l2):
     path = tmp_path / "x.onnx"
     bake = Bake(normalise, flip_sum, l2)

@@ -98,7 +98,7 @@ def keys_for(rec, *more):
 def test_a_signal_ends_a_verification_which_is_done_later(many_pairs, tmp_path):
     """Before the first step: what is saved is the run as it begins."""
     rec, write = many_pairs
-    write(400)  # tens of seconds
+    write(100)  # some ten seconds
     output = tmp_path / "r"
     with Run(tmp_path / "log", output, LOCAL, keys_for(rec)) as run:
         wait(lambda: "4 steps ->" in run.text(), 60, run.text)
