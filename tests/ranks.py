@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from recognition.distributed import store_exchange
+
 _SECONDS = 240  # a rank that hangs is named before pytest ends the test
 
 
@@ -109,6 +111,8 @@ def _work(rank: int, port: int, pipe) -> None:
                 if dist.is_initialized():
                     dist.destroy_process_group()
                 mine = group
+                # Ranks number their exchanges by the group's name, which all groups here share.
+                store_exchange._Exchange._numbers.clear()
                 prefixed = dist.PrefixStore(f"group-{group}", store)
                 dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=world)
             pipe.send(function(*arguments))
