@@ -1,94 +1,125 @@
-"""A pool of gloo workers, one per world size, spawned once: run(world, function, *arguments).
+"""A pool of gloo workers, spawned once: run(world, function, *arguments).
 
 The function is called on every rank of a default process group of that size, and must be
 importable by name. Its results come back in rank order; an exception on any rank is raised here
-with its traceback.
+with its traceback. Groups of every size are made of the same workers, because a worker costs
+seconds (it imports torch), a group milliseconds.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from recognition.distributed import store_exchange
+
 _SECONDS = 240  # a rank that hangs is named before pytest ends the test
-_pools: dict[int, _Pool] = {}
+
+
+class _Failure(NamedTuple):
+    error: str  # the exception's type and message
+    trace: str
 
 
 def run(world: int, function: Callable, *arguments: object) -> list:
-    if world not in _pools:
-        _pools[world] = _Pool(world)
-    return _pools[world].run(function, arguments)
+    global _pool
+    if _pool is None:
+        _pool = _Pool()
+    return _pool.run(world, function, arguments)
 
 
 class _Pool:
-    def __init__(self, world: int) -> None:
-        context = mp.get_context("spawn")
-        self._world = world
+    def __init__(self) -> None:
         # Over TCP: a limit on the size of a rank's files must not reach what the ranks agree by.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes, self._workers = [], []
-        for rank in range(world):
-            ours, theirs = context.Pipe()
-            worker = context.Process(
-                target=_work, args=(rank, world, self._store.port, theirs), daemon=True
-            )
-            worker.start()
-            self._pipes.append(ours)
-            self._workers.append(worker)
+        self._world, self._group = 0, 0
 
-    def run(self, function: Callable, arguments: tuple) -> list:
+    def run(self, world: int, function: Callable, arguments: tuple) -> list:
         try:
-            return self._run(function, arguments)
+            results = self._run(world, function, arguments)
         except BaseException:
             # Ranks may now disagree about what comes next, and an answer that nobody has read, of a
             # test that a time-out ended, would be taken for that of the next call.
             self.close()
             raise
+        failed = [(rank, r) for rank, r in enumerate(results) if isinstance(r, _Failure)]
+        if not failed:
+            return results
+        if len(failed) == world and len({failure.error for _, failure in failed}) == 1:
+            self._world = 0  # all have left by the same error: a new group is enough
+        else:
+            self.close()
+        raise AssertionError(
+            "".join(f"\nrank {rank} of {world}:\n{failure.trace}" for rank, failure in failed)
+        )
 
-    def _run(self, function: Callable, arguments: tuple) -> list:
-        for pipe in self._pipes:
-            pipe.send((function, arguments))
-        results, failures = [], []
-        for rank, pipe in enumerate(self._pipes):
+    def _run(self, world: int, function: Callable, arguments: tuple) -> list:
+        while len(self._workers) < world:
+            self._add_worker()
+        if world != self._world:
+            self._world, self._group = world, self._group + 1
+        for pipe in self._pipes[:world]:
+            pipe.send((world, self._group, function, arguments))
+        results: list = []
+        for rank, pipe in enumerate(self._pipes[:world]):
             if not pipe.poll(_SECONDS):
                 raise TimeoutError(
-                    f"rank {rank} of {self._world} has not answered for {_SECONDS} s"
-                    + "".join(failures)
+                    f"rank {rank} of {world} has not answered for {_SECONDS} s"
+                    + "".join(f"\n{r.trace}" for r in results if isinstance(r, _Failure))
                 )
-            failed, result = pipe.recv()
-            results.append(result)
-            if failed:
-                failures.append(f"\nrank {rank} of {self._world}:\n{result}")
-        if failures:
-            raise AssertionError("".join(failures))
+            results.append(pipe.recv())
         return results
 
+    def _add_worker(self) -> None:
+        context = mp.get_context("spawn")
+        ours, theirs = context.Pipe()
+        worker = context.Process(
+            target=_work, args=(len(self._workers), self._store.port, theirs), daemon=True
+        )
+        worker.start()
+        self._pipes.append(ours)
+        self._workers.append(worker)
+
     def close(self) -> None:
-        _pools.pop(self._world, None)
+        global _pool
+        _pool = None
         for worker in self._workers:
             worker.kill()
             worker.join()
 
 
-def _work(rank: int, world: int, port: int, pipe) -> None:
+_pool: _Pool | None = None
+
+
+def _work(rank: int, port: int, pipe) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    mine = None
     while True:
         try:
-            function, arguments = pipe.recv()
+            world, group, function, arguments = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send((False, function(*arguments)))
-        except BaseException:
-            pipe.send((True, traceback.format_exc()))
+            if group != mine:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+                mine = group
+                # Ranks number their exchanges by the group's name, which all groups here share.
+                store_exchange._Exchange._numbers.clear()
+                prefixed = dist.PrefixStore(f"group-{group}", store)
+                dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=world)
+            pipe.send(function(*arguments))
+        except BaseException as error:
+            pipe.send(_Failure(f"{type(error).__name__}: {error}", traceback.format_exc()))
 
 
 def close_all() -> None:
-    for pool in list(_pools.values()):
-        pool.close()
+    if _pool is not None:
+        _pool.close()

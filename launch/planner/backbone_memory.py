@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from recognition.backbones import make_backbone
+from recognition.backbones import make_backbone, shapes_alone
 from recognition.backbones.input import INPUT_SIZE
 from recognition.backbones.vit import VisionTransformer
 from recognition.config import Config
@@ -55,7 +55,7 @@ def _sizes(
     name: str, embedding_size: int, arguments: tuple[tuple[str, Any], ...], precision: str
 ) -> tuple[BackboneSizes, float]:
     """Of one image, and the bytes of activations that each further image adds."""
-    with torch.device("meta"):  # where initialising looks at no value
+    with shapes_alone():
         network = make_backbone(name, embedding_size, dict(arguments))
     weights = sum(p.numel() for p in network.parameters()) * _FP32
     statistics = sum(b.numel() for b in network.buffers() if b.is_floating_point()) * _FP32

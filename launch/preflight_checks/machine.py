@@ -19,7 +19,7 @@ from data_tools.common.errors import one_line
 from data_tools.union import open_all
 from launch.preflight_checks import interfaces
 from recognition import config
-from recognition.backbones import make_backbone
+from recognition.backbones import make_backbone, shapes_alone
 from recognition.distributed import runtime
 
 _PIECES, _PIECE = 24, 64 << 10  # of the data, bytes, compared between the machines
@@ -113,7 +113,7 @@ def _disk(cfg: config.Config, facts: dict[str, Any]) -> dict[str, Any]:
 
 def _checkpoint_bytes(cfg: config.Config) -> int:
     """About what a checkpoint takes: parameters, class rows, and one or two states of each."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), torch.device("meta"):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), shapes_alone():
         network = make_backbone(cfg.network, cfg.embedding_size, cfg.network_args)
         classes = sum(data.num_classes for data in map(open_all, cfg.recs))
         numbers = sum(p.numel() for p in network.parameters())

@@ -4,12 +4,15 @@ Each takes float images [n, 3, 112, 112] (RGB, normalised to [-1, 1]) and return
 [n, embedding_size], not normalised. What else a network takes is a recipe's `network_args`.
 """
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from data_tools.common.errors import UserKeyError, UserTypeError
 from recognition.backbones.iresnet import IResNet
@@ -58,3 +61,26 @@ def make_backbone(name: str, embedding_size: int, arguments: Mapping[str, Any]) 
         if not (number or type(value) is taken[key]):
             raise UserTypeError(f"network_args.{key}={value!r}: expected {taken[key].__name__}")
     return BACKBONES[name](embedding_size=embedding_size, **arguments)
+
+
+@contextlib.contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Networks made inside have shapes and no values: their parameters are on the meta device.
+
+    What draws initial values is left out: on that device torch would do it through its compiler,
+    whose import alone takes seconds.
+    """
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if (
+            func in (Tensor.normal_, Tensor.uniform_)
+            or getattr(func, "__module__", "") == nn.init.__name__
+        ):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))

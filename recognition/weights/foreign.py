@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data_tools.common import content, files
 from data_tools.common.errors import USER_ERRORS, UserError
-from recognition.backbones import BACKBONES
+from recognition.backbones import BACKBONES, shapes_alone
 from recognition.checkpoint.reading import misfit
 from recognition.checkpoint.tensors import mapping
 from recognition.weights import mxnet_params
@@ -347,7 +347,7 @@ def network_of(state: Mapping[str, Tensor], source: str) -> tuple[str, int]:
     size = sizes[-1] if sizes else 512
     common = {}  # of each network: how many names and shapes are the same, and the network
     for name in BACKBONES:
-        with torch.device("meta"):
+        with shapes_alone():
             module = BACKBONES[name](embedding_size=size)
         own = {n: v.shape for n, v in module.state_dict().items()}
         same = sum(n in state and state[n].shape == shape for n, shape in own.items())

@@ -294,7 +294,7 @@ def gradients_of_two_steps(name):
     return {n: p.grad for n, p in module.module.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["mbf_tiny", "r18"])
+@pytest.mark.parametrize("name", [pytest.param("mbf_tiny", marks=pytest.mark.long), "r18"])
 def test_ddp_reduces_every_parameter_but_the_frozen_gain(name):
     first, second = ranks.run(2, gradients_of_two_steps, name)
     without = [key for key, gradient in first.items() if gradient is None]

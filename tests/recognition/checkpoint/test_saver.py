@@ -243,7 +243,12 @@ from recognition.checkpoint import writing
 from recognition.distributed.runtime import Runtime
 from tests.recognition import runs
 import torch
-keys, moment = eval(sys.argv[1]), sys.argv[2]
+for moment, keys in eval(sys.argv[1]).items():
+    if (child := os.fork()) == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+else:
+    sys.exit()
 alone = Runtime(torch.device("cpu"), collectives.world_group(), 0, 1)
 state = build.build(config.make(keys), alone)
 state.step += 1
@@ -257,20 +262,25 @@ runs.save_here(state)
 """
 
 
-@pytest.mark.parametrize("moment", ["write_manifest", "sync_directory"])
-def test_a_killed_save_leaves_the_former_one(keys, moment):
+def test_a_killed_save_leaves_the_former_one(keys):
     """Killed when the files are written; and when the manifest is too but the name is not: then all
     of the new one is there, and it is taken."""
-    ranks.run(1, runs.run, keys, 1)
-    code = [sys.executable, "-c", _KILLED, repr(runs.BASE | keys), moment]
+    moments = {
+        moment: runs.BASE | keys | {"output": f"{keys['output']}-{moment}"}
+        for moment in ("write_manifest", "sync_directory")
+    }
+    for of_moment in moments.values():
+        ranks.run(1, runs.run, of_moment, 1)
+    code = [sys.executable, "-c", _KILLED, repr(moments)]
     root = pathlib.Path(__file__).parents[3]
     done = subprocess.run(code, cwd=root, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert checkpoints(keys) == ["step-1", "step-2.partial"]
-    assert checkpoint.newest(keys["output"]).endswith("step-1")
-    ranks.run(1, runs.run, keys, 3)
-    taken = ["step-2"] if moment == "sync_directory" else []
-    assert checkpoints(keys) == ["step-1", *taken, "step-3"]
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * 2, done.stderr
+    for moment, of_moment in moments.items():
+        assert checkpoints(of_moment) == ["step-1", "step-2.partial"]
+        assert checkpoint.newest(of_moment["output"]).endswith("step-1")
+        ranks.run(1, runs.run, of_moment, 3)
+        taken = ["step-2"] if moment == "sync_directory" else []
+        assert checkpoints(of_moment) == ["step-1", *taken, "step-3"]
 
 
 def test_a_save_that_fails_after_its_manifest_is_not_removed(keys, monkeypatch):

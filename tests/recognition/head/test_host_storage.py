@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -75,15 +76,26 @@ def called(function, storage, arguments, options):
     return function(storage, *arguments, **options)
 
 
-@pytest.mark.parametrize("sample_rate", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("micro_steps", [1, 3])
-@pytest.mark.parametrize("optimizer", [RowSGD, RowAdamW])
+@pytest.mark.parametrize("optimizer, micro_steps, sample_rate", [
+    (RowSGD, 1, 0.0), (RowSGD, 3, 0.3), (RowSGD, 1, 1.0),
+    (RowAdamW, 3, 0.0), (RowAdamW, 1, 0.3), (RowAdamW, 3, 1.0),
+    *(pytest.param(*case, marks=pytest.mark.long) for case in [
+        (RowSGD, 3, 0.0), (RowSGD, 1, 0.3), (RowSGD, 3, 1.0),
+        (RowAdamW, 1, 0.0), (RowAdamW, 3, 0.3), (RowAdamW, 1, 1.0),
+    ]),
+])  # fmt: skip
 def test_the_same_bits(optimizer, micro_steps, sample_rate):
     same(2, optimizer, micro_steps=micro_steps, sample_rate=sample_rate)
 
 
-@pytest.mark.parametrize("sample_rate", [0.3, 1.0])
-@pytest.mark.parametrize("case", CASES)
+def losses():
+    """Every loss with a sample of the rows or with all of them, in turn; the rest are long."""
+    for number, (case, sample_rate) in enumerate(itertools.product(CASES, (0.3, 1.0))):
+        quick = number % 4 in (0, 3)
+        yield pytest.param(case, sample_rate, marks=[] if quick else pytest.mark.long)
+
+
+@pytest.mark.parametrize("case, sample_rate", losses())
 def test_of_every_loss(case, sample_rate):
     same(2, RowSGD, steps=3, case=case, sample_rate=sample_rate)
 

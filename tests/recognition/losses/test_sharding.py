@@ -167,7 +167,11 @@ def test_three_steps_are_those_of_the_dense_layer(case, world, sample_rate):
     check(*(CASES | STRAIGHT)[case], world, sample_rate)
 
 
-@pytest.mark.parametrize("rows, last_label", [([5, 0, 3, 6], 50), ([9, 4], 20)], ids=str)
+@pytest.mark.parametrize(
+    "rows, last_label",
+    [([5, 0, 3, 6], 50), pytest.param([9, 4], 20, marks=pytest.mark.long)],
+    ids=str,
+)
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_without_a_target_and_uneven_batches(case, rows, last_label):
     """Half of the ranks, and more, hold no class of the batch: their shards are all negative."""

@@ -62,18 +62,20 @@ def keys(shards_dir, tmp_path):
     return {"rec": str(shards_dir), "output": str(tmp_path / "student"), "max_steps": 2}
 
 
-@pytest.fixture
-def teachers(keys, shards_dir, tmp_path):
+@pytest.fixture(scope="module")
+def teachers(shards_dir, tmp_path_factory):
     """One network as a run, as ONNX and as stored embeddings."""
-    ranks.run(1, runs.run, keys | {"output": str(tmp_path / "run"), "seed": 9})
-    module, _ = load_backbone(str(tmp_path / "run"))
-    export_onnx(module, tmp_path / "x.onnx", metadata={})
+    root = tmp_path_factory.mktemp("teachers")
+    keys = {"rec": str(shards_dir), "output": str(root / "run"), "max_steps": 2, "seed": 9}
+    ranks.run(1, runs.run, keys)
+    module, _ = load_backbone(str(root / "run"))
+    export_onnx(module, root / "x.onnx", metadata={})
     data = shards.open(shards_dir)
     pixels = np.stack([decode(data[i][1]) for i in range(len(data))]).astype(np.float32)
     with torch.no_grad():
         rows = module(torch.from_numpy((pixels / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)).numpy()
-    np.save(tmp_path / "x.npy", rows)
-    return {"run": tmp_path / "run", "onnx": tmp_path / "x.onnx", "npy": tmp_path / "x.npy"}
+    np.save(root / "x.npy", rows)
+    return {"run": root / "run", "onnx": root / "x.onnx", "npy": root / "x.npy"}
 
 
 def test_run_onnx_and_stored_embeddings_teach_the_same(teachers, shards_dir):
@@ -110,7 +112,7 @@ def test_a_run_with_a_teacher_learns_its_directions(teachers, keys, shards_dir):
     assert agreement(taught) > agreement(plain) + 0.1
 
 
-def test_teachers_that_do_not_fit(teachers, shards_dir):
+def test_teachers_that_do_not_fit(teachers, shards_dir, tmp_path):
     n = len(shards.open(shards_dir))
     for path, size, number, words in [
         (teachers["run"], 64, n, "gives embeddings of 32, the student of 64: embedding_size=32"),
@@ -120,12 +122,12 @@ def test_teachers_that_do_not_fit(teachers, shards_dir):
             distill.open_teacher(str(path), size, number, CPU, "fp32")
     rows = np.load(teachers["npy"])
     rows[3] = np.nan
-    np.save(teachers["npy"], rows)
-    teacher = distill.open_teacher(str(teachers["npy"]), 32, n, CPU, "fp32")
+    np.save(tmp_path / "nan.npy", rows)
+    teacher = distill.open_teacher(str(tmp_path / "nan.npy"), 32, n, CPU, "fp32")
     teacher(torch.zeros(1), np.array([2]))
     with pytest.raises(ValueError, match="image 3 is not finite"):
         teacher(torch.zeros(2), np.array([2, 3]))
-    broken = teachers["npy"].with_name("broken.npy")
+    broken = tmp_path / "broken.npy"
     np.savez(broken.with_suffix(".npz"), rows)
     for content in (b"", b"x", broken.with_suffix(".npz").read_bytes(), None):
         broken.unlink(missing_ok=True)

@@ -192,7 +192,8 @@ def start_centres_of(classes, source):
 def test_a_rank_without_images_keeps_its_centres(tmp_path):
     """Classes 3 and 4 are the second rank's, and no image is of them."""
     torch.manual_seed(0)
-    export_onnx(BACKBONES["mbf_tiny"](embedding_size=D).eval(), tmp_path / "x.onnx", metadata={})
+    module = BACKBONES[runs.BASE["network"]](embedding_size=D).eval()
+    export_onnx(module, tmp_path / "x.onnx", metadata={})
     assert ranks.run(2, count_of_few, str(tmp_path / "x.onnx")) == [3, 0]
 
 
