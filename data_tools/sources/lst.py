@@ -94,7 +94,7 @@ class ListSource(Paths):
             fields = [field.strip() for field in line.split("\t")]
             if classic is None:
                 classic = fields[0] in ("0", "1") and len(fields) >= 3
-                classic = classic and _number(fields[1]) is None
+                classic = classic and _number(fields[1]) is None and not _is_text_label(fields)
             try:
                 name = self._classic(fields) if classic else self._im2rec(fields)
             except ValueError as error:
@@ -171,6 +171,12 @@ def _class(field: str) -> int:
     if value is None or not 0 <= value < MAX_LABEL or value != int(value):
         raise UserError(f"{field[:40]!r} is not a whole number from 0 below 2^31")
     return int(value)
+
+
+def _is_text_label(fields: list[str]) -> bool:
+    """Whether a line is im2rec's with a text for its label, and not InsightFace's, whose second
+    field is the path."""
+    return len(fields) == 3 and is_image_name(fields[2]) and not is_image_name(fields[1])
 
 
 def _number(field: str) -> float | None:
