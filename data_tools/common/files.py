@@ -64,13 +64,18 @@ def is_dir(path: str | os.PathLike[str]) -> bool:
 
 
 def names(directory: str | os.PathLike[str]) -> list[str]:
-    """The sorted names in a directory, [] if it is absent."""
+    """The sorted names in a directory, [] if it is absent.
+
+    Raises: NotADirectoryError if something else has its name; OSError as status().
+    """
     try:
         return sorted(os.listdir(directory))
-    except OSError as error:
-        if error.errno in _ABSENT:
-            return []
-        raise
+    except NotADirectoryError:
+        if exists(directory):  # else it is a part of its path that is no directory
+            raise
+        return []
+    except FileNotFoundError:
+        return []
 
 
 def ending(directory: str | os.PathLike[str], suffix: str) -> list[Path]:

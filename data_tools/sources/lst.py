@@ -95,7 +95,7 @@ class ListSource(Paths):
             fields = [field.strip() for field in line.split("\t")]
             if classic is None:
                 classic = fields[0] in ("0", "1") and len(fields) >= 3
-                classic = classic and number(fields[1]) is None
+                classic = classic and number(fields[1]) is None and not _is_text_label(fields)
             try:
                 name = self._classic(fields) if classic else self._im2rec(fields)
             except ValueError as error:
@@ -157,6 +157,12 @@ class ListSource(Paths):
         if not is_image_name(base) and not is_hidden(base) and (ending(base) or _is_value(base)):
             raise UserError(f"{name[:80]!r} is not the path of an image")
         return name
+
+
+def _is_text_label(fields: list[str]) -> bool:
+    """Whether a line is im2rec's with a text for its label, and not InsightFace's, whose second
+    field is the path."""
+    return len(fields) == 3 and is_image_name(fields[2]) and not is_image_name(fields[1])
 
 
 def _is_value(field: str) -> bool:

@@ -19,7 +19,7 @@ def make_saver(state: TrainState, logger: Logger) -> checkpoint.Saver:
     def report(step: int, why: str) -> None:
         record = {"step": state.step, "checkpoint_failed": step, "reason": why}
         line = f"warning: step {state.step}  the checkpoint of step {step} was not written: {why}; "
-        logger.record(record, line + "older ones exist, and the next save tries again")
+        logger.record(record, line + "the run goes on, and the next save tries again")
 
     keep = checkpoint.Keep(cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best)
     group = state.runtime.group

@@ -290,6 +290,7 @@ def test_a_path_that_stands_twice_counts_once(faces, tmp_path):
         ("0\t1\ta/0.txt\n", "not the path of an image"),
         ("1\ta/0.jpg\t3\t4\n", "with 4 numbers of a box"),
         ("1\ta/0.jpg\tx\n", "'x' is not a whole number"),
+        ("0\tAnn\ta/0.jpg\n", "'Ann' is not a whole number"),  # im2rec's, with a text for its label
         ("", "no image in it"),
     ],
 )
