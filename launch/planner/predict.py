@@ -70,7 +70,9 @@ def head_bytes(
     # The update after the backward goes in larger pieces.
     is_copied = is_sampled and not on_host
     updating = (state if is_copied else 0) + (2 * row if cfg.optimizer == "adamw" else 0)
-    at_work = row + (row if is_copied else 0) + (updating if cfg.update_in_backward else 0)
+    # The gradient of a piece is written where it stays, unless it is added to or goes elsewhere.
+    apart = cfg.update_in_backward or cfg.accumulation > 1 or (on_host and not is_sampled)
+    at_work = row * (apart + is_copied) + (updating if cfg.update_in_backward else 0)
     whole = min(sampled, size_for(0, size, columns, _FP32, is_cuda))
     updated = (row if is_copied else 0) + updating
     staged = 0.0
@@ -79,6 +81,11 @@ def head_bytes(
         staged = 2 * (sampled + missed if is_sampled else pieces) * (row + state)
     gradient = 0.0 if cfg.update_in_backward else sampled * row
     logits = batch * sampled * columns * _FP32
+    kept = min(stored, math.ceil(sampled / max(piece, 1)) * piece_bytes)  # in whole pieces
+    # Beside a piece: the embeddings, their directions, those times the scale and times their share
+    # of the gradient, and the gradient; of the targets what they add to both, and their centres.
+    vectors = batch * size * _FP32
+    gathered = 5 * vectors + 3 * vectors / gpus + batch * _INT64
     # [B, n * K] at once: cosines and exponentials, one less where all are kept; of sub-centres also
     # eight [B, n], of the nearest, its int64 place, and the formula with its gradient.
     products = 2 + (8 / columns if columns > 1 else 0) - (stored >= logits)
@@ -90,12 +97,13 @@ def head_bytes(
         "classes: sub-centre votes": local * columns * _INT64 if columns > 1 else 0,
         "classes: gradient": 0 if on_host and not is_sampled else gradient,
         "classes: indices and norms": sampled * (index + columns * _FP32),
-        "logits kept": min(stored, logits),
+        "logits kept": kept,
         "logits or update of a piece": max(
             products * piece_bytes + piece * at_work,
-            0 if cfg.update_in_backward else whole * updated,
+            vectors,  # the gradient of the embeddings, before and after its normalisation
+            0 if cfg.update_in_backward else whole * updated - gathered,  # those are free by then
         ),
-        "gathered embeddings": 8 * batch * size * _FP32 + batch * _INT64,
+        "gathered embeddings": gathered,
     }
 
 
