@@ -1,4 +1,4 @@
-"""Any recognition network, read from an ONNX file: its graph, its weights and its hash.
+"""A third-party recognition network, read from an ONNX file: its graph, its weights, its hash.
 
 How the peculiarities of other exporters are handled:
 
