@@ -1,4 +1,4 @@
-"""`python -m eval COMMAND ...`: one module a command, joined here."""
+"""`python -m eval COMMAND ...`: dispatches to the module of each command."""
 
 import sys
 
@@ -19,17 +19,17 @@ _COMMANDS = {
     "lfw": (lfw_command, "verify pairs: LFW, CFP-FP, AgeDB-30, CALFW, CPLFW, any .bin or list"),
     "ijb": (ijb_command, "IJB-B and IJB-C, 1:1 and 1:N"),
     "tinyface": (tinyface, "TinyFace: rank 1, 5, 20 with distractors"),
-    "ijbs": (ijbs, "IJB-S: surveillance to single, booking, surveillance"),
-    "rfw": (rfw, "RFW: four groups and a shared threshold"),
+    "ijbs": (ijbs, "IJB-S: surveillance to single, to booking and to surveillance"),
+    "rfw": (rfw, "RFW: four groups at one shared threshold"),
     "pairs": (pairs_command, "verify pairs of your own images or templates"),
-    "identify": (identify_command, "search your own probes in your own galleries"),
-    "report": (report_command, "one page with the results of one or several models"),
+    "identify": (identify_command, "search for your own probes in your own galleries"),
+    "report": (report_command, "write one page with the results of one or more models"),
     "thresholds": (thresholds_command, "choose the operating points that export writes"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code, as `commands.main`."""
+    """Run the command that `argv` names and return its exit code, as `cli.main` does."""
     return cli.main("eval", "Evaluate a network.", _COMMANDS, argv)
 
 

@@ -1,4 +1,4 @@
-"""Alignment to the ArcFace template, by the names that scripts import."""
+"""Alignment to the ArcFace template, under the names that users' scripts import."""
 
 from data_tools.images.template import TEMPLATE, similarity, warp
 

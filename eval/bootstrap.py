@@ -1,7 +1,7 @@
-"""Bootstrap confidence intervals of what a set of pairs gives, NumPy only.
+"""Bootstrap confidence intervals for the metrics of a set of pairs, NumPy only.
 
-The pairs are resampled with replacement, same and different ones apart, so that every resample has
-the set's own numbers of both. Letters: P pairs, R resamples, U distinct scores.
+Same and different pairs are resampled separately, with replacement, so every resample has as many
+of each kind as the set.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from eval.roc import check_labels
 
 RESAMPLES = 1000
 LEVEL = 0.95
-MOST_PAIRS = 100_000  # beyond it an interval takes minutes, and is a hair's breadth wide
-_CHUNK = 1 << 22  # weights held at once
+MOST_PAIRS = 100_000  # with more pairs an interval takes minutes to compute and is very narrow
+_CHUNK = 1 << 22  # weights in memory at a time
 
 Interval = tuple[float, float]
 
@@ -30,22 +30,22 @@ def intervals(
 ) -> dict:
     """Percentile intervals (low, high) of TAR at each of `fars` (FAR <= target), EER and AUC.
 
-    {"tar_at_far": {far: interval}, "eer": interval, "auc": interval}; a function of its arguments
-    only.
+    Returns {"tar_at_far": {far: interval}, "eer": interval, "auc": interval}. The result depends
+    only on the arguments.
 
     Raises:
-        ValueError: as `roc.curve`, or more than MOST_PAIRS pairs.
+        ValueError: as `roc.curve`, or there are more than MOST_PAIRS pairs.
     """
     score = np.asarray(scores, dtype=np.float64)
     same = check_labels(labels, len(score))
     if len(score) > MOST_PAIRS:
-        raise UserError(f"{len(score)} pairs are more than {MOST_PAIRS} for a bootstrap")
+        raise UserError(f"{len(score)} pairs are too many to bootstrap: at most {MOST_PAIRS}")
     order = np.argsort(-score, kind="stable")
     score, same = score[order], same[order]
-    last = np.flatnonzero(np.append(score[1:] != score[:-1], True))  # [U] of each equal run
+    last = np.flatnonzero(np.append(score[1:] != score[:-1], True))  # [U] end of each equal run
     num_same, num_different = int(same.sum()), int((~same).sum())
     if not num_same or not num_different:
-        raise UserError(f"{num_same} same and {num_different} different pairs: both are needed")
+        raise UserError(f"{num_same} same and {num_different} different pairs: give both kinds")
     rng = np.random.default_rng(seed)
     found: dict[str, list[NDArray]] = {"tar": [], "eer": [], "auc": []}
     step = max(1, _CHUNK // len(score))
@@ -58,7 +58,7 @@ def intervals(
         tar = np.cumsum(weight * same, axis=1)[:, last] / num_same
         far = np.cumsum(weight * ~same, axis=1)[:, last] / num_different
         tar, far = np.hstack([zero, tar]), np.hstack([zero, far])  # [r, U + 1]
-        # Sums of whole numbers divided by one: a FAR of exactly the target compares equal.
+        # Each rate is one quotient of two integers, so a FAR of exactly the target compares equal.
         at = [np.count_nonzero(far <= x, axis=1) - 1 for x in fars]
         found["tar"].append(np.stack([tar[np.arange(rows), i] for i in at], axis=1))
         found["auc"].append(np.asarray(np.trapezoid(tar, far, axis=1)))
@@ -79,10 +79,10 @@ def accuracy_interval(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval:
-    """The interval of the share of `correct` [P], the answers on the held-out folds.
+    """The interval of the accuracy, given which answers on the held-out folds are `correct` [P].
 
-    The folds' thresholds stay as they are: what varies is the pairs. Resampling same and different
-    pairs apart makes the number of right answers of each kind binomial.
+    The thresholds of the folds stay fixed; only the pairs vary. Because same and different pairs
+    are resampled separately, the number of correct answers of each kind is binomial.
     """
     right = np.asarray(correct, dtype=bool)
     same = check_labels(labels, len(right))
@@ -95,9 +95,9 @@ def accuracy_interval(
 
 
 def separation(scores: ArrayLike, labels: ArrayLike) -> float:
-    """d' = (mean of same - mean of different) / root of the mean of their variances.
+    """d' = (mean of same - mean of different) / sqrt(mean of the two variances).
 
-    Unlike accuracy and AUC it still tells good networks apart, where hardly a pair is in error.
+    Unlike accuracy and AUC, d' still distinguishes good networks that misclassify hardly any pair.
     """
     values, same = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
     spread = np.sqrt((values[same].var() + values[~same].var()) / 2)
@@ -109,7 +109,7 @@ def separates_better(
 ) -> bool:
     """Whether `others` [P] have a larger `separation` than `scores` [P], beyond chance.
 
-    In 99 % of the resamples, which take the same pairs from both.
+    True if they do in 99 % of the resamples. A resample takes the same pairs from both.
     """
     one, other = np.asarray(scores), np.asarray(others)
     same = check_labels(labels, len(one))

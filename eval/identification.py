@@ -1,6 +1,6 @@
 """Identification 1:N, NumPy only: closed-set ranks and open-set TPIR at FPIR.
 
-Letters: G gallery templates, Q probes, D embedding size, M non-mated probes, K ranks.
+Letters: G gallery templates, M non-mated probes, K ranks; the others are in eval/__init__.py.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from data_tools.common.errors import UserError
 
 RANKS = (1, 5, 10)
 FPIRS = (0.01, 0.1)
-CHUNK_BYTES = 64 << 20  # of similarities held at once
+CHUNK_BYTES = 64 << 20  # of similarities in memory at a time
 
 
 class Search(NamedTuple):
-    """Every probe against one gallery; [Q] each."""
+    """The result of searching one gallery for every probe; each array is [Q]."""
 
-    mated: NDArray[np.bool_]  # its subject is in the gallery
-    rank: NDArray[np.int64]  # of its subject, 1 is first; 0 where not mated
+    mated: NDArray[np.bool_]  # the probe's subject is in the gallery
+    rank: NDArray[np.int64]  # of the probe's subject, 1 is first; 0 where not mated
     mated_score: NDArray[np.float64]  # -inf where not mated
     other_score: NDArray[np.float64]  # the best score of another subject
     best_own: NDArray[np.int64]  # gallery row of mated_score; -1 where not mated
@@ -38,21 +38,21 @@ def evaluate(
 ) -> dict:
     """Ranks of the mated probes, and their identification rate at each FPIR.
 
-    gallery [G, D], probes [Q, D]: templates as they are to be compared, the score being their dot
-    product (normalise first for cosines; float64 in, float64 scores). gallery_ids [G], probe_ids
-    [Q]: the subjects. A probe is *mated* where its subject is in the gallery; its mated score is
-    the best among that subject's templates.
+    gallery [G, D], probes [Q, D]: templates. Their score is the dot product, so normalise them
+    first to compare cosines; float64 templates give float64 scores. gallery_ids [G], probe_ids
+    [Q]: the subjects. A probe is *mated* if its subject is in the gallery; its mated score is
+    the highest among that subject's templates.
 
-    - rank1, rank5, rank10: share of mated probes whose subject comes up within that many gallery
-      templates; among equal scores the earlier template comes first
+    - rank1, rank5, rank10: share of mated probes whose subject is among that many best gallery
+      templates; among equal scores the earlier template ranks first
     - tpir_at_fpir[x], threshold_at_fpir[x]: the threshold is element max(int(M * x) - 1, 0) of the
       non-mated probes' highest scores, descending; TPIR is the share of mated probes whose mated
-      score is above it and above every score of another subject, both strictly. This is the
+      score is strictly above it and strictly above every score of another subject. This is the
       corrected rule of InsightFace's ijb_evals.py; None without non-mated probes.
     - counts: gallery, probes, mated, nonmated
 
     Raises:
-        ValueError: shapes that do not agree, NaN, or no mated probe.
+        ValueError: the shapes do not agree, a value is NaN, or no probe is mated.
     """
     return summarise(search(gallery, gallery_ids, probes, probe_ids), ranks, fpirs)
 
@@ -60,7 +60,7 @@ def evaluate(
 def search(
     gallery: ArrayLike, gallery_ids: ArrayLike, probes: ArrayLike, probe_ids: ArrayLike
 ) -> Search:
-    """Every probe against the gallery, in memory bounded by CHUNK_BYTES; arguments of `evaluate`.
+    """Search the gallery for every probe, with CHUNK_BYTES of memory; arguments as `evaluate`.
 
     Raises:
         ValueError: as `evaluate`.
@@ -75,7 +75,7 @@ def search(
     if not mated.any():
         raise UserError(f"none of the {len(probes)} probes has its subject in the gallery")
 
-    order = np.argsort(subject, kind="stable")  # [G] the templates of a subject side by side
+    order = np.argsort(subject, kind="stable")  # [G] groups the templates by subject
     bounds = np.searchsorted(subject[order], np.arange(len(names) + 1))
     best_own = np.full(len(probes), -1)
     best_other = np.empty(len(probes), dtype=np.int64)
@@ -93,14 +93,14 @@ def search(
             row, column, first = _own(place[chunk][found], order, bounds)
             own = scores[found[row], column]
             top = np.maximum.reduceat(own, first)  # [m]
-            scores[found[row], column] = -np.inf  # what is left are rivals
+            scores[found[row], column] = -np.inf  # only scores of other subjects remain
             limit = np.full((len(scores), 1), np.inf, dtype=dtype)
             limit[found, 0] = top
             better = np.count_nonzero(scores > limit, axis=1)[found]
             equal = np.count_nonzero(scores == limit, axis=1)[found]
-            highest = np.flatnonzero(own == top[row])  # the earliest of them for each row
+            highest = np.flatnonzero(own == top[row])  # np.unique below takes the earliest per row
             best = column[highest[np.unique(row[highest], return_index=True)[1]]]  # [m]
-            for k in np.flatnonzero(equal):  # of equal scores the earlier template comes first
+            for k in np.flatnonzero(equal):  # among equal scores the earlier template ranks first
                 better[k] += np.count_nonzero(scores[found[k], : best[k]] == top[k])
             best_own[start + found] = best
             mated_score[start + found] = top
@@ -111,9 +111,9 @@ def search(
 
 
 def summarise(found: Search, ranks: Sequence[int] = RANKS, fpirs: Sequence[float] = FPIRS) -> dict:
-    """The numbers of `evaluate` from a search."""
+    """The numbers that `evaluate` returns, computed from a search."""
     mated = found.mated
-    impostors = np.sort(found.other_score[~mated])[::-1]  # [M] to a stranger all are others
+    impostors = np.sort(found.other_score[~mated])[::-1]  # [M] their best score of any subject
     right = found.mated_score[mated] > found.other_score[mated]
     tpir: dict[float, float | None] = {}
     thresholds: dict[float, float | None] = {}
@@ -139,10 +139,10 @@ def summarise(found: Search, ranks: Sequence[int] = RANKS, fpirs: Sequence[float
 def mean_of(
     searches: Sequence[Search], ranks: Sequence[int] = RANKS, fpirs: Sequence[float] = FPIRS
 ) -> dict:
-    """Over the galleries of a protocol, as InsightFace's ijb_evals.py reports it.
+    """Ranks and TPIR over all galleries of a protocol, as InsightFace's ijb_evals.py reports them.
 
-    A rank is the share of all mated searches (each probe is mated in one gallery of IJB-B and -C);
-    the TPIR is the plain mean of the galleries' TPIRs, None where one has none.
+    A rank is the share of all mated searches (each probe is mated in one gallery of IJB-B and -C).
+    The TPIR is the plain mean of the galleries' TPIRs, or None if any of them is None.
     """
     mated = np.concatenate([found.rank[found.mated] for found in searches])
     each = [summarise(found, ranks, fpirs)["tpir_at_fpir"] for found in searches]
@@ -156,7 +156,7 @@ def mean_of(
 
 
 def cmc(searches: Sequence[Search], most: int = 50) -> NDArray[np.float64]:
-    """[K]: share of the mated searches whose subject comes up within 1 .. K ranks."""
+    """[K]: share of the mated searches that find their subject within 1 .. K ranks."""
     rank = np.concatenate([found.rank[found.mated] for found in searches])
     return np.cumsum(np.bincount(rank, minlength=most + 1)[1 : most + 1]) / len(rank)
 
@@ -165,20 +165,20 @@ def legacy(
     gallery: ArrayLike, gallery_ids: ArrayLike, probes: ArrayLike, probe_ids: ArrayLike,
     ranks: Sequence[int] = RANKS, fars: Sequence[float] = FPIRS,
 ) -> dict:  # fmt: skip
-    """The old rule of InsightFace's ijb_1n.py, on all galleries joined; not a FPIR.
+    """The old rule of InsightFace's ijb_1n.py on the joined galleries; its rate is not an FPIR.
 
-    rankK: as in `evaluate`. recall_at_far[x]: share of probes whose own score is above the
+    rankK: as in `evaluate`. recall_at_far[x]: share of probes whose mated score is above the
     threshold, the ceil(x * Q)-th largest of *all* scores between different subjects.
 
     Raises:
-        ValueError: as `evaluate`; a subject with two gallery templates, or a probe without one.
+        ValueError: as `evaluate`; a subject has two gallery templates, or a probe has none.
     """
     gallery, subjects = _templates("gallery", gallery, gallery_ids)
     probes, wanted = _templates("probes", probes, probe_ids)
     names, counts = np.unique(subjects, return_counts=True)
     if counts.max() > 1:
         raise UserError(f"subject {names[counts > 1][0]} has several gallery templates: the old "
-                         "rule knows one for each")  # fmt: skip
+                         "rule needs one per subject")  # fmt: skip
     absent = ~np.isin(wanted, names)
     if absent.any():
         raise UserError(f"probe subject {wanted[absent][0]} is in no gallery: the old rule needs "
@@ -210,7 +210,7 @@ def legacy(
 def _own(
     place: NDArray, order: NDArray, bounds: NDArray
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """(row, column, where each row starts): the gallery templates of the subjects `place` [m]."""
+    """(row, column, start of each row): the gallery templates of the subjects `place` [m]."""
     counts = bounds[place + 1] - bounds[place]
     first = np.cumsum(counts) - counts
     row = np.repeat(np.arange(len(place)), counts)
@@ -227,5 +227,5 @@ def _templates(name: str, features: ArrayLike, ids: ArrayLike) -> tuple[NDArray,
         )
     if np.isnan(array).any():
         row = int(np.flatnonzero(np.isnan(array).any(axis=1))[0])
-        raise UserError(f"{name}: template {row} holds NaN")
+        raise UserError(f"{name}: template {row} contains NaN")
     return array, subjects

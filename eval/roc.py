@@ -1,6 +1,6 @@
-"""The exact ROC of scored pairs and what is read off it, NumPy only.
+"""The exact ROC of scored pairs, and the rates read from it, NumPy only.
 
-Letters: P pairs, U distinct scores. A *score* grows with likeness.
+A higher *score* means more alike.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 
 
 class Curve(NamedTuple):
-    """The exact ROC in counts, [U] each, one point for each distinct score, highest first."""
+    """The exact ROC as counts, [U] each: one point per distinct score, highest score first."""
 
     fp: NDArray[np.int64]  # different pairs with score >= threshold
     tp: NDArray[np.int64]  # same pairs
@@ -30,11 +30,11 @@ class Curve(NamedTuple):
 
 
 def curve(scores: ArrayLike, labels: ArrayLike) -> Curve:
-    """The exact ROC of scores [P] and labels [P]; what else this file computes comes from it.
+    """The exact ROC of scores [P] and labels [P], from which the rest of this file is computed.
 
     Raises:
-        ValueError: shapes that do not agree, labels other than 0 and 1, a NaN score, or only one
-            kind of pair.
+        ValueError: the shapes do not agree, a label is neither 0 nor 1, a score is NaN, or all
+            pairs are of one kind.
     """
     score = np.asarray(scores)
     if score.dtype.kind != "f":
@@ -48,7 +48,7 @@ def curve(scores: ArrayLike, labels: ArrayLike) -> Curve:
             f"all {len(same)} pairs are {kind!r} pairs: a ROC needs both kinds; check the labels"
         )
     ordered = np.sort(score)
-    starts = np.empty(len(ordered), dtype=bool)  # of a run of equal scores
+    starts = np.empty(len(ordered), dtype=bool)  # where a run of equal scores starts
     starts[0] = True
     np.not_equal(ordered[1:], ordered[:-1], out=starts[1:])
     if starts.all():
@@ -69,7 +69,8 @@ def curve(scores: ArrayLike, labels: ArrayLike) -> Curve:
 def roc(scores: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats, Floats]:
     """(FAR, TAR, threshold), each [U + 1]: the exact ROC, accepting where score >= threshold.
 
-    One point for each distinct score, highest first, behind (0, 0, inf); nothing is dropped.
+    The first point is (0, 0, inf); one point per distinct score follows, highest score first. No
+    point is dropped.
 
     Raises:
         ValueError: as `curve`.
@@ -87,23 +88,23 @@ def tar_at_far(
 ) -> Floats:
     """TAR at each of `fars`: [len(fars)].
 
-    rule "insightface": the point of the ROC whose FAR is *nearest* the target, hence possibly above
-    it. Interior points where the second differences of FP and of TP are both zero are left out
-    first (scikit-learn's drop_intermediate); of equally near points the one with the larger FAR
-    counts, then with the larger TAR. This is what the published IJB tables hold.
+    rule "insightface": the point of the ROC whose FAR is *nearest* the target, which may exceed
+    it. Interior points where the second differences of FP and of TP are both zero are dropped
+    first (scikit-learn's drop_intermediate); among equally near points the one with the larger FAR
+    wins, then the one with the larger TAR. The published IJB tables use this rule.
     rule "strict": the largest TAR with FAR <= target.
 
     Raises:
-        ValueError: as `curve`, or an unknown rule, or a target outside [0, 1].
+        ValueError: as `curve`; the rule is unknown, or a target is outside [0, 1].
     """
     return tar_on(curve(scores, labels), fars, rule)
 
 
 def tar_on(points: Curve, fars: ArrayLike, rule: str = "insightface") -> Floats:
-    """`tar_at_far` where the curve is there already.
+    """`tar_at_far` of an existing curve.
 
     Raises:
-        ValueError: an unknown rule, or a target outside [0, 1].
+        ValueError: the rule is unknown, or a target is outside [0, 1].
     """
     targets = _targets(fars)
     if rule == "strict":
@@ -120,7 +121,7 @@ def tar_on(points: Curve, fars: ArrayLike, rule: str = "insightface") -> Floats:
     far = np.concatenate(([0], fp[kept])) / points.num_different
     tar = np.concatenate(([0], tp[kept])) / points.num_same
     nearest = []
-    for target in targets:  # FAR never falls: the nearest point is on one side of the target
+    for target in targets:  # FAR never decreases: the nearest level is next to the target
         after = np.searchsorted(far, target)
         levels = far[max(after - 1, 0) : after + 1]
         level = levels[len(levels) - 1 - np.argmin(np.abs(levels - target)[::-1])]
@@ -133,19 +134,19 @@ def operating_points(
 ) -> tuple[Floats, Floats, Floats]:
     """(TAR, FAR, threshold), each [len(fars)]: the ROC's last point with FAR <= each target.
 
-    The threshold accepts score >= threshold; inf accepts nothing.
+    Accept a pair where score >= threshold; a threshold of inf accepts nothing.
 
     Raises:
-        ValueError: as `curve`, or a target outside [0, 1].
+        ValueError: as `curve`, or a target is outside [0, 1].
     """
     return points_on(curve(scores, labels), fars)
 
 
 def points_on(points: Curve, fars: ArrayLike) -> tuple[Floats, Floats, Floats]:
-    """`operating_points` where the curve is there already.
+    """`operating_points` of an existing curve.
 
     Raises:
-        ValueError: a target outside [0, 1].
+        ValueError: a target is outside [0, 1].
     """
     targets = _targets(fars)
     far = points.fp / points.num_different
@@ -168,16 +169,16 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def area_of(points: Curve) -> float:
-    """`auc` where the curve is there already."""
+    """`auc` of an existing curve."""
     fp, tp, _ = points
-    # Trapezia between points, the first of them (0, 0); in halves of a pair of pairs.
+    # Trapezia between the points, starting at (0, 0); the sum is twice the area, in integers.
     doubled = float(fp[0]) * float(tp[0])
     doubled += float(np.dot((fp[1:] - fp[:-1]).astype(np.float64), tp[1:] + tp[:-1]))
     return doubled / 2 / points.num_different / points.num_same
 
 
 def eer(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Equal error rate: FAR where FAR = 1 - TAR, on straight lines between the ROC's points.
+    """Equal error rate: FAR where FAR = 1 - TAR, interpolated linearly between the ROC's points.
 
     Raises:
         ValueError: as `curve`.
@@ -186,13 +187,13 @@ def eer(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def eer_of(points: Curve) -> float:
-    """`eer` where the curve is there already."""
+    """`eer` of an existing curve."""
     after = int(np.argmax(points.fp / points.num_different + points.tp / points.num_same - 1 >= 0))
     far = points.fp[[max(after - 1, 0), after]] / points.num_different
     tar = points.tp[[max(after - 1, 0), after]] / points.num_same
     if after == 0:
         far[0] = tar[0] = 0.0
-    gap = far + tar - 1  # rises from below 0 to 0 or above
+    gap = far + tar - 1  # from below 0 to 0 or above
     return float(far[0] - gap[0] / (gap[1] - gap[0]) * (far[1] - far[0]))
 
 
@@ -209,5 +210,5 @@ def check_labels(labels: ArrayLike, num_pairs: int) -> NDArray[np.bool_]:
 def _targets(fars: ArrayLike) -> Floats:
     targets = np.atleast_1d(np.asarray(fars, dtype=np.float64))
     if targets.ndim != 1 or not ((targets >= 0) & (targets <= 1)).all():
-        raise UserError(f"a FAR lies between 0 and 1: {fars!r}")
+        raise UserError(f"a FAR must be between 0 and 1: {fars!r}")
     return targets

@@ -1,7 +1,4 @@
-"""Templates of many images, NumPy only: pooling by media, and the scores of listed pairs.
-
-Letters: N images, D embedding size, T templates, P pairs.
-"""
+"""Templates pooled from many images by media, and the scores of listed pairs, NumPy only."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +11,12 @@ from data_tools.common.errors import UserError
 Floats = NDArray[np.float64]
 
 CHUNK = 256  # images pooled by one matrix product
-TILE = 1024  # templates on a side of one tile of scores
-DENSE = 0.01  # pairs per entry of a tile from which its whole product is cheaper than each dot
+TILE = 1024  # templates along each side of a tile of scores
+DENSE = 0.01  # share of a tile's entries from which one matrix product beats separate dot products
 
 
 def pool(
-    features: Any,  # [N, D], an array or what gives rows [n, D] for an index array
+    features: Any,  # [N, D], an array, or an object that returns rows [n, D] for an index array
     template_ids: ArrayLike,  # [N] integers
     media_ids: ArrayLike,  # [N] integers; only images of one template share a medium
     weights: ArrayLike | None = None,  # [N], e.g. detector scores
@@ -28,11 +25,11 @@ def pool(
     """(ids [T] ascending, templates [T, D] float64, not normalised).
 
     A template is the sum over its media of the mean of weight * feature over the images of one
-    medium: media pooling as the IJB scripts of InsightFace have it. The sums are in float64,
-    whatever the features are.
+    medium: media pooling as in InsightFace's IJB scripts. The sums are float64 for features of any
+    dtype.
 
     Raises:
-        ValueError: lengths that do not agree, or a feature or weight that is not finite.
+        ValueError: the lengths do not agree, or a feature or weight is not finite.
     """
     template, media = np.asarray(template_ids), np.asarray(media_ids)
     num = len(features)
@@ -46,16 +43,16 @@ def pool(
     template, media, weight = template[order], media[order], weight[order]
     new_template = np.diff(template, prepend=template[0] - 1) != 0
     new_medium = new_template | (np.diff(media, prepend=media[0]) != 0)
-    medium = np.cumsum(new_medium) - 1  # [N] 0-based, in order
+    medium = np.cumsum(new_medium) - 1  # [N] from 0, in order
     weight = weight / np.bincount(medium)[medium]
-    row = np.cumsum(new_template) - 1  # [N] of the template
+    row = np.cumsum(new_template) - 1  # [N] row of the image's template
     pooled: Floats | None = None
     for start in range(0, num, CHUNK):
         some = order[start : start + CHUNK]
         x = np.asarray(features[some], dtype=np.float64)  # [n, D]
         if pooled is None:
             pooled = np.zeros((row[-1] + 1, x.shape[1]))
-        # One product for all templates of the chunk: a weight per image in its template's row.
+        # One product pools all templates of the chunk: row t holds the weights of t's images.
         local = row[start : start + CHUNK] - row[start]
         spread = np.zeros((local[-1] + 1, len(some)))
         spread[local, np.arange(len(some))] = weight[start : start + CHUNK]
@@ -73,12 +70,12 @@ def pool(
 def detector_weights(
     scores: ArrayLike, template_ids: ArrayLike, name: Callable[[int], object] = lambda t: t
 ) -> tuple[Floats, int]:
-    """(weights [N] of the images, how many of them are 0) from the scores [N] of a detector.
+    """(weights [N] of the images, number of zero weights) from the scores [N] of a detector.
 
-    A score is the weight; of 0 or less, the weight is 0: the image does not count. A negative one
-    would turn its template round, and zeros alone would leave none.
+    The weight is the score, or 0 for scores below 0, which leaves the image out: a negative weight
+    would invert its template. A template whose weights are all 0 would be empty.
 
-    name: of a template, for the message.
+    name: returns the name of a template id for the message.
 
     Raises:
         ValueError: no image of a template has a score above 0.
@@ -89,13 +86,13 @@ def detector_weights(
     if len(empty):
         raise UserError(
             f"no image of template {name(int(empty[0]))} has a detector score above 0 "
-            f"({len(empty)} such templates): correct the scores, or leave them out"
+            f"({len(empty)} such templates): correct the scores, or do not use them"
         )
     return weights, int((weights == 0).sum())
 
 
 def normalised(rows: ArrayLike) -> Floats:
-    """The rows [T, D] at length 1, float64; a row of zeros stays zero."""
+    """The rows [T, D] scaled to length 1, float64; a row of zeros stays zero."""
     x = np.asarray(rows, dtype=np.float64)
     norms = np.sqrt(np.einsum("nd,nd->n", x, x))
     return x / np.where(norms == 0, 1, norms)[:, None]
@@ -104,19 +101,19 @@ def normalised(rows: ArrayLike) -> Floats:
 def pair_scores(
     templates: NDArray, first: ArrayLike, second: ArrayLike, tile: int = TILE
 ) -> NDArray:
-    """Dot product of the rows first[i] and second[i] of templates [T, D]: [P].
+    """Dot products of the rows first[i] and second[i] of templates [T, D]: [P].
 
-    The pairs are dealt to tiles of the score matrix. A tile with many pairs is computed whole, one
-    matrix product, another pair by pair; no more than a tile is held. Templates nobody asks for
-    are left out.
+    The pairs are grouped by tiles of the score matrix. A tile with many pairs is computed by one
+    matrix product, the others pair by pair; at most one tile is in memory. Templates that no pair
+    names are left out.
 
     Raises:
-        ValueError: rows that are not there.
+        ValueError: a row does not exist.
     """
     x = np.asarray(templates)
     a, b = np.asarray(first), np.asarray(second)
     if a.shape != b.shape or a.ndim != 1:
-        raise UserError(f"pairs of {a.shape} and {b.shape} rows")
+        raise UserError(f"the pairs must be two arrays [P], not {a.shape} and {b.shape}")
     if len(a) and not (0 <= min(a.min(), b.min()) and max(a.max(), b.max()) < len(x)):
         raise UserError(f"a pair names a row outside the {len(x)} templates")
     left, right, a, b = _compact(len(x), a, b)
@@ -141,10 +138,10 @@ def pair_scores(
 def _compact(
     num: int, a: NDArray, b: NDArray
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
-    """(rows on the left, rows on the right, a and b as places among them).
+    """(rows on the left, rows on the right, a and b as indices into them).
 
-    Either the sides as given (a gallery against probes), or, where that makes the smaller score
-    matrix, both sides alike with the lower row on the left: half of the square.
+    Keeps the sides as given (a gallery against probes), unless using all rows on both sides with
+    the lower row on the left, which fills half of a square, makes the score matrix smaller.
     """
     used_a, used_b = np.zeros(num, dtype=bool), np.zeros(num, dtype=bool)
     used_a[a], used_b[b] = True, True
@@ -159,8 +156,8 @@ def _compact(
 def _by_tile(
     a: NDArray, b: NDArray, tile: int, wide: int, tiles: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(pairs ordered by tile, where each tile starts [tiles + 1])."""
-    # NumPy sorts 16-bit keys by radix, in a third of the time.
+    """(pairs ordered by tile, start of each tile [tiles + 1])."""
+    # NumPy sorts 16-bit keys by radix sort, in a third of the time.
     kind: type[np.integer] = np.uint16 if tiles < 1 << 16 else np.int64
     number: NDArray[np.integer] = (a // tile).astype(kind)
     number *= kind(wide)

@@ -1,1 +1,1 @@
-"""Networks as functions from faces to embeddings, and what they read."""
+"""Networks as functions from faces to embeddings, and the images that they read."""

@@ -1,7 +1,7 @@
-"""What a network expects of its input, where that is known from, and how a mistake in it shows.
+"""The input that a network expects: where this contract is read from, and how to check it.
 
-A number without its contract cannot be reproduced: channel order and scaling vary between
-published networks, and a wrong one costs some points without any error.
+A result without its contract cannot be reproduced: channel order and scaling vary between
+published networks, and a wrong one costs a few points of accuracy without raising an error.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ ORDERS = ("RGB", "BGR")
 class InputContract(NamedTuple):
     """Pixels 0..255 become (pixel - mean) / std, in this channel order.
 
-    112 x 96 are the 112 x 112 faces without eight columns on either side, which is SphereFace's
-    template: its x are the ArcFace template's less 8.
+    A 112 x 96 image is a 112 x 112 face without eight columns on either side. This is SphereFace's
+    template: its x coordinates are those of the ArcFace template minus 8.
     """
 
     height: int = 112  # pixels
@@ -34,23 +34,23 @@ class InputContract(NamedTuple):
 
     @classmethod
     def from_metadata(cls, entries: Mapping[str, str]) -> "InputContract":
-        """The contract in an ONNX file that recognition.export.to_onnx wrote.
+        """The contract from the metadata of an ONNX file that recognition.export.to_onnx wrote.
 
         Raises:
-            ValueError: an entry is absent or says nothing that can be followed.
+            ValueError: an entry is missing or invalid.
         """
         try:
             height, width = (int(side) for side in entries["input_size"].split(","))
             order, mean, std = entries["color_order"], float(entries["mean"]), float(entries["std"])
         except (KeyError, ValueError) as error:
-            raise UserError(f"metadata of the input: {error!r} in {dict(entries)}") from error
-        return cls(height, width, order, mean, std).checked(f"metadata of the input {entries}")
+            raise UserError(f"input metadata: {error!r} in {dict(entries)}") from error
+        return cls(height, width, order, mean, std).checked(f"input metadata {entries}")
 
     def changed(self, changes: Mapping[str, Any], source: str) -> "InputContract":
-        """With some entries replaced.
+        """This contract with some entries replaced.
 
         Raises:
-            ValueError: an unknown entry or a value that cannot be followed, naming `source`.
+            ValueError: an entry is unknown or its value is invalid; the message names `source`.
         """
         for name in changes:
             if name not in self._fields:
@@ -65,10 +65,10 @@ class InputContract(NamedTuple):
     def checked(self, source: str) -> "InputContract":
         numbers = np.isfinite([self.mean, self.std]).all() and self.std > 0
         if self.color_order not in ORDERS or not numbers:
-            raise UserError(f"{source} cannot be followed: {self.text()}")
+            raise UserError(f"{source} is not a valid input contract: {self.text()}")
         if (self.height, self.width) not in SIZES:
-            raise UserError(f"{source}: images of {self.height} x {self.width} cannot be made; "
-                             "112 x 112 and 112 x 96 can")  # fmt: skip
+            raise UserError(f"{source}: {self.height} x {self.width} images are not supported; use "
+                             "112 x 112 or 112 x 96")  # fmt: skip
         return self
 
     def text(self) -> str:
@@ -88,7 +88,7 @@ class InputContract(NamedTuple):
         return floats.astype(dtype, copy=False)
 
     def alternatives(self) -> dict[str, "InputContract"]:
-        """Other contracts that people mistake for this one, by what is changed."""
+        """Contracts that are often confused with this one, keyed by the flags that set them."""
         order = ORDERS[1 - ORDERS.index(self.color_order)]
         scaled = self.std > 1
         other = self._replace(mean=0.0, std=1.0) if scaled else self._replace(mean=127.5, std=127.5)
@@ -99,7 +99,7 @@ class InputContract(NamedTuple):
 
 
 def sidecar(model: Path) -> Path:
-    """Where the contract of a foreign model is looked for: NAME.contract.json beside NAME.onnx."""
+    """The path of a foreign model's contract: NAME.contract.json beside NAME.onnx."""
     return model.with_suffix(".contract.json")
 
 
@@ -107,11 +107,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """The entries of a contract file, for `InputContract.changed`.
 
     Raises:
-        ValueError: not a JSON object.
-        OSError: it cannot be read.
+        ValueError: the file is not a JSON object.
+        OSError: the file cannot be read.
     """
     content = text.read_json(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object is expected, such as "
+        raise UserError(f"{path}: must be a JSON object, such as "
                          '{"color_order": "BGR", "mean": 127.5, "std": 128}')  # fmt: skip
     return content

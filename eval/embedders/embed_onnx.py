@@ -1,4 +1,4 @@
-"""An ONNX recognition network of anybody's as an embedder."""
+"""Any ONNX recognition network as an embedder."""
 
 import os
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ from data_tools.common.errors import UserError, one_line
 from eval.embedders import onnx_file
 from eval.embedders.contract import InputContract
 
-# Share of its length that an embedding may move with the batch: int8 ranges that follow the batch
-# move it by less, another image's is far off.
+# How far an embedding may move with its batch, relative to its length. Quantisation ranges that
+# depend on the batch (int8) move it less than this; the embedding of another image is farther off.
 SAME_IMAGE = 0.5
 
 
 class OnnxEmbedder:
     """An ONNX file through ONNX Runtime: one image input [n, 3, H, W], one output [n, D].
 
-    Where nothing states the contract it is InsightFace's: RGB, (x - 127.5) / 127.5, unless one of
-    the first eight nodes is named Sub* or _minus* and one Mul* or _mul*, which means that the graph
-    does it itself.
+    If nothing states the input contract, it is InsightFace's: RGB, (x - 127.5) / 127.5. If one of
+    the first eight nodes is named Sub* or _minus* and another Mul* or _mul*, the graph normalises
+    its input itself.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class OnnxEmbedder:
             if mended is None:
                 raise
             self._open(mended, path, batch_size, dict(stated or {}), source)
-            self._note("its PReLU slopes [C] are taken as one for each channel")
+            self._note("its PReLU slopes [C] are read as one slope per channel")
 
     def _open(
         self,
@@ -53,15 +53,13 @@ class OnnxEmbedder:
         source: str,
     ) -> None:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors: old exporters cause a warning per weight
-        if threads := os.environ.get("OMP_NUM_THREADS"):  # torchrun shares the cores that way
+        options.log_severity_level = 3  # errors only: old exporters cause one warning per weight
+        if threads := os.environ.get("OMP_NUM_THREADS"):  # torchrun divides the cores by it
             options.intra_op_num_threads = int(threads)
         try:
             self.session = onnxruntime.InferenceSession(file.runnable, options, _providers())
-        except Exception as error:  # ONNX Runtime's errors share no other base
-            raise _CannotRun(
-                f"{path} is not an ONNX model that can run: {one_line(error)}"
-            ) from error
+        except Exception as error:  # ONNX Runtime's errors share no other base class
+            raise _CannotRun(f"{path}: ONNX Runtime cannot open it: {one_line(error)}") from error
         graph = file.model.graph
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4:
@@ -80,7 +78,7 @@ class OnnxEmbedder:
         self.contract = _stated(path, graph, entries, known, stated, source)
         if [self.contract.height, self.contract.width] != known:
             raise UserError(
-                f"{path} takes images of {known[0]} x {known[1]}, its contract says "
+                f"{path} takes images of {known[0]} x {known[1]}, but its contract says "
                 f"{self.contract.height} x {self.contract.width}"
             )
         self.fixed_batch = fixed if isinstance(fixed, int) else None
@@ -97,13 +95,14 @@ class OnnxEmbedder:
         self.batch_size = self.fixed_batch or batch_size
 
     def _try_batches(self) -> None:
-        """Find out how many images it takes at once, whatever its input says.
+        """Find out whether the graph takes more than one image, regardless of its declared input.
 
-        Exporters name the batch free and then fix it inside, in a Reshape: with one image such a
-        file runs. A batch must also give what its images give alone.
+        Some exporters declare a free batch size but fix it inside the graph, in a Reshape; such a
+        file runs with one image only. A batch must also give each image the same embedding as the
+        image alone.
         """
         patches = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-        patches[0] //= 2  # a darker one: pixel noise all looks alike to a network
+        patches[0] //= 2  # darker: two images of pixel noise look alike to a network
         x = self.prepare(patches.repeat(14, axis=1).repeat(14, axis=2))
         if self.fixed_batch is not None:
             self._run(np.resize(x, (self.fixed_batch, *x.shape[1:])))
@@ -112,12 +111,12 @@ class OnnxEmbedder:
         try:
             both = self._run(x).astype(np.float64)
         except _CannotRun as error:
-            reason = f"it cannot run two: {one_line(error)}"
+            reason = f"it cannot run two images: {one_line(error)}"
         else:
             length = np.maximum(*(np.linalg.norm(x, axis=1) for x in (both, alone)))
             if not (np.linalg.norm(both - alone, axis=1) > SAME_IMAGE * length).any():
                 return
-            reason = "with two it gives other embeddings than for each alone"
+            reason = "a batch of two gives other embeddings than each image alone"
         self.fixed_batch = 1
         self._note(f"one image at a time: its batch is fixed inside the graph ({reason})")
 
@@ -126,16 +125,16 @@ class OnnxEmbedder:
         self.facts["note"] = f"{before}{text}"
 
     def _run(self, x: NDArray) -> NDArray:
-        """[n, D] of exactly these images. Raises: UserError if ONNX Runtime fails on them."""
+        """Embeddings [n, D] of exactly these images. Raises: UserError if ONNX Runtime fails."""
         quiet = onnxruntime.RunOptions()
-        quiet.log_severity_level = 4  # the exception says it
+        quiet.log_severity_level = 4  # the exception carries the message
         where = f"{self.facts['path']}: ONNX Runtime cannot run it on {list(x.shape)}"
         try:
             (output,) = self.session.run(None, {self.name: x}, quiet)
-        except Exception as error:  # ONNX Runtime's errors share no other base
+        except Exception as error:  # ONNX Runtime's errors share no other base class
             raise _CannotRun(f"{where}: {one_line(error)[:400]}") from error
         if output.ndim < 2 or len(output) != len(x):
-            raise _CannotRun(f"{self.facts['path']}: {len(x)} images gave an output of "
+            raise _CannotRun(f"{self.facts['path']}: {len(x)} images gave an output of shape "
                              f"{list(output.shape)}, not [{len(x)}, D]")  # fmt: skip
         return output.reshape(len(x), -1)
 
@@ -163,7 +162,7 @@ class OnnxEmbedder:
 
 
 class _CannotRun(UserError):
-    """ONNX Runtime refuses the file or fails on images."""
+    """ONNX Runtime cannot open the file, or fails on images."""
 
 
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -177,8 +176,8 @@ def _stated(
     if "mean" in entries or "std" in entries:
         base = InputContract.from_metadata(entries)
         if (base.height, base.width) != tuple(known):
-            raise UserError(f"{path}: its metadata say {base.height} x {base.width}, "
-                             f"its input is not that: {known}")  # fmt: skip
+            raise UserError(f"{path}: its metadata says {base.height} x {base.width} images, "
+                             f"but its input takes {known}")  # fmt: skip
     else:
         base = _insightface_contract(graph).changed(size, f"the input of {path}")
     return base.changed(stated, source)

@@ -1,7 +1,4 @@
-"""What evaluation asks of a network, whoever opens it.
-
-Images are aligned faces; letters: n images of a call, D embedding size.
-"""
+"""The interface of a network that evaluation uses. Images are aligned faces."""
 
 from typing import Any, Protocol
 
@@ -12,7 +9,7 @@ from eval.embedders.contract import InputContract
 
 
 class Embedder(Protocol):
-    facts: dict[str, object]  # what a report says of the network
+    facts: dict[str, object]  # what a report says about the network
     digest: str  # sha256 of the weights
     contract: InputContract
 
@@ -26,4 +23,4 @@ class Embedder(Protocol):
         """uint8 RGB [n, 112, 112, 3], any n >= 1 -> embeddings [n, D], not normalised."""
 
     def with_contract(self, contract: InputContract) -> "Embedder":
-        """The same network fed otherwise."""
+        """The same network with another input contract."""

@@ -1,15 +1,15 @@
-"""Embeddings of a whole set, in blocks that are kept: by several processes, resumable, cached.
+"""Embeddings of a whole set, computed in cached blocks by several processes; resumable.
 
-A block is BLOCK images, one file. Process r of W computes the blocks r, r + W, .. that are not
-there yet, so a killed run goes on where it stopped, at any number of processes, and the numbers do
-not depend on that: batches never cross a block. The directory of a set is named by the model's
-weights, the content of the images and the input contract; a second protocol on the same images
-finds them there. A block ends with a hash of its content, which is compared before it is used.
-No process group is needed: the files are the only thing that the processes share. Where another
-process makes no block for a long time, because it died or never started, the first computes what is
-left itself. Embeddings are personal data: only their owner may read the directory.
+A block is BLOCK images, stored in one file. Process r of W computes those of the blocks r, r + W,
+.. that do not exist yet, so a killed run resumes where it stopped, on any number of processes. The
+embeddings do not depend on this number, because batches never cross a block. The directory of a set
+is named by a hash of the model's weights, the images' content and the input contract, so a second
+protocol on the same images reuses its blocks. A block ends with a hash of its content, which is
+checked before use. The processes share only these files and need no process group. If another
+process finishes no block for a long time, because it died or never started, the first process
+computes the rest itself. Embeddings are personal data: only their owner may read the directory.
 
-Letters: N images, n images of a batch, V views (the image, and its mirror image), D embedding.
+Letters: V views (the image and its mirror image); the others are in eval/__init__.py.
 """
 
 import functools
@@ -37,19 +37,20 @@ if TYPE_CHECKING:
 
 BLOCK = 1024  # images
 FORMAT = 2
-IN_MEMORY = 4 << 30  # bytes of a matrix of embeddings
+IN_MEMORY = 4 << 30  # bytes: a larger matrix of embeddings is stored in a file
 AHEAD = 2  # batches decoded ahead of the network for each thread
-_POLL = 0.2  # seconds between two looks for the blocks of other processes
-# Seconds without any new block after which the blocks of other processes are computed here; more
-# where a block takes long. Too short costs work that is done twice, never a wrong number.
+_POLL = 0.2  # seconds between two checks for the blocks of other processes
+# Seconds without any new block after which this process computes the blocks of the others; at
+# least _BLOCK_TIMES the longest time that it needed for a block. Too short a wait repeats work but
+# never changes a result.
 PATIENCE = 120.0
-_BLOCK_TIMES = 4  # or so many times the longest that a block took here
+_BLOCK_TIMES = 4
 
 Advance = Callable[[int], object]  # called with the number of images done since the last call
 
 
 class Place(NamedTuple):
-    """Which of the processes this is; torchrun says it in the environment."""
+    """The rank of this process and the number of processes, from torchrun's environment."""
 
     rank: int = 0
     world: int = 1
@@ -60,7 +61,7 @@ class Place(NamedTuple):
 
 
 class Features:
-    """The embeddings of a set: blocks in memory or in files."""
+    """The embeddings of a set, as blocks in memory or in files."""
 
     def __init__(self, blocks: list[Any], num: int, flip: bool) -> None:
         self._blocks, self._num, self.flip = blocks, num, flip
@@ -69,11 +70,11 @@ class Features:
         return self._num
 
     def alone(self) -> "Features":
-        """The same without the mirror images."""
+        """The same embeddings without those of the mirror images."""
         return Features(self._blocks, self._num, False)
 
     def block(self, number: int) -> NDArray[np.float32]:
-        """[n, V, D] float32: of images number * BLOCK and on."""
+        """[n, V, D] float32: the embeddings of the images from number * BLOCK on."""
         block = self._blocks[number]
         array = block if isinstance(block, np.ndarray) else arrays.load_hashed(block)
         return array if self.flip else array[:, :1]
@@ -84,7 +85,7 @@ class Features:
     def matrix(self, dtype: Any = np.float32) -> NDArray:
         """[N, D]: e(image) + e(mirror image), or e(image) without the flip, in `dtype`.
 
-        Beyond IN_MEMORY bytes it lies in an unnamed temporary file ($TMPDIR) and not in memory.
+        A matrix of more than IN_MEMORY bytes is mapped from an unnamed temporary file in $TMPDIR.
         """
         whole: NDArray | None = None
         for number, block in enumerate(self.blocks()):
@@ -98,7 +99,7 @@ class Features:
         return whole
 
     def norms(self) -> NDArray[np.float64]:
-        """[N, V] of the embeddings before anything else."""
+        """[N, V]: the norms of the embeddings as the network returns them."""
         return np.concatenate(
             [np.linalg.norm(block.astype(np.float64), axis=2) for block in self.blocks()]
         )
@@ -114,13 +115,14 @@ def extract(
     place: Place | None = None,
     advance: Advance = lambda n: None,
 ) -> Features | None:
-    """The embeddings of all images; None in a process other than the first.
+    """The embeddings of all images; None in every process but the first.
 
-    cache: the directory of all sets. threads: that decode, 0 means as many as pay here.
+    cache: the directory for all sets. threads: decoding threads; 0 chooses a number for this
+    machine.
 
     Raises:
-        ValueError: a broken image, an embedding that is not finite, or several processes without
-            a cache.
+        ValueError: an image is broken, an embedding is not finite, or several processes run
+            without a cache.
         OSError: an image or the cache cannot be read or written.
     """
     place = place or Place.of_environment()
@@ -129,7 +131,7 @@ def extract(
         raise UserError(f"{images.name}: no images")
     if cache is None:
         if place.world > 1:
-            raise UserError("several processes share embeddings by files: --cache must not be off")
+            raise UserError("several processes share embeddings by files: give --cache DIR")
         blocks: list[Any] = [block for _, block in
                              _compute(embedder, images, flip, range(num_blocks), batch_size,
                                       threads, advance)]  # fmt: skip
@@ -163,18 +165,18 @@ def extract(
         if waiting and patience:
             late = ", ".join(map(str, sorted({i % place.world for i in waiting})))
             print(
-                f"warning: {images.name}: no new block of process {late} of {place.world} for "
-                f"{patience:.0f} s; the first process computes the {len(waiting)} that are left",
+                f"warning: {images.name}: no new block from process {late} of {place.world} for "
+                f"{patience:.0f} s; the first process computes the remaining {len(waiting)}",
                 file=sys.stderr,
             )
             patience = 0.0
         if waiting:
-            make([waiting.pop()])  # from the end: a process that is only slow comes there last
+            make([waiting.pop()])  # from the end: a process that is only slow reaches it last
     return Features(list(paths), len(images), flip)
 
 
 def _wait(paths: list[Path], waiting: list[int], patience: float) -> list[int]:
-    """The blocks that are still absent when all are there, or none has come for so many seconds."""
+    """Wait until all blocks exist or none has appeared for `patience` seconds; the missing ones."""
     changed = time.monotonic()
     while True:
         absent = [i for i in waiting if not files.is_file(paths[i])]
@@ -189,7 +191,7 @@ def _wait(paths: list[Path], waiting: list[int], patience: float) -> list[int]:
 def batches(
     images: ImageSet, ranges: list[range], prepare: Callable[[NDArray[np.uint8]], Any], threads: int
 ) -> Iterator[tuple[range, Any]]:
-    """(numbers, prepare(uint8 RGB [n, 112, 112, 3])) of each range, decoded ahead by threads."""
+    """Yield (numbers, prepare(uint8 RGB [n, 112, 112, 3])) per range; threads decode ahead."""
 
     def read(numbers: range) -> Any:
         return prepare(np.stack([images[i] for i in numbers]))
@@ -216,7 +218,7 @@ def _compute(
     embedder: "Embedder", images: ImageSet, flip: bool, numbers: Any, batch_size: int, threads: int,
     advance: Advance,
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:  # fmt: skip
-    """(number, [n, V, D]) of each block."""
+    """Yield (number, [n, V, D]) of each block."""
 
     def prepare(pixels: NDArray[np.uint8]) -> list[Any]:
         mirrored = [np.ascontiguousarray(pixels[:, :, ::-1])] if flip else []
@@ -243,7 +245,7 @@ def _compute(
 def _empty(shape: tuple[int, int], dtype: Any) -> NDArray:
     if shape[0] * shape[1] * np.dtype(dtype).itemsize <= IN_MEMORY:
         return np.empty(shape, dtype)
-    with tempfile.TemporaryFile() as file:  # the mapping outlives the file
+    with tempfile.TemporaryFile() as file:  # the mapping outlives the open file
         return np.memmap(file, dtype, mode="w+", shape=shape)
 
 
@@ -254,7 +256,7 @@ def _length(num: int, number: int) -> int:
 def _directory(
     cache: Path, embedder: "Embedder", images: ImageSet, flip: bool, is_first: bool
 ) -> Path:
-    """Where the blocks of this set lie; one with mirror images serves without them too."""
+    """The directory of this set's blocks; blocks with mirror images also serve without them."""
     facts = {
         "format": FORMAT,
         "block": BLOCK,
@@ -278,13 +280,13 @@ def _directory(
 
 
 def _whole(path: Path, length: int, views: int) -> bool:
-    """Whether the block is there as it was written; a damaged one is said and computed again."""
+    """Whether the block is complete; a damaged one is removed with a warning."""
     if not files.exists(path):
         return False
     try:
         array = arrays.load_hashed(path)
     except (OSError, UserError) as error:
-        print(f"warning: {path} is damaged and computed again: {error}", file=sys.stderr)
+        print(f"warning: {path} is damaged and will be recomputed: {error}", file=sys.stderr)
         path.unlink(missing_ok=True)
         return False
     return array.shape[:2] == (length, views) and array.ndim == 3 and array.dtype == np.float32

@@ -1,9 +1,7 @@
-"""Sets of faces by number, each decoded when it is asked for: never all held as pixels.
+"""Sets of faces, indexed by number and decoded on demand, so never all in memory as pixels.
 
-Images are known by their content: the digest of a set is that of the bytes of all its images, so
-that embeddings of other pixels are never taken for its own.
-
-Letters: N images.
+A set is identified by its content: its digest covers the bytes of all its images, so cached
+embeddings are never used for other pixels.
 """
 
 import hashlib
@@ -38,20 +36,20 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> NDArray[np.uint8]:
-        """RGB [112, 112, 3]; any thread may ask. Raises: ValueError naming a broken image."""
+        """RGB [112, 112, 3]; thread-safe. Raises: ValueError naming a broken image."""
 
     def digest(self) -> str:
-        """sha256 of what decides the pixels: the same for the same data."""
+        """sha256 of everything that determines the pixels."""
 
     def num_resized(self) -> int:
-        """How many images are resized, 0 where that is not allowed.
+        """How many images are resized; 0 if resizing is off.
 
-        Raises: ValueError naming an image of another size that may not be resized.
+        Raises: ValueError naming an image of another size if resizing is off.
         """
 
 
 class Encoded:
-    """Image files held in memory, as a verification .bin has them."""
+    """Encoded images in memory, as a verification .bin contains them."""
 
     def __init__(self, name: str, encoded: Sequence[bytes], resize: bool = False) -> None:
         self.name, self.encoded, self._resize = name, encoded, resize
@@ -79,11 +77,11 @@ class Encoded:
 
 
 class Files:
-    """Image files of a directory, aligned by their landmarks where there are any.
+    """Image files of a directory, aligned by their landmarks if given.
 
-    points [N, 5, 2]: in pixels of the files; without them the images must be aligned.
-    resize: they are aligned at another size. All files are read once before they are embedded, for
-    their digest and their size: a photograph that nobody aligned is refused before the work.
+    points [N, 5, 2]: in pixels of the files; without them the images must be aligned already.
+    resize: the images are aligned at another size and are resized. All files are read once before
+    the embedding, for their digest and size, so an unaligned photograph is refused early.
     """
 
     def __init__(
@@ -129,12 +127,12 @@ class Files:
         try:
             with open(path, "rb") as file:
                 return path, file.read()
-        except OSError as error:  # that of a read names no file
+        except OSError as error:  # the error of a read does not name the file
             raise OSError(error.errno, error.strerror, path) from error
 
     @cached_property
     def _scanned(self) -> list[tuple[bytes, bool]]:
-        """(sha256, whether it is resized) of each file. Raises: ValueError as num_resized()."""
+        """(sha256, whether resized) of each file. Raises: ValueError as num_resized()."""
 
         def scan(i: int) -> tuple[bytes, bool]:
             path, content = self._read(i)
@@ -146,7 +144,7 @@ class Files:
 
 
 def _is_resized(encoded: bytes, where: str, resize: bool) -> bool:
-    """As check_size(). What cannot be read at all is named when it is decoded."""
+    """As check_size(). An unreadable image counts as not resized; decoding it raises the error."""
     try:
         width, height = pixels_of(encoded, where)
     except UserError:
@@ -172,5 +170,5 @@ class Subset:
         return hashlib.sha256(self.whole.digest().encode() + chosen).hexdigest()
 
     def num_resized(self) -> int:
-        """Of the whole set."""
+        """How many images of the whole set are resized."""
         return self.whole.num_resized()

@@ -1,11 +1,11 @@
 """A third-party recognition network, read from an ONNX file: its graph, its weights, its hash.
 
-What other exporters leave in a file, and what is done about it:
+How the peculiarities of other exporters are handled:
 
 | in the file | here |
 |---|---|
-| weights in files beside it | read from there, whatever the working directory is; they are hashed |
-| weights listed among the inputs | no inputs: ONNX Runtime would ask for them |
+| weights in files beside it | read from beside it, from any working directory, and hashed |
+| weights listed among the inputs | removed from the inputs: ONNX Runtime would require them |
 | a PReLU slope [C] of a [n, C, h, w] (MXNet) | [C, 1, 1], if the file cannot run as it is |
 """
 
@@ -27,17 +27,17 @@ _MESSAGE = (1 << 31) - 1  # bytes of a protobuf message
 
 class OnnxFile(NamedTuple):
     path: Path
-    model: ModelProto  # weights and inputs as they are to be run
+    model: ModelProto  # with the weights and inputs that it runs with
     runnable: str | bytes  # what ONNX Runtime opens
-    digest: str  # sha256 of the file, and of the files that hold its weights where there are any
+    digest: str  # sha256 of the file and of any external files with its weights
 
 
 def read(path: str | Path) -> OnnxFile:
     """The network in a file.
 
     Raises:
-        UserError: not an ONNX file, or its weights are absent, cut short or outside its directory.
-        OSError: it cannot be read.
+        UserError: not an ONNX file, or its weights are missing, truncated or outside its directory.
+        OSError: the file cannot be read.
     """
     path = Path(path)
     content = files.read_bytes(path)
@@ -60,7 +60,7 @@ def read(path: str | Path) -> OnnxFile:
             if changed:
                 raise UserError(
                     f"{path} lists its {total >> 20} MiB of weights among its inputs, too many to "
-                    "mend: export it again with keep_initializers_as_inputs=False"
+                    "repair: export it again with keep_initializers_as_inputs=False"
                 )
             return OnnxFile(path, model, str(path), digest.hexdigest())
         for tensor in outside:
@@ -70,10 +70,10 @@ def read(path: str | Path) -> OnnxFile:
 
 
 def with_slopes_per_channel(file: OnnxFile) -> OnnxFile | None:
-    """The network with PReLU slopes [C] of images [n, C, h, w] as [C, 1, 1]; None without any.
+    """The network with PReLU slopes [C] of images [n, C, h, w] as [C, 1, 1]; None if it has none.
 
-    ONNX broadcasts a slope from the right, so [C] would go along the width; MXNet's exporter
-    means the channels.
+    ONNX broadcasts a slope from the right, so [C] would run along the width, while MXNet's
+    exporter means the channels.
     """
     model = ModelProto.FromString(file.model.SerializeToString())
     slopes = {x.name: x for x in model.graph.initializer if len(x.dims) == 1 and x.dims[0] > 1}
@@ -85,7 +85,7 @@ def with_slopes_per_channel(file: OnnxFile) -> OnnxFile | None:
         return None
     for name in mended:
         slopes[name].dims.extend([1, 1])
-    del model.graph.value_info[:]  # they may state what the wrong slopes would make
+    del model.graph.value_info[:]  # it may contain shapes inferred from the wrong slopes
     return OnnxFile(file.path, model, model.SerializeToString(), file.digest)
 
 
@@ -105,7 +105,7 @@ def tensors(graph: GraphProto) -> Iterator[TensorProto]:
 
 
 class _External:
-    """The files beside a model that hold its weights."""
+    """The external files beside a model that contain its weights."""
 
     def __init__(self, path: Path) -> None:
         self._model, self._contents = path, dict[str, bytes]()
@@ -131,27 +131,27 @@ class _External:
             length = entries.get("length")
             stop = start + int(length) if length else None
         except (KeyError, ValueError) as error:
-            raise UserError(f"{where} lie in a file that is not named: {entries}") from error
+            raise UserError(f"{where} are in a file without a valid name: {entries}") from error
         if os.path.isabs(name) or ".." in Path(name).parts:
-            raise UserError(f"{where} lie outside its directory, in {name}: move them beside it")
+            raise UserError(f"{where} are outside its directory, in {name}: move them beside it")
         if name not in self._contents:
             try:
                 self._contents[name] = files.read_bytes(self._model.parent / name)
             except FileNotFoundError as error:
                 raise UserError(
-                    f"{where} lie in {self._model.parent / name}, which is absent: the file {name} "
-                    "belongs beside the model"
+                    f"{where} are in {self._model.parent / name}, which does not exist: copy "
+                    f"{name} to the model's directory"
                 ) from error
         found = memoryview(self._contents[name])[start:stop]
         if start < 0 or (stop is not None and len(found) != stop - start):
-            raise UserError(f"{where}: {self._model.parent / name} is cut short")
+            raise UserError(f"{where}: {self._model.parent / name} is truncated")
         return found
 
 
 def _without_weights_as_inputs(graph: GraphProto) -> bool:
-    """Drop inputs that are weights, even ones that no node uses any more; whether there were any.
+    """Remove inputs that are weights or that no node uses; return whether there were any.
 
-    Some exporters list them, and ONNX Runtime would then ask for them.
+    Some exporters list weights as inputs, and ONNX Runtime would then require them.
     """
     asked = {name for node in graph.node for name in node.input} - {
         x.name for x in graph.initializer
@@ -165,10 +165,10 @@ def _without_weights_as_inputs(graph: GraphProto) -> bool:
 
 
 def _ranks(model: ModelProto) -> dict[str, int]:
-    """Dimensions of the values between the nodes, as far as they can be told."""
+    """The number of dimensions of the values between the nodes, where it can be inferred."""
     try:
         known = onnx.shape_inference.infer_shapes(model).graph
-    except Exception:  # of a graph that contradicts itself; then nothing is known
+    except Exception:  # the graph contradicts itself, so no shape is known
         known = model.graph
     values = (*known.value_info, *known.input)
     return {x.name: len(x.type.tensor_type.shape.dim) for x in values

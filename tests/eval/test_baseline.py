@@ -171,7 +171,7 @@ def test_mean_over_galleries():
         (lambda: templates.pool(np.array([[1.0], [np.nan]]), [1, 2], [1, 2]), "image 1 is not fin"),
         (lambda: templates.pool(np.ones((2, 1)), [1, 2], [1, 2], [1, np.inf]), "image 1 is not f"),
         (lambda: templates.pair_scores(np.eye(3), [0, 3], [1, 2]), "outside the 3 templates"),
-        (lambda: templates.pair_scores(np.eye(3), [0], [1, 2]), "pairs of"),
+        (lambda: templates.pair_scores(np.eye(3), [0], [1, 2]), "two arrays"),
     ],
 )
 def test_refuses(make, message):

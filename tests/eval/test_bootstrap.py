@@ -79,7 +79,7 @@ def test_a_gain_shows_where_no_pair_is_in_error():
     [
         (np.ones(5), np.ones(5), "5 same and 0 different"),
         (np.ones(5), np.ones(4), "need 5 labels"),
-        (np.ones(100_001), np.arange(100_001) % 2, "more than 100000"),
+        (np.ones(100_001), np.arange(100_001) % 2, "at most 100000"),
     ],
 )
 def test_refuses(values, labels, message):

@@ -148,7 +148,7 @@ def test_user_errors_are_one_line(capsys, tmp_path, model, bin_file):
         ((model, tmp_path / "evil.bin"), "evil.bin: .*forbidden global posix.system"),
         ((model, tmp_path / "same.bin"), "same.bin holds only same or only different pairs"),
         ((model, tmp_path / "broken.bin"), "broken image 119: .*"),
-        ((model, tmp_path / "few.bin"), "4 pairs cannot be cut into 10 folds"),
+        ((model, tmp_path / "few.bin"), "4 pairs cannot be split into 10 folds"),
         ((model, tmp_path / "absent.bin"), "absent.bin"),
         (
             (tmp_path / "absent", bin_file),

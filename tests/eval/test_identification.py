@@ -132,7 +132,13 @@ def test_closed_set_has_ranks_and_no_tpir():
         (np.eye(3), [0, 1, 2], np.eye(2), [0, 1], "3 columns, probes have 2"),
         (np.eye(3), [0, 1, 2], np.eye(3), [3, 4, 5], "none of the 3 probes"),
         (np.zeros((0, 3)), [], np.eye(3), [3, 4, 5], "gallery must be"),
-        (np.eye(3), [0, 1, 2], np.diag([1, np.nan, 1]), [0, 1, 2], "probes: template 1 holds NaN"),
+        (
+            np.eye(3),
+            [0, 1, 2],
+            np.diag([1, np.nan, 1]),
+            [0, 1, 2],
+            "probes: template 1 contains NaN",
+        ),
     ],
 )
 def test_refuses(gallery, gallery_ids, probes, probe_ids, message):

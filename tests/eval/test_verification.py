@@ -160,7 +160,7 @@ def test_one_kind_of_pair_has_an_accuracy_but_no_roc():
         (np.ones((20,)), np.ones(10), "2 \\* pairs"),
         (np.ones((20, 4)), np.ones(9), "10 pairs need 10 labels"),
         (np.ones((20, 4)), np.full(10, 2), "0 or 1, not 2"),
-        (np.ones((18, 4)), np.ones(9), "9 pairs cannot be cut into 10 folds"),
+        (np.ones((18, 4)), np.ones(9), "9 pairs cannot be split into 10 folds"),
         (np.ones((0, 4)), np.ones(0), "2 \\* pairs"),
     ],
 )

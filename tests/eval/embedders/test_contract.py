@@ -79,14 +79,14 @@ def test_who_states_the_contract(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("[]", "a JSON object is expected"),
+        ("[]", "must be a JSON object"),
         ("{", "not JSON"),
         ('{"colour_order": "BGR"}', "unknown entry 'colour_order'; did you mean color_order"),
-        ('{"color_order": "GRB"}', "cannot be followed: GRB"),
-        ('{"std": 0}', "cannot be followed"),
+        ('{"color_order": "GRB"}', "is not a valid input contract: GRB"),
+        ('{"std": 0}', "is not a valid input contract"),
         ('{"std": "1"}', "std is '1'"),
-        ('{"mean": NaN}', "cannot be followed"),
-        ('{"width": 96}', "takes images of 112 x 112, its contract says 112 x 96"),
+        ('{"mean": NaN}', "is not a valid input contract"),
+        ('{"width": 96}', "takes images of 112 x 112, but its contract says 112 x 96"),
         ('{"height": true}', "height is True"),
     ],
 )
