@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from data_tools.common import files
 from data_tools.common.errors import UserError
 from data_tools.images.decode import check_size
 from data_tools.load.augment import Probabilities
 from data_tools.load.dali import Dali
 from data_tools.load.loader import BatchSource, Loader
-from data_tools.shards import FORMAT, Shards, check_labels
+from data_tools.shards import FORMAT, INDEX, Shards, check_labels
 from data_tools.union import Union
 from data_tools.verification_bin import PairSet, load_bin
 from eval.protocols import lfw
@@ -69,14 +70,14 @@ def check_data(cfg: Config, data: Shards | Union, world: int) -> None:
 
 def hashes_of(data: Shards | Union) -> list[dict[str, str]]:
     """Hashes of the data sets. The run records them because a directory may be repacked later."""
-    return [
-        {
-            "name": one.path.name,
-            "sha256": one.sha256,
-            "of": "index.json" if one.index["format"] == FORMAT else "labels and offsets",
-        }
-        for one in (data.sets if isinstance(data, Union) else [data])
-    ]
+    hashes = []
+    for one in data.sets if isinstance(data, Union) else [data]:
+        if one.index["format"] == FORMAT:
+            digest, of = files.sha256(one.path / INDEX), "index.json"
+        else:
+            digest, of = one.sha256, "labels and offsets"
+        hashes.append({"name": one.path.name, "sha256": digest, "of": of})
+    return hashes
 
 
 def make_loader(state: TrainState) -> BatchSource:
