@@ -64,18 +64,13 @@ def is_dir(path: str | os.PathLike[str]) -> bool:
 
 
 def names(directory: str | os.PathLike[str]) -> list[str]:
-    """The sorted names in a directory, [] if it is absent.
-
-    Raises: NotADirectoryError if something else has its name; OSError as status().
-    """
+    """The sorted names in a directory, [] if it is absent."""
     try:
         return sorted(os.listdir(directory))
-    except NotADirectoryError:
-        if exists(directory):  # else it is a part of its path that is no directory
-            raise
-        return []
-    except FileNotFoundError:
-        return []
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return []
+        raise
 
 
 def ending(directory: str | os.PathLike[str], suffix: str) -> list[Path]:

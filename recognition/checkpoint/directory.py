@@ -131,13 +131,6 @@ def listing(path: str) -> list[str]:
 def _found(run_dir: str) -> list[tuple[int, str, str]]:
     """(step, what follows "step-N" in the name, path) of a run's checkpoints, complete or not."""
     root = root_of(run_dir)
-    if files.is_link(root) and not files.exists(root):  # on a disk that is not mounted, perhaps
-        target = os.path.realpath(root)
-        raise NotADirectoryError(
-            errno.ENOTDIR,
-            f"it is a link to {target}, where nothing is; is that disk mounted?",
-            root,
-        )
     found = []
     for name in listing(root):
         match = re.fullmatch(r"step-(\d+)(.*)", name)

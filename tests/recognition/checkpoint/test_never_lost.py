@@ -68,17 +68,6 @@ def unreadable(path):
     return lambda: (path.unlink(), aside.rename(path))
 
 
-@pytest.mark.parametrize("put", [lambda p: p.write_text("x"), lambda p: p.symlink_to("unmounted")])
-def test_a_file_or_a_dangling_link_as_checkpoints_is_not_absence(keys, put):
-    root = root_of(keys)
-    root.rename(root.with_name("aside"))
-    put(root)
-    before = contents(keys)
-    said = ranks.run(1, start, keys)[0]
-    assert str(said).startswith("NotADirectoryError") and str(root) in said
-    assert contents(keys) == before
-
-
 @pytest.mark.parametrize(
     "name", ["", "step-2", "step-2/manifest.json", "step-2/model.safetensors", "step-1"]
 )
