@@ -176,15 +176,18 @@ def load(path: str | Path) -> object:
         if file.seek(0, 2) == 0:
             raise UserError(f"{path}: an empty file, not a pickle")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return _load(mapped, Path(path))
+            try:
+                return _load(mapped, str(path), "not a verification pickle")
+            except UserError as error:
+                raise UserError(f"{error}{content.hint(path, _MINE)}") from error.__cause__
 
 
 def loads(pickled: bytes, where: str) -> object:
     """As load, of bytes that come from `where`. Raises: ValueError: as load."""
-    return _load(io.BytesIO(pickled), where)
+    return _load(io.BytesIO(pickled), where, "not a pickle of plain values")
 
 
-def _load(file: Any, where: str | Path) -> object:
+def _load(file: Any, where: str, otherwise: str) -> object:
     try:
         return _Interpreter(file, encoding="bytes").load()
     except Exception as error:  # damaged bytes can fail anywhere in the interpreter
@@ -193,7 +196,5 @@ def _load(file: Any, where: str | Path) -> object:
         elif isinstance(error, KeyError):  # of `dispatch`
             what = f"the pickle uses the forbidden instruction {chr(error.args[0])!r}"
         else:
-            what = f"not a pickle of plain values: {error}"
-            what = f"not a verification pickle: {error}" if isinstance(where, Path) else what
-        hint = content.hint(where, _MINE) if isinstance(where, Path) else ""
-        raise UserError(f"{where}: {what}{hint}") from error
+            what = f"{otherwise}: {error}"
+        raise UserError(f"{where}: {what}") from error

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import ParamSpec
 
-from data_tools.common.errors import USER_ERRORS, UserError, one_line
+from data_tools.common.errors import USER_ERRORS, one_line
+from data_tools.common.schema import check_number
 
 
 def add_workers(parser: argparse.ArgumentParser, help: str = "processes (all cores)") -> None:
@@ -85,8 +86,7 @@ def main(
 
 @on_one_line()
 def _run(command: ModuleType, args: argparse.Namespace) -> int:
-    if getattr(args, "workers", 1) < 1:
-        raise UserError(f"--workers {args.workers}: must be 1 or more")
+    check_number("--workers", getattr(args, "workers", 1), 1)
     result = command.run(args)
     if result is None:
         return 0

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,9 +132,7 @@ class Packing:
         """Writes everything but the index; what the index says of it."""
         source, options, parts = self.source, self.options, self._parts
         assert options.shards is not None
-        held = np.flatnonzero(np.isin(source.labels, parts.held))
-        written = [] if self._join else [parts.aside_images, parts.images]
-        self._stage(np.concatenate([held, *written]).astype(np.int64), STAGED)
+        self._stage(STAGED, self._all_images)
         about: dict[str, Any] = {}
         empty = [parts.without]
         if len(parts.held):
@@ -172,26 +170,33 @@ class Packing:
         parts, options = self._parts, self.options
         assert options.shards is not None
         self._part = part
-        num_aside = num_split_shards(options, parts)
         staged = f"{STAGED}-{part.number}"
-        main = _cuts(parts.images, options.shards, options.seed)
-        aside = _cuts(parts.aside_images, num_aside, options.seed)
-        mine = [some for number, some in enumerate([*main, *aside]) if part.has(number)]
-        self._stage(np.concatenate(mine), staged)
+        self._stage(staged, lambda: self._images_of_part(part))
         self.written = self._write(parts.images, parts.trained, self.directory, options.shards, "")
-        if num_aside:
-            directory = self.directory / SPLIT
-            directory.mkdir(exist_ok=True)
-            self.written += self._write(
-                parts.aside_images, parts.aside, directory, num_aside, f"{SPLIT}-", options.shards
-            )
+        if len(parts.aside_images):
+            self.written += self._write_aside()
         if files.exists(self.directory / staged):
             files.remove_tree(self.directory / staged)
 
-    def _stage(self, indices: np.ndarray, name: str) -> None:
-        """Copy images that cannot be read one by one (see parquet.py) beside the shards."""
+    def _stage(self, name: str, needed: Callable[[], np.ndarray]) -> None:
+        """Copy the images `needed` that cannot be read one by one (see parquet.py) beside the
+        shards."""
         if isinstance(self.source, ParquetImages | Joined):
-            self.source.stage(self.directory / name, indices)
+            self.source.stage(self.directory / name, needed())
+
+    def _all_images(self) -> np.ndarray:
+        """What run() reads."""
+        parts = self._parts
+        held = np.flatnonzero(np.isin(self.source.labels, parts.held))
+        written = [] if self._join else [parts.aside_images, parts.images]
+        return np.concatenate([held, *written]).astype(np.int64)
+
+    def _images_of_part(self, part: Part) -> np.ndarray:
+        parts, options = self._parts, self.options
+        assert options.shards is not None
+        main = _cuts(parts.images, options.shards, options.seed)
+        aside = _cuts(parts.aside_images, num_split_shards(options, parts), options.seed)
+        return np.concatenate([some for k, some in enumerate([*main, *aside]) if part.has(k)])
 
     def _images(self, indices: np.ndarray) -> Images:
         chosen = self.source.select(indices)
@@ -227,17 +232,22 @@ class Packing:
 
     def _set_aside(self, parts: Parts) -> dict[str, Any]:
         """The second set, complete in its own directory."""
+        written = self._write_aside()
         directory = self.directory / SPLIT
-        directory.mkdir(exist_ok=True)
-        num_shards = num_split_shards(self.options, parts)
-        first = self.options.shards or 0
-        written = self._write(
-            parts.aside_images, parts.aside, directory, num_shards, f"{SPLIT}-", first
-        )
         names = [self.source.identities[k] for k in parts.aside]
         size = (self.options.size, self.options.size)
         index = write_index(directory, written, names, size, {"split": self.options.split})
         return {"directory": SPLIT, "images": index["images"], "identities": len(names)}
+
+    def _write_aside(self) -> list[WrittenShard]:
+        """The shards of the second set, which are counted after those of the first."""
+        parts, first = self._parts, self.options.shards or 0
+        directory = self.directory / SPLIT
+        directory.mkdir(exist_ok=True)
+        num_shards = num_split_shards(self.options, parts)
+        return self._write(
+            parts.aside_images, parts.aside, directory, num_shards, f"{SPLIT}-", first
+        )
 
     def _write(
         self,

@@ -23,11 +23,12 @@ from data_tools.common.errors import UserError
 from data_tools.images.image_file import HEAD, Chooser
 from data_tools.images.image_table import Names, back_slashes, number_by_name, repeated
 from data_tools.sources import zip_index
+from data_tools.sources.labels import Listing
 
 ARCHIVES = (".zip", ".tar")
 _PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 TAR = 0xFFFF  # in the column of methods
-_MAX_IMAGE = 1 << 28  # bytes: what claims more is damage, or meant to fill the memory
+MAX_IMAGE = 1 << 28  # bytes: what claims more is damage, or meant to fill the memory
 
 
 def is_archive(path: Path) -> bool:
@@ -99,7 +100,7 @@ class ArchiveImages:
             self._open[archive] = os.open(self._paths[archive], os.O_RDONLY)
             files.make_room(self._open[archive])
         descriptor = self._open[archive]
-        if size > _MAX_IMAGE or packed > _MAX_IMAGE:
+        if size > MAX_IMAGE or packed > MAX_IMAGE:
             raise UserError(f"{self.where(i)}: {size} bytes cannot be an image of a face")
         if method == TAR:
             data = os.pread(descriptor, size, at)
@@ -116,23 +117,22 @@ class ArchiveImages:
         return ArchiveImages(self._paths, self.names.select(indices), columns)
 
 
-class ArchiveSource(ArchiveImages):
+class ArchiveSource(Listing, ArchiveImages):
     """See the top of the file. Raises: ValueError for a damaged archive, or none with images."""
 
     kind = "archives"
 
     def __init__(self, path: Path, archives: list[Path]) -> None:
-        self.path = path
-        self.skipped: list[tuple[str, str]] = []
-        self.bins: list[Path] = []
+        Listing.__init__(self, path)
         self._chooser = Chooser()
         self._slashes = 0  # names with back slashes
         self._digest = hashlib.sha256()
         self._numbers: dict[bytes, int] = {}  # folder -> number, in order of appearance
-        self._found = {key: array(kind) for key, kind in COLUMNS.items()}
-        super().__init__(archives, Names.of(self._list(archives)), {})
+        self._found = {key: array(kind) for key, kind in _COLUMNS.items()}
+        ArchiveImages.__init__(self, archives, Names.of(self._list(archives)), {})
         self.ignored, self.left_out = self._chooser.ignored, dict(self._chooser.left_out)
-        self.notes = [back_slashes(self._slashes, path)] if self._slashes else []
+        if self._slashes:
+            self.notes.append(back_slashes(self._slashes, path))
         self._columns = {
             key: np.frombuffer(column, column.typecode) for key, column in self._found.items()
         }
@@ -195,7 +195,7 @@ class ArchiveSource(ArchiveImages):
         self.names, self._columns, self.labels = kept.names, kept._columns, self.labels[keep]
 
 
-COLUMNS = {
+_COLUMNS = {
     "archive": "H", "at": "q", "packed": "q", "size": "q", "method": "H", "crc": "I", "folder": "i",
 }  # fmt: skip
 

@@ -27,6 +27,7 @@ import numpy as np
 from data_tools.common.errors import UserError
 from data_tools.images.image_file import HEAD, Chooser, is_hidden
 from data_tools.images.image_table import Names
+from data_tools.sources.labels import Listing
 
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -63,23 +64,20 @@ class Paths:
         return Paths(self.root, self.names.select(indices))
 
 
-class FolderSource(Paths):
+class FolderSource(Listing, Paths):
     """A folder of identities; see the top of the file for its rules."""
 
     kind = "folder"
 
     def __init__(self, path: Path, nested: bool = False, level: int = 0) -> None:
-        self.path = path
-        self.identities: list[str] = []
-        self.skipped: list[tuple[str, str]] = []
-        self.notes: list[str] = []
-        self.bins: list[Path] = []
+        Listing.__init__(self, path)
+        self.identities = []
         self._nested = nested
         self._chooser = Chooser()
         self._level = level
         self._digest = hashlib.sha256(b"level %d\n" % level if level else b"")
         self._counts = array("q")  # images of each identity
-        super().__init__(path, Names.of(self._identities(path, "")))
+        Paths.__init__(self, path, Names.of(self._identities(path, "")))
         self.ignored, self.left_out = self._chooser.ignored, dict(self._chooser.left_out)
         if not len(self):
             raise UserError(

@@ -27,7 +27,7 @@ from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.images.image_file import HEAD, kind_of
 from data_tools.images.image_table import Names, number_by_name, repeated
-from data_tools.sources.archives import stripped
+from data_tools.sources.archives import MAX_IMAGE, stripped
 from data_tools.sources.labels import Listing, by_class, class_number, numbered
 from data_tools.sources.lmdb_file import HEADER, Database, Value, read_value
 from data_tools.sources.msgpack import labelled_image
@@ -36,7 +36,6 @@ _LISTS = (".tsv", ".txt")
 _NOTE = b"__"  # keys of a writer's own notes: __len__, __keys__, __classnum__
 _LOOKED_AT = 16  # values that tell of what kind they are
 _LONGEST = 18  # digits of a key that is sorted as a number
-_MAX_VALUE = 1 << 28  # bytes: what claims more is damage
 _PICKLES = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 
 
@@ -287,8 +286,7 @@ def _reader(database: Database) -> _Reader:
 
 
 def _from_image(database: Database, value: Value) -> tuple[int, int, Any]:
-    if value.size > _MAX_VALUE:
-        raise UserError(f"{value.size} bytes cannot be an image of a face")
+    _check_size(value)
     return value.at, value.size, None
 
 
@@ -303,17 +301,21 @@ def _from_msgpack(database: Database, value: Value) -> tuple[int, int, Any]:
     if found is None:
         raise UserError("not msgpack of (image, label): damaged, or cut short")
     at, size, label = found
-    if at + size > value.size or size > _MAX_VALUE:
+    if at + size > value.size or size > MAX_IMAGE:
         raise UserError(f"an image of {size} bytes does not fit its value of {value.size}")
     return value.at + at, size, label
 
 
 def _from_pickle(database: Database, value: Value) -> tuple[int, int, Any]:
-    if value.size > _MAX_VALUE:
-        raise UserError(f"{value.size} bytes cannot be an image of a face")
+    _check_size(value)
     data = read_value(database.descriptor, value.at, value.size, database.page_size)
     where = f"{database.path.name}: {os.fsdecode(value.key)}"
     return value.at, value.size, _unpickled(data, where)[1]
+
+
+def _check_size(value: Value) -> None:
+    if value.size > MAX_IMAGE:
+        raise UserError(f"{value.size} bytes cannot be an image of a face")
 
 
 def _unpickled(data: bytes, where: str) -> tuple[bytes, Any]:

@@ -25,12 +25,12 @@ from data_tools.common.errors import UserError
 from data_tools.images.image_file import ending, is_hidden, is_image_name
 from data_tools.images.image_table import Names, back_slashes, repeated
 from data_tools.sources.folders import Paths
-from data_tools.sources.labels import class_number, number, numbered
+from data_tools.sources.labels import Listing, class_number, number, numbered
 
 _BOX, _POINTS = 4, 10
 
 
-class ListSource(Paths):
+class ListSource(Listing, Paths):
     """See the top of the file.
 
     landmarks: float32 [N, 10] x1 .. x5 y1 .. y5, NaN where a line has none; None where no line has.
@@ -42,12 +42,7 @@ class ListSource(Paths):
     kind = "lst"
 
     def __init__(self, path: Path, root: Path | None = None) -> None:
-        self.path = path
-        self.skipped: list[tuple[str, str]] = []
-        self.ignored = 0
-        self.left_out: dict[str, int] = {}
-        self.notes: list[str] = []
-        self.bins: list[Path] = []
+        Listing.__init__(self, path)
         self._labels = array("q")
         self._unaligned = array("B")
         self._points = array("f")  # ten a line, once a line had some
@@ -55,7 +50,7 @@ class ListSource(Paths):
         self._hidden: list[int] = []
         self._slashes = 0  # paths with back slashes
         self._literal: bool | None = None  # whether a back slash is a letter of a name here
-        super().__init__(self._root, Names.of(self._lines()))
+        Paths.__init__(self, self._root, Names.of(self._lines()))
         self.sha256 = files.sha256(path)
         if self._slashes:
             self.notes.append(back_slashes(self._slashes, path))

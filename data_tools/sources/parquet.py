@@ -11,6 +11,7 @@ it therefore copies those that it needs into one file first (`stage`), beside th
 pyarrow reads the files: pip install 'arcline[formats]'.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -86,12 +87,7 @@ class ParquetImages:
         """The image, by decoding the row group that holds it."""
         number, row = int(self._file_of[i]), int(self._rows[i])
         file = _open(self._paths[number])
-        start = 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if row < start + rows:
-                break
-            start += rows
+        group, start, _ = next(place for place in _row_groups(file) if row < place[1] + place[2])
         if self._group[0] != (number, group):
             try:
                 table = file.read_row_group(group, columns=[self._column])
@@ -151,12 +147,9 @@ class ParquetImages:
             file = _open(path)
             index = np.full(file.metadata.num_rows, -1, np.int64)  # row -> i
             index[self._rows[mine]] = mine
-            start = 0
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
+            for group, start, rows in _row_groups(file):
                 if (index[start : start + rows] >= 0).any():
                     yield from self._of_group(file, group, index[start : start + rows])
-                start += rows
 
     def _of_group(self, file: Any, group: int, index: np.ndarray) -> Iterator[tuple[int, bytes]]:
         from pyarrow.lib import ArrowException
@@ -184,7 +177,6 @@ class ParquetSource(Listing, ParquetImages):
 
     def __init__(self, path: Path, paths: list[Path], fields: Fields) -> None:
         Listing.__init__(self, path)
-        self.path = path
         paths = self._of_one_split(paths)
         image, label = fields.image or "image", fields.label or "label"
         self._digest = hashlib.sha256(f"{image}\0{label}\n".encode())
@@ -240,13 +232,30 @@ def _open(path: Path) -> Any:
     """The ParquetFile. Raises: UserError: it is none, or pyarrow is not installed."""
     with extras.needed("pyarrow", "formats", "a parquet file"):
         from pyarrow import parquet
-    try:
+    with _naming_damage(f"{path}: not a whole parquet file", path):
         return parquet.ParquetFile(path, buffer_size=1 << 20)
+
+
+def _row_groups(file: Any) -> Iterator[tuple[int, int, int]]:
+    """Number, first row and rows of each row group."""
+    start = 0
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        yield group, start, rows
+        start += rows
+
+
+@contextlib.contextmanager
+def _naming_damage(what: str, hinted: Path | None = None) -> Iterator[None]:
+    """The body reads a parquet file. Raises: OSError: a disk is at fault; UserError: the file is,
+    `what`; of the file `hinted` it is said what it may be instead."""
+    try:
+        yield
     except Exception as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        hint = content.hint(path)
-        raise UserError(f"{path}: not a whole parquet file: {_fault(error)}{hint}") from error
+        hint = content.hint(hinted) if hinted else ""
+        raise UserError(f"{what}: {_fault(error)}{hint}") from error
 
 
 def _check_columns(path: Path, schema: Any, image: str, label: str) -> None:
@@ -278,13 +287,9 @@ def _check_columns(path: Path, schema: Any, image: str, label: str) -> None:
 def _labels(path: Path, file: Any, column: str) -> np.ndarray:
     """int64 [rows]. Raises: UserError: naming the first row that has none, or a bad one."""
     found = []
-    try:
+    with _naming_damage(f"{path}: its labels cannot be read"):
         for group in range(file.num_row_groups):
             found.append(file.read_row_group(group, columns=[column]).column(0))
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise UserError(f"{path}: its labels cannot be read: {_fault(error)}") from error
     labels = []
     start = 0
     for part in found:

@@ -80,16 +80,17 @@ def _rate(n: int, k: int, m: int, device: torch.device) -> float:
     out = left.new_empty(n, m)
     seconds = []
     for i in range(_REPEATS + 2):
-        _wait_for(device)
+        wait_for(device)
         began = time.perf_counter()
         torch.mm(left, right, out=out)
-        _wait_for(device)
+        wait_for(device)
         if i >= 2:
             seconds.append(time.perf_counter() - began)
     return round(2e-12 * n * k * m / statistics.median(seconds), 3)
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was given; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -42,7 +42,7 @@ import torch
 
 from data_tools.common.errors import USER_ERRORS, UserError, one_line
 from launch.bench import rivals
-from launch.bench.hardware import machine
+from launch.bench.hardware import machine, wait_for
 from launch.bench.memory import read_peak, reset_peak
 from launch.bench.processes import slowest, together
 from launch.bench.sides import DTYPES, Case, Floor, Ours, Rival, Storage, Unavailable, batch_of
@@ -403,8 +403,7 @@ def _time(rank: int, device: torch.device, told: Measurement) -> dict[str, Any]:
             slowest(0.0, group)
             began = time.perf_counter()
             sides[name].step(x, labels)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for(device)
             spent = slowest(time.perf_counter() - began, group)
             if i >= told.warmup:
                 times[name].append(spent)

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from data_tools.common.errors import USER_ERRORS, UserError, one_line
+from data_tools.common import cli
+from data_tools.common.errors import UserError
+from launch.bench.hardware import wait_for
 from launch.bench.memory import read_peak, reset_peak
 from launch.bench.processes import together
 from launch.bench.sides import DTYPES, Case, Ours, batch_of
@@ -29,6 +31,7 @@ _SHARES = (1.1, 1.05, 1.0, 0.95, 0.9, 0.8, 0.6)  # of the prediction
 _STEPS = 2
 
 
+@cli.on_one_line()
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -43,12 +46,7 @@ def main() -> int:
     case = Case(1, args.batch, args.sample_rate, args.embedding_size, args.dtype, alone=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else args.memory_mib << 20
-    try:
-        summary = _search(case, device, free)
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    print(json.dumps(summary))
+    print(json.dumps(_search(case, device, free)))
     return 0
 
 
@@ -97,8 +95,7 @@ def _try(rank: int, device: torch.device, case: Case, free: int) -> dict[str, An
         for _ in range(_STEPS):
             x.grad, began = None, time.perf_counter()
             ours.step(x, labels)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for(device)
     except torch.cuda.OutOfMemoryError:
         return {"fits": False, "peak_bytes": None, "ms": None}
     peak = read_peak(device) - before

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data_tools.common.errors import USER_ERRORS, UserError, UserKeyError, one_line
 from data_tools.common.schema import nearest
-from launch.bench.hardware import machine
+from launch.bench.hardware import machine, wait_for
 from launch.bench.processes import slowest
 from recognition.distributed import collectives, runtime
 from recognition.head import PartialFC
@@ -206,8 +206,7 @@ class _Step:
         slowest(0.0, self.here.group)
         began = time.perf_counter()
         self(x, labels)
-        if self.here.device.type == "cuda":
-            torch.cuda.synchronize(self.here.device)
+        wait_for(self.here.device)
         return 1e3 * slowest(time.perf_counter() - began, self.here.group)
 
 

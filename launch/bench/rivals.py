@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_tools.common.errors import one_line
+from launch.bench.hardware import wait_for
 from launch.bench.memory import read_peak, reset_peak
 from launch.bench.sides import DTYPES, SEED, Case, Floor, Ours, batch_of
 from recognition.head.class_rows import unit
@@ -238,6 +239,5 @@ def _times(
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter()

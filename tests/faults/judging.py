@@ -60,6 +60,14 @@ def assert_survived(worker: Worker, scene: Scene, chosen: list[Position]) -> Non
     assert not wrong, f"{len(wrong)} of {len(chosen)} positions:\n" + "\n".join(wrong)
 
 
+def assert_each_kind_survived(
+    worker: Worker, scene: Scene, seen: set[tuple[str, str]] | None = None
+) -> None:
+    """As assert_survived(), at one position of each kind that is not in `seen`, which grows."""
+    kinds = set() if seen is None else seen
+    assert_survived(worker, scene, positions.one_of_a_kind(recorded(worker, scene), kinds))
+
+
 def failures(worker: Worker, scene: Scene, chosen: list[Position]) -> list[str]:
     """Run the scene with a fault at each position; what is wrong afterwards, a line each."""
     found, judged = [], set()

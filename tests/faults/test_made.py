@@ -13,6 +13,7 @@ from tests.faults import positions
 from tests.faults.judging import (
     Fault,
     Scene,
+    assert_each_kind_survived,
     assert_survived,
     below,
     differences,
@@ -95,8 +96,7 @@ def test_a_fault_of_each_kind(faults_worker, made):
     seen: set[tuple[str, str]] = set()
     for name in SCENES:
         scene = made.scene(name)
-        chosen = positions.one_of_a_kind(recorded(faults_worker, scene), seen)
-        assert_survived(faults_worker, scene, chosen)
+        assert_each_kind_survived(faults_worker, scene, seen)
 
 
 @pytest.mark.long

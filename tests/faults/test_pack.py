@@ -14,6 +14,7 @@ from tests.faults import positions
 from tests.faults.judging import (
     Fault,
     Scene,
+    assert_each_kind_survived,
     assert_survived,
     below,
     differences,
@@ -165,8 +166,7 @@ def test_a_fault_of_each_kind(faults_worker, pack):
     seen: set[tuple[str, str]] = set()
     for name in SCENES:
         scene = pack.scene(name)
-        chosen = positions.one_of_a_kind(recorded(faults_worker, scene), seen)
-        assert_survived(faults_worker, scene, chosen)
+        assert_each_kind_survived(faults_worker, scene, seen)
 
 
 def test_a_full_disk_says_how_to_go_on(faults_worker, pack):

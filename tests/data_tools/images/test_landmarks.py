@@ -99,14 +99,14 @@ def test_what_is_no_line_is_named(tmp_path, bad):
 
 def test_many_at_once_are_as_one_by_one(tmp_path):
     names = [f"{k}/{j}.jpg" for k in range(5) for j in range(4)]
-    marks = write(tmp_path, *(line(f"root/{n}", 7 * i) for i, n in enumerate(names) if i != 3))
+    marks = write(tmp_path, *(line(f"tree/{n}", 7 * i) for i, n in enumerate(names) if i != 3))
     points, unused = read_landmarks(marks).points_of(Names.of(n.encode() for n in [*names[:-1]]))
     assert unused == 1 and np.isnan(points[3]).all()
     one = read_landmarks(marks)
     for i in (0, 1, 2, *range(4, 19)):
         assert points[i].tolist() == one[names[i]].tolist()
-    with pytest.raises(UserError, match="fits two images, '1/0.jpg' and 'x/root/1/0.jpg'"):
-        read_landmarks(marks).points_of(Names.of([b"1/0.jpg", b"x/root/1/0.jpg"]))
+    with pytest.raises(UserError, match="fits two images, '1/0.jpg' and 'x/tree/1/0.jpg'"):
+        read_landmarks(marks).points_of(Names.of([b"1/0.jpg", b"x/tree/1/0.jpg"]))
 
 
 def test_a_directory_by_the_whole_path(tmp_path):
