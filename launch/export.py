@@ -21,9 +21,9 @@ from eval.embedders.embed_onnx import OnnxEmbedder
 from eval.protocols import drop, session, thresholds_command
 from eval.report import results
 from recognition.checkpoint import find, load_backbone, read_manifest
-from recognition.export.parity import LIMITS, ExportError, Limits
+from recognition.export.parity import LIMITS, ExportError, ParityLimits
 from recognition.export.quantise import NUM_CALIBRATION, PRECISIONS
-from recognition.export.to_onnx import Bake, Images, export_onnx
+from recognition.export.to_onnx import GraphOptions, Images, export_onnx
 from recognition.weights.networks import TorchEmbedder
 
 NUM_EXAMPLES = 32
@@ -143,17 +143,17 @@ def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         calibration = images_of(rec, NUM_CALIBRATION, 0.0, resize)
         if calibration is None:
             raise UserError(f"int8 sets its ranges on images, and {rec} is not here: --data DIR")
-    bake = Bake(args.normalise, args.flip_sum, args.l2)
+    graph_options = GraphOptions(args.normalise, args.flip_sum, args.l2)
     limits = LIMITS[args.precision]
     whole = pairs_of(args, config, rec)
 
     def verify(path: Path) -> dict[str, Any]:
         assert whole is not None
         pairs = drop.thinned(whole, args.max_pairs)
-        lost = lost_on(pairs, module, path, bake, limits, args.max_drop, say, resize)
+        lost = accuracy_lost(pairs, module, path, graph_options, limits, args.max_drop, say, resize)
         return lost | {
             "of_pairs": len(whole.issame),
-            "embedding": results.FLIP_SUM if bake.flip_sum else results.ALONE,
+            "embedding": results.FLIP_SUM if graph_options.flip_sum else results.ALONE,
         }
 
     metadata = {
@@ -163,12 +163,12 @@ def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         "commit": config["commit"] or "unknown",  # trained outside a git checkout
         "alignment": ";".join(f"{x:.4f},{y:.4f}" for x, y in TEMPLATE),  # five points, x,y
         **_data(config, args.data_licence),
-        **_weights(str(found), Path(args.run), bake),
+        **_weights(str(found), Path(args.run), graph_options),
     }
     report = export_onnx(
         module, args.out, metadata=metadata,
         example_images=images_of(rec, NUM_EXAMPLES, 0.5, resize),
-        precision=args.precision, bake=bake, calibration_images=calibration,
+        precision=args.precision, graph_options=graph_options, calibration_images=calibration,
         verify=None if whole is None else verify,
     )  # fmt: skip
     files.write_text(args.out.with_suffix(".export.json"), json.dumps(report, indent=1) + "\n")
@@ -189,8 +189,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--max-drop {args.max_drop}: points, from 0 to 100")
 
 
-def lost_on(
-    pairs: PairSet, module: Any, path: Path, bake: Bake, limits: Limits,
+def accuracy_lost(
+    pairs: PairSet, module: Any, path: Path, graph_options: GraphOptions, limits: ParityLimits,
     max_drop: float | None, say: Callable[[str], None], resize: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """eval.protocols.drop.compare of the network and its file. Raises: ExportError beyond the
@@ -204,7 +204,7 @@ def lost_on(
 
     def torch_embeddings(images: np.ndarray) -> np.ndarray:
         embeddings = network(images)
-        if bake.flip_sum:
+        if graph_options.flip_sum:
             embeddings = embeddings + network(np.ascontiguousarray(images[:, :, ::-1]))
         return embeddings
 
@@ -264,7 +264,7 @@ def _data(config: dict[str, Any], licence: str) -> dict[str, str]:
     return facts
 
 
-def _weights(checkpoint: str, run: Path, bake: Bake) -> dict[str, str]:
+def _weights(checkpoint: str, run: Path, graph_options: GraphOptions) -> dict[str, str]:
     """Which weights these are, and the operating points of what the file gives.
 
     Those of other weights, or of e(image) + e(mirror image) where the file gives e(image), would
@@ -279,12 +279,12 @@ def _weights(checkpoint: str, run: Path, bake: Bake) -> dict[str, str]:
             file=sys.stderr,
         )
         chosen = None
-    gives = results.FLIP_SUM if bake.flip_sum else results.ALONE
+    gives = results.FLIP_SUM if graph_options.flip_sum else results.ALONE
     if chosen is not None and chosen["contract"].get("flip") != gives:
         print(
             f"warning: {thresholds_command.FILE} is of {chosen['contract'].get('flip')}, the file "
             f"gives {gives}: the thresholds are left out; choose them by `python -m eval "
-            f"thresholds {shlex.quote(str(run))}{' --flip-sum' if bake.flip_sum else ''}`",
+            f"thresholds {shlex.quote(str(run))}{' --flip-sum' if graph_options.flip_sum else ''}`",
             file=sys.stderr,
         )
         chosen = None

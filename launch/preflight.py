@@ -31,7 +31,7 @@ def check(cfg: config.Config, place: runtime.Runtime, seconds: float) -> links.F
     seconds: about what it may take; the bandwidth is measured for a twentieth of it.
     """
     found = links.Findings()
-    everybody = collectives.gather_objects(machine.look(cfg), place.group)
+    everybody = collectives.gather_objects(machine.local_facts(cfg), place.group)
     leaders = {facts["host"]: facts for facts in reversed(everybody)}
     hosts = list(reversed(leaders))  # in rank order
     found.numbers |= {"world": place.world, "machines": len(hosts)}

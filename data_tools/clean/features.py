@@ -24,7 +24,7 @@ INDEX = "features.json"
 _INDEX_KEYS = {"of", "images", "size", "block", "network"}
 
 
-class Features:
+class FeatureStore:
     """Rows of a finished directory, mapped. Raises: ValueError, FileNotFoundError naming a file."""
 
     def __init__(self, directory: Path, of: str | None = None, check: bool = True) -> None:
@@ -53,8 +53,8 @@ class Features:
                 raise UserError(f"{path}: {rows.dtype} {list(rows.shape)} is not what {INDEX} says")
             self._files.append(rows)
 
-    def __reduce__(self) -> tuple[type["Features"], tuple[Path, None, bool]]:
-        return Features, (self.path, None, False)  # checked where it was opened first
+    def __reduce__(self) -> tuple[type["FeatureStore"], tuple[Path, None, bool]]:
+        return FeatureStore, (self.path, None, False)  # checked where it was opened first
 
     def unit(self, images: np.ndarray) -> np.ndarray:
         """Normalised rows float32 [n, D] of images [n]. Raises: ValueError for a zero or NaN."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_tools import shards
-from data_tools.clean.features import Features
+from data_tools.clean.features import FeatureStore
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
 from data_tools.common.schema import check_number
@@ -29,7 +29,7 @@ _ROUNDS = 20  # of 2-means at most
 
 
 def class_centres(
-    x: Features, images: np.ndarray, labels: np.ndarray, num_classes: int
+    x: FeatureStore, images: np.ndarray, labels: np.ndarray, num_classes: int
 ) -> np.ndarray:
     """Normalised means of normalised features, float32 [C, D]; zero for a class without images."""
     sums = np.zeros((num_classes, x.size), np.float32)
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--different and --same must be cosines, and --different below --same")
     check_number("--min-images", args.min_images, 1)
     data = shards.open(args.path)
-    x, images = Features(args.features, data.fingerprint), before_cleaning(data)
+    x, images = FeatureStore(args.features, data.fingerprint), before_cleaning(data)
     centres = class_centres(x, images, data.labels, data.num_classes)
     pairs = same_pairs(centres, args.same)
     new = lowest_of_chain(pairs, data.num_classes)[data.labels]

@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 
 from data_tools import relabel, shards
-from data_tools.clean.features import Features
+from data_tools.clean.features import FeatureStore
 from data_tools.common import cli, files
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
@@ -104,7 +104,7 @@ def _hash(images: Images, advance: Advance) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_features(
-    train: Features, train_images: np.ndarray, test: Features, cosine: float
+    train: FeatureStore, train_images: np.ndarray, test: FeatureStore, cosine: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pairs int64 [p, 2]: each training position with its nearest test image at least that near."""
     y = test.unit(np.arange(test.num_images))
@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     exact = np.column_stack([a[same], b[at[place[same]]]])
     found: list[_Found] = [("pixels", exact, None), ("perceptual", near, None)]
     if args.features:
-        features = Features(args.features[0], data.fingerprint), Features(args.features[1])
+        features = FeatureStore(args.features[0], data.fingerprint), FeatureStore(args.features[1])
         if features[0].index["network"] != features[1].index["network"]:
             raise UserError(
                 "the features of the two sets come from different networks: embed again"

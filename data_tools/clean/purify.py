@@ -16,7 +16,7 @@ import numpy as np
 
 from data_tools import relabel, shards
 from data_tools.clean.contact_sheet import face, write_sheet
-from data_tools.clean.features import Features
+from data_tools.clean.features import FeatureStore
 from data_tools.common import cli
 from data_tools.common.errors import UserError
 from data_tools.common.messages import count
@@ -45,7 +45,7 @@ def dominant_cosines(
 class _Range(NamedTuple):
     """The images of some neighbouring classes, for a process of its own."""
 
-    features: Features
+    features: FeatureStore
     centres: Centres
     classes: tuple[int, int]
     images: np.ndarray  # int64 [n] in the set without any cleaning
@@ -53,7 +53,7 @@ class _Range(NamedTuple):
 
 
 def cosines(
-    data: shards.Shards, features: Features, centres: Centres, workers: int = 1
+    data: shards.Shards, features: FeatureStore, centres: Centres, workers: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of each image the cosine to the dominant centre [M]; images that voted for it [C]."""
     order, ends = data.by_class()
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 0 < args.threshold < 180:
         raise UserError(f"--threshold {args.threshold}: degrees between 0 and 180")
     data = shards.open(args.path)
-    features = Features(args.features, data.fingerprint)
+    features = FeatureStore(args.features, data.fingerprint)
     centres: Centres = networks().Centres(args.run, args.head)
     if centres.num_classes != data.num_classes or centres.size != features.size:
         raise UserError(

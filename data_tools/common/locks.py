@@ -33,7 +33,7 @@ _HOLDER = ".holder"
 _RECORD_BYTES = 1024  # more than a record has
 
 
-class Held(FileExistsError):
+class LockHeld(FileExistsError):
     """Another process holds the lock; the message names its host and process id."""
 
 
@@ -45,7 +45,7 @@ def hold(path: str | os.PathLike[str], busy: str, remove: bool = False) -> Itera
     remove: leave no lock file behind. Otherwise it stays and names its last holder.
 
     Raises:
-        Held: another process has it.
+        LockHeld: another process has it.
         OSError: the lock file cannot be made.
     """
     path = os.fspath(path)
@@ -80,7 +80,7 @@ def _lock(path: str, descriptor: int, busy: str) -> None:
     """Lock the file that has the name `path`, which may no longer be the one that was opened.
 
     Raises:
-        Held: another process has it.
+        LockHeld: another process has it.
         OSError: flock fails for another reason.
     """
     while True:
@@ -100,10 +100,10 @@ def _lock(path: str, descriptor: int, busy: str) -> None:
         os.close(again)
 
 
-def _held(busy: str, record: dict[str, Any]) -> Held:
+def _held(busy: str, record: dict[str, Any]) -> LockHeld:
     host, pid = record.get("host"), record.get("pid")
     who = f": process {pid} on {host}" if host and pid else ""
-    return Held(f"{busy}{who}; wait for it, or end it")
+    return LockHeld(f"{busy}{who}; wait for it, or end it")
 
 
 # --- Without flock --------------------------------------------------------------------------------
@@ -114,11 +114,11 @@ def _held_by_heartbeat(path: str, own: dict[str, Any], busy: str, why: OSError) 
     """Hold NAME.holder, with a heartbeat in it.
 
     Raises:
-        Held: another process does.
+        LockHeld: another process does.
     """
     try:
         descriptor = _make_holder(path, own, busy)
-    except Held:
+    except LockHeld:
         raise
     except OSError as error:
         print(
@@ -167,7 +167,7 @@ def _refuse_heartbeat(path: str, busy: str) -> None:
     """Remove a NAME.holder whose process has ended.
 
     Raises:
-        Held: its process is alive.
+        LockHeld: its process is alive.
     """
     name = path + _HOLDER
     seen = _read(name)

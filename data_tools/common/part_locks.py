@@ -22,7 +22,7 @@ def refuse_running(out: Path) -> None:
         raise error
 
 
-def _running(out: Path) -> list[tuple[int, locks.Held]]:
+def _running(out: Path) -> list[tuple[int, locks.LockHeld]]:
     found = []
     for path in files.ending(out.parent, ".lock"):
         name = re.fullmatch(re.escape(f".{out.name}.part-") + r"(\d+)\.lock", path.name)
@@ -31,6 +31,6 @@ def _running(out: Path) -> list[tuple[int, locks.Held]]:
         try:
             with locks.hold(path, f"{out}: part {name[1]} of it is being written", remove=True):
                 pass
-        except locks.Held as error:
+        except locks.LockHeld as error:
             found.append((int(name[1]), error))
     return found

@@ -30,7 +30,7 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class BlockCheck:
     """m consecutive records to check, in file order."""
 
     file: RecordFile
@@ -43,7 +43,7 @@ class Block:
     size: int | None  # decode each image to this size; None: leave them encoded
 
 
-def check_block(block: Block, advance: Advance) -> list[Finding]:
+def check_block(block: BlockCheck, advance: Advance) -> list[Finding]:
     findings = []
     ends = np.append(block.offsets[1:], block.end).tolist()
     for i, (key, offset) in enumerate(
@@ -63,7 +63,7 @@ def check_block(block: Block, advance: Advance) -> list[Finding]:
     return findings
 
 
-def _check_record(block: Block, i: int, header: Header, image: bytes, where: str) -> None:
+def _check_record(block: BlockCheck, i: int, header: Header, image: bytes, where: str) -> None:
     if block.has_header and header.flag == 2 and not image:
         return
     if block.labels is None:
@@ -89,7 +89,7 @@ def verify_packed(path: Path, deep: bool, workers: int) -> tuple[int, list[Findi
     if "labels" in columns:
         findings += _check_classes(path, index, columns["labels"])
 
-    def blocks() -> Iterator[Block]:  # one at a time: each holds a file open
+    def blocks() -> Iterator[BlockCheck]:  # one at a time: each holds a file open
         start = 0
         for shard in index["shards"]:
             stop = start + shard["images"]
@@ -132,7 +132,7 @@ def _packed_block(
     columns: dict[str, np.ndarray],
     deep: bool,
     findings: list[Finding],
-) -> Block:
+) -> BlockCheck:
     name = shard["name"]
     file = RecordFile(path / f"{name}.rec")
     keys, offsets = read_idx(path / f"{name}.idx")
@@ -150,7 +150,9 @@ def _packed_block(
             f"{name}.idx has {count(len(offsets), 'line')}, {shards.INDEX} says {images}"
         )
     size = index["image_size"][0] if deep else None
-    return Block(file, np.arange(images), offsets, file.size, labels, index["classes"], False, size)
+    return BlockCheck(
+        file, np.arange(images), offsets, file.size, labels, index["classes"], False, size
+    )
 
 
 def _check_classes(path: Path, index: dict[str, Any], labels: np.ndarray) -> list[Finding]:
@@ -200,7 +202,7 @@ def verify_insightface(
         stop = min(start + _BLOCK, len(keys))
         end = int(offsets[stop]) if stop < len(keys) else file.size
         blocks.append(
-            Block(
+            BlockCheck(
                 file,
                 keys[start:stop],
                 offsets[start:stop],
@@ -233,7 +235,7 @@ def _has_header(file: RecordFile, offsets: np.ndarray) -> bool:
     return False
 
 
-def _check_blocks(blocks: Iterable[Block], total: int, workers: int) -> list[Finding]:
+def _check_blocks(blocks: Iterable[BlockCheck], total: int, workers: int) -> list[Finding]:
     results = run_tasks(check_block, blocks, workers, total, "records")
     return [finding for findings in results for finding in findings]
 

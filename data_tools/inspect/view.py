@@ -8,7 +8,7 @@ import numpy as np
 
 from data_tools import shards
 from data_tools.clean.contact_sheet import MAX_FACES, face, write_sheet
-from data_tools.clean.features import Features
+from data_tools.clean.features import FeatureStore
 from data_tools.common.errors import UserError, UserKeyError
 from data_tools.common.messages import count
 from data_tools.decisions import before_cleaning
@@ -17,7 +17,7 @@ _BLOCK = 65536  # rows searched at a time
 
 
 def nearest(
-    features: Features, images: np.ndarray, of: int, number: int
+    features: FeatureStore, images: np.ndarray, of: int, number: int
 ) -> list[tuple[int, float]]:
     """Positions in `images` and cosines of the nearest to images[of], itself first."""
     query = features.unit(images[of : of + 1])[0]
@@ -59,7 +59,7 @@ def _chosen(args: argparse.Namespace, data: shards.Shards) -> list[tuple[int, st
         _check(args.like, data)
         if args.features is None:
             raise UserError("--like needs --features")
-        features = Features(args.features, data.fingerprint)
+        features = FeatureStore(args.features, data.fingerprint)
         found = nearest(features, before_cleaning(data), args.like, args.most)
         return [(i, f" {cos:.2f}") for i, cos in found]
     if args.images:

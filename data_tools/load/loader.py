@@ -23,7 +23,7 @@ from torch import Tensor
 from data_tools.common.errors import UserError
 from data_tools.images.decode import decode
 from data_tools.load import augment
-from data_tools.load.order import Blocks, Order
+from data_tools.load.order import Order, ShuffleBlocks
 from data_tools.load.read_ahead import ReadAhead
 from data_tools.shards import Shards, check_labels
 from data_tools.union import Union
@@ -79,7 +79,7 @@ class Stream:
         samples_seen: int = 0,  # images trained on before, over all ranks
         size: int = 112,  # pixels, height and width
         resize: bool = False,  # square images of another size are faces that are aligned
-        blocks: Blocks | None = None,  # None: every image is shuffled on its own
+        blocks: ShuffleBlocks | None = None,  # None: every image is shuffled on its own
         chances: augment.Probabilities = augment.Probabilities(),  # noqa: B008 (immutable)
         shares: Sequence[int] = (),  # of the batch, for each set of a Union; none: one stream
     ) -> None:
@@ -300,7 +300,7 @@ def _decode_rows(
 
 
 def make_order(
-    data: Shards | Union, seed: int, shares: Sequence[int] = (), blocks: Blocks | None = None
+    data: Shards | Union, seed: int, shares: Sequence[int] = (), blocks: ShuffleBlocks | None = None
 ) -> Order:
     """The order of a set; of a Union as one stream, or by the share of each set in a batch.
 

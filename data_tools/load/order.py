@@ -41,7 +41,7 @@ def keyed_hash(seed: int, purpose: int, x: np.ndarray) -> np.ndarray:
     return mix(key + (np.asarray(x).astype(np.uint64) + np.uint64(1)) * GOLDEN)
 
 
-class Blocks(NamedTuple):
+class ShuffleBlocks(NamedTuple):
     """A shuffle that reads the disk in long stretches: N images in blocks, blocks in windows.
 
     An epoch cuts the images, from an offset of its own on, into blocks of neighbours, draws the
@@ -54,7 +54,7 @@ class Blocks(NamedTuple):
 
 
 def ids(
-    num_images: int, seed: int, start: int, count: int, blocks: Blocks | None = None
+    num_images: int, seed: int, start: int, count: int, blocks: ShuffleBlocks | None = None
 ) -> np.ndarray:
     """int64 [count]: the images at positions start .. start + count - 1 of the endless stream.
 
@@ -82,7 +82,7 @@ def _shuffled(x: np.ndarray, modulus: int, key: np.ndarray) -> np.ndarray:
 
 
 def _in_blocks(
-    num_images: int, seed: int, epoch: np.ndarray, x: np.ndarray, blocks: Blocks
+    num_images: int, seed: int, epoch: np.ndarray, x: np.ndarray, blocks: ShuffleBlocks
 ) -> np.ndarray:
     """The images at places x [n] of the epochs [n], shuffled in blocks.
 
@@ -109,7 +109,9 @@ def _in_blocks(
     return (block * size + place + offset.astype(np.int64)) % num_images
 
 
-def window_stretches(num_images: int, seed: int, position: int, blocks: Blocks) -> np.ndarray:
+def window_stretches(
+    num_images: int, seed: int, position: int, blocks: ShuffleBlocks
+) -> np.ndarray:
     """int64 [m, 2]: the stretches [start, stop) of images that the window of a position reads.
 
     In the order of the disk, none around the end of the set.
@@ -199,7 +201,7 @@ class Order:
     sizes: tuple[int, ...]  # images of each set; the ids of set k follow those of set k - 1
     seed: int
     shares: tuple[int, ...] = (1,)  # of a batch, relative to one another
-    blocks: Blocks | None = None
+    blocks: ShuffleBlocks | None = None
 
     def count(self, samples: int) -> list[int]:
         """How many of the first `samples` of the run each set has; their sum is `samples`."""

@@ -30,7 +30,7 @@ _MOST = 100  # faces of an image
 _FAR = 1e4  # pixels: what a network says beyond, of an image of a few rows say, is no face
 
 
-class Faces(NamedTuple):
+class Detections(NamedTuple):
     """n faces of an image, in its pixels."""
 
     boxes: np.ndarray  # float32 [n, 4] left, top, width, height
@@ -38,7 +38,7 @@ class Faces(NamedTuple):
 
 
 class Detector(Protocol):
-    def __call__(self, image: np.ndarray) -> Faces:
+    def __call__(self, image: np.ndarray) -> Detections:
         """The faces of an RGB image, uint8 [h, w, 3], that is not larger than DETECT_SIDE."""
 
 
@@ -110,12 +110,12 @@ class _YuNet:
     def __init__(self, path: str) -> None:
         self._net = cv2.FaceDetectorYN.create(path, "", (320, 320), self.SCORE, self.OVERLAP, _MOST)
 
-    def __call__(self, image: np.ndarray) -> Faces:
+    def __call__(self, image: np.ndarray) -> Detections:
         self._net.setInputSize((image.shape[1], image.shape[0]))
         _, found = self._net.detect(np.ascontiguousarray(image[:, :, ::-1]))
         if found is None:
             found = np.empty((0, 15), np.float32)
-        return Faces(found[:, :4], found[:, 4:14].reshape(-1, 5, 2))
+        return Detections(found[:, :4], found[:, 4:14].reshape(-1, 5, 2))
 
 
 class _Scrfd:
@@ -136,7 +136,7 @@ class _Scrfd:
             raise UserError(f"the input {self._input.shape} is no [1, 3, h, w]")
         self._sides = [side if isinstance(side, int) else None for side in sides]  # None: any
 
-    def __call__(self, image: np.ndarray) -> Faces:
+    def __call__(self, image: np.ndarray) -> Detections:
         canvas, scale = self._canvas(image)
         pixels = (canvas.astype(np.float32) - 127.5) / 128
         found = self._session.run(None, {self._input.name: pixels.transpose(2, 0, 1)[None]})
@@ -163,7 +163,7 @@ class _Scrfd:
             all_boxes.tolist(), np.concatenate(scores).tolist(), self.SCORE, self.OVERLAP
         )
         kept = np.asarray(found_at, np.int64).reshape(-1)[:_MOST]
-        return Faces(all_boxes[kept], np.concatenate(points)[kept] / scale)
+        return Detections(all_boxes[kept], np.concatenate(points)[kept] / scale)
 
     def _canvas(self, image: np.ndarray) -> tuple[np.ndarray, float]:
         """The image in the upper left of what the network takes, and how much it was scaled."""

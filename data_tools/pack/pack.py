@@ -19,9 +19,9 @@ from data_tools.images.image_table import Names
 from data_tools.images.landmarks import LandmarkFile
 from data_tools.pack import several_machines
 from data_tools.pack.pack_job import Packing, num_split_shards, plan, shard_names
-from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options, Sources
+from data_tools.pack.pack_options import HELD_OUT, SPLIT, PackOptions, Sources
 from data_tools.pack.several_machines import Part
-from data_tools.pack.split import Parts
+from data_tools.pack.split import SplitParts
 from data_tools.shard_writer import ShardWriter, tidy
 from data_tools.sources.folders import same_person_text
 from data_tools.sources.lst import ListSource
@@ -33,7 +33,7 @@ _SHOWN = 3  # images in a message
 def pack(
     paths: Path | Sources,
     out: Path,
-    options: Options,
+    options: PackOptions,
     workers: int = 1,
     overwrite: bool = False,
     part: Part | None = None,
@@ -112,7 +112,9 @@ def _part_summary(part: Part, partial: Path, packing: Packing, seconds: float) -
     }
 
 
-def _points(source: Source, options: Options, parts: Parts) -> tuple[np.ndarray | None, int]:
+def _points(
+    source: Source, options: PackOptions, parts: SplitParts
+) -> tuple[np.ndarray | None, int]:
     """Landmarks float32 [N, 5, 2] to align by, NaN where unknown; lines of the file without use.
 
     Raises: UserError if images that are to be packed have none, unless that is asked for.
@@ -145,7 +147,7 @@ def _points(source: Source, options: Options, parts: Parts) -> tuple[np.ndarray 
 
 
 def _check_missing(
-    source: Source, points: np.ndarray, options: Options, parts: Parts, file: str
+    source: Source, points: np.ndarray, options: PackOptions, parts: SplitParts, file: str
 ) -> None:
     """Raises: UserError if images of `parts` have no points and nothing else finds them."""
     if options.detector or options.skip_missing_landmarks:

@@ -26,7 +26,7 @@ from data_tools.common.errors import UserError
 from data_tools.common.messages import count, file_size
 from data_tools.common.schema import add_flags, from_flags
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options, Sources
+from data_tools.pack.pack_options import HELD_OUT, SPLIT, PackOptions, Sources
 from data_tools.pack.pairs import resized_text
 from data_tools.pack.several_machines import Part
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", type=Path, help="directory to make")
     add_flags(parser, Sources)
-    add_flags(parser, Options)
+    add_flags(parser, PackOptions)
     cli.add_workers(parser, "processes, at most one per shard and none for small sets (all cores)")
     parser.add_argument(
         "--part",
@@ -70,7 +70,7 @@ def other_size(images: int, size: int) -> str:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    options = from_flags(Options, args)
+    options = from_flags(PackOptions, args)
     sources = from_flags(Sources, args, paths=args.sources)
     part = Part.parse(args.part) if args.part is not None else None
     if part and (args.finish or args.overwrite):

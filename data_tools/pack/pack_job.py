@@ -17,10 +17,10 @@ from data_tools.common.messages import count
 from data_tools.common.parallel import Advance, Tasks, run_tasks
 from data_tools.images.decode import is_size_fault
 from data_tools.pack.conversion import Pointed, convert_all
-from data_tools.pack.pack_options import HELD_OUT, SPLIT, Options
+from data_tools.pack.pack_options import HELD_OUT, SPLIT, PackOptions
 from data_tools.pack.pairs import PAIRS_STEP, PairOptions, check_possible, make_pairs, most_pairs
 from data_tools.pack.several_machines import Part, missing_text, number_of_parts
-from data_tools.pack.split import Parts, choose
+from data_tools.pack.split import SplitParts, choose
 from data_tools.shard_writer import renumber, write_index, write_shard
 from data_tools.sources.parquet import ParquetImages
 from data_tools.sources.source import Images, Joined, Source
@@ -33,7 +33,7 @@ Skipped = list[tuple[str, str]]  # (where, why)
 _ONE_FIELD = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})  # a name may hold them
 
 
-def plan(source: Source, options: Options) -> tuple[Options, Parts]:
+def plan(source: Source, options: PackOptions) -> tuple[PackOptions, SplitParts]:
     """The options with the number of shards that fits, and what becomes of each image.
 
     It looks at the listing only, and finds all that can be known from it: nothing that is on the
@@ -60,7 +60,7 @@ def plan(source: Source, options: Options) -> tuple[Options, Parts]:
     return options, parts
 
 
-def num_split_shards(options: Options, parts: Parts) -> int:
+def num_split_shards(options: PackOptions, parts: SplitParts) -> int:
     """The shards of the set that --split sets aside; 0 without one."""
     if not len(parts.aside_images):
         return 0
@@ -68,7 +68,7 @@ def num_split_shards(options: Options, parts: Parts) -> int:
     return min(options.shards, max(1, len(parts.aside_images) // IMAGES_PER_SHARD))
 
 
-def shard_names(options: Options, parts: Parts) -> list[str]:
+def shard_names(options: PackOptions, parts: SplitParts) -> list[str]:
     """The names of all shards, in the order in which parts count them."""
     assert options.shards is not None
     return _names("", options.shards) + _names(f"{SPLIT}-", num_split_shards(options, parts))
@@ -84,7 +84,7 @@ def _cuts(images: np.ndarray, num_shards: int, seed: int) -> list[np.ndarray]:
     return np.array_split(shuffled, num_shards) if num_shards else []
 
 
-def _check_pairs(options: Options, labels: np.ndarray) -> None:
+def _check_pairs(options: PackOptions, labels: np.ndarray) -> None:
     try:
         check_possible(labels, max(most_pairs(labels), PAIRS_STEP))
     except ValueError as error:
@@ -109,8 +109,8 @@ class Packing:
         self,
         source: Source,
         points: np.ndarray | None,  # float32 [N, 5, 2]
-        options: Options,
-        parts: Parts,  # as plan() says, and the options
+        options: PackOptions,
+        parts: SplitParts,  # as plan() says, and the options
         directory: Path,
         journal: Journal,
         workers: int,
@@ -230,7 +230,7 @@ class Packing:
         made = {**made, **asked, "identities": len(held), "names": f"{HELD_OUT}.txt"}
         return made, unreadable
 
-    def _set_aside(self, parts: Parts) -> dict[str, Any]:
+    def _set_aside(self, parts: SplitParts) -> dict[str, Any]:
         """The second set, complete in its own directory."""
         written = self._write_aside()
         directory = self.directory / SPLIT

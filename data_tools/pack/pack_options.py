@@ -13,7 +13,7 @@ from data_tools.pack.alignment import Aligner
 from data_tools.pack.conversion import Conversion
 from data_tools.pack.detectors import detector_sha256
 from data_tools.pack.pairs import MAX_SIZE, check_num_pairs
-from data_tools.pack.split import Choice
+from data_tools.pack.split import HoldOut
 from data_tools.sources.labels import Fields
 from data_tools.sources.source import Join, JoinedSource, Source, open_source
 
@@ -22,7 +22,7 @@ SPLIT = "split"  # the second set, a directory in the first
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class PackOptions:
     """What the bytes of the shards depend on, besides the source."""
 
     shards: int | None = option(
@@ -93,7 +93,7 @@ class Options:
             raise UserError(f"--quality {self.quality}: a JPEG's quality is at most 100")
         if self.hold_out:
             check_num_pairs(self.pairs)
-        elif self.pairs != default_of(Options, "pairs"):
+        elif self.pairs != default_of(PackOptions, "pairs"):
             raise UserError(f"--pairs {self.pairs} are of --hold-out N: say that too")
         if self.landmarks and files.is_dir(self.landmarks):
             raise UserError(
@@ -113,8 +113,8 @@ class Options:
             )
         self.choice().share()
 
-    def choice(self) -> Choice:
-        return Choice(self.seed, self.hold_out, self.split, self.min_images, self.max_images)
+    def choice(self) -> HoldOut:
+        return HoldOut(self.seed, self.hold_out, self.split, self.min_images, self.max_images)
 
     def conversion(self) -> Conversion:
         aligner = None

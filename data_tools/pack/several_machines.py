@@ -83,7 +83,7 @@ def _directory(out: Path) -> PartialDirectory:
     while True:
         try:
             return PartialDirectory(out, clear=False)
-        except locks.Held:
+        except locks.LockHeld:
             if time.monotonic() > end:
                 raise
         time.sleep(_POLL)

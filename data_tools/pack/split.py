@@ -15,7 +15,7 @@ from data_tools.common.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class HoldOut:
     seed: int = 0
     hold_out: int = 0  # identities
     split: str = ""  # "images=SHARE" or "identities=SHARE"
@@ -38,7 +38,7 @@ class Choice:
         return what, value
 
 
-class Parts(NamedTuple):
+class SplitParts(NamedTuple):
     """What becomes of N images of I identities."""
 
     trained: np.ndarray  # [C] identity of each class
@@ -51,7 +51,7 @@ class Parts(NamedTuple):
     over: int  # images beyond max_images
 
 
-def choose(labels: np.ndarray, num_identities: int, choice: Choice) -> Parts:
+def choose(labels: np.ndarray, num_identities: int, choice: HoldOut) -> SplitParts:
     """The parts. Raises: ValueError if fewer than two identities would be left to train on."""
     what, share = choice.share()
     counts = np.bincount(labels, minlength=num_identities)
@@ -86,7 +86,7 @@ def choose(labels: np.ndarray, num_identities: int, choice: Choice) -> Parts:
         over = int((~keep).sum())
         images = images[keep]
     without = np.flatnonzero(counts == 0)
-    return Parts(trained, images, held, aside, aside_images, without, few, over)
+    return SplitParts(trained, images, held, aside, aside_images, without, few, over)
 
 
 def _place(labels: np.ndarray, seed: int) -> np.ndarray:

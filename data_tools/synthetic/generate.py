@@ -138,7 +138,7 @@ def _expose(pixels: np.ndarray, photo: Photo, random: np.random.Generator) -> np
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class FaceOptions:
     """What the pictures depend on."""
 
     identities: int = option(MISSING, "people to draw", low=1, metavar="N")
@@ -151,7 +151,7 @@ class Options:
             raise UserError(f"--seed {self.seed}: must be below 2^64")
 
 
-def synthesize(out: Path, options: Options, workers: int = 1) -> dict[str, Any]:
+def synthesize(out: Path, options: FaceOptions, workers: int = 1) -> dict[str, Any]:
     """Writes OUT/<identity>/<image>.jpg and OUT/synthetic.json, all of it or nothing.
 
     An `out` with the same parameters is left as it is (`status` is then "reused").
@@ -195,7 +195,7 @@ def _is_made(out: Path, parameters: dict[str, Any]) -> bool:
     return True
 
 
-def _write(task: tuple[Path, int, int, Options], advance: Advance) -> None:
+def _write(task: tuple[Path, int, int, FaceOptions], advance: Advance) -> None:
     """Writes the pictures of identities first .. stop - 1."""
     out, first, stop, options = task
     for identity in range(first, stop):
@@ -210,12 +210,12 @@ def _write(task: tuple[Path, int, int, Options], advance: Advance) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="directory to make: OUT/<identity>/<image>.jpg")
-    add_flags(parser, Options)
+    add_flags(parser, FaceOptions)
     cli.add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    done = synthesize(args.out, from_flags(Options, args), args.workers)
+    done = synthesize(args.out, from_flags(FaceOptions, args), args.workers)
     print(
         f"{done['status']} {done['path']}: {count(done['total'], 'image')} of "
         f"{count(done['identities'], 'identity', 'identities')}, {done['seconds']:.1f} s"

@@ -49,18 +49,18 @@ _BLOCK_TIMES = 4
 Advance = Callable[[int], object]  # called with the number of images done since the last call
 
 
-class Place(NamedTuple):
+class ImagePlace(NamedTuple):
     """The rank of this process and the number of processes, from torchrun's environment."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
-    def of_environment(cls) -> "Place":
+    def of_environment(cls) -> "ImagePlace":
         return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-class Features:
+class EmbeddingStore:
     """The embeddings of a set, as blocks in memory or in files."""
 
     def __init__(self, blocks: list[Any], num: int, flip: bool) -> None:
@@ -69,9 +69,9 @@ class Features:
     def __len__(self) -> int:
         return self._num
 
-    def alone(self) -> "Features":
+    def alone(self) -> "EmbeddingStore":
         """The same embeddings without those of the mirror images."""
-        return Features(self._blocks, self._num, False)
+        return EmbeddingStore(self._blocks, self._num, False)
 
     def block(self, number: int) -> NDArray[np.float32]:
         """[n, V, D] float32: the embeddings of the images from number * BLOCK on."""
@@ -112,9 +112,9 @@ def extract(
     cache: Path | None = None,
     batch_size: int = 64,
     threads: int = 0,
-    place: Place | None = None,
+    place: ImagePlace | None = None,
     advance: Advance = lambda n: None,
-) -> Features | None:
+) -> EmbeddingStore | None:
     """The embeddings of all images; None in every process but the first.
 
     cache: the directory for all sets. threads: decoding threads; 0 chooses a number for this
@@ -125,7 +125,7 @@ def extract(
             without a cache.
         OSError: an image or the cache cannot be read or written.
     """
-    place = place or Place.of_environment()
+    place = place or ImagePlace.of_environment()
     num_blocks = -(-len(images) // BLOCK)
     if not num_blocks:
         raise UserError(f"{images.name}: no images")
@@ -135,7 +135,7 @@ def extract(
         blocks: list[Any] = [block for _, block in
                              _compute(embedder, images, flip, range(num_blocks), batch_size,
                                       threads, advance)]  # fmt: skip
-        return Features(blocks, len(images), flip)
+        return EmbeddingStore(blocks, len(images), flip)
     directory = _directory(cache, embedder, images, flip, place.rank == 0)
     paths = [directory / f"block-{number:07d}.npy" for number in range(num_blocks)]
     length = functools.partial(_length, len(images))
@@ -172,7 +172,7 @@ def extract(
             patience = 0.0
         if waiting:
             make([waiting.pop()])  # from the end: a process that is only slow reaches it last
-    return Features(list(paths), len(images), flip)
+    return EmbeddingStore(list(paths), len(images), flip)
 
 
 def _wait(paths: list[Path], waiting: list[int], patience: float) -> list[int]:

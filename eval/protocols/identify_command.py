@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> dict | None:
 
 
 def _warn_of_shared(
-    work: session.Session, galleries: list[text_tables.Faces], probes: text_tables.Faces
+    work: session.Session, galleries: list[text_tables.FaceTable], probes: text_tables.FaceTable
 ) -> None:
     """Says how many probes are images of a gallery: they find themselves with any network."""
     wanted = _paths(probes)
@@ -94,7 +94,7 @@ def _warn_of_shared(
             )
 
 
-def _paths(faces: text_tables.Faces) -> set[str]:
+def _paths(faces: text_tables.FaceTable) -> set[str]:
     return {os.path.realpath(os.path.join(faces.images.root, x)) for x in faces.images.paths}
 
 

@@ -35,14 +35,14 @@ _MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 _CHUNK = 64 << 20  # bytes of the list of pairs read at once
 
 
-class Faces(NamedTuple):
+class TemplateFaces(NamedTuple):
     images: Files  # [N] with landmarks
     template: NDArray[np.int64]  # [N]
     media: NDArray[np.int64]  # [N]
     score: NDArray[np.float64]  # [N] of the detector
 
 
-class Pairs(NamedTuple):
+class TemplatePairs(NamedTuple):
     first: NDArray[np.int32]  # [P] template ids
     second: NDArray[np.int32]
     issame: NDArray[np.bool_]
@@ -79,7 +79,7 @@ def open_benchmark(directory: str | Path, name: str) -> Benchmark:
     )
 
 
-def read_faces(benchmark: Benchmark) -> Faces:
+def read_faces(benchmark: Benchmark) -> TemplateFaces:
     """The faces, in the order of the lists.
 
     Raises:
@@ -120,7 +120,7 @@ def read_faces(benchmark: Benchmark) -> Faces:
     if absent:
         raise FileNotFoundError(f"{root}: {len(absent)} of {len(names)} faces are absent, the "
                                 f"first {absent[0]}")  # fmt: skip
-    return Faces(images, np.array(template), np.array(media), score)
+    return TemplateFaces(images, np.array(template), np.array(media), score)
 
 
 def five_score(text: str, where: str) -> float:
@@ -133,7 +133,7 @@ def five_score(text: str, where: str) -> float:
     return value
 
 
-def read_pairs(benchmark: Benchmark, known: NDArray[np.int64]) -> Pairs:
+def read_pairs(benchmark: Benchmark, known: NDArray[np.int64]) -> TemplatePairs:
     """The listed pairs of templates; `known`: the template ids of the faces.
 
     Raises:
@@ -159,7 +159,7 @@ def read_pairs(benchmark: Benchmark, known: NDArray[np.int64]) -> Pairs:
     issame = whole[:, 2] == 1
     if issame.all() or not issame.any():
         raise UserError(f"{path} holds only same or only different pairs: verification needs both")
-    return Pairs(whole[:, 0].copy(), whole[:, 1].copy(), issame)
+    return TemplatePairs(whole[:, 0].copy(), whole[:, 1].copy(), issame)
 
 
 def read_subjects(path: Path, known: NDArray[np.int64]) -> Subjects:
@@ -196,7 +196,7 @@ def image_features(matrix: NDArray, keep_norm: bool) -> NDArray:
 
 
 def pool(
-    matrix: NDArray, faces: Faces, keep_norm: bool, use_detector: bool
+    matrix: NDArray, faces: TemplateFaces, keep_norm: bool, use_detector: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """(template ids [T] ascending, templates [T, D], not normalised).
 

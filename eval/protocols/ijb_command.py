@@ -99,7 +99,8 @@ def _sides(benchmark: ijb.Benchmark, known: np.ndarray) -> dict[str, ijb.Subject
 
 
 def _verify(
-    work: session.Session, benchmark: ijb.Benchmark, faces: ijb.Faces, pairs: ijb.Pairs,
+    work: session.Session, benchmark: ijb.Benchmark,
+    faces: ijb.TemplateFaces, pairs: ijb.TemplatePairs,
     ids: np.ndarray, pooled: np.ndarray, unit: np.ndarray, contract: dict[str, object],
 ) -> Result:  # fmt: skip
     first, second = _rows(pairs, ids)
@@ -129,11 +130,11 @@ def _verify(
     )  # fmt: skip
 
 
-def _rows(pairs: ijb.Pairs, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _rows(pairs: ijb.TemplatePairs, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ijb.rows_of(pairs.first, ids), ijb.rows_of(pairs.second, ids)
 
 
-def _curve(pairs: ijb.Pairs, ids: np.ndarray, unit: np.ndarray) -> roc.Curve:
+def _curve(pairs: ijb.TemplatePairs, ids: np.ndarray, unit: np.ndarray) -> roc.Curve:
     return roc.curve(templates.pair_scores(unit, *_rows(pairs, ids)), pairs.issame)
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from data_tools.common.errors import UserError
 from eval.protocols import pair_lists, session
-from eval.protocols.pair_lists import Pairs
+from eval.protocols.pair_lists import ListedPairs
 
 if TYPE_CHECKING:  # torch and matplotlib are loaded by run(): --help and mistakes answer at once
     from eval.report.results import Result
@@ -94,7 +94,7 @@ def finish(work: session.Session, found: "list[Result]", report_path: str | None
     return output
 
 
-def _load(name: str, resize: bool) -> Pairs:
+def _load(name: str, resize: bool) -> ListedPairs:
     pairs = pair_lists.open_set(name, resize)
     if pairs.issame.all() or not pairs.issame.any():
         raise UserError(f"{name} holds only same or only different pairs: verification needs both")

@@ -30,7 +30,7 @@ from data_tools.verification_bin import load_bin
 from eval.embedders.images import Encoded, Files, ImageSet
 
 
-class Pairs(NamedTuple):
+class ListedPairs(NamedTuple):
     name: str
     images: ImageSet  # each image once
     first: NDArray[np.int64]  # [P] numbers of images
@@ -47,7 +47,7 @@ class Listed(NamedTuple):
     same: bool
 
 
-def open_set(given: str, resize: bool = False) -> Pairs:
+def open_set(given: str, resize: bool = False) -> ListedPairs:
     """A SET of the command line: X.bin, or LIST:IMAGE_DIR or LIST:IMAGE_DIR:LANDMARKS.
 
     Raises:
@@ -59,7 +59,7 @@ def open_set(given: str, resize: bool = False) -> Pairs:
         encoded = load_bin(given)
         pair = np.arange(len(encoded.issame))
         images = Encoded(encoded.name, encoded.encoded, resize)
-        return Pairs(encoded.name, images, 2 * pair, 2 * pair + 1, encoded.issame)
+        return ListedPairs(encoded.name, images, 2 * pair, 2 * pair + 1, encoded.issame)
     if len(parts) > 3 or not all(parts):
         raise UserError(f"{given}: a set is X.bin, LIST:IMAGE_DIR or LIST:IMAGE_DIR:LANDMARKS")
     return load_list(parts[0], parts[1], parts[2] if len(parts) == 3 else None, resize)
@@ -70,7 +70,7 @@ def load_list(
     image_dir: str | Path,
     landmarks: str | Path | None = None,
     resize: bool = False,
-) -> Pairs:
+) -> ListedPairs:
     """The pairs of a list whose images lie below `image_dir`, aligned if landmarks are given.
 
     Pairs keep their order, hence the list's ten folds stay its folds. A list without folds, all
@@ -111,7 +111,7 @@ def load_list(
     images = Files(name, image_dir, paths, points_of(paths, landmarks), resize)
     first = np.array([numbers[pair.first] for pair in kept])
     second = np.array([numbers[pair.second] for pair in kept])
-    return Pairs(name, images, first, second, issame, tuple(missing), notes)
+    return ListedPairs(name, images, first, second, issame, tuple(missing), notes)
 
 
 def read_list(path: Path) -> tuple[str, list[Listed], tuple[str, ...]]:

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> dict | None:
 
 def _of_images(
     args: argparse.Namespace, table: text_tables.Table, issame: NDArray[np.bool_]
-) -> pair_lists.Pairs:
+) -> pair_lists.ListedPairs:
     from eval.embedders.images import Files
 
     base = args.images or args.pairs.parent
@@ -99,7 +99,7 @@ def _of_images(
     paths = list(numbers)
     points = pair_lists.points_of(paths, args.landmarks)
     images = Files(args.pairs.stem, base, paths, points, args.resize)
-    return pair_lists.Pairs(args.pairs.stem, images, first, second, issame)
+    return pair_lists.ListedPairs(args.pairs.stem, images, first, second, issame)
 
 
 def _of_templates(
@@ -144,20 +144,20 @@ def _of_templates(
     return work.output({"sets": {result.name: metrics}})
 
 
-def pool(matrix: np.ndarray, faces: text_tables.Faces, keep_norm: bool) -> np.ndarray:
+def pool(matrix: np.ndarray, faces: text_tables.FaceTable, keep_norm: bool) -> np.ndarray:
     """[T, D] templates, not normalised."""
     x = matrix if keep_norm else templates.normalised(matrix)
     return templates.pool(x, faces.template, faces.media, _weights(faces)[0])[1]
 
 
-def _weights(faces: text_tables.Faces) -> tuple[np.ndarray | None, int]:
+def _weights(faces: text_tables.FaceTable) -> tuple[np.ndarray | None, int]:
     """The weight of each image, None where there are no scores; how many are 0."""
     if faces.score is None:
         return None, 0
     return templates.detector_weights(faces.score, faces.template, faces.names.__getitem__)
 
 
-def detector(work: session.Session, tables: Sequence[text_tables.Faces]) -> str:
+def detector(work: session.Session, tables: Sequence[text_tables.FaceTable]) -> str:
     """How the scores of these tables are used, for the contract; before the work.
 
     Raises:

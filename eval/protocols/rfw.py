@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> dict | None:
     return work.output({"sets": {"RFW": result.metrics}})
 
 
-def _read(args: argparse.Namespace, group: str) -> pair_lists.Pairs:
+def _read(args: argparse.Namespace, group: str) -> pair_lists.ListedPairs:
     lists = args.directory / "test" / "txts" / group
     images = (args.aligned or args.directory / "test" / "data") / group
     landmarks = None if args.aligned else lists / f"{group}_lmk.txt"
@@ -86,7 +86,7 @@ def _read(args: argparse.Namespace, group: str) -> pair_lists.Pairs:
 
 def _fairness(
     work: session.Session,
-    sets: dict[str, pair_lists.Pairs],
+    sets: dict[str, pair_lists.ListedPairs],
     distance: dict[str, NDArray],
     target: float,
 ) -> results.Result:

@@ -13,8 +13,8 @@ from data_tools.common.messages import count
 from eval import bootstrap, roc, verification
 from eval.embedders.contract import InputContract
 from eval.embedders.embedder import Embedder
-from eval.embedders.extract import Features
-from eval.protocols.pair_lists import Pairs
+from eval.embedders.extract import EmbeddingStore
+from eval.protocols.pair_lists import ListedPairs
 from eval.protocols.session import Session
 from eval.report import results
 from eval.report.results import Result
@@ -28,7 +28,7 @@ ACCURACY = (
 )
 
 
-def verify(session: Session, pairs: Pairs, features: Features, protocol: str) -> Result:
+def verify(session: Session, pairs: ListedPairs, features: EmbeddingStore, protocol: str) -> Result:
     """Ten-fold accuracy, ROC, intervals and the hardest pairs of a set.
 
     Raises:
@@ -100,7 +100,7 @@ def _intervals(
     }
 
 
-def set_warning(pairs: Pairs) -> str:
+def set_warning(pairs: ListedPairs) -> str:
     """What makes the accuracy of this set another than it seems, in one line; empty if nothing."""
     num_same = int(pairs.issame.sum())
     num_different = len(pairs.issame) - num_same
@@ -128,7 +128,7 @@ def contract_is_known(session: Session) -> bool:
     return "mean" in metadata and InputContract.from_metadata(metadata) == session.embedder.contract
 
 
-def contract_warning(session: Session, pairs: Pairs) -> str:
+def contract_warning(session: Session, pairs: ListedPairs) -> str:
     """Whether these pairs verify better when the network is fed otherwise; empty if not.
 
     On CHECKED pairs of each kind, without the mirror image: RGB against BGR, and scaled pixels

@@ -16,7 +16,7 @@ from data_tools.common.networks import networks
 
 if TYPE_CHECKING:  # torch is loaded by Session: --help and mistakes answer at once
     from eval.embedders.embedder import Embedder
-    from eval.embedders.extract import Features
+    from eval.embedders.extract import EmbeddingStore
     from eval.embedders.images import ImageSet
     from eval.report.results import Result
 
@@ -101,10 +101,10 @@ class Session:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from eval.embedders.extract import Place
+        from eval.embedders.extract import ImagePlace
 
         self.args = args
-        self.place = Place.of_environment()
+        self.place = ImagePlace.of_environment()
         changes = {
             name: getattr(args, name)
             for name in ("color_order", "mean", "std")
@@ -134,12 +134,12 @@ class Session:
     def features(
         self, images: "ImageSet", flip: bool | None = None, embedder: "Embedder | None" = None,
         alone: bool = False,
-    ) -> "Features | None":  # fmt: skip
+    ) -> "EmbeddingStore | None":  # fmt: skip
         """The embeddings of a set, with a progress bar; None in every process but the first.
 
         embedder: replaces the session's. alone: this process computes all embeddings itself.
         """
-        from eval.embedders.extract import Place, extract
+        from eval.embedders.extract import ImagePlace, extract
 
         count = 0 if alone else images.num_resized()  # first: it refuses images of another size
         if self.args.resize and not alone:
@@ -157,7 +157,7 @@ class Session:
             return extract(
                 embedder or self.embedder, images, self.args.flip if flip is None else flip,
                 self.cache, self.args.batch_size, self.args.threads,
-                Place() if alone else self.place,
+                ImagePlace() if alone else self.place,
                 lambda n: progress.advance(task, n),
             )  # fmt: skip
 

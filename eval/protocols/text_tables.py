@@ -33,7 +33,7 @@ class Table(NamedTuple):
         return f"{self.path}:{self.lines[row]}"
 
 
-class Faces(NamedTuple):
+class FaceTable(NamedTuple):
     """Images with their templates; template ids are numbers 0 .. T - 1 in order of appearance."""
 
     images: Files
@@ -87,7 +87,7 @@ def read(path: str | Path, names: Sequence[str], needed: Sequence[str]) -> Table
 def read_faces(
     path: str | Path, root: str | Path | None, landmarks: str | Path | None = None,
     needed: Sequence[str] = ("image", "subject"), resize: bool = False,
-) -> Faces:  # fmt: skip
+) -> FaceTable:  # fmt: skip
     """The faces of a table of image, subject, template, media, score and x1 .. y5.
 
     Paths are below `root`, by default the table's own directory. Without `template` each image is
@@ -113,7 +113,7 @@ def read_faces(
     subjects = _subjects(table, template, names) if "subject" in columns else []
     score = _score(table) if "score" in columns else None
     images = Files(Path(path).stem, base, paths, _points(table, landmarks), resize)
-    return Faces(images, template, media, score, names, subjects)
+    return FaceTable(images, template, media, score, names, subjects)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -216,7 +216,7 @@ def _extraction(what: tuple[str, int]) -> dict[str, Any]:
                 embedder.module(x)
         bare = 2 * (num // 64) * 64 / (time.perf_counter() - began)
         began = time.perf_counter()
-        extract.extract(embedder, images, batch_size=64, place=extract.Place())
+        extract.extract(embedder, images, batch_size=64, place=extract.ImagePlace())
         rates.append(2 * num / (time.perf_counter() - began))
         shares.append(rates[-1] / bare)
     return {"extraction_network": network, "extraction_share": statistics.median(shares),

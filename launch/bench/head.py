@@ -44,8 +44,8 @@ from data_tools.common.errors import USER_ERRORS, UserError, one_line
 from launch.bench import rivals
 from launch.bench.hardware import machine, wait_for
 from launch.bench.memory import read_peak, reset_peak
-from launch.bench.processes import slowest, together
-from launch.bench.sides import DTYPES, Case, Floor, Ours, Rival, Storage, Unavailable, batch_of
+from launch.bench.processes import run_on_ranks, slowest
+from launch.bench.sides import DTYPES, Case, Floor, OurHead, Rival, Storage, Unavailable, batch_of
 from recognition.distributed import collectives
 from recognition.run.run_dir import commit
 
@@ -222,17 +222,17 @@ def _beside_targets(report: dict[str, Any]) -> str:
 
 @functools.cache
 def _peak_of_rival(plain: Measurement) -> int:
-    return together(plain.world, plain.device, _peaks, plain, ["rival"])["rival"]
+    return run_on_ranks(plain.world, plain.device, _peaks, plain, ["rival"])["rival"]
 
 
-def _times(told: Measurement) -> dict[str, Any]:
+def _times(workload: Measurement) -> dict[str, Any]:
     """What _time gives on the first of fresh processes.
 
     Raises: UserError: the form of --kernel is not available here.
     """
-    times = together(told.world, told.device, _time, told)
+    times = run_on_ranks(workload.world, workload.device, _time, workload)
     if "unavailable" in times:
-        raise UserError(f"--kernel {told.case.kernel}: {times['unavailable']}")
+        raise UserError(f"--kernel {workload.case.kernel}: {times['unavailable']}")
     return times
 
 
@@ -257,8 +257,8 @@ def _plot(path: str, base: Measurement) -> dict[str, dict[float, float]]:
     }
     ms: dict[str, dict[float, float]] = {name: {} for name in lines}
     for name, measurements in lines.items():
-        for size, told in measurements.items():
-            ms[name][size] = round(1e3 * statistics.median(_times(told)["seconds"]["ours"]), 3)
+        for size, workload in measurements.items():
+            ms[name][size] = round(1e3 * statistics.median(_times(workload)["seconds"]["ours"]), 3)
             print(f"{name} {size:g}: {ms[name][size]:.1f} ms", file=sys.stderr, flush=True)
     import matplotlib  # needed for the picture alone
 
@@ -278,32 +278,32 @@ def _plot(path: str, base: Measurement) -> dict[str, dict[float, float]]:
     return ms
 
 
-def _report(told: Measurement) -> dict[str, Any]:
-    case = told.case
-    times = _times(told)
+def _report(workload: Measurement) -> dict[str, Any]:
+    case = workload.case
+    times = _times(workload)
     seconds: dict[str, list[float]] = times["seconds"]
     timed = [name for name in seconds if name != "floor"]
     if case.alone:  # a large one is not built twice
         peaks = {"ours": times["peak"]}
-    elif told.device == "cuda":
-        peaks = together(told.world, told.device, _peaks, told, timed)
+    elif workload.device == "cuda":
+        peaks = run_on_ranks(workload.world, workload.device, _peaks, workload, timed)
     else:  # a resident set keeps what an earlier side left
         peaks = {}
         for name in timed:
             if name == "rival":  # which knows nothing of budgets and forms
                 peaks["rival"] = _peak_of_rival(
-                    told._replace(case=case._replace(stored_mib=0, forms=()))
+                    workload._replace(case=case._replace(stored_mib=0, forms=()))
                 )
             else:
-                peaks |= together(told.world, told.device, _peaks, told, [name])
+                peaks |= run_on_ranks(workload.world, workload.device, _peaks, workload, [name])
     report: dict[str, Any] = {
-        "case": _described(case, told.world),
+        "case": _described(case, workload.world),
         "median_ratio": _ratios("ours", seconds, peaks),
         "ms": {name: round(1e3 * statistics.median(every), 1) for name, every in seconds.items()},
         "peak_bytes": peaks,
         **{key: times[key] for key in ("piece", "products", "threads", "taken", "left_out")},
         "storage": case.storage,
-        **_origin(told.pairs, told.device),
+        **_origin(workload.pairs, workload.device),
     }
     report["forms"] = {
         name: _ratios(name, seconds, peaks) for name in case.forms if name in seconds
@@ -338,11 +338,11 @@ def _origin(pairs: int, device: str) -> dict[str, Any]:
 
 
 def _beside_rivals(case: Case, pairs: int, warmup: int, device: str) -> dict[str, Any]:
-    told = rivals.Told(case._replace(margin="softmax"), pairs, warmup, tuple(rivals.RIVALS))
+    workload = rivals.Workload(case._replace(margin="softmax"), pairs, warmup, tuple(rivals.RIVALS))
     try:
-        found = together(1, device, rivals.compare, told)
+        found = run_on_ranks(1, device, rivals.compare, workload)
     except OSError as error:  # a library's kernel may end the whole process, or spoil its GPU
-        found = together(1, device, rivals.compare, told._replace(names=rivals.OF_TORCH))
+        found = run_on_ranks(1, device, rivals.compare, workload._replace(names=rivals.OF_TORCH))
         others = set(rivals.RIVALS) - set(rivals.OF_TORCH)
         found["left_out"] |= dict.fromkeys(others, f"one of these ended all: {one_line(error)}")
     return {"case": _described(case, 1), **found, **_origin(pairs, device)}
@@ -362,15 +362,15 @@ def _ratios(side: str, seconds: dict[str, list[float]], peaks: dict[str, int]) -
     return {name: round(ratio, 4) for name, ratio in found.items()}
 
 
-def _time(rank: int, device: torch.device, told: Measurement) -> dict[str, Any]:
+def _time(rank: int, device: torch.device, workload: Measurement) -> dict[str, Any]:
     """Seconds of every step of each side on the slowest rank."""
-    case, group = told.case, collectives.world_group()
-    x, labels = batch_of(case, rank, told.world, device)
+    case, group = workload.case, collectives.world_group()
+    x, labels = batch_of(case, rank, workload.world, device)
     before = reset_peak(device)
-    sides: dict[str, Ours | Rival | Floor] = {}
+    sides: dict[str, OurHead | Rival | Floor] = {}
     left_out: dict[str, str] = {}
 
-    def add(name: str, make: Callable[[], Ours | Rival | Floor]) -> None:
+    def add(name: str, make: Callable[[], OurHead | Rival | Floor]) -> None:
         """The side after a first step, or why it is not there; on one rank where it is memory."""
         try:
             side = make()
@@ -379,25 +379,25 @@ def _time(rank: int, device: torch.device, told: Measurement) -> dict[str, Any]:
         except Unavailable as error:
             left_out[name] = str(error)
         except torch.cuda.OutOfMemoryError as error:
-            if told.world > 1:  # the others wait for this one
+            if workload.world > 1:  # the others wait for this one
                 raise
             left_out[name] = one_line(error)
 
     try:
-        ours = Ours(case, device)
+        ours = OurHead(case, device)
     except Unavailable as error:  # on every rank
         return {"unavailable": str(error)}
     ours.step(x, labels)
     sides["ours"] = ours
     for form in case.forms:
-        add(form, lambda form=form: Ours(case, device, form))  # type: ignore[misc]
+        add(form, lambda form=form: OurHead(case, device, form))  # type: ignore[misc]
     if not case.alone:
         add("rival", lambda: Rival(case, device))
     floor = Floor(ours, case, device)
     if not case.alone:
         sides["floor"] = floor
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(told.warmup + told.pairs):
+    for i in range(workload.warmup + workload.pairs):
         for name in reversed(sides) if i % 2 else sides:
             x.grad = None
             slowest(0.0, group)
@@ -405,31 +405,31 @@ def _time(rank: int, device: torch.device, told: Measurement) -> dict[str, Any]:
             sides[name].step(x, labels)
             wait_for(device)
             spent = slowest(time.perf_counter() - began, group)
-            if i >= told.warmup:
+            if i >= workload.warmup:
                 times[name].append(spent)
     return {
         "peak": _beyond(before, ours, device), "seconds": times,
         "piece": floor.size, "products": floor.num_products,
         "threads": torch.get_num_threads(), "left_out": left_out,
-        "taken": {name: side.form for name, side in sides.items() if isinstance(side, Ours)},
+        "taken": {name: side.form for name, side in sides.items() if isinstance(side, OurHead)},
     }  # fmt: skip
 
 
 def _peaks(
-    rank: int, device: torch.device, told: Measurement, names: Sequence[str]
+    rank: int, device: torch.device, workload: Measurement, names: Sequence[str]
 ) -> dict[str, int]:
-    return {name: _peak(rank, device, told, name) for name in names}
+    return {name: _peak(rank, device, workload, name) for name in names}
 
 
-def _peak(rank: int, device: torch.device, told: Measurement, side: str) -> int:
+def _peak(rank: int, device: torch.device, workload: Measurement, side: str) -> int:
     """Bytes beyond weights and state at the worst of building and two steps, on the worst rank."""
-    x, labels = batch_of(told.case, rank, told.world, device)
+    x, labels = batch_of(workload.case, rank, workload.world, device)
     before = reset_peak(device)
-    one: Ours | Rival
+    one: OurHead | Rival
     if side == "rival":
-        one = Rival(told.case, device)
+        one = Rival(workload.case, device)
     else:
-        one = Ours(told.case, device, None if side == "ours" else side)
+        one = OurHead(workload.case, device, None if side == "ours" else side)
         for tensor in one.held()[1:]:
             tensor.zero_()  # pages of zeros count only once they are written
     for _ in range(_MEMORY_STEPS):
@@ -438,7 +438,7 @@ def _peak(rank: int, device: torch.device, told: Measurement, side: str) -> int:
     return _beyond(before, one, device)
 
 
-def _beyond(before: int, side: Ours | Rival, device: torch.device) -> int:
+def _beyond(before: int, side: OurHead | Rival, device: torch.device) -> int:
     """Bytes at the worst since `before`, less weights and state, on the worst rank."""
     held = sum(t.numel() * t.element_size() for t in side.held() if t.device == device)
     return int(slowest(read_peak(device) - before - held, collectives.world_group()))

@@ -22,8 +22,8 @@ from data_tools.common import cli
 from data_tools.common.errors import UserError
 from launch.bench.hardware import wait_for
 from launch.bench.memory import read_peak, reset_peak
-from launch.bench.processes import together
-from launch.bench.sides import DTYPES, Case, Ours, batch_of
+from launch.bench.processes import run_on_ranks
+from launch.bench.sides import DTYPES, Case, OurHead, batch_of
 from launch.planner.predict import head_bytes
 from recognition import config
 
@@ -54,7 +54,7 @@ def _search(case: Case, device: str, free: int) -> dict[str, Any]:
     predicted = _predicted(case, device, free)
     for share in _SHARES:
         tried = case._replace(classes=int(share * predicted))
-        found = together(1, device, _try, tried, free)
+        found = run_on_ranks(1, device, _try, tried, free)
         print(json.dumps({"classes": tried.classes, "share": share, **found}), flush=True)
         if found["fits"]:
             return {
@@ -91,7 +91,7 @@ def _try(rank: int, device: torch.device, case: Case, free: int) -> dict[str, An
     x, labels = batch_of(case, rank, 1, device)
     before = reset_peak(device)
     try:
-        ours = Ours(case, device)
+        ours = OurHead(case, device)
         for _ in range(_STEPS):
             x.grad, began = None, time.perf_counter()
             ours.step(x, labels)

@@ -40,15 +40,15 @@ from eval.protocols import drop
 from launch.export import MOST_PAIRS, NUM_EXAMPLES, images_of
 from recognition.backbones import BACKBONES
 from recognition.checkpoint import load_backbone
-from recognition.export.parity import Limits
+from recognition.export.parity import ParityLimits
 from recognition.export.quantise import NUM_CALIBRATION, PRECISIONS
-from recognition.export.to_onnx import Bake, export_onnx, prepared
+from recognition.export.to_onnx import GraphOptions, export_onnx, prepared
 from recognition.weights.networks import TorchEmbedder
 
 _BATCHES = (1, 32)
 _PAUSE = 0.05  # seconds, until the threads of the one before have stopped spinning
 _FARS = (1e-2, 1e-3, 1e-4)
-_NO_LIMIT = Limits(2.0, -1.0, -1.0, 100.0, 100.0)  # what is measured here is not refused
+_NO_LIMIT = ParityLimits(2.0, -1.0, -1.0, 100.0, 100.0)  # what is measured here is not refused
 
 
 @cli.on_one_line()
@@ -105,7 +105,7 @@ def measure(
     if images is None or examples is None:
         raise FileNotFoundError(f"no data set at {rec!r}: --data SHARDS")
     if run is None:
-        _settle(module, prepared(images[:32], Bake()))
+        _settle(module, prepared(images[:32], GraphOptions()))
     pairs = next(iter(files.ending(rec, ".bin")), None)
     rows: dict[str, Any] = {"torch": {"bytes": sum(p.numel() * 4 for p in module.parameters())}}
     with tempfile.TemporaryDirectory() as directory:
@@ -130,7 +130,9 @@ def measure(
                 for folder in people
             ]  # fmt: skip
             contenders[precision] = _session(path)
-        for name, seconds in _in_turn(contenders, prepared(examples, Bake()), repeat).items():
+        for name, seconds in _in_turn(
+            contenders, prepared(examples, GraphOptions()), repeat
+        ).items():
             rows[name]["seconds"] = seconds
     for row in rows.values():
         row["speedup"] = {n: rows["torch"]["seconds"][n] / row["seconds"][n] for n in _BATCHES}

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from recognition.distributed import collectives
 
 
-def together(world: int, device: str, function: Callable, *arguments: Any) -> Any:
+def run_on_ranks(world: int, device: str, function: Callable, *arguments: Any) -> Any:
     """What function(rank, device, *arguments) gives on rank 0; it must be importable by name.
 
     device: "cpu" (gloo, one thread a process) or "cuda" (nccl beside gloo, a GPU a process).
@@ -57,8 +57,8 @@ def together(world: int, device: str, function: Callable, *arguments: Any) -> An
 
 def slowest(seconds: float, group: ProcessGroup) -> float:
     """The largest over the ranks, once all have come here."""
-    told = torch.tensor([seconds], dtype=torch.float64)  # in host memory: gloo, beside the GPU
-    return float(collectives.largest_over_ranks(told, group))
+    duration = torch.tensor([seconds], dtype=torch.float64)  # in host memory: gloo, beside the GPU
+    return float(collectives.largest_over_ranks(duration, group))
 
 
 def _work(

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from data_tools.common.errors import one_line
 from launch.bench.hardware import wait_for
 from launch.bench.memory import read_peak, reset_peak
-from launch.bench.sides import DTYPES, SEED, Case, Floor, Ours, batch_of
+from launch.bench.sides import DTYPES, SEED, Case, Floor, OurHead, batch_of
 from recognition.head.class_rows import unit
 
 _SCALE = 64.0
@@ -113,7 +113,7 @@ class Softmax:
         )
 
 
-class OursAlone(Ours):
+class OurHeadAlone(OurHead):
     """Ours without the update of the rows."""
 
     def step(self, x: Tensor, labels: Tensor) -> None:
@@ -160,7 +160,7 @@ def _errors(found: Gradients, truth: Gradients) -> dict[str, float]:
     return errors
 
 
-class Told(NamedTuple):
+class Workload(NamedTuple):
     """What the measuring process is told: picklable."""
 
     case: Case
@@ -169,16 +169,16 @@ class Told(NamedTuple):
     names: tuple[str, ...]  # of RIVALS
 
 
-def _side(name: str, case: Case, device: torch.device) -> Softmax | OursAlone:
+def _side(name: str, case: Case, device: torch.device) -> Softmax | OurHeadAlone:
     if name in RIVALS:
         return Softmax(name, case, device)
-    return OursAlone(case, device, None if name == "ours" else name)
+    return OurHeadAlone(case, device, None if name == "ours" else name)
 
 
-def compare(rank: int, device: torch.device, told: Told) -> dict[str, Any]:
+def compare(rank: int, device: torch.device, workload: Workload) -> dict[str, Any]:
     """Of all that run here: milliseconds of a step, bytes beyond the weight, errors; of the others
     why they do not."""
-    case = told.case
+    case = workload.case
     x, labels = batch_of(case, rank, 1, device)
     small = case._replace(
         classes=min(case.classes, _ERROR_CLASSES), batch=min(case.batch, _ERROR_ROWS)
@@ -186,7 +186,7 @@ def compare(rank: int, device: torch.device, told: Told) -> dict[str, Any]:
     peaks: dict[str, int] = {}
     errors: dict[str, dict[str, float]] = {}
     left_out: dict[str, str] = {}
-    for name in ["ours", *case.forms, *told.names]:
+    for name in ["ours", *case.forms, *workload.names]:
         try:
             side = _side(name, small, device)
             errors[name] = side.error(*side.operands(*batch_of(small, rank, 1, device)))
@@ -196,14 +196,14 @@ def compare(rank: int, device: torch.device, told: Told) -> dict[str, Any]:
             left_out[name] = f"{type(error).__name__}: {one_line(error)}"
     sides = {name: _side(name, case, device) for name in peaks}
     ours = sides.get("ours")
-    floor = Floor(ours, case, device) if isinstance(ours, Ours) else None
+    floor = Floor(ours, case, device) if isinstance(ours, OurHead) else None
     return {
-        "ms": _times(sides, floor, told, x, labels),
+        "ms": _times(sides, floor, workload, x, labels),
         "products": floor.num_products if floor else None,
         "peak_bytes": peaks,
         "error": errors,
         "left_out": left_out,
-        "taken": {name: side.form for name, side in sides.items() if isinstance(side, Ours)},
+        "taken": {name: side.form for name, side in sides.items() if isinstance(side, OurHead)},
     }
 
 
@@ -218,22 +218,22 @@ def _peak(name: str, case: Case, device: torch.device, x: Tensor, labels: Tensor
 
 
 def _times(
-    sides: dict[str, Softmax | OursAlone],
+    sides: dict[str, Softmax | OurHeadAlone],
     floor: Floor | None,
-    told: Told,
+    workload: Workload,
     x: Tensor,
     labels: Tensor,
 ) -> dict[str, float]:
     """Median milliseconds; all take turns, and what goes first changes."""
     timed = {**sides, **({"floor": floor} if floor else {})}
     seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for i in range(told.warmup + told.pairs):
+    for i in range(workload.warmup + workload.pairs):
         for name in reversed(timed) if i % 2 else timed:
             one = timed[name]
             operands = (x, labels) if isinstance(one, Floor) else one.operands(x, labels)
             began = _now(x.device)
             one.step(*operands)
-            if i >= told.warmup:
+            if i >= workload.warmup:
                 seconds[name].append(_now(x.device) - began)
     return {name: round(1e3 * statistics.median(each), 3) for name, each in seconds.items()}
 

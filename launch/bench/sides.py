@@ -13,7 +13,7 @@ from torch import Tensor
 from launch.bench.standard_head import DenseHead
 from recognition.head import PartialFC, partial_fc
 from recognition.head.kernels.autotune import choose
-from recognition.head.partial_fc import Limits
+from recognition.head.partial_fc import MemoryLimits
 from recognition.losses import make_margin
 from recognition.optim import RowSGD
 
@@ -47,7 +47,7 @@ class Unavailable(Exception):
     """A form that falls back here, on every rank."""
 
 
-class Ours:
+class OurHead:
     """form: the case's, or another of config.py's head_kernel.
 
     Raises:
@@ -59,7 +59,7 @@ class Ours:
             self.head = PartialFC(
                 make_margin(case.margin), case.embedding_size, case.classes, case.sample_rate,
                 seed=SEED, head_storage=case.storage,
-                limits=Limits(case.stored_mib << 20, case.piece, DTYPES[case.dtype]),
+                limits=MemoryLimits(case.stored_mib << 20, case.piece, DTYPES[case.dtype]),
             ).to(device)  # fmt: skip
         form = form or case.kernel
         choice = choose(form, self.head, case.batch)
@@ -120,7 +120,7 @@ class Rival:
 class Floor:
     """The GEMMs of a step of ours, at the shapes of its chunks, over a weight of its size."""
 
-    def __init__(self, ours: Ours, case: Case, device: torch.device) -> None:
+    def __init__(self, ours: OurHead, case: Case, device: torch.device) -> None:
         dtype = DTYPES[case.dtype] or torch.float32
         self.size = ours.head.chunk_size(case.batch)
         self.num = round(len(ours.head.weight) * case.sample_rate)

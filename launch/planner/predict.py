@@ -34,7 +34,7 @@ _FP32, _INT64 = 4, 8
 _GB = 1e9
 
 
-class Plan(NamedTuple):
+class Prediction(NamedTuple):
     gpu: dict[str, float]  # bytes per GPU, by part
     wire: dict[str, float]  # bytes that a GPU sends per step, by collective
     host: dict[str, float]  # bytes per process in the host's memory, by part (head_storage=host)
@@ -45,11 +45,11 @@ class Plan(NamedTuple):
         return sum(self.gpu.values())
 
 
-def plan(cfg: Config, num_classes: int, gpus: int, is_cuda: bool = True) -> Plan:
+def plan(cfg: Config, num_classes: int, gpus: int, is_cuda: bool = True) -> Prediction:
     """What each of `gpus` processes holds and sends."""
     batch = cfg.global_batch(gpus) // cfg.accumulation  # rows of a micro-step over all
     rows = math.ceil(batch / gpus)
-    return Plan(
+    return Prediction(
         head_bytes(cfg, num_classes, gpus, batch, is_cuda) | backbone_bytes(cfg, rows),
         _wire(cfg, batch, gpus, backbone_sizes(cfg, rows)),
         *host_bytes(cfg, num_classes, gpus, batch),
@@ -208,7 +208,7 @@ def _count(cfg: Config) -> int:
 
 
 def _report(
-    found: Plan, num_classes: int, args: argparse.Namespace, hints: list[str]
+    found: Prediction, num_classes: int, args: argparse.Namespace, hints: list[str]
 ) -> dict[str, Any]:
     print(f"{num_classes} classes on {args.gpus} GPUs, predicted, of each GPU:")
     for part, size in sorted(found.gpu.items(), key=lambda entry: -entry[1]):

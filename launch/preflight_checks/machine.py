@@ -26,7 +26,7 @@ _PIECES, _PIECE = 24, 64 << 10  # of the data, bytes, compared between the machi
 _LEAST_SHM = 64 << 20  # bytes per process; what Docker gives to all of them by default
 
 
-def look(cfg: config.Config) -> dict[str, Any]:
+def local_facts(cfg: config.Config) -> dict[str, Any]:
     """What this process sees: versions, interface, limits, disk, data; and what is wrong."""
     facts: dict[str, Any] = {"host": socket.gethostname(), "warnings": [], "errors": []}
     facts["host"] += f"/{os.environ['GROUP_RANK']}" if "GROUP_RANK" in os.environ else ""

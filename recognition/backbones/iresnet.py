@@ -18,7 +18,7 @@ from recognition.backbones.input import INPUT_SIZE, check_images
 WIDTHS = (64, 128, 256, 512)  # channels of layer1 .. layer4, each of which halves the resolution
 
 
-class Block(nn.Module):
+class IResBlock(nn.Module):
     """x -> shortcut(x) + BN(conv(PReLU(BN(conv(BN(x)))))), stride in the second convolution."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -86,5 +86,5 @@ class IResNet(nn.Module):
 
 def make_stage(in_channels: int, channels: int, num_blocks: int) -> nn.Sequential:
     """Blocks of one resolution; the first halves it."""
-    first = Block(in_channels, channels, stride=2)
-    return nn.Sequential(first, *(Block(channels, channels, 1) for _ in range(num_blocks - 1)))
+    first = IResBlock(in_channels, channels, stride=2)
+    return nn.Sequential(first, *(IResBlock(channels, channels, 1) for _ in range(num_blocks - 1)))

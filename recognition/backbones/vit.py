@@ -52,7 +52,7 @@ class Mlp(nn.Module):
         return self.fc2(functional.relu6(self.fc1(x)))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """x + attention(LN(x)), then x + MLP(LN(x)); in training each branch is left out at times.
 
     drop_path: probability that an image goes without a branch.
@@ -124,7 +124,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, NUM_TOKENS, dim))
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, num_heads, rate) for rate in rates)
+        self.blocks = nn.ModuleList(TransformerBlock(dim, num_heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim)
         self.feature = nn.Sequential(
             nn.Linear(dim * NUM_TOKENS, dim, bias=False),

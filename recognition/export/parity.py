@@ -25,7 +25,7 @@ class ExportError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class ParityLimits:
     """How much a precision may differ from torch.
 
     Cosines are between the embeddings of the file and of torch of the same image; drops are
@@ -42,9 +42,9 @@ class Limits:
 # Rounding alone. fp32: sums in another order. fp16: 11 bits through some fifty layers. int8: what
 # networks of the field keep when they still recognise; the drops are what decides.
 LIMITS = {
-    "fp32": Limits(1e-4, 1 - 1e-6, 1 - 1e-6, 0.1, 0.1),
-    "fp16": Limits(0.05, 0.999, 0.9995, 0.1, 0.2),
-    "int8": Limits(1.0, 0.8, 0.95, 0.5, 1.0),
+    "fp32": ParityLimits(1e-4, 1 - 1e-6, 1 - 1e-6, 0.1, 0.1),
+    "fp16": ParityLimits(0.05, 0.999, 0.9995, 0.1, 0.2),
+    "int8": ParityLimits(1.0, 0.8, 0.95, 0.5, 1.0),
 }
 
 
@@ -66,7 +66,7 @@ class Agreement:
             },
         }  # fmt: skip
 
-    def check(self, limits: Limits) -> None:
+    def check(self, limits: ParityLimits) -> None:
         """Raises: ExportError if the file is beyond the limits; it says by how much."""
         worst = max(self.max_abs_error.values())
         listed = ", ".join(f"batch {n}: {error:.2e}" for n, error in self.max_abs_error.items())

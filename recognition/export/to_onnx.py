@@ -23,7 +23,7 @@ from data_tools.common import files
 from data_tools.common.errors import UserError
 from recognition.backbones.input import INPUT_SIZE
 from recognition.export.graph import OPSET, build_graph, check_graph, name_normalisation
-from recognition.export.parity import BATCH_SIZES, LIMITS, ExportError, Limits, measure
+from recognition.export.parity import BATCH_SIZES, LIMITS, ExportError, ParityLimits, measure
 from recognition.export.quantise import PRECISIONS, to_fp16, to_int8
 
 FORMAT_VERSION = 1  # of the metadata
@@ -33,7 +33,7 @@ Images = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
-class Bake:
+class GraphOptions:
     """The steps that the graph contains beside the network."""
 
     normalise: bool = False  # takes pixels 0..255: (pixel - 127.5) / 127.5 is in the graph
@@ -50,22 +50,22 @@ class Bake:
         }
 
 
-class Baked(nn.Module):
-    """The network with what `bake` adds: images [n, 3, 112, 112] -> embeddings [n, D]."""
+class NetworkWithOptions(nn.Module):
+    """The network with what `graph_options` adds: images [n, 3, 112, 112] -> embeddings [n, D]."""
 
-    def __init__(self, network: nn.Module, bake: Bake) -> None:
+    def __init__(self, network: nn.Module, graph_options: GraphOptions) -> None:
         super().__init__()
-        self.network, self.bake = network, bake
+        self.network, self.graph_options = network, graph_options
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.bake.normalise:
+        if self.graph_options.normalise:
             images = (images - PIXEL_MEAN) * (1 / PIXEL_STD)
-        if self.bake.flip_sum:
+        if self.graph_options.flip_sum:
             both = torch.stack([images, images.flip(3)], 1)  # [n, 2, 3, 112, 112]
             embeddings = self.network(both.flatten(0, 1)).unflatten(0, (-1, 2)).sum(1)
         else:
             embeddings = self.network(images)
-        if self.bake.l2:
+        if self.graph_options.l2:
             embeddings = nn.functional.normalize(embeddings)
         return embeddings
 
@@ -77,9 +77,9 @@ def export_onnx(
     metadata: Mapping[str, str],
     example_images: Images | None = None,  # [n, 112, 112, 3] RGB
     precision: str = "fp32",
-    bake: Bake = Bake(),  # noqa: B008, frozen
+    graph_options: GraphOptions = GraphOptions(),  # noqa: B008, frozen
     calibration_images: Images | None = None,  # [n, 112, 112, 3] RGB, for int8
-    limits: Limits | None = None,  # None: LIMITS[precision]
+    limits: ParityLimits | None = None,  # None: LIMITS[precision]
     verify: Callable[[Path], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write `module` to `path` once ONNX Runtime agrees with torch, and report what was measured.
@@ -113,9 +113,13 @@ def export_onnx(
         raise OSError(f"cannot write {path}: {reason}")
 
     def prepare(pixels: Images) -> np.ndarray:
-        return prepared(pixels, bake)
+        return prepared(pixels, graph_options)
 
-    whole = Baked(module, bake).eval() if bake != Bake() else module
+    whole = (
+        NetworkWithOptions(module, graph_options).eval()
+        if graph_options != GraphOptions()
+        else module
+    )
     model = build_graph(whole)
     size = model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
     facts: dict[str, Any] = {"precision": precision}
@@ -125,10 +129,10 @@ def export_onnx(
         assert calibration_images is not None
         model = to_int8(model, prepare(check_examples(calibration_images)))
         facts["calibrated_on"] = f"{len(calibration_images)} images"
-    entries = {**metadata, **input_facts(bake)}
+    entries = {**metadata, **input_facts(graph_options)}
     entries |= {"embedding_size": str(size), "precision": precision}
-    name_normalisation(model, bake.normalise)
-    check_graph(model, bake.normalise)
+    name_normalisation(model, graph_options.normalise)
+    check_graph(model, graph_options.normalise)
     onnx.helper.set_model_props(model, entries)
     try:
         with files.replacing(path) as file:  # keeps an existing file at `path` until the end
@@ -190,19 +194,19 @@ def noise_images() -> Images:
     return patches.repeat(INPUT_SIZE // 8, axis=1).repeat(INPUT_SIZE // 8, axis=2)
 
 
-def input_facts(bake: Bake = Bake()) -> dict[str, str]:  # noqa: B008, frozen
+def input_facts(graph_options: GraphOptions = GraphOptions()) -> dict[str, str]:  # noqa: B008, frozen
     """The facts of the graph's input and output that a caller needs."""
     return {
         "format_version": str(FORMAT_VERSION),
         "input_size": f"{INPUT_SIZE},{INPUT_SIZE}",  # height, width
         "color_order": "RGB",
-        **bake.facts(),  # mean and std: input = (pixel - mean) / std, pixels 0..255
+        **graph_options.facts(),  # mean and std: input = (pixel - mean) / std, pixels 0..255
     }
 
 
-def prepared(images: Images, bake: Bake) -> np.ndarray:
+def prepared(images: Images, graph_options: GraphOptions) -> np.ndarray:
     """[n, 112, 112, 3] -> float32 [n, 3, 112, 112] as the graph takes them."""
     pixels = images.astype(np.float32)
-    if not bake.normalise:
+    if not graph_options.normalise:
         pixels = (pixels - PIXEL_MEAN) / PIXEL_STD
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))

@@ -22,7 +22,7 @@ from data_tools.shards import Shards
 from data_tools.union import Union
 from recognition.config import Config, of_head
 from recognition.head import PartialFC
-from recognition.head.partial_fc import Limits
+from recognition.head.partial_fc import MemoryLimits
 from recognition.losses import Margin, make_margin
 
 
@@ -86,11 +86,11 @@ def make_head(
     )
 
 
-def limits_of(cfg: Config, head_precision: str | None = None) -> Limits:
+def limits_of(cfg: Config, head_precision: str | None = None) -> MemoryLimits:
     """head_precision: "full" or "bf16", what the run has made of "auto"; None: as `cfg` says, where
     "auto" is "full"."""
     is_narrow = (head_precision or cfg.head_precision) == "bf16"
-    return Limits(cfg.head_stored_mib << 20, dtype=torch.bfloat16 if is_narrow else None)
+    return MemoryLimits(cfg.head_stored_mib << 20, dtype=torch.bfloat16 if is_narrow else None)
 
 
 def _make_margin(cfg: Config) -> Margin:

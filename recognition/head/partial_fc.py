@@ -45,7 +45,7 @@ STORAGES: dict[str, Callable[[nn.Parameter, int], Storage]] = {
 
 
 @dataclass(frozen=True)
-class Limits:
+class MemoryLimits:
     """How the head computes. None of these changes a result beyond rounding."""
 
     stored_bytes: int = 16 << 20  # of results that the forward keeps for the backward
@@ -99,7 +99,7 @@ class PartialFC(nn.Module):
         seed: int = 0,
         class_counts: np.ndarray | None = None,
         head_storage: Literal["device", "host"] = "device",
-        limits: Limits = Limits(),  # noqa: B008  frozen
+        limits: MemoryLimits = MemoryLimits(),  # noqa: B008  frozen
     ) -> None:
         super().__init__()
         self.group = collectives.world_group() if group is None else group

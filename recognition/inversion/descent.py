@@ -29,7 +29,7 @@ Terms = dict[str, float]
 
 
 @dataclass
-class Batch:
+class InversionBatch:
     """Images that are optimised, with Adam's state; a saved state holds these."""
 
     number: int
@@ -39,7 +39,9 @@ class Batch:
     step: int = 0
 
     @classmethod
-    def start(cls, settings: Settings, number: int, ids: np.ndarray, device: torch.device) -> Batch:
+    def start(
+        cls, settings: Settings, number: int, ids: np.ndarray, device: torch.device
+    ) -> InversionBatch:
         """Images ~ N(0, 1), a function of the seed and the batch's number."""
         generator = torch.Generator()
         generator.manual_seed(hash_words(settings.seed, Purpose.INVERSION_START, number) >> 1)
@@ -77,7 +79,7 @@ class Batch:
 def descend(
     network: nn.Module,
     identity: Identity,
-    batch: Batch,
+    batch: InversionBatch,
     settings: Settings,
     rows_per_rank: Sequence[int],
 ) -> Iterator[dict[str, Tensor]]:
@@ -121,7 +123,7 @@ def descend(
         x.grad = None
 
 
-def finite_terms(parts: Mapping[str, Tensor], batch: Batch) -> Terms:
+def finite_terms(parts: Mapping[str, Tensor], batch: InversionBatch) -> Terms:
     """The terms of the loss as numbers. Raises: ValueError naming them if one is not finite."""
     terms = {name: part.item() for name, part in parts.items()}
     if not np.isfinite(list(terms.values())).all():
@@ -132,7 +134,7 @@ def finite_terms(parts: Mapping[str, Tensor], batch: Batch) -> Terms:
     return terms
 
 
-def _augmented(x: Tensor, settings: Settings, batch: Batch) -> Tensor:
+def _augmented(x: Tensor, settings: Settings, batch: InversionBatch) -> Tensor:
     """The images as the network sees them in this step: mirrored or rolled where asked."""
     draw = (settings.seed, batch.number, batch.step)
     if settings.flip and hash_words(Purpose.INVERSION_FLIP, *draw) & 1:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from recognition.inversion import faces, metrics, pictures
-from recognition.inversion.plan import Plan
+from recognition.inversion.plan import InversionPlan
 from recognition.inversion.prior import BnPrior
 from recognition.weights.networks import open_embedder
 
@@ -24,10 +24,10 @@ _REFERENCE = 10000  # real images of a Frechet distance, at most
 _CHUNK = 256  # images that are read at once
 
 
-class Made:
+class InvertedImages:
     """The synthesised faces of a plan [n], read from their files on demand."""
 
-    def __init__(self, plan: Plan, out: Path) -> None:
+    def __init__(self, plan: InversionPlan, out: Path) -> None:
         names = plan.names
         self.paths = [out / "images" / f"{names[int(i)]}.png" for i in plan.ids]
 
@@ -40,12 +40,14 @@ class Made:
         return faces.finite(np.concatenate(rows), "of {}", self.paths)
 
 
-def measure(plan: Plan, made: Made, others: Sequence[str], fid: str | None) -> dict[str, Any]:
+def measure(
+    plan: InversionPlan, made: InvertedImages, others: Sequence[str], fid: str | None
+) -> dict[str, Any]:
     """The numbers of a finished run, for report.json."""
     own = metrics.likeness(made.embed(plan.embedder), plan.gallery(), plan.ids)
     report: dict[str, Any] = {
         "under_itself": own | {"network": plan.embedder.facts["path"]},
-        "under_others": [under_another(plan, made, path) for path in others],
+        "under_others": [under_other_network(plan, made, path) for path in others],
         "bn_distance": bn_distances(plan, made),
     }
     if fid is not None:
@@ -53,7 +55,7 @@ def measure(plan: Plan, made: Made, others: Sequence[str], fid: str | None) -> d
     return report
 
 
-def under_another(plan: Plan, made: Made, path: str) -> dict[str, Any]:
+def under_other_network(plan: InversionPlan, made: InvertedImages, path: str) -> dict[str, Any]:
     """`metrics.likeness` under a network that was not inverted.
 
     Its gallery is the same people: the mean embedding of some images of a class, or the image that
@@ -85,7 +87,7 @@ def under_another(plan: Plan, made: Made, path: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def bn_distances(plan: Plan, made: Made) -> dict[str, Any] | None:
+def bn_distances(plan: InversionPlan, made: InvertedImages) -> dict[str, Any] | None:
     """The BatchNorm term of full batches of synthesised and of real images; None if the network has
     no BatchNorm."""
     prior = BnPrior(plan.embedder.module, plan.settings.bn_form)
@@ -117,7 +119,7 @@ def bn_distances(plan: Plan, made: Made) -> dict[str, Any] | None:
         prior.remove()
 
 
-def fid_of(plan: Plan, made: Made, path: str) -> dict[str, Any]:
+def fid_of(plan: InversionPlan, made: InvertedImages, path: str) -> dict[str, Any]:
     """The Frechet distance of the synthesised to real images, in the features of a network."""
     if plan.faces is None:
         return {"network": path, "not_measured": "it needs real images: --data"}

@@ -35,7 +35,7 @@ TIMEOUT = 7 * 24 * 3600.0
 
 
 @dataclass
-class Plan:
+class InversionPlan:
     """What to invert and what to compare with; every process makes the same plan."""
 
     embedder: TorchEmbedder
@@ -87,7 +87,7 @@ def network_of(run: str) -> TorchEmbedder:
     return embedder
 
 
-def closed_set(args: argparse.Namespace, settings: Settings) -> Plan:
+def closed_set(args: argparse.Namespace, settings: Settings) -> InversionPlan:
     """Classes of the trained head.
 
     Raises:
@@ -98,7 +98,7 @@ def closed_set(args: argparse.Namespace, settings: Settings) -> Plan:
         raise UserError(f"{args.run} has no head: invert embeddings (--embeddings, --images)")
     head = head_facts(args.run, args.head)
     ids = choose(args.ids, args.count, np.arange(head["num_classes"]), settings.seed, "class")
-    return Plan(
+    return InversionPlan(
         embedder,
         lambda here: ClosedSet(args.run, here.group, here.device, args.head),
         ids,
@@ -114,7 +114,7 @@ def open_set(
     args: argparse.Namespace,
     settings: Settings,
     images: str | None,
-) -> Plan:
+) -> InversionPlan:
     """Embeddings of a file, or of images; one of each identity.
 
     images: shards, a .bin or a folder. With --embeddings, row i belongs to image i.
@@ -147,7 +147,7 @@ def open_set(
         numbers, ids = numbers[ids], np.arange(len(ids))
         labels, targets = faces.labels[numbers], faces.embed(embedder, numbers)
     digest = zlib.crc32(np.ascontiguousarray(targets).view(np.uint8).data)
-    return Plan(
+    return InversionPlan(
         embedder,
         lambda here: OpenSet(targets, settings.feature, here.device),
         ids,

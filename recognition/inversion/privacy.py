@@ -15,8 +15,8 @@ import numpy as np
 
 from eval.embedders.embedder import Embedder
 from recognition.inversion import metrics
-from recognition.inversion.measure import Made
-from recognition.inversion.plan import Plan
+from recognition.inversion.measure import InvertedImages
+from recognition.inversion.plan import InversionPlan
 from recognition.weights.networks import open_embedder
 
 _MOST = 3000  # images, or embeddings, whose pairs set the thresholds
@@ -33,7 +33,9 @@ def threshold_at(impostors: np.ndarray, far: float) -> float | None:
     return float(np.partition(impostors, place)[place]) if place >= 0 else -np.inf
 
 
-def measure(plan: Plan, made: Made, others: list[str], fars: list[float]) -> dict[str, Any]:
+def measure(
+    plan: InversionPlan, made: InvertedImages, others: list[str], fars: list[float]
+) -> dict[str, Any]:
     """The report's numbers: under the network itself, then under each of the others."""
     networks: list[tuple[str, Embedder]] = [("itself", plan.embedder)]
     networks += [("another", open_embedder(path)) for path in others]
@@ -73,7 +75,7 @@ def measure(plan: Plan, made: Made, others: list[str], fars: list[float]) -> dic
     return {"images": len(plan.ids), "under": found}
 
 
-def _real_images(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+def _real_images(plan: InversionPlan) -> tuple[np.ndarray, np.ndarray]:
     """(numbers of the real images [N] that set the thresholds, another image of the person of each
     inverted embedding, or -1 [n])."""
     mates = np.full(len(plan.ids), -1)
@@ -91,7 +93,7 @@ def _real_images(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _real_embeddings(
-    plan: Plan, network: Embedder, targets: np.ndarray, numbers: np.ndarray
+    plan: InversionPlan, network: Embedder, targets: np.ndarray, numbers: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(unit embeddings [N, D], labels [N]) whose pairs set the thresholds; without images, some of
     the targets."""

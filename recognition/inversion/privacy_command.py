@@ -17,7 +17,7 @@ from data_tools.common.errors import UserError
 from data_tools.common.schema import from_flags
 from recognition.inversion import measure, privacy, work
 from recognition.inversion import plan as plans
-from recognition.inversion.measure import Made
+from recognition.inversion.measure import InvertedImages
 from recognition.inversion.session import invert
 from recognition.inversion.settings import Request, Settings
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         raise UserError(f"--far {wrong[0]}: between 0 and 1")
     plan = plans.open_set(args, settings, args.data)
 
-    def measured(made: Made) -> tuple[dict[str, Any], str]:
+    def measured(made: InvertedImages) -> tuple[dict[str, Any], str]:
         report = {
             "kind": "privacy",
             "set": args.data or args.embeddings,

@@ -10,14 +10,16 @@ from typing import Any
 from data_tools.common.schema import from_flags
 from recognition.distributed import runtime
 from recognition.inversion import work
-from recognition.inversion.measure import Made
-from recognition.inversion.plan import TIMEOUT, Plan, check_networks
+from recognition.inversion.measure import InvertedImages
+from recognition.inversion.plan import TIMEOUT, InversionPlan, check_networks
 from recognition.inversion.prior import BnPrior
 from recognition.inversion.settings import Request
 
 
 def invert(
-    plan: Plan, args: argparse.Namespace, measured: Callable[[Made], tuple[dict[str, Any], str]]
+    plan: InversionPlan,
+    args: argparse.Namespace,
+    measured: Callable[[InvertedImages], tuple[dict[str, Any], str]],
 ) -> dict[str, Any] | None:
     """The report, which report.json holds too; None in other processes than the first.
 
@@ -48,7 +50,7 @@ def invert(
             )
         if here.rank != 0:
             return None
-        more, text = measured(Made(plan, request.out))
+        more, text = measured(InvertedImages(plan, request.out))
         report = {
             "network": plan.facts["network"],
             "settings": plan.facts["settings"],
@@ -62,7 +64,7 @@ def invert(
         return {"path": str(request.out), **report}
 
 
-def prior_note(plan: Plan) -> str | None:
+def prior_note(plan: InversionPlan) -> str | None:
     """Why the BatchNorm prior is off; None if it is on."""
     prior = BnPrior(plan.embedder.module, last=plan.settings.bn_last)
     prior.remove()

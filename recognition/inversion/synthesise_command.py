@@ -18,7 +18,7 @@ from data_tools.common.errors import UserError
 from data_tools.common.schema import from_flags
 from recognition.inversion import pictures
 from recognition.inversion import plan as plans
-from recognition.inversion.measure import Made, measure, sentences
+from recognition.inversion.measure import InvertedImages, measure, sentences
 from recognition.inversion.session import invert
 from recognition.inversion.settings import Request, Settings
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     else:
         plan = plans.closed_set(args, settings)
 
-    def measured(made: Made) -> tuple[dict[str, Any], str]:
+    def measured(made: InvertedImages) -> tuple[dict[str, Any], str]:
         report = measure(plan, made, args.other, args.fid)
         pictures.write(args.out / "grid.png", pictures.grid(made.pixels(made.paths[:64])))
         files_line = f"{len(plan.ids)} faces in {args.out}, report.json and grid.png beside them"

@@ -35,7 +35,7 @@ from data_tools.common.text import read_json as read_json_file
 from recognition.distributed import collectives, store_exchange
 from recognition.distributed.runtime import Runtime
 from recognition.inversion import pictures
-from recognition.inversion.descent import Batch, Terms, descend, finite_terms
+from recognition.inversion.descent import InversionBatch, Terms, descend, finite_terms
 from recognition.inversion.identity import ClosedSet, Identity
 from recognition.inversion.settings import Request, Settings
 from recognition.run.run_dir import OWNED_SECONDS, lock_run_dir
@@ -160,7 +160,7 @@ def synthesise(
             saved = [found for rows, found in everywhere if rows]
             begin = max(set.intersection(*saved), default=0) if saved else 0
         if due:
-            batch = Batch.start(settings, number, ids, runtime.device)
+            batch = InversionBatch.start(settings, number, ids, runtime.device)
             if begin:
                 batch.load(str(steps[begin]), begin)
                 print(f"batch {number} resumes at step {begin}", file=sys.stderr, flush=True)
@@ -181,7 +181,7 @@ def synthesise(
 def _finish(
     network: nn.Module,
     identity: Identity,
-    batch: Batch,
+    batch: InversionBatch,
     settings: Settings,
     request: Request,
     counts: Sequence[int],

@@ -17,7 +17,7 @@ from data_tools.common.draws import Purpose, hash_words
 from data_tools.common.errors import UserError
 from data_tools.load import dali
 from data_tools.load.loader import make_order
-from data_tools.load.order import Blocks
+from data_tools.load.order import ShuffleBlocks
 from data_tools.union import open_all
 from eval.protocols import lfw
 from recognition import checkpoint
@@ -34,7 +34,7 @@ from recognition.run import resume
 from recognition.run.data import check_data, hashes_of, open_val_set
 from recognition.run.nonfinite import FiniteGuard
 from recognition.run.run_dir import commit, initial_weights
-from recognition.run.schedule import Plan, Schedule, adapt
+from recognition.run.schedule import AdaptedRun, Schedule, adapt
 from recognition.run.spikes import make_guard, skipped
 from recognition.run.state import TrainState
 from recognition.weights import distill, head_init, saved_rows
@@ -54,7 +54,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     plan = adapt(cfg, manifest, runtime.world)
     cfg = plan.cfg
     data = open_all(cfg.rec)
-    blocks = Blocks(cfg.shuffle_block, cfg.shuffle_window) if cfg.shuffle_block else None
+    blocks = ShuffleBlocks(cfg.shuffle_block, cfg.shuffle_window) if cfg.shuffle_block else None
     order = make_order(data, cfg.seed, multi_head.shares(cfg, data), blocks)
     multi_head.check_rows(cfg, order, runtime.world)
     labels_crc32 = zlib.crc32(np.ascontiguousarray(data.labels).data)
@@ -130,7 +130,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     return state
 
 
-def _load(state: TrainState, plan: Plan, first: Schedule, path: str) -> None:
+def _load(state: TrainState, plan: AdaptedRun, first: Schedule, path: str) -> None:
     """Continue from the checkpoint at `path`; first: the schedule of the start of the run."""
     cfg, manifest = state.cfg, checkpoint.load(path, state.parts)
     state.step, state.samples_seen = manifest["step"], manifest["samples_seen"]

@@ -75,7 +75,7 @@ class RescaledSchedule:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AdaptedRun:
     """The configuration adapted to the world size, and the batch that the run began with."""
 
     cfg: Config
@@ -99,11 +99,11 @@ class Plan:
         return RescaledSchedule(first, self.first_batch, batch, step, samples_seen)
 
 
-def adapt(cfg: Config, manifest: Mapping[str, Any] | None, world: int) -> Plan:
+def adapt(cfg: Config, manifest: Mapping[str, Any] | None, world: int) -> AdaptedRun:
     """Adapt the batch to `world` processes; manifest: of the checkpoint resumed from."""
     if manifest is None or _asked_anew(cfg, manifest):
         batch = cfg.global_batch(world)
-        return Plan(cfg, batch, _rows(batch, world, cfg.accumulation))
+        return AdaptedRun(cfg, batch, _rows(batch, world, cfg.accumulation))
     saved, batch = manifest["config"], manifest["global_batch"]
     rows = _rows(batch, manifest["world"], saved["accumulation"])
     first_batch, first_rows = saved.get("first_batch", batch), saved.get("first_rows", rows)
@@ -128,9 +128,9 @@ def adapt(cfg: Config, manifest: Mapping[str, Any] | None, world: int) -> Plan:
         )
     same = (batch, fitted.accumulation) == (cfg.global_batch(world), cfg.accumulation)
     if manifest["world"] == world:
-        return Plan(cfg if same and rule != "lr" else fitted, first_batch, first_rows)
+        return AdaptedRun(cfg if same and rule != "lr" else fitted, first_batch, first_rows)
     message = f"{manifest['world']} -> {world} processes, elastic={rule}: {how}"
-    return Plan(fitted, first_batch, first_rows, message)
+    return AdaptedRun(fitted, first_batch, first_rows, message)
 
 
 def _asked_anew(cfg: Config, manifest: Mapping[str, Any]) -> bool:

@@ -37,7 +37,7 @@ class _Piece(NamedTuple):
     read: Callable[[int, int], Tensor]  # the rows [low, high) of them
 
 
-class ClassRows:
+class SavedRows:
     """Class rows in files, by class id; `rows[ids]` reads the blocks that hold those."""
 
     def __init__(self, pieces: Sequence[_Piece], shape: tuple[int, ...], origin: str) -> None:
@@ -67,7 +67,7 @@ class ClassRows:
         return rows
 
 
-def open_rows(source: str) -> ClassRows:
+def open_rows(source: str) -> SavedRows:
     """The class rows of a run of ours, or of arcface_torch's shards, in the order of the classes.
 
     The classes of a run with several heads are numbered head by head. The files of a run are not
@@ -104,7 +104,7 @@ def verify(source: str, group: ProcessGroup) -> None:
         checkpoint.verify(path, group, lambda name: "rows-" in name)
 
 
-def _of_checkpoint(path: str, source: str) -> ClassRows:
+def _of_checkpoint(path: str, source: str) -> SavedRows:
     manifest = checkpoint.read_manifest(path)
     pieces, shapes = [], []
     for k in range(len(manifest["heads"])):
@@ -115,7 +115,7 @@ def _of_checkpoint(path: str, source: str) -> ClassRows:
         counts = [head["num_classes"] for head in manifest["heads"]]
         said = ", ".join(str([n, *shape]) for n, shape in zip(counts, shapes, strict=True))
         raise UserError(f"init_head={source}: its heads have rows of several shapes: {said}")
-    return ClassRows(pieces, shapes[0], f"the checkpoint {path}")
+    return SavedRows(pieces, shapes[0], f"the checkpoint {path}")
 
 
 def _row_shape(path: str, name: str) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ def _slice_of(path: str, name: str, count: int, shape: tuple[int, ...]) -> _Piec
     return _Piece(count, read)
 
 
-def _of_shards(source: str) -> ClassRows:
+def _of_shards(source: str) -> SavedRows:
     by_rank = _shards_at(source)
     if max(by_rank) >= len(by_rank):
         others = (rank for rank in range(max(by_rank)) if rank not in by_rank)
@@ -156,7 +156,7 @@ def _of_shards(source: str) -> ClassRows:
         said = ", ".join(str(list(shape)) for shape in shapes)
         raise UserError(f"init_head={source}: these are not the shards of one head: {said}")
     pieces = [_part_of(path, count) for path, count in zip(paths, sizes, strict=True)]
-    return ClassRows(pieces, shapes[0][1:], f"{len(paths)} shards of arcface_torch in {source}")
+    return SavedRows(pieces, shapes[0][1:], f"{len(paths)} shards of arcface_torch in {source}")
 
 
 def _part_of(path: str, count: int) -> _Piece:

@@ -11,7 +11,7 @@ from data_tools import shards
 from data_tools.__main__ import main
 from data_tools.common.partial_directory import MARKER
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options
+from data_tools.pack.pack_options import PackOptions
 from data_tools.recordio import Header, Writer
 from tests.data_tools.pack.test_pack_killed import (
     kill_after,
@@ -38,10 +38,10 @@ def test_ctrl_c_keeps_the_finished_shards(slow_source, tmp_path, workers):
     assert done and int(done[1]) >= 2 and done[2] == str(partial), last
     assert "the same command goes on from there" in last and "remove that directory" in last
     kept = {path.name: path.stat().st_ino for path in partial.glob("train-*.rec")}
-    assert pack(slow_source, out, Options(shards=6, resize=True))["status"] == "resumed"
+    assert pack(slow_source, out, PackOptions(shards=6, resize=True))["status"] == "resumed"
     now = {path.name: path.stat().st_ino for path in out.glob("train-*.rec")}
     assert sum(now[name] == inode for name, inode in kept.items()) >= int(done[1])
-    pack(slow_source, tmp_path / "unbroken", Options(shards=6, resize=True))
+    pack(slow_source, tmp_path / "unbroken", PackOptions(shards=6, resize=True))
     assert contents(out) == contents(tmp_path / "unbroken")
     assert not partial.exists()
 
@@ -91,7 +91,7 @@ def foreign(directory):
 def commands_of(source, tmp_path):
     """Each command that writes OUT aside, as a function of OUT."""
     packed = tmp_path / "packed"
-    pack(source, packed, Options(shards=1))
+    pack(source, packed, PackOptions(shards=1))
     return [
         lambda out: ["pack", str(source), str(out), "--shards", "2"],
         lambda out: ["unpack", str(packed), str(out)],
@@ -156,7 +156,7 @@ def test_overwrite_keeps_what_the_user_put_into_a_set(source, tmp_path, capsys):
 def test_finished_shards_of_other_options_are_not_removed_in_silence(slow_source, tmp_path, capsys):
     out = tmp_path / "set"
     kill_after(1, slow_source, out, "--resize", "--shards", "4", "--workers", "1")
-    pack(slow_source, out, Options(shards=2, resize=True))
+    pack(slow_source, out, PackOptions(shards=2, resize=True))
     assert re.search(r"warning: \d shards? that a pack .* had finished", capsys.readouterr().err)
 
 

@@ -16,7 +16,7 @@ from data_tools.images.decode import MAX_PIXELS, decode_any_size
 from data_tools.images.image_file import judge
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_job import plan
-from data_tools.pack.pack_options import Options
+from data_tools.pack.pack_options import PackOptions
 from data_tools.sources.source import open_source
 from tests.data_tools.samples import encoded, folder
 from tests.real import real
@@ -233,13 +233,13 @@ def test_shards_fit_the_images(images, made):
         identities = ("a", "b")
         path, skipped = "listing", ()
 
-    assert plan(Listing(), Options())[0].shards == made
-    assert plan(Listing(), Options(shards=3))[0].shards == 3
+    assert plan(Listing(), PackOptions())[0].shards == made
+    assert plan(Listing(), PackOptions(shards=3))[0].shards == 3
 
 
 def test_the_shards_that_were_chosen_are_recorded_and_reused(source, tmp_path):
-    assert pack(source, tmp_path / "set", Options())["shards"] == 1
-    assert pack(source, tmp_path / "set", Options())["status"] == "reused"
+    assert pack(source, tmp_path / "set", PackOptions())["shards"] == 1
+    assert pack(source, tmp_path / "set", PackOptions())["status"] == "reused"
     assert shards.open(tmp_path / "set").index["options"]["shards"] == 1
 
 
@@ -249,7 +249,7 @@ def test_the_shards_that_were_chosen_are_recorded_and_reused(source, tmp_path):
 def test_pairs_hold_out_people_of_a_packed_set(tmp_path, capsys):
     source = folder(tmp_path / "faces", [6] * 9)
     packed, out = tmp_path / "set", tmp_path / "more.bin"
-    pack(source, packed, Options(hold_out=2, pairs=20, seed=4))
+    pack(source, packed, PackOptions(hold_out=2, pairs=20, seed=4))
     before = shards.open(packed)
     shutil.rmtree(source)  # nothing of the source is needed: the faces are in the set
     words = ["pairs", packed, out, "--hold-out", 2, "--pairs", 20, "--seed", 1]
@@ -270,7 +270,7 @@ def test_pairs_hold_out_people_of_a_packed_set(tmp_path, capsys):
 
 
 def test_hold_outs_that_are_refused(source, tmp_path, capsys):
-    pack(source, tmp_path / "set", Options())
+    pack(source, tmp_path / "set", PackOptions())
     for path, words, fault in (
         (source, ["--hold-out", "2"], "use `pack --hold-out`"),
         (tmp_path / "set", ["--hold-out", "6"], "2 must be left to train on"),

@@ -13,7 +13,7 @@ from data_tools import shards
 from data_tools.__main__ import main
 from data_tools.images.decode import decode
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options, Sources
+from data_tools.pack.pack_options import PackOptions, Sources
 from data_tools.recordio import Header, IndexedReader, Writer
 from tests.data_tools.images.test_decode import exif
 from tests.data_tools.samples import encoded, folder
@@ -56,7 +56,7 @@ def assert_same_bytes(one: Path, other: Path) -> None:
 def packed(tmp_path_factory):
     root = tmp_path_factory.mktemp("peers")
     source = folder(root / "faces", [5, 2, 7, 1, 4])
-    pack(source, root / "set", Options(shards=2))
+    pack(source, root / "set", PackOptions(shards=2))
     return root / "set"
 
 
@@ -145,9 +145,13 @@ def test_mxnet_reads_what_we_unpack(packed, tmp_path, layout):
     (tmp_path / "only").mkdir()
     shutil.copy(f"{stem}.rec", tmp_path / "only" / "x.rec")  # layout E: no .idx
     for source in (Path(f"{stem}.rec"), tmp_path / "only"):
-        pack(source, tmp_path / f"{source.name}-again", Options(shards=1))
+        pack(source, tmp_path / f"{source.name}-again", PackOptions(shards=1))
         assert sorted(shards.open(tmp_path / f"{source.name}-again")) == expected
-    pack(Sources([Path(f"{stem}.lst")], root=tmp_path / "out"), tmp_path / "lst", Options(shards=1))
+    pack(
+        Sources([Path(f"{stem}.lst")], root=tmp_path / "out"),
+        tmp_path / "lst",
+        PackOptions(shards=1),
+    )
     assert sorted(shards.open(tmp_path / "lst")) == expected
 
 

@@ -11,7 +11,7 @@ import pytest
 from data_tools import shards
 from data_tools.__main__ import main
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options, Sources
+from data_tools.pack.pack_options import PackOptions, Sources
 from tests.real import ROOT, real
 
 LONDON = [f"london/{name}" for name in ("recbuilder", "face2rec2", "seq")]
@@ -44,7 +44,7 @@ def test_three_of_them_joined_train(tmp_path):
     """64x64 without .idx, a shuffled .idx, and layout A with vector labels, as one set."""
     names = ("EsraaRagaa", "popkorn", "london/face2rec2")
     paths = [real(f"recordio/{name}") for name in names]
-    done = pack(Sources(paths), tmp_path / "set", Options(shards=2))
+    done = pack(Sources(paths), tmp_path / "set", PackOptions(shards=2))
     assert (done["images"], done["classes"]) == (1632 + 8 + 204, 1 + 2 + 102)
     sizes = np.bincount(shards.open(tmp_path / "set").labels)
     assert sizes[0] == 1632 and sizes[3:].tolist() == [2] * 102

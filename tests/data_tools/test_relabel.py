@@ -10,8 +10,8 @@ from data_tools.__main__ import main
 from data_tools.common.errors import UserError
 from data_tools.decisions import write_decision
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options
-from data_tools.pack.split import Choice, choose
+from data_tools.pack.pack_options import PackOptions
+from data_tools.pack.split import HoldOut, choose
 from data_tools.shards import check_labels
 from tests.data_tools.pack.test_pack import by_identity
 from tests.data_tools.samples import folder
@@ -20,7 +20,7 @@ from tests.data_tools.sources.test_sources import write_rec
 
 @pytest.fixture
 def data(tmp_path):
-    pack(folder(tmp_path / "faces", [5, 2, 7, 1, 4]), tmp_path / "set", Options(shards=3))
+    pack(folder(tmp_path / "faces", [5, 2, 7, 1, 4]), tmp_path / "set", PackOptions(shards=3))
     return shards.open(tmp_path / "set")
 
 
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused(data, tmp_path, change, fault, capsys):
 
 def test_split_min_and_max(tmp_path):
     source = folder(tmp_path / "faces", [10, 2, 20, 1, 5, 10])
-    options = Options(shards=2, split="images=0.2", min_images=2, max_images=7)
+    options = PackOptions(shards=2, split="images=0.2", min_images=2, max_images=7)
     done = pack(source, tmp_path / "set", options, workers=2)
     data, aside = shards.open(tmp_path / "set"), shards.open(tmp_path / "set" / "split")
     assert data.identities == aside.identities == ["p00", "p01", "p02", "p04", "p05"]
@@ -146,7 +146,7 @@ def test_split_min_and_max(tmp_path):
 
 def test_split_identities(tmp_path):
     source = folder(tmp_path / "faces", [2] * 10)
-    pack(source, tmp_path / "set", Options(shards=1, split="identities=0.3", hold_out=0))
+    pack(source, tmp_path / "set", PackOptions(shards=1, split="identities=0.3", hold_out=0))
     data, aside = shards.open(tmp_path / "set"), shards.open(tmp_path / "set" / "split")
     assert (data.num_classes, aside.num_classes) == (7, 3)
     assert sorted(data.identities + aside.identities) == [f"p{k:02d}" for k in range(10)]
@@ -155,7 +155,7 @@ def test_split_identities(tmp_path):
 def test_the_choice_is_of_the_seed_alone():
     labels = np.random.default_rng(0).integers(0, 40, 1000)
     one, same, other = (
-        choose(labels, 50, Choice(seed, 5, "images=0.1", 3, 20)) for seed in (1, 1, 2)
+        choose(labels, 50, HoldOut(seed, 5, "images=0.1", 3, 20)) for seed in (1, 1, 2)
     )
     for a, b in zip(one, same, strict=True):
         np.testing.assert_array_equal(a, b)

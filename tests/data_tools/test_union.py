@@ -11,10 +11,10 @@ from data_tools import shards
 from data_tools.load import order
 from data_tools.load.dali import Dali
 from data_tools.load.loader import Loader
-from data_tools.load.order import Blocks, Order
+from data_tools.load.order import Order, ShuffleBlocks
 from data_tools.load.read_ahead import ReadAhead, file_stretches
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options
+from data_tools.pack.pack_options import PackOptions
 from data_tools.union import open_all
 from tests.data_tools.samples import folder
 
@@ -23,7 +23,7 @@ from tests.data_tools.samples import folder
 def paths(tmp_path_factory) -> list[str]:
     root = tmp_path_factory.mktemp("sets")
     for name, people in (("a", [5, 2, 7]), ("b", [9, 4]), ("c", [3, 3, 3, 3])):
-        pack(folder(root / f"faces-{name}", people), root / name, Options(shards=2))
+        pack(folder(root / f"faces-{name}", people), root / name, PackOptions(shards=2))
     return [str(root / name) for name in "abc"]
 
 
@@ -96,7 +96,7 @@ def test_stretches_of_files_hold_the_records(paths):
 
 def test_each_window_is_asked_for_once_and_before_it_is_read(paths, monkeypatch):
     data = open_all(paths)
-    ahead = ReadAhead(data, Order((39,), 1, blocks=Blocks(3, 2)))
+    ahead = ReadAhead(data, Order((39,), 1, blocks=ShuffleBlocks(3, 2)))
     asked: list = []
     monkeypatch.setattr(ahead, "_advise", lambda windows: asked.extend(key for key, _ in windows))
     for start in range(0, 80, 2):
@@ -108,8 +108,8 @@ def test_each_window_is_asked_for_once_and_before_it_is_read(paths, monkeypatch)
 
 def test_advice_reaches_the_kernel(paths):
     data = open_all(paths)
-    ReadAhead(data, Order((39,), 1, blocks=Blocks(3, 2)))._advise([((0, 0, 0), 0)])
+    ReadAhead(data, Order((39,), 1, blocks=ShuffleBlocks(3, 2)))._advise([((0, 0, 0), 0)])
     assert Path(data.sets[0].files[0].path).exists()
-    with Loader(data, seed=1, global_batch=10, blocks=Blocks(3, 2)) as loader:
+    with Loader(data, seed=1, global_batch=10, blocks=ShuffleBlocks(3, 2)) as loader:
         ids = np.concatenate([next(loader).ids for _ in range(8)])
-    assert np.array_equal(ids, order.ids(39, 1, 0, 80, Blocks(3, 2)))
+    assert np.array_equal(ids, order.ids(39, 1, 0, 80, ShuffleBlocks(3, 2)))

@@ -118,7 +118,7 @@ def test_a_rival_that_ends_the_process_costs_the_libraries_only(monkeypatch):
             raise OSError("compare: a process was killed")
         return {"left_out": {}, "ms": {"ours": 1.0}}
 
-    monkeypatch.setattr(head, "together", together)
+    monkeypatch.setattr(head, "run_on_ranks", together)
     found = head._beside_rivals(Case(50, 8, embedding_size=16), 1, 0, "cpu")
     assert tried == [tuple(RIVALS), ("eager", "torch")] and found["ms"] == {"ours": 1.0}
     assert found["left_out"].keys() == {"liger-kernel", "quack-kernels", "cut-cross-entropy"}

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from data_tools.synthetic.generate import Options, synthesize
+from data_tools.synthetic.generate import FaceOptions, synthesize
 from launch import demo
 from tests.conftest import command
 
@@ -15,7 +15,7 @@ from tests.conftest import command
 def demonstrated(tmp_path, steps):
     """What is typed, its output directory and what it said last, judged."""
     faces, out = tmp_path / "faces", tmp_path / "out"
-    synthesize(faces, Options(12, 6))
+    synthesize(faces, FaceOptions(12, 6))
     words = ["-m", "launch.demo", "--data", faces, "--out", out, "--steps", steps, "--json"]
     first = command(*words)
     done = json.loads(first.stdout.splitlines()[-1])

@@ -26,7 +26,7 @@ from eval.report import results
 from recognition.backbones import BACKBONES
 from recognition.export.graph import check_graph
 from recognition.export.parity import Agreement, ExportError
-from recognition.export.to_onnx import Bake, export_onnx
+from recognition.export.to_onnx import GraphOptions, export_onnx
 from recognition.run.data import hashes_of
 from tests.eval.embedders.test_embed import make_run
 from tests.real import ROOT, real
@@ -364,14 +364,16 @@ def thresholds_of(tmp_path, flip):
         "points": [{"far_target": 1e-3, "threshold": 0.3}],
     }
     (tmp_path / "thresholds.json").write_text(json.dumps(content))
-    return lambda bake: launch.export._weights(str(tmp_path / "checkpoints/step-7"), tmp_path, bake)
+    return lambda graph_options: launch.export._weights(
+        str(tmp_path / "checkpoints/step-7"), tmp_path, graph_options
+    )
 
 
 @pytest.mark.parametrize("flip_sum", [False, True])
 def test_thresholds_are_those_of_what_the_file_gives(tmp_path, capsys, flip_sum):
     entries = thresholds_of(tmp_path, results.FLIP_SUM if flip_sum else results.ALONE)
-    assert "thresholds" in entries(Bake(flip_sum=flip_sum)) and not capsys.readouterr().err
-    assert "thresholds" not in entries(Bake(flip_sum=not flip_sum))
+    assert "thresholds" in entries(GraphOptions(flip_sum=flip_sum)) and not capsys.readouterr().err
+    assert "thresholds" not in entries(GraphOptions(flip_sum=not flip_sum))
     assert "the thresholds are left out" in capsys.readouterr().err
 
 

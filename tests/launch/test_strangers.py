@@ -16,7 +16,7 @@ import torch
 import launch.compare_photographs
 from data_tools.images.template import TEMPLATE, warp
 from data_tools.pack.detectors import detect
-from recognition.export.to_onnx import Bake, export_onnx
+from recognition.export.to_onnx import GraphOptions, export_onnx
 from tests.launch.test_export import normalised, trained, unit
 from tests.real import ROOT, real
 
@@ -62,7 +62,8 @@ def test_insightface_normalises_once(precision, normalise, faces, tmp_path):
     module = trained("mbf_tiny")
     export_onnx(
         module, tmp_path / "x.onnx", metadata={}, precision=precision, example_images=faces,
-        calibration_images=faces, bake=Bake(normalise=normalise, flip_sum=True, l2=True),
+        calibration_images=faces,
+        graph_options=GraphOptions(normalise=normalise, flip_sum=True, l2=True),
     )  # fmt: skip
     np.save(tmp_path / "faces.npy", faces)
     found = json.loads(stranger(SCRIPT, "get_feat", tmp_path / "x.onnx", tmp_path / "faces.npy"))

@@ -27,7 +27,7 @@ _pools: dict[int, _Pool] = {}
 
 
 def run(world: int, function: Callable, *arguments: object) -> list:
-    if (reason := shim.why_not()) is not None:
+    if (reason := shim.why_unavailable()) is not None:
         pytest.skip(reason)
     if world not in _pools:
         _pools[world] = _Pool(world)

@@ -14,7 +14,7 @@ from recognition.head import PartialFC
 from recognition.head.chunked_softmax import plain_kernel
 from recognition.head.kernels.fused import fused_kernel
 from recognition.head.kernels.torch_ops import TorchOperations
-from recognition.head.partial_fc import Limits
+from recognition.head.partial_fc import MemoryLimits
 from recognition.losses import make_margin
 from recognition.optim import RowAdamW, RowSGD
 from tests.pretend_cuda import device as cuda
@@ -61,7 +61,7 @@ def make_head(case: str, way: Way, dtype: torch.dtype, device: torch.device) -> 
     head = PartialFC(
         make_margin(name, arguments), D, C, way.sample_rate, way.subcenters, dist.group.WORLD, 1,
         np.arange(C) % 9 + 1, way.storage,
-        Limits(chunk_size=64, dtype=narrow, kernel=kernel),
+        MemoryLimits(chunk_size=64, dtype=narrow, kernel=kernel),
     )  # fmt: skip
     return head.to(device, dtype)
 

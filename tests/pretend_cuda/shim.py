@@ -19,7 +19,7 @@ _COMPILERS = ("g++", "c++", "clang++")
 _STANDARD = "-std=c++20"  # of torch's headers
 
 
-def why_not() -> str | None:
+def why_unavailable() -> str | None:
     """Why the pretend device cannot be built here; None: it can."""
     if sys.platform != "linux":
         return "the pretend CUDA device is a library for Linux"

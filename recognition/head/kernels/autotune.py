@@ -25,7 +25,7 @@ from recognition.head.chunks import Chunks, Targets
 from recognition.head.class_rows import ClassRows, Pool, unit
 from recognition.head.device_storage import DeviceStorage
 from recognition.head.kernels.cpu_library import CpuLibrary, NotBuilt
-from recognition.head.kernels.fused import fused_kernel, why_not
+from recognition.head.kernels.fused import fused_kernel, why_unsupported
 from recognition.head.kernels.native import native_kernel
 from recognition.head.kernels.torch_ops import compiled_operations
 from recognition.losses.margin import Rows
@@ -36,12 +36,12 @@ _LEAST_CAPABILITY = (8, 0)
 _WORTH_BUILDING = 4096  # sampled classes of a rank: of fewer, a step is a few ms in any form
 
 
-class Choice(NamedTuple):
+class KernelChoice(NamedTuple):
     form: str  # "plain", "native", "compiled" or "triton-<rows>x<classes>"
     said: str  # one line for the log; "" where there is nothing to say
 
 
-def choose(wanted: str, head: PartialFC, num_rows: int, known: str = "") -> Choice:
+def choose(wanted: str, head: PartialFC, num_rows: int, known: str = "") -> KernelChoice:
     """Give the head its form, the same on all ranks; all of them call it. One gather of what each
     rank can do, and one all-reduce of [forms] numbers where something is to be tried.
 
@@ -51,12 +51,12 @@ def choose(wanted: str, head: PartialFC, num_rows: int, known: str = "") -> Choi
     why.
     """
     if wanted == "plain" or (wanted == "auto" and known == "plain"):
-        return Choice("plain", "")
+        return KernelChoice("plain", "")
     if wanted == "native" or (wanted == "auto" and head.device.type == "cpu"):
         return _native(wanted, head, known)
     forms, reason = _agreed_forms(wanted, head)
     if not forms:
-        return Choice("plain", f"head_kernel={wanted}: the plain form is taken, {reason}")
+        return KernelChoice("plain", f"head_kernel={wanted}: the plain form is taken, {reason}")
     if known in forms:
         forms = [known]
     elif wanted == "auto":
@@ -70,7 +70,7 @@ def choose(wanted: str, head: PartialFC, num_rows: int, known: str = "") -> Choi
         f"{form} {1e3 * spent:.2f} ms" if math.isfinite(spent) else f"{form} failed ({why})"
         for form, spent, (_, why) in zip(forms, seconds.tolist(), tried, strict=True)
     )
-    return Choice(taken, f"head_kernel={wanted}: {taken} is taken; of a step: {figures}")
+    return KernelChoice(taken, f"head_kernel={wanted}: {taken} is taken; of a step: {figures}")
 
 
 def _agreed_forms(wanted: str, head: PartialFC) -> tuple[list[str], str]:
@@ -101,10 +101,10 @@ def _own_forms(wanted: str, head: PartialFC) -> tuple[list[str], str]:
     return forms, "" if forms else str(without_triton)
 
 
-def _native(wanted: str, head: PartialFC, known: str) -> Choice:
+def _native(wanted: str, head: PartialFC, known: str) -> KernelChoice:
     num_sampled = head.num_classes * head.sample_rate / head.group.size()
     if wanted == "auto" and known != "native" and num_sampled < _WORTH_BUILDING:
-        return Choice("plain", "")
+        return KernelChoice("plain", "")
     library, reason = None, "it is for CPUs"
     if head.device.type == "cpu":
         try:
@@ -114,15 +114,17 @@ def _native(wanted: str, head: PartialFC, known: str) -> Choice:
     failed = torch.tensor([float(library is None)], dtype=torch.float64)
     failed = collectives.largest_over_ranks(failed, head.group)  # which all ranks call
     if library is None or failed.item():
-        return Choice("plain", f"head_kernel={wanted}: the plain form is taken, {reason}")
+        return KernelChoice("plain", f"head_kernel={wanted}: the plain form is taken, {reason}")
     kernel = functools.partial(native_kernel, library)
     head.limits = replace(head.limits, kernel=kernel, cpu_library=library)
-    return Choice("native", f"head_kernel={wanted}: native is taken, compiled for this processor")
+    return KernelChoice(
+        "native", f"head_kernel={wanted}: native is taken, compiled for this processor"
+    )
 
 
 def choose_all(
     cfg: Config, heads: Sequence[PartialFC], world: int, known: Sequence[str] | None
-) -> list[Choice]:
+) -> list[KernelChoice]:
     """choose() for each head of a run; known: the forms that it had before."""
     num_rows = max(cfg.global_batch(world) // (cfg.accumulation * len(heads)), 1)
     if known is None or len(known) != len(heads):
@@ -158,7 +160,7 @@ def unsupported(head: PartialFC) -> str | None:
     """Why no fused form computes this head; None: they can."""
     if head.num_subcenters > 1:
         return "a class has several centres"
-    reason = why_not(head.margin)
+    reason = why_unsupported(head.margin)
     return None if reason is None else f"{type(head.margin).__name__} is not for it: {reason}"
 
 

@@ -57,7 +57,7 @@ class Operations(Protocol):
 
 def fused_kernel(operations: Operations, chunks: Chunks, formula: Formula) -> Reducer:
     """A logits.Kernel once `operations` are bound: what they cannot do goes by the plain form."""
-    if why_not(formula.margin) is not None or not needs_no_base(chunks, formula.margin):
+    if why_unsupported(formula.margin) is not None or not needs_no_base(chunks, formula.margin):
         return plain_kernel(chunks, formula)
     return FusedExpSums(operations, chunks, formula)
 
@@ -132,7 +132,7 @@ class FusedExpSums:
         return unit
 
 
-def why_not(margin: Margin) -> str | None:
+def why_unsupported(margin: Margin) -> str | None:
     """What of this margin a fused form cannot do; None: it can do all."""
     if margin.reduction != "softmax":
         return "its loss is one-vs-all, no softmax"

@@ -22,7 +22,7 @@ DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 _SUMS = {dtype: tl.float32 for dtype in DTYPES} | {torch.float64: tl.float64}
 
 
-class Blocks(NamedTuple):
+class TileSizes(NamedTuple):
     """What one program computes of the logits."""
 
     rows: int
@@ -34,13 +34,13 @@ class Blocks(NamedTuple):
         return f"{self.rows}x{self.classes}"
 
 
-BLOCKS = [Blocks(128, 128, 8, 3), Blocks(128, 256, 8, 3), Blocks(64, 256, 8, 3)]
+BLOCKS = [TileSizes(128, 128, 8, 3), TileSizes(128, 256, 8, 3), TileSizes(64, 256, 8, 3)]
 # A program of more logits keeps more sums than there are registers, where the products of fp32
 # numbers are exact: outside the matrix units.
 _MOST_EXACT = 128 * 128
 
 
-def blocks_for(dtype: torch.dtype) -> list[Blocks]:
+def blocks_for(dtype: torch.dtype) -> list[TileSizes]:
     """Those of BLOCKS worth a trial for products of this dtype."""
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return [b for b in BLOCKS if not exact or b.rows * b.classes <= _MOST_EXACT]
@@ -49,7 +49,7 @@ def blocks_for(dtype: torch.dtype) -> list[Blocks]:
 class TritonOperations:
     """See fused.Operations."""
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: TileSizes) -> None:
         self.blocks = blocks
 
     def unit_rows(
@@ -104,7 +104,7 @@ def row_options(size: int) -> dict[str, Any]:
     return {"D": size, "WIDTH": width, "ROWS": max(_ROW_NUMBERS // width, 1)}
 
 
-def product_options(blocks: Blocks, x: Tensor) -> dict[str, Any]:
+def product_options(blocks: TileSizes, x: Tensor) -> dict[str, Any]:
     precise = torch.get_float32_matmul_precision() == "highest"
     return {
         "D": x.shape[1], "ROWS": blocks.rows, "CLASSES": blocks.classes,

@@ -19,7 +19,7 @@ from data_tools.common import files
 from data_tools.decisions import write_decision
 from data_tools.images.decode import decode
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options
+from data_tools.pack.pack_options import PackOptions
 from data_tools.shards import Shards
 from recognition.weights.centres import Centres
 from tests.data_tools.samples import encoded, folder
@@ -30,7 +30,7 @@ SIZES = [6, 4, 9, 5, 1]
 
 @pytest.fixture
 def data(tmp_path):
-    pack(folder(tmp_path / "faces", SIZES), tmp_path / "set", Options(shards=2))
+    pack(folder(tmp_path / "faces", SIZES), tmp_path / "set", PackOptions(shards=2))
     return shards.open(tmp_path / "set")
 
 
@@ -74,8 +74,8 @@ def test_purify_by_processes_finds_what_one_finds(tmp_path, monkeypatch):
     x = np.random.default_rng(2).normal(size=(2400, 8)).astype(np.float32)
     write_features(tmp_path / "features", "x", x, block=700)
     monkeypatch.setattr(purify, "_CLASSES", 70)
-    one = purify.cosines(data, features.Features(tmp_path / "features"), _DrawnCentres(), 1)
-    two = purify.cosines(data, features.Features(tmp_path / "features"), _DrawnCentres(), 2)
+    one = purify.cosines(data, features.FeatureStore(tmp_path / "features"), _DrawnCentres(), 1)
+    two = purify.cosines(data, features.FeatureStore(tmp_path / "features"), _DrawnCentres(), 2)
     found, votes = dominant_cosines(unit(x), data.labels, _DrawnCentres().rows(0, 300))
     for way in (one, two):
         np.testing.assert_allclose(way[0], found, atol=1e-6)  # float32, sums of 8
@@ -134,7 +134,7 @@ def test_from_training_to_a_cleaned_set(data, tmp_path, capsys):
     assert main(words) == 0
     report = last_json(capsys)
     centres = Centres(run)
-    x = features.Features(out).unit(np.arange(25))
+    x = features.FeatureStore(out).unit(np.arange(25))
     np.testing.assert_array_equal(
         np.concatenate([centres.rows(0, 2), centres.rows(2, 5)]), centres.rows(0, 5)
     )
@@ -148,7 +148,7 @@ def test_from_training_to_a_cleaned_set(data, tmp_path, capsys):
     assert [image for _, image in cleaned] == [data[i][1] for i in np.flatnonzero(keep)]
     assert cleaned.num_classes == report["classes_left"]
     capsys.readouterr()
-    pack(folder(tmp_path / "others", [2, 2]), tmp_path / "other", Options(shards=1))
+    pack(folder(tmp_path / "others", [2, 2]), tmp_path / "other", PackOptions(shards=1))
     assert main(["purify", str(tmp_path / "other"), *purify[2:4], str(tmp_path / "x.txt")]) == 1
     assert (
         "was computed for the set" in capsys.readouterr().err and not (tmp_path / "x.txt").exists()
@@ -171,7 +171,7 @@ def test_flipped_bytes_of_features_are_noticed(data, tmp_path):
     content[200] ^= 0x20
     block.write_bytes(content)
     with pytest.raises(ValueError, match=f"{block.name}: .* run embed again"):
-        features.Features(tmp_path / "f", data.fingerprint)
+        features.FeatureStore(tmp_path / "f", data.fingerprint)
 
 
 # --- merge ---
@@ -229,7 +229,7 @@ def test_overlap_finds_copies_and_people(tmp_path, capsys):
     for k, size in enumerate(SIZES):
         for j in range(size):
             (faces / f"p{k:02d}" / f"{j}.jpg").write_bytes(as_jpeg(textured(1000 * k + j)))
-    pack(faces, tmp_path / "set", Options(shards=2))
+    pack(faces, tmp_path / "set", PackOptions(shards=2))
     data = shards.open(tmp_path / "set")
     shared = folder(tmp_path / "test", [3, 3])
     images = sorted(shared.glob("*/*"))
@@ -263,8 +263,8 @@ def test_overlap_finds_copies_and_people(tmp_path, capsys):
 
 
 def test_overlap_with_a_verification_bin(tmp_path, capsys):
-    pack(folder(tmp_path / "faces", SIZES), tmp_path / "held", Options(1, hold_out=3, pairs=20))
-    pack(tmp_path / "faces", tmp_path / "all", Options(shards=1))
+    pack(folder(tmp_path / "faces", SIZES), tmp_path / "held", PackOptions(1, hold_out=3, pairs=20))
+    pack(tmp_path / "faces", tmp_path / "all", PackOptions(shards=1))
     held, whole = shards.open(tmp_path / "held"), shards.open(tmp_path / "all")
     words = ["overlap", str(whole.path), str(held.bin_path("heldout")), str(tmp_path / "index.txt")]
     assert main([*words, "--identities", "--json", "--workers", "1"]) == 0

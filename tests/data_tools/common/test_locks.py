@@ -112,7 +112,7 @@ def test_a_heartbeat_of_another_machine_is_believed_by_one_that_has_flock(tmp_pa
     path = tmp_path / ".lock"
     of_another_machine(path)
     monkeypatch.setattr(locks.time, "sleep", lambda seconds: of_another_machine(path, 1))
-    with pytest.raises(locks.Held, match="process 1 on elsewhere"), locks.hold(path, "taken"):
+    with pytest.raises(locks.LockHeld, match="process 1 on elsewhere"), locks.hold(path, "taken"):
         pass
     assert (tmp_path / ".lock.holder").exists()
 

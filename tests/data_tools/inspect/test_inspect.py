@@ -10,7 +10,7 @@ from data_tools import shards
 from data_tools.__main__ import main
 from data_tools.inspect.inspect import _histogram
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options
+from data_tools.pack.pack_options import PackOptions
 from data_tools.recordio import Header, Writer
 from data_tools.union import Union
 from tests.data_tools.samples import encoded, folder
@@ -26,7 +26,7 @@ def inspect(path, capsys):
 
 def test_shards(tmp_path, capsys):
     source = folder(tmp_path / "faces", [1, 2, 7, 9, 5, 6])
-    options = Options(shards=6, seed=3, hold_out=2, pairs=20)
+    options = PackOptions(shards=6, seed=3, hold_out=2, pairs=20)
     pack(source, tmp_path / "set", options)
     facts, text = inspect(tmp_path / "set", capsys)
     held = (tmp_path / "set" / "heldout.txt").read_text()
@@ -89,7 +89,7 @@ def test_what_is_no_data_set(tmp_path, capsys):
 
 
 def test_one_of_a_kind_and_small_sizes(tmp_path, capsys):
-    pack(folder(tmp_path / "faces", [1, 1]), tmp_path / "set", Options(shards=2))
+    pack(folder(tmp_path / "faces", [1, 1]), tmp_path / "set", PackOptions(shards=2))
     facts, text = inspect(tmp_path / "set", capsys)
     first = facts["shards"][0]
     assert 1000 < first["bytes"] < 1e6

@@ -12,7 +12,7 @@ from data_tools import shards
 from data_tools.__main__ import main
 from data_tools.common import parallel
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options
+from data_tools.pack.pack_options import PackOptions
 from data_tools.recordio import Header, Writer
 from tests.data_tools.samples import encoded, folder
 from tests.data_tools.test_shards import edit_index, insightface_set
@@ -24,7 +24,7 @@ FIRST, SECOND = "train-00000-of-00002", "train-00001-of-00002"
 @pytest.fixture
 def packed(tmp_path):
     """Ten images of three identities in two shards."""
-    pack(folder(tmp_path / "faces", [4, 3, 3]), tmp_path / "set", Options(shards=2))
+    pack(folder(tmp_path / "faces", [4, 3, 3]), tmp_path / "set", PackOptions(shards=2))
     return tmp_path / "set"
 
 
@@ -145,7 +145,7 @@ def test_every_file_is_checked(packed, capsys, damage, file, problem):
 
 def test_a_damaged_pair_file_is_named(tmp_path, capsys):
     source = folder(tmp_path / "faces", [6, 6, 6, 6])
-    pack(source, tmp_path / "set", Options(shards=1, hold_out=2, pairs=20))
+    pack(source, tmp_path / "set", PackOptions(shards=1, hold_out=2, pairs=20))
     assert verify(tmp_path / "set", capsys)[0] == 0
     poke(tmp_path / "set" / "heldout.bin", 100, b"\0\1\2\3")
     _, result, _ = verify(tmp_path / "set", capsys)

@@ -19,9 +19,9 @@ from data_tools.load import dali, order
 from data_tools.load.augment import Probabilities, draw
 from data_tools.load.dali import Dali
 from data_tools.load.loader import Batch, Loader, normalise
-from data_tools.load.order import Blocks
+from data_tools.load.order import ShuffleBlocks
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options
+from data_tools.pack.pack_options import PackOptions
 from data_tools.shard_writer import ShardWriter, write_shard
 from tests.data_tools.samples import encoded, folder, pixels
 from tests.real import real
@@ -67,7 +67,7 @@ def assert_same(a: Batch, b: Batch) -> None:
         {"global_batch": 41, "world": 3, "rank": 0, "accumulation": 3},
         {"global_batch": 41, "world": 3, "rank": 2, "accumulation": 3, "samples_seen": 82},
         {"global_batch": 130},  # two epochs and a bit in a batch
-        {"global_batch": 16, "blocks": Blocks(5, 3)},
+        {"global_batch": 16, "blocks": ShuffleBlocks(5, 3)},
         {"global_batch": 24, "chances": Probabilities(crop=0.5, photometric=0.5)},
     ],
     ids=str,
@@ -81,7 +81,7 @@ def test_every_batch_is_that_of_the_cpu_loader(data, arguments):
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> shards.Shards:
     out = tmp_path_factory.mktemp("photographs") / "set"
-    pack(real("lfw112"), out, Options(shards=2))
+    pack(real("lfw112"), out, PackOptions(shards=2))
     return shards.open(out)
 
 
@@ -250,7 +250,7 @@ def test_dalis_own_reader_reads_our_shards(tmp_path):
     """fn.readers.mxnet on each shard: every record, its label and its pixels."""
     from nvidia.dali import fn, pipeline_def, types
 
-    pack(folder(tmp_path / "faces", [5, 2, 7, 1, 4]), tmp_path / "set", Options(shards=2))
+    pack(folder(tmp_path / "faces", [5, 2, 7, 1, 4]), tmp_path / "set", PackOptions(shards=2))
     data = shards.open(tmp_path / "set")
     for number, shard in enumerate(data.index["shards"]):
         stem = tmp_path / "set" / shard["name"]

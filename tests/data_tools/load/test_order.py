@@ -157,12 +157,17 @@ def test_a_rank_that_does_not_exist_is_refused():
 
 # --- In blocks ------------------------------------------------------------------------------------
 
-BLOCKS = [order.Blocks(1, 1), order.Blocks(4, 3), order.Blocks(7, 100), order.Blocks(1000, 2)]
+BLOCKS = [
+    order.ShuffleBlocks(1, 1),
+    order.ShuffleBlocks(4, 3),
+    order.ShuffleBlocks(7, 100),
+    order.ShuffleBlocks(1000, 2),
+]
 
 
 @pytest.mark.parametrize("num_images", [1, 5, 12, 13, 100, 1023, 10007])
 @pytest.mark.parametrize("blocks", BLOCKS, ids=str)
-def test_in_blocks_too_every_id_comes_once_an_epoch(num_images: int, blocks: order.Blocks):
+def test_in_blocks_too_every_id_comes_once_an_epoch(num_images: int, blocks: order.ShuffleBlocks):
     for epoch in (0, 3):
         got = order.ids(num_images, 7, epoch * num_images, num_images, blocks)
         assert np.array_equal(np.sort(got), np.arange(num_images))
@@ -173,7 +178,7 @@ def test_in_blocks_too_every_id_comes_once_an_epoch(num_images: int, blocks: ord
 
 @pytest.mark.parametrize("num_images", [100, 1000, 1009])
 def test_a_window_reads_the_stretches_that_are_said_and_no_others(num_images: int):
-    blocks = order.Blocks(10, 4)
+    blocks = order.ShuffleBlocks(10, 4)
     for epoch in range(3):
         for first in range(0, num_images, 40):
             start = epoch * num_images + first
@@ -187,7 +192,7 @@ def test_a_window_reads_the_stretches_that_are_said_and_no_others(num_images: in
 
 def test_the_randomness_of_blocks():
     """Within a window as a whole shuffle; neighbours on the disk share a window, as they must."""
-    n, blocks = 200_000, order.Blocks(100, 50)
+    n, blocks = 200_000, order.ShuffleBlocks(100, 50)
     epochs = order.ids(n, 3, 0, 2 * n, blocks).reshape(2, n)
     place = np.argsort(epochs, axis=1)
     assert abs(np.corrcoef(place[0], place[1])[0, 1]) < 0.15  # 2000 blocks: 1 / sqrt(2000) x 5
@@ -205,7 +210,7 @@ def test_the_randomness_of_blocks():
 
 def test_blocks_of_nothing_are_refused():
     with pytest.raises(ValueError, match="a block needs an image"):
-        order.ids(10, 0, 0, 5, order.Blocks(0, 3))
+        order.ids(10, 0, 0, 5, order.ShuffleBlocks(0, 3))
 
 
 # --- Several sets ---------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from data_tools.pack.alignment import Aligner
 from data_tools.pack.conversion import Conversion
 from data_tools.pack.detectors import detect
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options
+from data_tools.pack.pack_options import PackOptions
 from tests.data_tools.images.test_decode import exif
 from tests.data_tools.samples import convert, encoded, folder, pixels
 from tests.data_tools.scrfd import as_scrfd
@@ -89,7 +89,7 @@ def test_pass_through_keeps_the_bytes_of_any_square(suffix):
 def test_pass_through_does_not_look_at_the_pixels(tmp_path):
     source = folder(tmp_path / "faces", [3, 3])
     (source / "p00" / "big.png").write_bytes(encoded(7, 300, suffix=".png"))
-    done = pack(source, tmp_path / "set", Options(shards=1, pass_through=True, resize=True))
+    done = pack(source, tmp_path / "set", PackOptions(shards=1, pass_through=True, resize=True))
     assert done["images"] == 7 and done["resized"] == {"count": 1, "of": 7}
     assert encoded(7, 300, suffix=".png") in {image for _, image in shards.open(tmp_path / "set")}
 
@@ -172,7 +172,7 @@ def test_the_points_of_people_left_out_may_miss(tmp_path):
     names = sorted(path.relative_to(source).as_posix() for path in source.glob("*/*"))
     points = tmp_path / "points.txt"
     points.write_text("\n".join(aligned_lines(name for name in names if name < "p02")))
-    done = pack(source, tmp_path / "set", Options(align=True, landmarks=points, min_images=2))
+    done = pack(source, tmp_path / "set", PackOptions(align=True, landmarks=points, min_images=2))
     assert (done["images"], done["skipped"]) == (12, 0)
 
 
@@ -213,7 +213,7 @@ def test_bad_landmarks(tmp_path, text, fault):
 def test_options_that_contradict(tmp_path, options, fault):
     source = folder(tmp_path / "faces", [3, 3])
     with pytest.raises(ValueError, match=fault):
-        pack(source, tmp_path / "set", Options(shards=1, **options))
+        pack(source, tmp_path / "set", PackOptions(shards=1, **options))
     assert not (tmp_path / "set").exists()
 
 
@@ -280,7 +280,7 @@ def test_faces_that_are_not_found_are_counted(yunet, tmp_path):
     )
     large = cv2.resize(cv2.imread(str(next(people[1].iterdir()))), (3000, 3000))
     cv2.imwrite(str(source / people[1].name / "large.jpg"), large)
-    done = pack(source, tmp_path / "set", Options(shards=1, align=True, detector=yunet))
+    done = pack(source, tmp_path / "set", PackOptions(shards=1, align=True, detector=yunet))
     index = shards.open(tmp_path / "set").index
     assert index["skipped"]["without_face"] == 1 == done["skipped"]
     assert index["options"]["detector"] == detectors.detector_sha256(str(yunet))

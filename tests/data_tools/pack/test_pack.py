@@ -13,7 +13,7 @@ from data_tools.__main__ import main
 from data_tools.common import parallel
 from data_tools.images.decode import decode
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options
+from data_tools.pack.pack_options import PackOptions
 from data_tools.recordio import Header, Writer
 from tests.data_tools.packs import by_identity, contents
 from tests.data_tools.samples import encoded, folder
@@ -21,7 +21,7 @@ from tests.real import real
 
 
 def test_every_image_once_and_untouched(source, tmp_path):
-    done = pack(source, tmp_path / "set", Options(shards=3))
+    done = pack(source, tmp_path / "set", PackOptions(shards=3))
     assert (done["status"], done["images"], done["classes"], done["skipped"]) == (
         "packed",
         31,
@@ -40,7 +40,7 @@ def test_every_image_once_and_untouched(source, tmp_path):
 def test_the_shuffle_is_global_and_of_the_seed(source, tmp_path):
     orders = {}
     for seed in (0, 1):
-        pack(source, tmp_path / f"{seed}", Options(shards=2, seed=seed))
+        pack(source, tmp_path / f"{seed}", PackOptions(shards=2, seed=seed))
         orders[seed] = shards.open(tmp_path / f"{seed}").labels.tolist()
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
     first_shard = orders[0][:16]
@@ -50,7 +50,7 @@ def test_the_shuffle_is_global_and_of_the_seed(source, tmp_path):
 def test_the_bytes_do_not_depend_on_the_workers(source, tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "ITEMS_PER_WORKER", 1)
     (source / "p02" / "3.jpg").write_bytes(b"")
-    options = Options(shards=4, hold_out=3, pairs=20, seed=4)
+    options = PackOptions(shards=4, hold_out=3, pairs=20, seed=4)
     for workers in (1, 3):
         pack(source, tmp_path / f"{workers}", options, workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
@@ -60,7 +60,7 @@ def test_other_formats_and_sizes_become_jpegs(tmp_path):
     source = folder(tmp_path / "faces", [1, 1])
     (source / "p00" / "a.PNG").write_bytes(encoded(1, suffix=".png"))
     (source / "p00" / "b.jpeg").write_bytes(encoded(2, 200))
-    pack(source, tmp_path / "set", Options(shards=1, resize=True))
+    pack(source, tmp_path / "set", PackOptions(shards=1, resize=True))
     kept = (source / "p00" / "0.jpg").read_bytes()
     for image in by_identity(shards.open(tmp_path / "set"))["p00"] - {kept}:
         assert image.startswith(b"\xff\xd8")
@@ -69,7 +69,7 @@ def test_other_formats_and_sizes_become_jpegs(tmp_path):
             for made in ((1, 112), (2, 200))
         )
         assert difference < 2  # grey levels: what JPEG loses at quality 95
-    pack(source, tmp_path / "small", Options(shards=1, size=64, resize=True))
+    pack(source, tmp_path / "small", PackOptions(shards=1, size=64, resize=True))
     data = shards.open(tmp_path / "small")
     assert data.image_size == (64, 64)
     assert all(decode(image, 64).shape == (64, 64, 3) and len(image) < 9000 for _, image in data)
@@ -127,7 +127,7 @@ def test_a_name_with_a_line_break_keeps_its_line(tmp_path):
     (source / "p00" / "two\nlines\tand a tab.jpg").write_bytes(b"")
     (source / "stray\r.jpg").write_bytes(encoded(1))
     (source / "p01" / "kept\n.jpg").write_bytes(encoded(2))
-    assert pack(source, tmp_path / "set", Options(shards=1))["images"] == 6
+    assert pack(source, tmp_path / "set", PackOptions(shards=1))["images"] == 6
     assert (tmp_path / "set" / "skipped.txt").read_bytes() == (
         b"stray\\r.jpg\tlies outside any identity folder\n"
         b"p00/two\\nlines\\tand a tab.jpg\tno image: zero bytes\n"
@@ -138,7 +138,7 @@ def test_an_identity_whose_images_all_fail_leaves_no_gap(tmp_path):
     source = folder(tmp_path / "faces", [3, 2, 4, 2])
     for path in (source / "p01").iterdir():
         path.write_bytes(b"\xff\xd8 no picture")
-    pack(source, tmp_path / "set", Options(shards=2))
+    pack(source, tmp_path / "set", PackOptions(shards=2))
     shutil.rmtree(source / "p01")
     data = shards.open(tmp_path / "set")
     assert data.identities == ["p00", "p02", "p03"]
@@ -153,22 +153,22 @@ def test_an_identity_whose_images_all_fail_leaves_no_gap(tmp_path):
 
 def test_the_same_again_is_reused_and_anything_else_refused(source, tmp_path):
     out = tmp_path / "set"
-    pack(source, out, Options(shards=2))
+    pack(source, out, PackOptions(shards=2))
     stamps = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    done = pack(source, out, Options(shards=2), workers=2)
+    done = pack(source, out, PackOptions(shards=2), workers=2)
     assert (done["status"], done["images"]) == ("reused", 31)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
     with pytest.raises(FileExistsError, match=r"seed 0 -> 1\); --overwrite replaces it"):
-        pack(source, out, Options(shards=2, seed=1))
+        pack(source, out, PackOptions(shards=2, seed=1))
     (source / "p00" / "0.jpg").write_bytes(encoded(77))
     with pytest.raises(FileExistsError, match=r"sha256 .*--overwrite"):
-        pack(source, out, Options(shards=2))
-    assert pack(source, out, Options(shards=2), overwrite=True)["status"] == "packed"
+        pack(source, out, PackOptions(shards=2))
+    assert pack(source, out, PackOptions(shards=2), overwrite=True)["status"] == "packed"
     assert encoded(77) in by_identity(shards.open(out))["p00"]
     next(out.glob("*.rec")).write_bytes(b"damaged")
     with pytest.raises(ValueError, match="7 bytes, but index.json says"):
-        pack(source, out, Options(shards=2))
-    assert pack(source, out, Options(shards=2), overwrite=True)["status"] == "packed"
+        pack(source, out, PackOptions(shards=2))
+    assert pack(source, out, PackOptions(shards=2), overwrite=True)["status"] == "packed"
 
 
 def test_a_directory_of_something_else_is_never_replaced(source, tmp_path):
@@ -177,7 +177,7 @@ def test_a_directory_of_something_else_is_never_replaced(source, tmp_path):
     (home / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(FileExistsError):
-            pack(source, home, Options(shards=2), overwrite=overwrite)
+            pack(source, home, PackOptions(shards=2), overwrite=overwrite)
     assert contents(home) == {"thesis.tex": b"years of work"}
 
 
@@ -186,7 +186,7 @@ def test_a_directory_of_something_else_is_never_replaced(source, tmp_path):
 
 def test_held_out_people_are_in_the_pairs_only(source, tmp_path):
     out = tmp_path / "set"
-    options = Options(shards=2, hold_out=3, pairs=20, seed=4)
+    options = PackOptions(shards=2, hold_out=3, pairs=20, seed=4)
     done = pack(source, out, options)
     assert (done["held_out_identities"], done["verification"]) == (3, ["heldout.bin"])
     held = (out / "heldout.txt").read_text().split()
@@ -198,7 +198,7 @@ def test_held_out_people_are_in_the_pairs_only(source, tmp_path):
     assert set(people) <= set(held)
     assert [a == b for a, b in zip(people[::2], people[1::2], strict=True)] == issame
     assert {name_of[image] for _, image in data} == set(data.identities)
-    pack(source, tmp_path / "other", Options(shards=2, hold_out=3, pairs=20, seed=5))
+    pack(source, tmp_path / "other", PackOptions(shards=2, hold_out=3, pairs=20, seed=5))
     assert (tmp_path / "other" / "heldout.txt").read_text().split() != held
 
 
@@ -240,7 +240,7 @@ def test_resized_images_are_counted(tmp_path, capsys):
     for k in range(3, 5):
         (source / f"p{k:02d}").mkdir()
         (source / f"p{k:02d}" / "0.jpg").write_bytes(encoded(90 + k, 90))
-    options = Options(shards=1, hold_out=3, pairs=20, seed=1, resize=True)
+    options = PackOptions(shards=1, hold_out=3, pairs=20, seed=1, resize=True)
     held = pack(source, tmp_path / "held", options)
     assert held["resized"] == {"count": 5, "of": 26}
 
@@ -258,7 +258,7 @@ def test_an_insightface_directory_keeps_its_images_and_bins(tmp_path):
             writer.write(key, Header(0, labels[key], key, 0), images[key])
     (rec / "property").write_text("4,112,112")
     (rec / "lfw.bin").write_bytes(b"pairs of lfw")
-    done = pack(rec, tmp_path / "set", Options(shards=2))
+    done = pack(rec, tmp_path / "set", PackOptions(shards=2))
     assert (done["images"], done["classes"], done["empty_identities"]) == (6, 3, 1)
     data = shards.open(tmp_path / "set")
     assert data.identities == ["0", "1", "3"]
@@ -271,7 +271,7 @@ def test_an_insightface_directory_keeps_its_images_and_bins(tmp_path):
 def test_layouts_of_the_same_images_give_the_same_shards(tmp_path):
     packed = []
     for name in ("recbuilder", "face2rec2", "seq"):
-        pack(real(f"recordio/london/{name}"), tmp_path / name, Options(shards=2))
+        pack(real(f"recordio/london/{name}"), tmp_path / name, PackOptions(shards=2))
         packed.append({k: v for k, v in contents(tmp_path / name).items() if k != "index.json"})
     assert packed[0] == packed[1] == packed[2]
     data = shards.open(tmp_path / "seq")
@@ -285,8 +285,8 @@ def test_layouts_of_the_same_images_give_the_same_shards(tmp_path):
 
 
 def test_shards_can_be_packed_again(source, tmp_path):
-    pack(source, tmp_path / "one", Options(shards=4))
-    pack(tmp_path / "one", tmp_path / "two", Options(shards=1, seed=9))
+    pack(source, tmp_path / "one", PackOptions(shards=4))
+    pack(tmp_path / "one", tmp_path / "two", PackOptions(shards=1, seed=9))
     one, two = shards.open(tmp_path / "one"), shards.open(tmp_path / "two")
     assert by_identity(one) == by_identity(two)
     assert one.identities == two.identities and len(two.index["shards"]) == 1
@@ -298,7 +298,7 @@ def test_an_image_without_pixels_is_listed_by_its_byte(tmp_path):
     with Writer(rec / "train.idx", rec / "train.rec") as writer:
         for key, image in enumerate([encoded(0), b"", encoded(1), encoded(2)]):
             writer.write(key, Header(0, key % 2, key, 0), image)
-    done = pack(rec, tmp_path / "set", Options(shards=1))
+    done = pack(rec, tmp_path / "set", PackOptions(shards=1))
     assert (done["images"], done["skipped"]) == (3, 1)
     line = (tmp_path / "set" / "skipped.txt").read_text()
     assert line == f"{shards.open(rec).where(1)}\tno image: zero bytes\n"
@@ -306,7 +306,9 @@ def test_an_image_without_pixels_is_listed_by_its_byte(tmp_path):
 
 def test_real_faces(tmp_path):
     source = real("lfw112")
-    done = pack(source, tmp_path / "set", Options(shards=4, hold_out=284, pairs=1000), workers=2)
+    done = pack(
+        source, tmp_path / "set", PackOptions(shards=4, hold_out=284, pairs=1000), workers=2
+    )
     assert (done["images"] > 3500, done["classes"], done["skipped"]) == (True, 900, 0)
     data = shards.open(tmp_path / "set")
     for i in range(0, len(data), 97):

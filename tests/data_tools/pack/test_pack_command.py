@@ -8,7 +8,7 @@ import pytest
 
 from data_tools.__main__ import main
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options
+from data_tools.pack.pack_options import PackOptions
 from tests.data_tools.packs import start_pack
 
 
@@ -76,7 +76,7 @@ def test_a_file_is_no_data_set(tmp_path, capsys, words):
     ],
 )
 def test_numbers_out_of_range(source, tmp_path, capsys, words, fault):
-    pack(source, tmp_path / "set", Options())
+    pack(source, tmp_path / "set", PackOptions())
     assert main([word.replace("SET", str(tmp_path / "set")) for word in words]) == 1
     assert fault in capsys.readouterr().err
 

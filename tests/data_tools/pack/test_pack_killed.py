@@ -15,7 +15,7 @@ from data_tools.__main__ import main
 from data_tools.common import parallel
 from data_tools.pack import pack_job
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options
+from data_tools.pack.pack_options import PackOptions
 from data_tools.sources import folders
 from tests.data_tools.packs import contents, start_pack
 
@@ -64,7 +64,7 @@ def test_killed_in_the_middle(slow_source, tmp_path, workers):
     process.communicate()
     assert not out.exists() and partial.exists()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), "the workers' end")
-    done = pack(slow_source, out, Options(shards=2, size=16, resize=True))
+    done = pack(slow_source, out, PackOptions(shards=2, size=16, resize=True))
     assert (done["status"], done["images"]) == ("packed", 240)
     assert not partial.exists()
 
@@ -111,8 +111,8 @@ def test_a_worker_that_is_killed_ends_the_pack(slow_source, tmp_path):
     last = error.splitlines()[-1]
     assert "a worker process was killed" in last and "the same command goes on" in last
     assert not out.exists() and partial.exists()
-    assert pack(slow_source, out, Options(shards=6, resize=True))["status"] == "resumed"
-    pack(slow_source, tmp_path / "unbroken", Options(shards=6, resize=True))
+    assert pack(slow_source, out, PackOptions(shards=6, resize=True))["status"] == "resumed"
+    pack(slow_source, tmp_path / "unbroken", PackOptions(shards=6, resize=True))
     assert contents(out) == contents(tmp_path / "unbroken")
     assert not partial.exists()
 
@@ -125,7 +125,7 @@ def test_a_failing_source_disk_stops_the_pack(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(folders, "open", broken, raising=False)
     with pytest.raises(OSError, match=r"Input/output error: .*p0\d/\d\.jpg"):
-        pack(source, tmp_path / "set", Options(shards=2))
+        pack(source, tmp_path / "set", PackOptions(shards=2))
     assert not (tmp_path / "set").exists() and not (tmp_path / "set.partial").exists()
 
 
@@ -164,7 +164,7 @@ def kill_after(shards_done, source, out, *arguments):
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_killed_pack_goes_on_to_the_same_bytes(slow_source, tmp_path, workers):
     (slow_source / "p3" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    options = Options(shards=6, hold_out=2, pairs=20, resize=True)
+    options = PackOptions(shards=6, hold_out=2, pairs=20, resize=True)
     words = ["--shards", "6", "--hold-out", "2", "--pairs", "20", "--workers", str(workers)]
     out = tmp_path / "set"
     kill_after(2, slow_source, out, "--resize", *words)
@@ -198,7 +198,7 @@ def test_the_shards_of_a_split_are_kept(slow_source, tmp_path, stop, monkeypatch
         assert re.search(r"[23] of 8 shards that are finished are kept in", error)
     done = sorted(journal.glob("*.npz"))
     was = {path.stem: (partial / "split" / f"{path.stem}.rec").stat() for path in done}
-    options = Options(shards=4, resize=True, split="images=0.5")
+    options = PackOptions(shards=4, resize=True, split="images=0.5")
     assert pack(slow_source, out, options)["status"] == "resumed"
     for name, one in was.items():
         now = (out / "split" / f"{name}.rec").stat()
@@ -215,13 +215,13 @@ def test_what_a_kill_left_is_not_trusted_blindly(slow_source, tmp_path):
     partial = tmp_path / "set.partial"
     (partial / "train-00000-of-00004.rec").write_bytes(b"damaged since")
     next((partial / "journal").glob("train-00001*.npz")).write_bytes(b"PK")
-    assert pack(slow_source, out, Options(shards=4, resize=True))["images"] == 240
+    assert pack(slow_source, out, PackOptions(shards=4, resize=True))["images"] == 240
     assert main(["verify", str(out)]) == 0
-    pack(slow_source, tmp_path / "unbroken", Options(shards=4, resize=True))
+    pack(slow_source, tmp_path / "unbroken", PackOptions(shards=4, resize=True))
     assert contents(out) == contents(tmp_path / "unbroken")
 
 
 def test_other_options_do_not_take_over_what_a_kill_left(slow_source, tmp_path):
     out = tmp_path / "set"
     kill_after(1, slow_source, out, "--resize", "--shards", "2", "--workers", "1")
-    assert pack(slow_source, out, Options(shards=2, seed=1, resize=True))["status"] == "packed"
+    assert pack(slow_source, out, PackOptions(shards=2, seed=1, resize=True))["status"] == "packed"

@@ -7,7 +7,7 @@ from data_tools.common import locks
 from data_tools.common.part_locks import part_lock
 from data_tools.pack import several_machines
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options
+from data_tools.pack.pack_options import PackOptions
 from data_tools.pack.several_machines import Part
 from tests.data_tools.pack.test_pack_killed import slow_source, wait_for
 from tests.data_tools.packs import contents, start_pack
@@ -61,7 +61,7 @@ def test_parts_run_at_the_same_time(faces, tmp_path):
         _, error = process.communicate(timeout=240)
         assert process.returncode == 0, error
     assert run(faces, out, "--finish") == 0
-    pack(faces, tmp_path / "one", Options(shards=7))
+    pack(faces, tmp_path / "one", PackOptions(shards=7))
     assert contents(out) == contents(tmp_path / "one")
 
 
@@ -88,7 +88,7 @@ def test_a_damaged_shard_is_found_and_its_part_writes_it_again(faces, tmp_path, 
     assert run(faces, out, "--part", "2/2") == 0
     assert "3 shards (2 finished before)" in capsys.readouterr().out
     assert run(faces, out, "--finish") == 0
-    pack(faces, tmp_path / "one", Options(shards=7))
+    pack(faces, tmp_path / "one", PackOptions(shards=7))
     assert contents(out) == contents(tmp_path / "one")
 
 
@@ -100,7 +100,7 @@ def test_a_killed_part_resumes(slow_source, tmp_path):
     process.kill()
     process.communicate()
     kept = {path.name: path.stat().st_ino for path in partial.glob("train-00000-*.rec")}
-    done = pack(slow_source, out, Options(shards=6, resize=True), part=Part(1, 2))
+    done = pack(slow_source, out, PackOptions(shards=6, resize=True), part=Part(1, 2))
     assert done["shards"] == 3 and 1 <= done["reused"] < 3 and done["images"] == 120
     now = {path.name: path.stat().st_ino for path in partial.glob("*.rec")}
     assert len(now) == 3 and now.items() >= kept.items()
@@ -159,6 +159,6 @@ def test_what_is_no_part(faces, tmp_path, text, capsys):
 def test_an_ordinary_pack_goes_on_with_what_the_parts_have_finished(faces, tmp_path):
     out = tmp_path / "many"
     assert run(faces, out, "--part", "1/3") == 0
-    assert pack(faces, out, Options(shards=7))["status"] == "resumed"
-    pack(faces, tmp_path / "one", Options(shards=7))
+    assert pack(faces, out, PackOptions(shards=7))["status"] == "resumed"
+    pack(faces, tmp_path / "one", PackOptions(shards=7))
     assert contents(out) == contents(tmp_path / "one")

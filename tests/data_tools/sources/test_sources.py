@@ -13,7 +13,7 @@ from data_tools import shards
 from data_tools.__main__ import main
 from data_tools.images.image_table import Names, repeated
 from data_tools.pack.pack import pack
-from data_tools.pack.pack_options import Options, Sources
+from data_tools.pack.pack_options import PackOptions, Sources
 from data_tools.recordio import Header, Writer
 from data_tools.sources import zip_index
 from data_tools.sources.source import open_source
@@ -103,7 +103,7 @@ def test_ten_zips_of_nested_folders_are_one_set(faces, tmp_path):
     source = open_source(tmp_path / "zips")
     assert len(source) == 27 and len(source.identities) == 9
     assert source.identities[4] == "1/1_p01"
-    done = pack(tmp_path / "zips", tmp_path / "set", Options(shards=2), workers=2)
+    done = pack(tmp_path / "zips", tmp_path / "set", PackOptions(shards=2), workers=2)
     assert (done["images"], done["classes"], done["skipped"]) == (27, 9, 0)
 
 
@@ -204,7 +204,7 @@ def test_damaged_files_in_a_zip_are_skipped_and_listed(faces, tmp_path):
     at = content.index(files["p02/1.jpg"])
     content[at + 700] ^= 1
     path.write_bytes(content)
-    done = pack(path, tmp_path / "set", Options(shards=1))
+    done = pack(path, tmp_path / "set", PackOptions(shards=1))
     assert (done["images"], done["skipped"]) == (8, 1)
     assert "CRC-32" in (tmp_path / "set" / "skipped.txt").read_text()
 
@@ -265,7 +265,7 @@ def test_a_classic_list_and_its_landmarks(faces):
     assert source.landmarks.shape == (9, 10) and np.isnan(source.landmarks[1:]).all()
     path.write_text("\n".join(lines).replace("1\tp00/1", "0\tp00/1"))
     with pytest.raises(ValueError, match="1 of its images are not aligned yet"):
-        pack(path, faces.parent / "set", Options(shards=1))
+        pack(path, faces.parent / "set", PackOptions(shards=1))
 
 
 def test_a_path_that_stands_twice_counts_once(faces, tmp_path):
@@ -422,7 +422,7 @@ def test_a_rec_by_its_file_with_and_without_idx(tmp_path):
     for idx in (True, False):
         rec = write_rec(tmp_path / f"{idx}", [0, 1, 1, 2], range(4), idx)
         assert len(open_source(rec / "train.rec")) == 4
-        pack(rec / "train.rec", tmp_path / f"set{idx}", Options(shards=1))
+        pack(rec / "train.rec", tmp_path / f"set{idx}", PackOptions(shards=1))
     one, other = (by_identity(shards.open(tmp_path / f"set{idx}")) for idx in (True, False))
     assert one == other and one["1"] == {encoded(1), encoded(2)}
 
@@ -431,13 +431,13 @@ def test_joined_by_offset_and_by_name(faces, tmp_path):
     rec = write_rec(tmp_path / "rec", [0, 1, 1], range(3))
     more = write_rec(tmp_path / "more", [1, 3], range(10, 12))
     paths = [faces, rec, more]
-    pack(Sources(paths), tmp_path / "offset", Options(shards=2))
+    pack(Sources(paths), tmp_path / "offset", PackOptions(shards=2))
     found = by_identity(shards.open(tmp_path / "offset"))
     assert list(found) == [
         "faces/p00", "faces/p01", "faces/p02", "rec/0", "rec/1", "more/1", "more/3"
     ]  # fmt: skip
     assert found["rec/1"] == {encoded(1), encoded(2)}
-    pack(Sources(paths, join="name"), tmp_path / "name", Options(shards=2), workers=2)
+    pack(Sources(paths, join="name"), tmp_path / "name", PackOptions(shards=2), workers=2)
     found = by_identity(shards.open(tmp_path / "name"))
     assert list(found) == ["p00", "p01", "p02", "0", "1", "3"]
     assert found["1"] == {encoded(1), encoded(2), encoded(10)}

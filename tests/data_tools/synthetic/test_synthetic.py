@@ -15,7 +15,7 @@ from data_tools.common.partial_directory import mark
 from data_tools.images.decode import decode
 from data_tools.synthetic import generate
 from data_tools.synthetic.canvas import Sheet
-from data_tools.synthetic.generate import Options, encode, render, synthesize
+from data_tools.synthetic.generate import FaceOptions, encode, render, synthesize
 from data_tools.synthetic.people import Person, Pose
 from eval.verification import evaluate
 
@@ -110,8 +110,8 @@ def test_any_number_of_processes_writes_the_same_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(parallel, "ITEMS_PER_WORKER", 1)  # processes, for few faces as well
-    one = synthesize(tmp_path / "one", Options(19, 3, seed=4), workers=1)
-    two = synthesize(tmp_path / "two", Options(19, 3, seed=4), workers=2)
+    one = synthesize(tmp_path / "one", FaceOptions(19, 3, seed=4), workers=1)
+    two = synthesize(tmp_path / "two", FaceOptions(19, 3, seed=4), workers=2)
     assert one["status"] == two["status"] == "made" and one["total"] == 57
     written = files(tmp_path / "one")
     assert written == files(tmp_path / "two")
@@ -122,19 +122,19 @@ def test_any_number_of_processes_writes_the_same_files(
 
 def test_a_second_run_reuses_the_first(tmp_path: Path):
     out = tmp_path / "faces"
-    synthesize(out, Options(3, 2))
+    synthesize(out, FaceOptions(3, 2))
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert synthesize(out, Options(3, 2))["status"] == "reused"
+    assert synthesize(out, FaceOptions(3, 2))["status"] == "reused"
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
 
 
 @pytest.mark.parametrize("change", ["other parameters", "an image is gone", "not made here"])
 def test_what_cannot_be_reused_is_left_alone(tmp_path: Path, change: str):
     out = tmp_path / "faces"
-    options, message = Options(3, 2), "choose another"
+    options, message = FaceOptions(3, 2), "choose another"
     synthesize(out, options)
     if change == "other parameters":
-        options = Options(3, 2, seed=1)
+        options = FaceOptions(3, 2, seed=1)
     elif change == "an image is gone":
         (out / "000001" / "0000.jpg").unlink()
         message = "5 of its 6"
@@ -156,7 +156,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        synthesize(tmp_path / "faces", Options(4, 2))
+        synthesize(tmp_path / "faces", FaceOptions(4, 2))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -164,7 +164,7 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path):
     (tmp_path / "faces.partial" / "000000").mkdir(parents=True)
     (tmp_path / "faces.partial" / "000099").mkdir()
     mark(tmp_path / "faces.partial")
-    synthesize(tmp_path / "faces", Options(2, 1))
+    synthesize(tmp_path / "faces", FaceOptions(2, 1))
     assert sorted(files(tmp_path)) == [
         "faces/000000/0000.jpg",
         "faces/000001/0000.jpg",
@@ -197,11 +197,11 @@ def test_two_at_once_leave_one_whole_set(tmp_path: Path, monkeypatch: pytest.Mon
 
     def interfered(*task):
         with pytest.raises(FileExistsError, match="another process is writing it"):
-            synthesize(out, Options(3, 2))
+            synthesize(out, FaceOptions(3, 2))
         write(*task)
 
     monkeypatch.setattr(generate, "_write", interfered)
-    assert synthesize(out, Options(3, 2))["status"] == "made"
+    assert synthesize(out, FaceOptions(3, 2))["status"] == "made"
     assert len(files(tmp_path)) == 3 * 2 + 1
     monkeypatch.undo()
-    assert synthesize(out, Options(3, 2))["status"] == "reused"
+    assert synthesize(out, FaceOptions(3, 2))["status"] == "reused"

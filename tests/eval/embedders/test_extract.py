@@ -14,7 +14,7 @@ import pytest
 
 from eval.embedders import extract
 from eval.embedders.contract import InputContract
-from eval.embedders.extract import Place
+from eval.embedders.extract import ImagePlace
 from eval.embedders.images import Encoded, Files, Subset
 from recognition.weights import networks
 from tests.eval import official
@@ -49,7 +49,7 @@ def small_blocks(monkeypatch):
 
 def run(images, network=None, **options):
     network = network or Network()
-    options = {"batch_size": 3, "place": Place()} | options
+    options = {"batch_size": 3, "place": ImagePlace()} | options
     return extract.extract(network, images, **options), network
 
 
@@ -170,9 +170,9 @@ def test_blocks_of_a_process_that_died_are_computed_by_the_first(
             return super().forward(pixels)
 
     with pytest.raises(KeyboardInterrupt):
-        run(images, Dies(), cache=tmp_path, place=Place(1, 2))
+        run(images, Dies(), cache=tmp_path, place=ImagePlace(1, 2))
     done: list[int] = []
-    found, network = run(images, cache=tmp_path, place=Place(0, 2), advance=done.append)
+    found, network = run(images, cache=tmp_path, place=ImagePlace(0, 2), advance=done.append)
     assert network.seen == 46 - 8 * made and sum(done) == 23
     assert f"the remaining {3 - made}" in capsys.readouterr().err
     np.testing.assert_array_equal(found.matrix(), run(images)[0].matrix())
@@ -184,7 +184,7 @@ def test_processes_share_the_blocks(images, tmp_path, world):
     found = {}
 
     def work(rank):
-        place = Place(rank, world)
+        place = ImagePlace(rank, world)
         found[rank] = run(images, networks[rank], cache=tmp_path, place=place)[0]
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
@@ -199,7 +199,7 @@ def test_processes_share_the_blocks(images, tmp_path, world):
 
 def test_several_processes_need_a_cache(images):
     with pytest.raises(ValueError, match="give --cache DIR"):
-        run(images, place=Place(0, 2))
+        run(images, place=ImagePlace(0, 2))
 
 
 def test_a_broken_image_and_an_embedding_that_is_none(images, tmp_path):
@@ -272,7 +272,7 @@ def test_the_real_network_through_the_pipeline(tmp_path, images):
 
     make_run(tmp_path)
     embedder = networks.open_embedder(tmp_path, 4)
-    found = extract.extract(embedder, images, batch_size=4, place=Place())
+    found = extract.extract(embedder, images, batch_size=4, place=ImagePlace())
     pixels = np.stack([images[i] for i in range(23)])
     expected = embedder(pixels) + embedder(np.ascontiguousarray(pixels[:, :, ::-1]))
     np.testing.assert_allclose(found.matrix(), expected, atol=1e-5 * abs(expected).max())

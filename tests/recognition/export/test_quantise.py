@@ -15,9 +15,9 @@ from torch import nn
 from eval.embedders.embed_onnx import OnnxEmbedder
 from recognition.backbones import BACKBONES, VisionTransformer
 from recognition.export.graph import build_graph
-from recognition.export.parity import LIMITS, Agreement, ExportError, Limits
+from recognition.export.parity import LIMITS, Agreement, ExportError, ParityLimits
 from recognition.export.quantise import to_int8, without_batch_norms
-from recognition.export.to_onnx import Bake, export_onnx
+from recognition.export.to_onnx import GraphOptions, export_onnx
 from tests.launch.test_export import (
     Linear,
     NormalisingInside,
@@ -105,8 +105,8 @@ def test_int8_needs_images():
 )
 def test_what_is_baked_in(tiny, tmp_path, normalise, flip_sum, l2):
     path = tmp_path / "x.onnx"
-    bake = Bake(normalise, flip_sum, l2)
-    export_onnx(tiny, path, metadata={}, bake=bake)
+    graph_options = GraphOptions(normalise, flip_sum, l2)
+    export_onnx(tiny, path, metadata={}, graph_options=graph_options)
     images = pixels(5)
     with torch.no_grad():
         x = torch.from_numpy(normalised(images))
@@ -123,7 +123,7 @@ def test_what_is_baked_in(tiny, tmp_path, normalise, flip_sum, l2):
 def test_baked_normalisation_keeps_its_names_in_every_precision(tiny, tmp_path, precision):
     path = tmp_path / "x.onnx"
     export_onnx(
-        tiny, path, metadata={}, precision=precision, bake=Bake(normalise=True),
+        tiny, path, metadata={}, precision=precision, graph_options=GraphOptions(normalise=True),
         example_images=pixels(8), calibration_images=pixels(16),
     )  # fmt: skip
     names = [node.name for node in onnx.load(path).graph.node[:8]]
@@ -138,8 +138,8 @@ def test_a_product_of_the_network_itself_misleads_nobody(tmp_path):
 
 def test_limits_refuse_and_leave_nothing(tiny, tmp_path):
     for limits, words in [
-        (Limits(1.0, 0.9999999, 0.0, 0, 0), "least cosine"),
-        (Limits(1.0, 0.0, 0.9999999, 0, 0), "mean cosine"),
+        (ParityLimits(1.0, 0.9999999, 0.0, 0, 0), "least cosine"),
+        (ParityLimits(1.0, 0.0, 0.9999999, 0, 0), "mean cosine"),
     ]:
         with pytest.raises(ExportError, match=words):
             export_onnx(
@@ -190,7 +190,7 @@ def test_every_network_in_every_precision(name, precision, tmp_path):
     report = export_onnx(
         trained(name), tmp_path / "x.onnx", metadata={}, precision=precision,
         example_images=pixels(16), calibration_images=pixels(32),
-        limits=Limits(1.0, 0.5, 0.6, 0, 0) if precision == "int8" else None,
+        limits=ParityLimits(1.0, 0.5, 0.6, 0, 0) if precision == "int8" else None,
     )  # fmt: skip
     assert report["cosine"]["count"] == 42
 

@@ -10,7 +10,7 @@ from recognition import config
 from recognition.distributed import runtime
 from recognition.head import PartialFC
 from recognition.head.kernels.autotune import choose
-from recognition.head.partial_fc import Limits
+from recognition.head.partial_fc import MemoryLimits
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
 from recognition.run import build, trainer
@@ -73,7 +73,7 @@ def test_a_fused_form_equals_the_plain_one(wanted, sample_rate, threshold, dtype
     x, labels = batch()
     outcomes = []
     for fused in (False, True):
-        limits = Limits(chunk_size=200, dtype=dtype) if fused else Limits()
+        limits = MemoryLimits(chunk_size=200, dtype=dtype) if fused else MemoryLimits()
         margin = MARGINS["cosface"](interclass_filtering_threshold=threshold)
         head = PartialFC(margin, D, C, sample_rate, seed=1, limits=limits)
         if fused:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from recognition import config
 from recognition.head import PartialFC
 from recognition.head.async_copy import CopyQueue
-from recognition.head.partial_fc import Limits
+from recognition.head.partial_fc import MemoryLimits
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
 from tests import ranks
@@ -28,7 +28,8 @@ def make(storage, case="arcface", sample_rate=0.3, num_subcenters=1, dtype=torch
     name, arguments = CASES[case]
     head = PartialFC(
         MARGINS[name](**arguments), D, C, sample_rate, num_subcenters, seed=5,
-        class_counts=np.arange(C) % 7 + 1, head_storage=storage, limits=Limits(1500, chunk_size=7),
+        class_counts=np.arange(C) % 7 + 1, head_storage=storage,
+        limits=MemoryLimits(1500, chunk_size=7),
     )  # fmt: skip
     return head.to(dtype)
 
@@ -173,7 +174,7 @@ def test_no_more_than_the_sampled_rows_are_on_the_device():
 
 def test_of_all_rows_two_pieces_of_each_table_are_on_the_device():
     head = PartialFC(
-        MARGINS["cosface"](), D, 2000, head_storage="host", limits=Limits(0, chunk_size=100)
+        MARGINS["cosface"](), D, 2000, head_storage="host", limits=MemoryLimits(0, chunk_size=100)
     )
     rows = RowSGD(head)
     for step in range(3):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import recognition.head.partial_fc
 from recognition.distributed import collectives
 from recognition.head import PartialFC, reduction
-from recognition.head.partial_fc import Limits
+from recognition.head.partial_fc import MemoryLimits
 from recognition.losses import MARGINS, Margin
 from tests import ranks, reference
 
@@ -73,7 +73,7 @@ def step(
         sample_rate,
         num_subcenters,
         seed=5,
-        limits=Limits(chunk_size=chunk_size),
+        limits=MemoryLimits(chunk_size=chunk_size),
     ).double()
     head.weight.data.copy_(weight[slice(*head.shard)])
     local = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
@@ -361,7 +361,7 @@ def test_no_memory_grows_with_batch_times_classes():
 
 
 def peak_beyond_the_rows(num_classes):
-    limits = Limits(chunk_size=1000)
+    limits = MemoryLimits(chunk_size=1000)
     head = PartialFC(MARGINS["cosface"](), 64, num_classes, seed=1, limits=limits)
     x, labels = torch.randn(256, 64, requires_grad=True), torch.arange(256)
     with memory_profile() as profile:

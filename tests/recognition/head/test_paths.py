@@ -14,7 +14,7 @@ from recognition.head import PartialFC
 from recognition.head.kernels.cpu_library import CpuLibrary, NotBuilt
 from recognition.head.kernels.fused import fused_kernel
 from recognition.head.kernels.native import native_kernel
-from recognition.head.partial_fc import Limits
+from recognition.head.partial_fc import MemoryLimits
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
 from tests import ranks, reference
@@ -24,24 +24,27 @@ from tests.recognition.losses.cases import CASES
 
 # Bytes are those of fp64: a piece of 7 classes and 12 rows takes 672.
 PATHS = {
-    "computed again": ("device", Limits(0)),
-    "computed again in small pieces": ("device", Limits(0, chunk_size=7)),
-    "kept": ("device", Limits(1 << 20, chunk_size=7)),
-    "kept in part": ("device", Limits(1500, chunk_size=7)),
-    "held by the host": ("host", Limits(1500, chunk_size=7)),
+    "computed again": ("device", MemoryLimits(0)),
+    "computed again in small pieces": ("device", MemoryLimits(0, chunk_size=7)),
+    "kept": ("device", MemoryLimits(1 << 20, chunk_size=7)),
+    "kept in part": ("device", MemoryLimits(1500, chunk_size=7)),
+    "held by the host": ("host", MemoryLimits(1500, chunk_size=7)),
 }
 try:
     passes = CpuLibrary(torch.float64)
     native = functools.partial(native_kernel, passes)
-    PATHS["native"] = ("device", Limits(1500, chunk_size=7, kernel=native, cpu_library=passes))
+    PATHS["native"] = (
+        "device",
+        MemoryLimits(1500, chunk_size=7, kernel=native, cpu_library=passes),
+    )
 except NotBuilt:  # which test_native.py says
     passes, native = None, None
 if importlib.util.find_spec("triton") is not None:
     from recognition.head.kernels import triton_ops
 
     if triton_ops.INTERPRETED:
-        operations = triton_ops.TritonOperations(triton_ops.Blocks(16, 16, 4, 2))
-        fused = Limits(0, chunk_size=7, kernel=functools.partial(fused_kernel, operations))
+        operations = triton_ops.TritonOperations(triton_ops.TileSizes(16, 16, 4, 2))
+        fused = MemoryLimits(0, chunk_size=7, kernel=functools.partial(fused_kernel, operations))
         PATHS["fused, in Triton's interpreter"] = ("device", fused)
         PATHS["fused, held by the host"] = ("host", fused)
 
@@ -104,7 +107,7 @@ def trained(optimizer, in_backward, margin, sample_rate, num_subcenters, storage
     rank, world = dist.get_rank(), dist.get_world_size()
     head = PartialFC(
         MARGINS[margin](), D, C, sample_rate, num_subcenters, seed=5, head_storage=storage,
-        limits=limits or Limits(1500, chunk_size=7),
+        limits=limits or MemoryLimits(1500, chunk_size=7),
     ).double()  # fmt: skip
     rows = optimizer(head)
     seen = []
@@ -185,7 +188,9 @@ def test_what_needs_the_gradient_is_refused():
 
 def test_no_gradient_of_the_rows_exists():
     """Peak bytes of forward and backward beyond what is there: less than the rows take."""
-    head = PartialFC(MARGINS["cosface"](), 64, 40_000, seed=1, limits=Limits(0, chunk_size=500))
+    head = PartialFC(
+        MARGINS["cosface"](), 64, 40_000, seed=1, limits=MemoryLimits(0, chunk_size=500)
+    )
     rows = RowSGD(head)
     x, labels = torch.randn(64, 64, requires_grad=True), torch.arange(64)
     rows.begin(0.1)
@@ -213,7 +218,7 @@ def test_bf16_products_are_no_worse_than_autocasts(stored_bytes):
         )[1]
         head = PartialFC(
             MARGINS["cosface"](margin=0.35), 64, 1000,
-            limits=Limits(stored_bytes, dtype=torch.bfloat16),
+            limits=MemoryLimits(stored_bytes, dtype=torch.bfloat16),
         )  # fmt: skip
         head.weight.data.copy_(weight)
         own = x.clone().requires_grad_()

@@ -19,7 +19,7 @@ from recognition.checkpoint import load_backbone
 from recognition.distributed.runtime import Runtime
 from recognition.inversion import __main__ as program
 from recognition.inversion import faces, measure, metrics, pictures, plan, work
-from recognition.inversion.descent import Batch
+from recognition.inversion.descent import InversionBatch
 from recognition.inversion.identity import ClosedSet, centres
 from recognition.inversion.settings import Request, Settings
 from tests import ranks
@@ -93,16 +93,16 @@ def closed_set_of(run):
 
 def test_a_state_file_of_another_step_is_refused(tmp_path):
     settings = Settings(batch_size=2)
-    batch = Batch.start(settings, 0, np.arange(2), CPU)
+    batch = InversionBatch.start(settings, 0, np.arange(2), CPU)
     batch.step = 7
     path = str(tmp_path / "x.safetensors")
     batch.save(path)
-    Batch.start(settings, 0, np.arange(2), CPU).load(path, 7)
+    InversionBatch.start(settings, 0, np.arange(2), CPU).load(path, 7)
     for told, change in (("it is of step 7", None), ("damaged", b""), ("damaged", b"x" * 50)):
         if change is not None:
             (tmp_path / "x.safetensors").write_bytes(change)
         with pytest.raises(ValueError, match=told):
-            Batch.start(settings, 0, np.arange(2), CPU).load(path, 500)
+            InversionBatch.start(settings, 0, np.arange(2), CPU).load(path, 500)
 
 
 def test_embeddings_that_are_not_finite_are_told(tmp_path):
@@ -128,11 +128,11 @@ def test_classes_without_images_are_left_out_and_counted(trained, shards_dir):
     asked = SimpleNamespace(
         faces=few, numbers=None, ids=ids, gallery=lambda: iter([np.zeros((size, 32))])
     )
-    found = measure.under_another(asked, made, trained[4])
+    found = measure.under_other_network(asked, made, trained[4])
     assert found["without_images"] == 1 and found["images"] == 2 and found["gallery"] == size - 1
     assert "1 classes have no image" in measure._likeness("", found)
     asked.ids = ids[1:2]
-    assert "no image" in measure.under_another(asked, made, trained[4])["not_measured"]
+    assert "no image" in measure.under_other_network(asked, made, trained[4])["not_measured"]
 
 
 def test_data_of_other_labels_are_not_measured_with(trained, shards_dir, monkeypatch):
@@ -166,7 +166,7 @@ def synthesise_here(run, out, stop_at, options):
     ids = np.array([1, 9, 15])
     parts = work.batches(ids, settings.batch_size)
     names = {int(i): f"{i:08d}" for i in ids}
-    start, saving = Batch.start, Batch.save
+    start, saving = InversionBatch.start, InversionBatch.save
 
     def in_fp64(*arguments):
         batch = start(*arguments)
@@ -181,7 +181,7 @@ def synthesise_here(run, out, stop_at, options):
         if stop_at == (here.rank, batch.step):
             raise KeyboardInterrupt
 
-    Batch.start, Batch.save = in_fp64, then_stop
+    InversionBatch.start, InversionBatch.save = in_fp64, then_stop
     try:
         with work.directory(out, {"settings": options}, here):
             request = Request(out=out, save_every=2, picture_every=10)
@@ -190,7 +190,7 @@ def synthesise_here(run, out, stop_at, options):
         if here.world > 1:
             raise
     finally:
-        Batch.start, Batch.save = start, saving
+        InversionBatch.start, InversionBatch.save = start, saving
         torch.use_deterministic_algorithms(False)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from recognition.checkpoint import load_backbone
 from recognition.inversion import metrics, prior
-from recognition.inversion.descent import Batch, descend
+from recognition.inversion.descent import InversionBatch, descend
 from recognition.inversion.identity import ClosedSet, OpenSet, centres
 from recognition.inversion.settings import Settings
 from tests import ranks
@@ -139,7 +139,7 @@ def test_a_step_is_adam_on_the_weighted_sum():
     """Three steps in fp64 against Adam written out, its gradient by autograd of the formula."""
     network, settings = tiny(), Settings(steps=3, lr=0.1, beta1=0.8, bn_weight=0.3, tv_weight=0.2)
     targets = np.random.default_rng(1).normal(size=(2, 6))
-    batch = Batch.start(settings, 0, np.array([0, 1]), CPU)
+    batch = InversionBatch.start(settings, 0, np.array([0, 1]), CPU)
     batch.images = batch.images[..., :20, :20].double().clone()
     batch.moments = {name: torch.zeros_like(batch.images) for name in batch.moments}
     x = batch.images.clone()

@@ -19,7 +19,7 @@ from recognition.head import PartialFC
 from recognition.head.kernels import autotune, cpu_library
 from recognition.head.kernels.cpu_library import CpuLibrary, NotBuilt
 from recognition.head.kernels.native import native_kernel
-from recognition.head.partial_fc import Limits
+from recognition.head.partial_fc import MemoryLimits
 from recognition.losses import MARGINS
 from recognition.optim import RowAdamW, RowSGD
 from tests import ranks, reference
@@ -132,9 +132,9 @@ def test_the_update_is_sgds(threads, dtype, momentum, centres, has_index, has_ra
 
 
 def trained(native_too, *arguments):
-    limits = Limits(1500, chunk_size=7)
+    limits = MemoryLimits(1500, chunk_size=7)
     if native_too:
-        limits = Limits(1500, 7, None, test_paths.native, test_paths.passes)
+        limits = MemoryLimits(1500, 7, None, test_paths.native, test_paths.passes)
     return test_paths.trained(*arguments, limits)
 
 
@@ -168,7 +168,10 @@ def test_fp32_gradients_are_as_near_to_the_truth_as_torchs():
     )
     form = functools.partial(native_kernel, PASSES[torch.float32])
     off = {}
-    for name, limits in (("plain", Limits(0, 130)), ("native", Limits(0, 130, kernel=form))):
+    for name, limits in (
+        ("plain", MemoryLimits(0, 130)),
+        ("native", MemoryLimits(0, 130, kernel=form)),
+    ):
         head = PartialFC(MARGINS["cosface"](margin=0.35), 96, 900, limits=limits)
         head.weight.data.copy_(weight)
         own = x.float().requires_grad_()
@@ -183,7 +186,7 @@ def test_fp32_gradients_are_as_near_to_the_truth_as_torchs():
 
 
 def test_a_change_of_the_rows_between_forward_and_backward_is_found():
-    limits = Limits(cpu_library=PASSES[torch.float32])
+    limits = MemoryLimits(cpu_library=PASSES[torch.float32])
     head = PartialFC(MARGINS["arcface"](), 8, 30, 0.5, limits=limits)
     rows, batch = RowSGD(head), (torch.randn(4, 8, requires_grad=True), torch.arange(4))
     head(*batch).backward()
@@ -197,8 +200,8 @@ def test_a_change_of_the_rows_between_forward_and_backward_is_found():
 def test_a_row_whose_norm_overflows_is_torchs():
     losses = []
     for limits in (
-        Limits(),
-        Limits(kernel=functools.partial(native_kernel, PASSES[torch.float32])),
+        MemoryLimits(),
+        MemoryLimits(kernel=functools.partial(native_kernel, PASSES[torch.float32])),
     ):
         head = PartialFC(MARGINS["cosface"](), 16, 40, limits=limits)
         head.weight.data[0] = 1e19  # a target's
@@ -209,7 +212,7 @@ def test_a_row_whose_norm_overflows_is_torchs():
 def test_rows_that_are_not_dense_are_refused():
     head = PartialFC(
         MARGINS["arcface"](), 8, 30,
-        limits=Limits(kernel=functools.partial(native_kernel, PASSES[torch.float32])),
+        limits=MemoryLimits(kernel=functools.partial(native_kernel, PASSES[torch.float32])),
     )  # fmt: skip
     head.weight.data = torch.randn(8, 30).T
     with pytest.raises(ValueError, match="make it contiguous"):
@@ -217,7 +220,7 @@ def test_rows_that_are_not_dense_are_refused():
 
 
 def test_rows_of_another_dtype_are_refused():
-    limits = Limits(kernel=functools.partial(native_kernel, PASSES[torch.float32]))
+    limits = MemoryLimits(kernel=functools.partial(native_kernel, PASSES[torch.float32]))
     head = PartialFC(MARGINS["arcface"](), 8, 30, limits=limits).double()
     with pytest.raises(TypeError, match="choose after moving the head"):
         head(torch.randn(4, 8), torch.arange(4))

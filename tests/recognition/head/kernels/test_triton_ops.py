@@ -20,7 +20,7 @@ from recognition.head import PartialFC
 from recognition.head.kernels import autotune
 from recognition.head.kernels.fused import fused_kernel
 from recognition.head.kernels.torch_ops import TorchOperations
-from recognition.head.partial_fc import Limits
+from recognition.head.partial_fc import MemoryLimits
 from recognition.losses import MARGINS
 from tests import ranks, reference
 from tests.recognition import runs
@@ -38,8 +38,8 @@ FORMS = {
 
 def limits_of(form, dtype=None, piece=None):
     if form == "plain":
-        return Limits(0, piece, dtype)
-    return Limits(0, piece, dtype, functools.partial(fused_kernel, FORMS[form]))
+        return MemoryLimits(0, piece, dtype)
+    return MemoryLimits(0, piece, dtype, functools.partial(fused_kernel, FORMS[form]))
 
 
 def drawn(num_rows, num_classes, size):
@@ -54,7 +54,7 @@ def stepped(limits, batch, arguments, wide):
     x, weight, labels = batch
     rank, world = dist.get_rank(), dist.get_world_size()
     if limits == "compiled":  # which does not travel between processes
-        limits = Limits(0, 50, None, autotune.make("compiled"))
+        limits = MemoryLimits(0, 50, None, autotune.make("compiled"))
     head = PartialFC(MARGINS["cosface"](**arguments), x.shape[1], len(weight), limits=limits)
     head = head.to(wide)
     head.weight.data.copy_(weight[slice(*head.shard)])
