@@ -10,4 +10,3 @@ from launch.recipe_bases import stepped
 config = stepped("data/ms1mv2", "r100", [10, 18, 22], 24)
 config.margin = "curricularface"
 config.margin_args = {"scale": 64.0, "margin": 0.5}
-config.clip_norm = None

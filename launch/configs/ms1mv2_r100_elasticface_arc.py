@@ -10,3 +10,4 @@ from launch.recipe_bases import stepped
 config = stepped("data/ms1mv2", "r100", [7, 13, 19, 24], 26)
 config.margin = "elasticface"
 config.margin_args = {"scale": 64.0, "margin": 0.5, "std": 0.05, "kind": "arc"}
+config.clip_norm = 5.0

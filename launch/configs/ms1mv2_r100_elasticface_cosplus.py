@@ -11,3 +11,4 @@ from launch.recipe_bases import stepped
 config = stepped("data/ms1mv2", "r100", [7, 13, 19, 24], 26)
 config.margin = "elasticface"
 config.margin_args = {"scale": 64.0, "margin": 0.35, "std": 0.02, "kind": "cos", "plus": True}
+config.clip_norm = 5.0

@@ -7,9 +7,10 @@ with features="epoch" the nearest of their variants is the memory buffer: 98.69,
 not.
 """
 
-from launch.recipe_bases import stepped
+from launch.recipe_bases import FIVE_SETS, stepped
 
 config = stepped("data/ms1mv2", "r100", [10, 18, 22], 24)
+config.val_targets = FIVE_SETS
 config.margin = "kappaface"
 config.margin_args = {
     "scale": 64.0,
@@ -18,4 +19,5 @@ config.margin_args = {
     "gamma": 0.7,
     "features": "momentum",
 }
+config.clip_norm = 5.0
 config.precision = "fp16"

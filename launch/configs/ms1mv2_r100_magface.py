@@ -17,4 +17,3 @@ config.margin_args = {
     "u_m": 0.8,
     "lambda_g": 35.0,
 }
-config.clip_norm = None
