@@ -29,7 +29,7 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 programs = pytest.importorskip("recognition.head.kernels.triton_ops")
 
 interpreted = pytest.mark.skipif(not programs.INTERPRETED, reason="a GPU is here: test_gpu.py")
-SMALL = programs.Blocks(32, 64, 4, 2)
+SMALL = programs.TileSizes(32, 64, 4, 2)
 FORMS = {
     "triton": programs.TritonOperations(SMALL),
     "torch": TorchOperations(compiled=False),
