@@ -1,4 +1,4 @@
-"""CASIA-WebFace (10 572 identities, 490 623 images), r50, the combined margin CM1 = (1.0, 0.3, 0.2).
+"""CASIA-WebFace (10 572 identities, 490 623 images), r50, the combined margin CM1.
 
 The ArcFace paper's row (arXiv:1801.07698, table 2) on its schedule for this set. Published there:
 LFW 99.48, CFP-FP 95.12, AgeDB-30 94.38.

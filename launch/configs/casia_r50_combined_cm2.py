@@ -1,4 +1,4 @@
-"""CASIA-WebFace (10 572 identities, 490 623 images), r50, the combined margin CM2 = (0.9, 0.4, 0.15).
+"""CASIA-WebFace (10 572 identities, 490 623 images), r50, the combined margin CM2.
 
 The ArcFace paper's row (arXiv:1801.07698, table 2) on its schedule for this set. Published there:
 LFW 99.50, CFP-FP 95.24, AgeDB-30 94.86.

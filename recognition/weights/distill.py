@@ -22,12 +22,12 @@ from torch.distributed import ProcessGroup
 
 from data_tools.common import arrays, files
 from data_tools.common.errors import UserError
-from eval.embedders.embed_onnx import OnnxEmbedder
 from recognition import checkpoint
 from recognition.distributed import collectives
 from recognition.head.class_rows import to_device
 from recognition.precision import autocast
 from recognition.weights.foreign import WEIGHT_FILES
+from recognition.weights.networks import open_embedder
 
 
 class Teacher(Protocol):
@@ -84,7 +84,7 @@ class OnnxTeacher:
     """Any ONNX network, with the input that its metadata or InsightFace's convention state."""
 
     def __init__(self, path: str, device: torch.device) -> None:
-        self.network, self.device = OnnxEmbedder(path), device
+        self.network, self.device = open_embedder(path), device
 
     def __call__(self, pixels: Tensor, ids: np.ndarray) -> Tensor:
         images = (pixels.float() * 127.5 + 127.5).round().to(torch.uint8)

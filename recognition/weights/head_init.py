@@ -18,8 +18,8 @@ from data_tools.common.text import numbered_lines
 from data_tools.images.decode import decode
 from data_tools.shards import Shards
 from data_tools.union import Union
-from eval.embedders.embed_onnx import OnnxEmbedder
 from recognition.head import PartialFC
+from recognition.weights.networks import open_embedder
 from recognition.weights.saved_rows import open_rows
 
 _IMAGES_OF_A_CLASS = 16  # whose mean is its centre, at most
@@ -64,7 +64,7 @@ def start_centres(
                 "the images of the classes here: leave the map out"
             )
         ids, rows = _means(
-            data, start, stop, embed if source == "features" else OnnxEmbedder(source), resize
+            data, start, stop, embed if source == "features" else open_embedder(source), resize
         )
     else:
         there = open_rows(source)

@@ -18,7 +18,6 @@ from torch import nn
 from data_tools.common import files
 from data_tools.common.errors import UserError
 from eval.embedders.contract import InputContract, read_json, sidecar
-from eval.embedders.embed_onnx import OnnxEmbedder
 from eval.embedders.embedder import Embedder
 from recognition import checkpoint
 from recognition.backbones import BACKBONES
@@ -66,6 +65,8 @@ def open_embedder(
     if path.suffix in WEIGHT_FILES:
         contract = InputContract().changed(stated, source)
         return TorchEmbedder(*_from_weights(path), batch_size, contract)
+    from eval.embedders.embed_onnx import OnnxEmbedder  # onnx takes half a second to load
+
     return OnnxEmbedder(path, batch_size, stated, source)
 
 
