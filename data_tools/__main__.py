@@ -8,7 +8,7 @@ from data_tools.inspect import inspect, unpack, verify, view
 from data_tools.pack import pack_command, pairs
 from data_tools.synthetic import generate
 
-_COMMANDS = {
+COMMANDS = {
     "pack": (pack_command, "pack images into shards"),
     "inspect": (inspect, "print what a data set is"),
     "verify": (verify, "check every record and hash of a data set"),
@@ -24,9 +24,9 @@ _COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit code, as `commands.main`."""
-    return cli.main("data_tools", "Data of face sets.", _COMMANDS, argv)
+def main(argv: list[str] | None = None, prog: str = "python -m data_tools") -> int:
+    """Run the command that `argv` names and return its exit code, as `cli.main` does."""
+    return cli.main(prog, "Data of face sets.", COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ _COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m eval") -> int:
     """Run the command that `argv` names and return its exit code, as `cli.main` does."""
-    return cli.main("eval", "Evaluate a network.", _COMMANDS, argv)
+    return cli.main(prog, "Evaluate a network.", _COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Are these two photographs of one person? With an exported file and no line of this project.
 
-    python compare_photographs.py model.onnx detector.onnx a.jpg b.jpg
+    python compare_photographs.py model.onnx a.jpg b.jpg --detector yunet.onnx
 
 Needs numpy, opencv-python and onnxruntime. The detector is OpenCV Zoo's YuNet (640 x 640) or an
 SCRFD with key points, as `python -m data_tools pack --align --detector` takes them; of several
@@ -9,6 +9,7 @@ aligned to and the score from which to accept are read from the model's own meta
 eval thresholds` chose that score before the export, for what the model gives of one image.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -110,23 +111,39 @@ def embedding(
     return e / np.linalg.norm(e)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] in (["-h"], ["--help"]):
-        print(__doc__)
-        sys.exit(0)
-    if len(sys.argv) != 5:
-        sys.exit(__doc__)
+def main(arguments: list[str]) -> int:
+    """Compare two photographs and print the answer; the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="an exported network, .onnx")
+    parser.add_argument("files", nargs="+", help="[DETECTOR] PHOTOGRAPH PHOTOGRAPH")
+    parser.add_argument("--detector", help="a YuNet or SCRFD, .onnx, if not named before them")
+    args = parser.parse_args(arguments)
+    words = [args.detector, *args.files] if args.detector else args.files
+    if len(words) != 3:
+        parser.error("a detector and two photographs are needed")
+    detector_path, *photographs = words
     try:
-        model, detector = (InferenceSession(path) for path in sys.argv[1:3])
+        model, detector = (InferenceSession(path) for path in (args.model, detector_path))
     except Exception as error:  # ONNX Runtime's errors share no other base
-        sys.exit(f"{sys.argv[1]} and {sys.argv[2]} are to be ONNX files: {error}")
+        sys.exit(f"{args.model} and {detector_path} must be ONNX files: {error}")
     if len(detector.get_outputs()) not in (9, 12):
-        sys.exit(f"{sys.argv[2]} is neither a YuNet (12 outputs) nor an SCRFD with key points (9)")
+        sys.exit(
+            f"{detector_path} is neither a YuNet (12 outputs) nor an SCRFD with key points (9)"
+        )
     facts = model.get_modelmeta().custom_metadata_map
     if "thresholds" not in facts:
-        sys.exit(f"{sys.argv[1]} has no threshold: `python -m eval thresholds RUN`, export again")
-    a, b = (embedding(model, facts, detector, path) for path in sys.argv[3:5])
+        sys.exit(f"{args.model} has no threshold: `python -m eval thresholds RUN`, export again")
+    a, b = (embedding(model, facts, detector, path) for path in photographs)
     chosen = json.loads(facts["thresholds"])["points"][0]  # the lowest FAR
     same = "one person" if a @ b >= chosen["threshold"] else "two persons"
-    print(f"{same}: score {a @ b:.4f}, from {chosen['threshold']:.4f} on it is one person "
-          f"(FAR {chosen['far_target']:g})")  # fmt: skip
+    print(
+        f"{same}: score {a @ b:.4f}, from {chosen['threshold']:.4f} on it is one person "
+        f"(FAR {chosen['far_target']:g})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -56,7 +56,7 @@ def on_one_line(
 
 
 def main(
-    package: str,
+    prog: str,  # as typed, such as `python -m eval`
     description: str,
     commands: Mapping[str, tuple[ModuleType, str]],  # name -> (module, one line on it)
     argv: Sequence[str] | None = None,
@@ -65,7 +65,7 @@ def main(
 
     Without arguments it prints the commands, and the exit code is 2.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {package}", description=description)
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     choice = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in commands.items():
         command = choice.add_parser(

@@ -1,7 +1,8 @@
-"""What a run will need, before it is started: bytes per GPU by part, bytes on the wire per step.
+"""What a run will need, before it is started: memory, traffic, steps, hours, disk.
 
     python -m launch.plan launch/configs/wf42m_r100_cosface_pfc02.py --gpus 64 --memory 80
     python -m launch.plan RECIPE --gpus 8 --memory 24 --classes 10000000 sample_rate=0.1
+    python -m launch.plan RECIPE --gpus 8 --images-per-second 9000        (or --measured RUN)
 
 Predicted, not measured: sums over what the head, the backbone and the optimisers hold
 (tests/launch/planner/test_predict.py compares them with measured bytes), the activations as
@@ -25,6 +26,7 @@ from data_tools.common.errors import UserError
 from data_tools.union import open_all
 from launch.planner.advice import advice
 from launch.planner.backbone_memory import BackboneSizes, backbone_bytes, backbone_sizes
+from launch.planner.course import Course, Pace, course, measured_pace
 from recognition import config
 from recognition.config import Config
 from recognition.head.async_copy import BUFFER_BYTES
@@ -177,16 +179,21 @@ def main(arguments: list[str] | None = None) -> int:
     add("--gpus", type=int, required=True, metavar="N", help="processes in all, one a GPU")
     add("--memory", type=float, metavar="GB", help="of one GPU; says what fits")
     add("--classes", type=int, metavar="C", help="instead of those of rec")
+    add("--images", type=int, metavar="N", help="instead of those of rec")
+    add("--images-per-second", type=float, metavar="X", help="pace of all GPUs; gives the hours")
+    add("--measured", metavar="RUN", help="a run directory whose log states the pace")
     add("--bandwidth", type=float, default=25.0, metavar="GB/S", help="of a GPU; %(default)s")
     add("--json", action="store_true", help="one JSON line last")
     args = parser.parse_intermixed_args(arguments)
-    for option in ("gpus", "memory", "classes", "bandwidth"):
+    for option in ("gpus", "memory", "classes", "images", "images_per_second", "bandwidth"):
         number = getattr(args, option)
         if number is not None and not number > 0:
-            raise UserError(f"--{option} {number:g}: a number above 0")
+            raise UserError(f"--{option.replace('_', '-')} {number:g}: a number above 0")
+    if args.images_per_second and args.measured:
+        raise UserError("--images-per-second and --measured both state a pace: keep one")
     unread = [] if args.classes is None else ["rec=-"]  # then a recipe needs no data
     cfg = config.load(args.recipe, [*args.overrides, *unread])
-    num_classes = args.classes or cfg.num_classes or _count(cfg)
+    num_classes, num_images = _counts(cfg, args)
     if num_classes < args.gpus:
         raise UserError(f"--gpus {args.gpus}: 1 to {num_classes}, the number of classes")
     found = plan(cfg, num_classes, args.gpus)
@@ -195,16 +202,57 @@ def main(arguments: list[str] | None = None) -> int:
         lambda one, gpus: plan(one, num_classes, gpus).total,
     )  # fmt: skip
     report = _report(found, num_classes, args, hints)
+    if num_images:
+        pace = None
+        if args.images_per_second:
+            pace = Pace(args.images_per_second, "the pace was stated, not measured")
+        elif args.measured:
+            pace = measured_pace(args.measured, args.gpus)
+        report |= _report_course(course(cfg, num_classes, num_images, args.gpus, pace), num_images)
+    else:
+        print("steps, hours and disk need the number of images: --images N")
     if args.json:
         print(json.dumps(report))
     return 0
 
 
-def _count(cfg: Config) -> int:
+def _counts(cfg: Config, args: argparse.Namespace) -> tuple[int, int | None]:
+    """Classes and images, from the flags, the recipe or its data; None: images unknown."""
+    num_classes, num_images = args.classes or cfg.num_classes, args.images or cfg.num_image
+    if num_classes and (num_images or args.classes):
+        return num_classes, num_images
     try:
-        return open_all(cfg.rec).num_classes
+        data = open_all(cfg.rec)
     except OSError as error:
-        raise OSError(f"{error}; --classes C plans without the data") from error
+        if num_classes:
+            return num_classes, num_images
+        raise OSError(f"{error}; --classes C --images N plan without the data") from error
+    return num_classes or data.num_classes, num_images or data.num_images
+
+
+def _report_course(found: Course, num_images: int) -> dict[str, Any]:
+    print(
+        f"{found.steps} steps of {found.batch} images, {found.batch_per_gpu} at once on a GPU: "
+        f"{found.epochs:.2f} epochs of {num_images} images"
+    )
+    if found.hours is None:
+        print("hours: --images-per-second X or --measured RUN states the pace")
+    else:
+        print(f"hours: {found.hours:.1f}")
+    print(f"disk: {sum(found.disk.values()) / _GB:.3f} GB")
+    for part, size in found.disk.items():
+        print(f"  {size / _GB:9.3f} GB  {part}")
+    for words in found.unmeasured:
+        print(f"assumed for the {words}")
+    return {
+        "steps": found.steps,
+        "batch": found.batch,
+        "batch_per_gpu": found.batch_per_gpu,
+        "epochs": found.epochs,
+        "hours": found.hours,
+        "disk_bytes": found.disk,
+        "assumed": found.unmeasured,
+    }
 
 
 def _report(

@@ -13,9 +13,9 @@ _COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m recognition.checkpoint") -> int:
     """The exit code, as `cli.main`."""
-    return cli.main("recognition.checkpoint", "Checkpoints of runs.", _COMMANDS, argv)
+    return cli.main(prog, "Checkpoints of runs.", _COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -109,9 +109,9 @@ def torchrun() -> int | None:
 
 
 def _is_torchrun(word: str) -> bool:
-    modules = ("torch.distributed.run", "torch.distributed.launch")
+    modules = ("torch.distributed.run", "torch.distributed.launch", "launch.arcline")
     return (
-        os.path.basename(word) == "torchrun"
+        os.path.basename(word) in ("torchrun", "arcline")
         or word in modules
         or (word.endswith(tuple(f"{module.replace('.', '/')}.py" for module in modules)))
     )

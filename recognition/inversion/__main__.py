@@ -11,12 +11,12 @@ _COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m recognition.inversion") -> int:
     """The exit code, as `commands.main`."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] not in (*_COMMANDS, "-h", "--help"):
         argv = ["synthesise", *argv]
-    return cli.main("recognition.inversion", "Faces out of a trained network.", _COMMANDS, argv)
+    return cli.main(prog, "Faces out of a trained network.", _COMMANDS, argv)
 
 
 if __name__ == "__main__":
