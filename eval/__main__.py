@@ -15,7 +15,7 @@ from eval.protocols import (
 )
 from eval.report import report_command
 
-_COMMANDS = {
+COMMANDS = {
     "lfw": (lfw_command, "verify pairs: LFW, CFP-FP, AgeDB-30, CALFW, CPLFW, any .bin or list"),
     "ijb": (ijb_command, "IJB-B and IJB-C, 1:1 and 1:N"),
     "tinyface": (tinyface, "TinyFace: rank 1, 5, 20 with distractors"),
@@ -30,7 +30,7 @@ _COMMANDS = {
 
 def main(argv: list[str] | None = None, prog: str = "python -m eval") -> int:
     """Run the command that `argv` names and return its exit code, as `cli.main` does."""
-    return cli.main(prog, "Evaluate a network.", _COMMANDS, argv)
+    return cli.main(prog, "Evaluate a network.", COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -13,31 +13,30 @@ with torchrun or sbatch instead (docs/distributed.md). The other commands are th
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
+import functools
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from data_tools import __main__ as data_tools
+from data_tools.common import files
 
 _CONFIGS = Path(__file__).parent / "configs"
 _PROCS = "processes, one for each GPU (default: the number of GPUs, or 1)"
-# name -> (module with a main(arguments) -> int, one line on it)
 _PROGRAMS = {
-    "eval": ("eval.__main__", "evaluate a network: lfw, ijb, tinyface, rfw, pairs, identify, ..."),
-    "export": ("launch.export", "write a run's network as ONNX, checked against torch"),
-    "compare": ("launch.compare_photographs", "say whether two photographs show one person"),
-    "plan": ("launch.planner.predict", "predict memory, traffic and time before a run"),
-    "convert": ("recognition.convert", "turn published weights into a backbone file"),
-    "checkpoint": ("recognition.checkpoint.__main__", "inspect, verify, merge, export checkpoints"),
-    "losses": ("recognition.losses.__main__", "list the losses, their formulas and arguments"),
-    "invert": ("recognition.inversion.__main__", "draw faces from a network; measure its privacy"),
+    "eval": "evaluate a network: lfw, ijb, tinyface, rfw, pairs, identify, ...",
+    "export": "write a run's network as ONNX, checked against torch",
+    "compare": "say whether two photographs show one person",
+    "plan": "predict memory, traffic, hours and disk before a run",
+    "convert": "turn published weights into a backbone file",
+    "checkpoint": "inspect, verify, merge, export checkpoints",
+    "losses": "list the losses, their formulas and arguments",
+    "invert": "draw faces from a network; measure its privacy",
 }
 _LAUNCHED = {
-    "train": ("launch.train", "train a recipe, on one process or several"),
-    "doctor": ("launch.preflight", "check machines, data and network before a run"),
+    "train": "train a recipe, on one process or several",
+    "doctor": "check machines, data and network before a run",
 }
 
 
@@ -51,10 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     if name in _LAUNCHED:
         return _launch(name, argv[1:])
     if name in _PROGRAMS:
-        program: Callable[..., int] = importlib.import_module(_PROGRAMS[name][0]).main
         sys.argv[0] = f"arcline {name}"  # what argparse calls a program that is not told its name
-        named = {"prog": sys.argv[0]} if "prog" in inspect.signature(program).parameters else {}
-        return program(argv[1:], **named)
+        return _program(name)(argv[1:])
     if name in data_tools.COMMANDS:
         return data_tools.main(argv, prog="arcline")
     if name in ("", "-h", "--help"):
@@ -74,35 +71,82 @@ def _overview() -> str:
             "\ndata:",
             *lines({name: text for name, (_, text) in data_tools.COMMANDS.items()}),
             "\ntraining:",
-            *lines({name: text for name, (_, text) in _LAUNCHED.items()}),
-            *lines({n: _PROGRAMS[n][1] for n in ("plan", "losses", "checkpoint", "convert")}),
+            *lines(_LAUNCHED),
+            *lines({n: _PROGRAMS[n] for n in ("plan", "losses", "checkpoint", "convert")}),
             "\nresults:",
-            *lines({n: _PROGRAMS[n][1] for n in ("eval", "export", "compare", "invert")}),
+            *lines({n: _PROGRAMS[n] for n in ("eval", "export", "compare", "invert")}),
         ]
     )
 
 
+def _program(name: str) -> Callable[[list[str]], int]:
+    """The main() of a program, imported only now: most of them load torch."""
+    match name:
+        case "eval":
+            from eval import __main__ as evaluation
+
+            return functools.partial(evaluation.main, prog="arcline eval")
+        case "checkpoint":
+            from recognition.checkpoint import __main__ as checkpoint
+
+            return functools.partial(checkpoint.main, prog="arcline checkpoint")
+        case "invert":
+            from recognition.inversion import __main__ as inversion
+
+            return functools.partial(inversion.main, prog="arcline invert")
+        case "losses":
+            from recognition.losses import __main__ as losses
+
+            return losses.main
+        case "convert":
+            from recognition.convert import main as convert
+
+            return convert
+        case "plan":
+            from launch.planner.predict import main as plan
+
+            return plan
+        case "export":
+            from launch.export import main as export
+
+            return export
+        case "compare":
+            from launch.compare_photographs import main as compare
+
+            return compare
+        case "train":
+            from launch.train import main as train
+
+            return train
+        case _:
+            from launch.preflight import main as doctor
+
+            return doctor
+
+
 def _launch(name: str, arguments: list[str]) -> int:
     """Run a training program on --procs processes of this machine; its exit code."""
-    import torch  # a second and a half that only these commands pay
-
-    module = importlib.import_module(_LAUNCHED[name][0])
     sys.argv[0] = f"arcline {name}"
     if {"-h", "--help"} & set(arguments):
         print(f"arcline {name} takes --procs N as well: {_PROCS}\n")
-        module.main(["--help"])
+        return _program(name)(["--help"])
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--procs", type=int, default=max(torch.cuda.device_count(), 1))
+    parser.add_argument("--procs", type=int)
     own, rest = parser.parse_known_args(arguments)
-    if own.procs < 1:
-        print(f"error: --procs {own.procs}: at least 1", file=sys.stderr)
+    procs = own.procs
+    if procs is None:
+        import torch  # a second and a half, which only these commands pay
+
+        procs = max(torch.cuda.device_count(), 1)
+    if procs < 1:
+        print(f"error: --procs {procs}: at least 1", file=sys.stderr)
         return 2
-    if rest and not Path(rest[0]).exists() and (known := _CONFIGS / f"{rest[0]}.py").is_file():
+    known = _CONFIGS / f"{rest[0]}.py" if rest else None
+    if known and not files.exists(rest[0]) and files.is_file(known):
         rest[0] = str(known)
-    if own.procs == 1:
-        found: int = module.main(rest)
-        return found
-    return _torchrun(own.procs, ["-m", _LAUNCHED[name][0], *rest])
+    if procs == 1:
+        return _program(name)(rest)
+    return _torchrun(procs, ["-m", f"launch.{'train' if name == 'train' else 'preflight'}", *rest])
 
 
 def _torchrun(procs: int, arguments: list[str]) -> int:

@@ -63,7 +63,8 @@ def test_without_arguments_the_commands_are_printed(capsys, monkeypatch, program
     assert program.main() == 2
     out = capsys.readouterr().out
     listed = {line.split()[0] for line in out.splitlines() if line.startswith("    ")}
-    assert program._COMMANDS.keys() <= listed
+
+    assert program.COMMANDS.keys() <= listed
 
 
 def test_an_interrupted_command_says_what_is_left(capsys):
