@@ -87,7 +87,7 @@ def _lock(path: str, descriptor: int, busy: str) -> None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _held(busy, _read(path)) from None
+            raise _held(busy, _record_of_holder(path)) from None
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from error
         there = files.status(path)
@@ -98,6 +98,20 @@ def _lock(path: str, descriptor: int, busy: str) -> None:
         again = _open(path)
         os.dup2(again, descriptor, inheritable=False)
         os.close(again)
+
+
+def _record_of_holder(path: str) -> dict[str, Any]:
+    """The record of the process that has the flock; {} if it writes none within a second.
+
+    It writes its record after it has locked the file: until then, the record may be absent, half
+    written, or that of the holder before it.
+    """
+    deadline = time.monotonic() + 1.0
+    while not (record := _read(path)) or _ended_here(record):
+        if time.monotonic() > deadline:
+            return {}
+        time.sleep(0.02)
+    return record
 
 
 def _held(busy: str, record: dict[str, Any]) -> LockHeld:

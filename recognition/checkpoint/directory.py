@@ -121,11 +121,17 @@ def missing(path: str) -> bool:
 
 
 def listing(path: str) -> list[str]:
-    """The sorted names in a directory; [] if it is absent."""
+    """The sorted names in a directory; [] if it is absent.
+
+    Raises:
+        NotADirectoryError: a file, or a link to nothing, has the name.
+    """
     names = files.names(path)
-    if not names and not missing(path) and files.is_dir(path):
-        names = files.names(path)  # it exists after all: list it again
-    return names
+    if not names and not files.is_dir(path) and (files.is_link(path) or not missing(path)):
+        raise NotADirectoryError(
+            errno.ENOTDIR, "must be a directory, but a file or a link to nothing is there", path
+        )
+    return names or files.names(path)  # again, if it exists after all
 
 
 def _found(run_dir: str) -> list[tuple[int, str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -71,6 +73,24 @@ def test_the_second_process_names_the_first_which_goes_on(tmp_path, environment)
     with holder(path, environment) as third:
         assert third.stdout.readline() == "held\n" and end(third)[2] == 0
     assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_a_holder_that_has_not_yet_written_its_name_is_named_all_the_same(tmp_path):
+    """Between the lock and the record lies a moment, with the name of the holder before or none."""
+    path = tmp_path / ".lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    before = locks._record() | {"pid": 2**22 + 1, "started": "1"}  # of a process that has ended
+    path.write_text(json.dumps(before))
+    late = threading.Timer(0.2, lambda: path.write_text(json.dumps(locks._record())))
+    late.start()
+    with (
+        pytest.raises(locks.LockHeld, match=f"process {os.getpid()} on "),
+        locks.hold(path, "busy"),
+    ):
+        pass
+    late.join()
+    os.close(descriptor)
 
 
 def test_a_killed_holder_of_this_machine_is_not_waited_for(tmp_path, environment):

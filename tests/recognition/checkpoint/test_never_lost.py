@@ -68,6 +68,18 @@ def unreadable(path):
     return lambda: (path.unlink(), aside.rename(path))
 
 
+@pytest.mark.parametrize("kind", ["file", "link to nothing"])
+def test_what_is_no_directory_is_not_taken_for_an_absent_one(keys, kind):
+    """A run whose `checkpoints` was replaced does not begin at step 1, to fail at its first save."""
+    root_of(keys).rename(root_of(keys).with_name("moved"))
+    if kind == "file":
+        root_of(keys).write_bytes(b"")
+    else:
+        root_of(keys).symlink_to("unmounted")
+    (error,) = map(str, ranks.run(1, start, keys))
+    assert error.startswith("NotADirectoryError") and str(root_of(keys)) in error, error
+
+
 @pytest.mark.parametrize(
     "name", ["", "step-2", "step-2/manifest.json", "step-2/model.safetensors", "step-1"]
 )
