@@ -55,7 +55,11 @@ def check_block(block: BlockCheck, advance: Advance) -> list[Finding]:
             header, image = unpack_record(record, where)
             _check_record(block, i, header, image, where)
             if end != ends[i]:
-                raise UserError(f"ends at byte {end}, but the next record starts at {ends[i]}")
+                problem = f"ends at byte {end}, but the next record starts at {ends[i]}"
+                if end < ends[i] and block.labels is None:  # an .idx that others wrote
+                    problem += ": the .idx lists nothing between the two, and --walk of pack and "
+                    problem += "inspect reads the .rec without it"
+                raise UserError(problem)
         except ValueError as error:
             problem = str(error).removeprefix(f"{where}: ")
             findings.append(Finding(block.file.path.name, key, offset, problem))

@@ -89,11 +89,9 @@ class ParquetImages:
         file = _open(self._paths[number])
         group, start, _ = next(place for place in _row_groups(file) if row < place[1] + place[2])
         if self._group[0] != (number, group):
-            try:
+            with _naming_damage(self.where(i)), files.naming(self._paths[number]):
                 table = file.read_row_group(group, columns=[self._column])
-                self._group = (number, group), table.column(0)
-            except Exception as error:
-                raise UserError(f"{self.where(i)}: {_fault(error)}") from error
+            self._group = (number, group), table.column(0)
         try:
             return _encoded(self._group[1][row - start].as_py())
         except UserError as error:

@@ -59,7 +59,7 @@ def log_next_commands(state: TrainState, logger: Logger) -> None:
     for name in state.cfg.val_targets:
         with contextlib.suppress(OSError):  # it existed when the run started
             found.append(state.data.bin_path(name.removesuffix(".bin")))
-    bins = " ".join(shlex.quote(str(path)) for path in found) or "lfw.bin"
+    bins = " ".join(shlex.quote(str(path)) for path in found) or "PAIRS.bin"
     logger.say(
         f"the model is in {directory_of(output, state.step)}; next:\n"
         f"  python -m eval lfw {shlex.quote(output)} {bins}\n"

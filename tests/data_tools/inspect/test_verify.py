@@ -14,6 +14,7 @@ from data_tools.common import parallel
 from data_tools.pack.pack import pack
 from data_tools.pack.pack_options import PackOptions
 from data_tools.recordio import Header, Writer
+from tests.data_tools.inspect.test_inspect import records_with_a_gap
 from tests.data_tools.samples import encoded, folder
 from tests.data_tools.test_shards import edit_index, insightface_set
 from tests.real import real
@@ -185,6 +186,13 @@ def test_bad_records_of_an_insightface_directory(tmp_path, capsys):
     _, result, _ = verify(tmp_path, capsys)
     assert [bad["key"] for bad in result["bad"]] == [9, 7]
     assert "the file ends at" in result["bad"][1]["problem"]
+
+
+def test_an_idx_with_a_gap_names_the_way_to_the_records_in_it(tmp_path, capsys):
+    root = records_with_a_gap(tmp_path / "set")
+    code, result, _ = verify(root, capsys)
+    assert code == 1 and len(result["bad"]) == 1
+    assert "--walk of pack and inspect reads the .rec" in result["bad"][0]["problem"]
 
 
 def test_an_idx_beyond_the_file_names_every_key(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Parquet files as pyarrow writes them, laid out as Hugging Face's `datasets` does."""
 
+import errno
 import json
+import os
 import sys
 
 import numpy as np
@@ -141,6 +143,19 @@ def test_damaged_groups_and_rows_are_named_counted_and_skipped(faces, tmp_path):
     assert skipped["a.parquet: row 2"].startswith("damaged: ")
     assert skipped["a.parquet: row 9"] == "no image bytes in this row, only the path '9.jpg'"
     assert not (tmp_path / "set" / "staged").exists()
+
+
+def test_an_error_of_the_disk_is_not_damage(faces, tmp_path, monkeypatch):
+    path = write(tmp_path / "a.parquet", table(*columns(faces)))
+    images = open_source(path).select(np.arange(2))
+
+    def failing(*arguments, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", failing)
+    with pytest.raises(OSError, match="a.parquet") as raised:
+        images.read(0)
+    assert raised.value.errno == errno.EIO
 
 
 def test_every_row_group_is_decoded_once_and_staged_images_are_used_again(faces, tmp_path):

@@ -70,7 +70,7 @@ def unreadable(path):
 
 @pytest.mark.parametrize("kind", ["file", "link to nothing"])
 def test_what_is_no_directory_is_not_taken_for_an_absent_one(keys, kind):
-    """A run whose `checkpoints` was replaced does not begin at step 1, to fail at its first save."""
+    """A run whose `checkpoints` was replaced does not begin anew, to fail at its first save."""
     root_of(keys).rename(root_of(keys).with_name("moved"))
     if kind == "file":
         root_of(keys).write_bytes(b"")
