@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,19 +14,28 @@ from data_tools.common.errors import UserError, UserTypeError
 
 _INIT_STD = 0.01  # InsightFace's
 _INIT_BLOCK = 1024  # classes drawn by one generator, so that the start is the same at every W
+_INIT_THREADS = 16  # at most; torchrun's OMP_NUM_THREADS=1 does not bind them
 
 
 def initial_rows(shard: tuple[int, int], num_subcenters: int, size: int, seed: int) -> Tensor:
-    """Normal(0, 0.01) rows [C_r, K, D], a function of (seed, class id): the same at every W."""
+    """Normal(0, 0.01) rows [C_r, K, D], a function of (seed, class id): the same at every W.
+
+    Each block of classes has a generator of its own, so all cores draw them.
+    """
     start, stop = shard
     rows = torch.empty(stop - start, num_subcenters, size)
-    for block in range(start // _INIT_BLOCK, -(-stop // _INIT_BLOCK)):
+
+    def draw(block: int) -> None:
         low = block * _INIT_BLOCK
         generator = torch.Generator().manual_seed(hash_words(seed, Purpose.CENTRES, block) >> 1)
         drawn = torch.empty(_INIT_BLOCK, num_subcenters, size)
         drawn.normal_(0.0, _INIT_STD, generator=generator)
         first, last = max(start, low), min(stop, low + _INIT_BLOCK)
         rows[first - start : last - start] = drawn[first - low : last - low]
+
+    with ThreadPoolExecutor(min(_INIT_THREADS, os.cpu_count() or 1)) as threads:
+        for _ in threads.map(draw, range(start // _INIT_BLOCK, -(-stop // _INIT_BLOCK))):
+            pass  # raises what a thread raised
     return rows
 
 

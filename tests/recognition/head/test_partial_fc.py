@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import os
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import recognition.head.partial_fc
 from recognition.distributed import collectives
 from recognition.head import PartialFC, reduction
+from recognition.head.init import initial_rows
 from recognition.head.partial_fc import MemoryLimits
 from recognition.losses import MARGINS, Margin
 from tests import ranks, reference
@@ -415,3 +417,14 @@ def test_fp32_is_no_worse_than_a_plain_fp32_layer(margin):
         ours.append(float((local_x.grad - truth).norm()))
         plain.append(float((naive - truth).norm()))
     assert np.median(ours) <= 1.05 * np.median(plain)  # eight draws of rounding noise
+
+
+def test_the_first_rows_do_not_depend_on_shard_or_cores(monkeypatch):
+    """2500 classes are drawn in three blocks; the last is cut."""
+    alone = []
+    for cores in (1, 3, None):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        alone.append(initial_rows((0, 2500), 2, 8, seed=5))
+    assert torch.equal(alone[0], alone[1]) and torch.equal(alone[0], alone[2])
+    assert torch.equal(initial_rows((900, 2100), 2, 8, seed=5), alone[0][900:2100])
+    assert alone[0].std() == pytest.approx(0.01, rel=0.02) and alone[0].unique().numel() > 39_000
