@@ -1,9 +1,11 @@
-"""compile=true, and the trials of compiled forms, compile what a step uses and nothing else."""
+"""compile=true, and the trials of the head's forms: what is compiled, tried and agreed."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch._dynamo.testing
+import torch.distributed as dist
 from torch import nn
 
 from recognition import config
@@ -52,3 +54,28 @@ def test_a_trial_of_a_form_runs_without_gradients_as_a_step_does(monkeypatch):
         seconds, why = autotune._seconds(head, "plain", 8)
     assert seconds < float("inf"), why
     assert enabled and not any(enabled)
+
+
+def chosen_from_unequal_lists():
+    """What both ranks take, and what each tried: rank 0 has three forms, rank 1 two of them."""
+    tried = []
+
+    def seconds(head, form, num_rows):
+        tried.append(form)
+        slow = {"plain": 3.0, "first": 2.0 - dist.get_rank(), "second": 1.0 + 0.5 * dist.get_rank()}
+        return slow[form], ""
+
+    rank = dist.get_rank()
+    forms = [["only here", "first", "second"], ["second", "first"]][rank]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autotune, "_own_forms", lambda wanted, head: (forms, ""))
+        patch.setattr(autotune, "_seconds", seconds)
+        patch.setattr(autotune, "make", lambda form: plain_kernel)
+        head = PartialFC(MARGINS["cosface"](), 8, 20)
+        return autotune.choose("triton", head, 8).form, tried
+
+
+def test_unequal_lists_are_agreed_before_anything_is_timed():
+    """Both try the forms that both have, in one order; the slowest rank's figures decide."""
+    found = ranks.run(2, chosen_from_unequal_lists)
+    assert found == [("second", ["first", "second"])] * 2
