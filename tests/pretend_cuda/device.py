@@ -69,6 +69,7 @@ def launch(index: int) -> Actor:
     """The stream that work on a device is given to by this thread."""
     touch(index)
     actor = current_stream(index).actor
+    RECORDER.launched += RECORDER.is_on
     RECORDER.launch(actor)
     return actor
 

@@ -72,6 +72,7 @@ class Memory:
 class Recorder:
     def __init__(self) -> None:
         self.observations: list[Observation] = []
+        self.launched = 0  # kernels and copies, while it is on
         self.is_on = False
         self._clocks: dict[Actor, Clock] = {}
         self._threads = threading.local()
@@ -85,7 +86,7 @@ class Recorder:
     @contextmanager
     def watching(self) -> Iterator[list[Observation]]:
         """The observations of the body; outside of it nothing is noted."""
-        before, self.observations, self.is_on = self.observations, [], True
+        before, self.observations, self.launched, self.is_on = self.observations, [], 0, True
         seen = self.observations
         try:
             yield seen

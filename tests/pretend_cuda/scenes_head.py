@@ -112,6 +112,13 @@ def step(case: str, way: Way) -> list[str]:
     return [str(one) for one in seen if not _is_known(one, way)]
 
 
+def launches(case: str, way: Way) -> int:
+    """Kernels and copies of a step of a head."""
+    head = make_head(case, way, torch.float32, torch.device("cuda", cuda.current_device()))
+    take_steps(head, make_optimizer(head, way), way)
+    return cuda.RECORDER.launched
+
+
 def _is_known(one: Observation, way: Way) -> bool:
     if not way.waits_by_design() or one.kind != SYNCHRONISATION:
         return False

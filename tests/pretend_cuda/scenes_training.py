@@ -57,6 +57,13 @@ def steps(rec: str, keys: dict[str, Any]) -> tuple[list[str], list[str], float]:
         return _steps({"rec": rec, "output": output} | keys)
 
 
+def launches(rec: str, keys: dict[str, Any]) -> int:
+    """Kernels and copies of a step of such a run."""
+    with _stand_ins() as output:
+        _steps({"rec": rec, "output": output} | keys)
+        return cuda.RECORDER.launched
+
+
 def products(rec: str, keys: dict[str, Any]) -> tuple[str, str, list[str]]:
     """The dtype of the head's products in such a run, what config.json says of it, and the log's
     lines at the start."""
