@@ -186,8 +186,11 @@ class Config:
     head_storage: Literal["device", "host"] = _head(
         "device", "Where class centres and their optimiser state live.", may_change=True
     )
-    head_stored_mib: int = _head(
-        16, "Memory for forward results kept for the backward.", low=0, unit="MiB per process"
+    head_stored_mib: int | None = _head(
+        None,
+        "Memory for forward results kept for the backward; null: 16 on a CPU, 1024 on a GPU.",
+        low=0,
+        unit="MiB per process",
     )
     update_in_backward: bool = _head(
         False, "Update class rows inside the backward. Not with accumulation, fp16 or rollback."

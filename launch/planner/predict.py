@@ -31,6 +31,7 @@ from recognition import config
 from recognition.config import Config
 from recognition.head.async_copy import BUFFER_BYTES
 from recognition.head.chunks import size_for
+from recognition.head.multi_head import limits_of, make_run_margin
 
 _FP32, _INT64 = 4, 8
 _GB = 1e9
@@ -66,7 +67,10 @@ def head_bytes(
     local, missed, sampled, row, state = _rows(cfg, num_classes, gpus, batch)
     piece = min(size_for(batch, size, columns, _FP32, is_cuda), sampled)
     piece_bytes = max(batch * piece * columns * _FP32, 1)
-    stored = cfg.head_stored_mib * 2**20 // piece_bytes * piece_bytes
+    limit = limits_of(cfg).stored_on(is_cuda)
+    is_narrow = _keeps_bf16(cfg, is_cuda)
+    kept_bytes = piece_bytes / 2 if is_narrow else piece_bytes  # of a piece that is kept
+    stored = limit // kept_bytes * kept_bytes
     on_host, is_sampled = cfg.head_storage == "host", cfg.sample_rate < 1
     # A sample's rows and state are copied, and AdamW takes memory for its deviation and its step.
     # The update after the backward goes in larger pieces.
@@ -83,14 +87,14 @@ def head_bytes(
         staged = 2 * (sampled + missed if is_sampled else pieces) * (row + state)
     gradient = 0.0 if cfg.update_in_backward else sampled * row
     logits = batch * sampled * columns * _FP32
-    kept = min(stored, math.ceil(sampled / max(piece, 1)) * piece_bytes)  # in whole pieces
+    kept = min(stored, math.ceil(sampled / max(piece, 1)) * kept_bytes)  # in whole pieces
     # Beside a piece: the embeddings, their directions, those times the scale and times their share
     # of the gradient, and the gradient; of the targets what they add to both, and their centres.
     vectors = batch * size * _FP32
     gathered = 5 * vectors + 3 * vectors / gpus + batch * _INT64
     # [B, n * K] at once: cosines and exponentials, one less where all are kept; of sub-centres also
     # eight [B, n], of the nearest, its int64 place, and the formula with its gradient.
-    products = 2 + (8 / columns if columns > 1 else 0) - (stored >= logits)
+    products = 2 + (8 / columns if columns > 1 else 0) - (stored >= logits and not is_narrow)
     index = 2 * _INT64 if cfg.sample_rate < 1 else 0
     return {
         "classes: weights": 0 if on_host else local * row,
@@ -107,6 +111,13 @@ def head_bytes(
         ),
         "gathered embeddings": gathered,
     }
+
+
+def _keeps_bf16(cfg: Config, is_cuda: bool) -> bool:
+    """Whether what the plain form keeps are exponentials in bf16."""
+    is_auto = cfg.head_precision == "auto" and is_cuda and cfg.precision in ("auto", "bf16")
+    is_plain = cfg.num_subcenters == 1 and make_run_margin(cfg).leaves_negatives
+    return is_plain and (is_auto or cfg.head_precision == "bf16")
 
 
 def host_bytes(

@@ -127,14 +127,29 @@ class ExpSums:
 
 
 class TorchPasses:
+    """A chunk that is kept keeps z. Where the GEMMs take bf16 numbers, it keeps exp(z) / |w| in
+    bf16, in half the memory: that is what the GEMMs get, and z follows from it to within 2^-8."""
+
     def __init__(self, chunks: Chunks) -> None:
-        self._chunks = chunks
+        self._chunks, self._memory = chunks, chunks.memory
+        self._keeps_exp = chunks.dtype == torch.bfloat16 != chunks.inverse.dtype
+        if self._keeps_exp:
+            self._memory.keep_as(torch.bfloat16)
 
     def sum_exp(self, chunk: Chunk, scaled: Tensor) -> Tensor:
         z, _ = self._chunks.cosines(chunk, scaled)
-        return self._exponentials(z, chunk, self._chunks.memory.keeps(chunk)).sum(1)
+        is_kept = self._memory.keeps(chunk)
+        e = self._exponentials(z, chunk, apart=is_kept and not self._keeps_exp)
+        if is_kept and self._keeps_exp:
+            torch.mul(e, chunk.inverse, out=self._memory.kept(chunk))
+        return e.sum(1)
 
     def slopes(self, chunk: Chunk, scaled: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self._keeps_exp and self._chunks.is_kept(chunk):
+            spread = self._memory.kept(chunk)
+            e = torch.div(spread, chunk.inverse, out=self._memory.spare(chunk))
+            radial = torch.mv(e.xlogy_(e).T, along)  # of exp(z) z, 0 where exp(z) is 0
+            return spread, self._chunks.read(chunk), radial
         z, weight = self._chunks.cosines(chunk, scaled)
         spread = self._exponentials(z, chunk, apart=True)
         radial = torch.mv(z.mul_(spread).T, along)
@@ -142,7 +157,7 @@ class TorchPasses:
 
     def _exponentials(self, z: Tensor, chunk: Chunk, apart: bool) -> Tensor:
         """exp(z) [B, n], 0 where the class is the row's own. apart: z is still needed."""
-        e = torch.exp(z, out=self._chunks.memory.spare(chunk)) if apart else z.exp_()
+        e = torch.exp(z, out=self._memory.spare(chunk)) if apart else z.exp_()
         if chunk.own is not None:
             e.index_put_(chunk.own, e.new_zeros(()))  # a Python number would wait for the device
         return e

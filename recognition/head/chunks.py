@@ -61,26 +61,38 @@ class Chunk(NamedTuple):
 
 
 class ChunkMemory:
-    """Memory for the products of chunks: the first ones keep theirs until the backward is over, the
-    others share."""
+    """Memory for what is computed of a chunk: the first chunks keep it until the backward is over,
+    the others share."""
 
     def __init__(
         self, like: Tensor, num_rows: int, columns: int, num: int, stored_bytes: int, pool: Pool
     ) -> None:
         self._like, self._num_rows, self._columns, self._pool = like, num_rows, columns, pool
-        chunk_bytes = max(num_rows * columns * like.element_size(), 1)
-        self._num_kept = min(stored_bytes // chunk_bytes, num)
+        self._num, self._stored_bytes = num, stored_bytes
         self._kept: Tensor | None = None  # [chunks that are kept, B * columns]
         self._shared: dict[bool, Tensor] = {}  # [B * columns]
+        self.keep_as(like.dtype)
+
+    def keep_as(self, dtype: torch.dtype) -> None:
+        """Keep numbers of this dtype. If it is not the one that is computed, of() is shared by all
+        chunks, and what is to be kept is copied to kept()."""
+        self._kept_like = self._like.new_empty(0, dtype=dtype)
+        chunk_bytes = max(self._num_rows * self._columns * dtype.itemsize, 1)
+        self._num_kept = min(self._stored_bytes // chunk_bytes, self._num)
 
     def keeps(self, chunk: Chunk) -> bool:
         return chunk.number < self._num_kept
 
     def of(self, chunk: Chunk) -> Tensor:  # [B, n * K]
-        if not self.keeps(chunk):
-            return self._shared_by_all(chunk, is_spare=False)
+        if self.keeps(chunk) and self._kept_like.dtype == self._like.dtype:
+            return self.kept(chunk)
+        return self._shared_by_all(chunk, is_spare=False)
+
+    def kept(self, chunk: Chunk) -> Tensor:
+        """[B, n * K] of a chunk that keeps its numbers, in the dtype of keep_as()."""
         if self._kept is None:
-            self._kept = self._pool.take(self._like, self._num_kept, self._num_rows * self._columns)
+            shape = self._num_kept, self._num_rows * self._columns
+            self._kept = self._pool.take(self._kept_like, *shape)
         return self._view(self._kept[chunk.number], chunk)
 
     def spare(self, chunk: Chunk) -> Tensor:

@@ -73,7 +73,7 @@ def make_head(
 ) -> PartialFC:
     """One head with the margin that `cfg` names, on the CPU in fp32."""
     return PartialFC(
-        _make_margin(cfg),
+        make_run_margin(cfg),
         cfg.embedding_size,
         num_classes,
         cfg.sample_rate,
@@ -90,10 +90,11 @@ def limits_of(cfg: Config, head_precision: str | None = None) -> MemoryLimits:
     """head_precision: "full" or "bf16", what the run has made of "auto"; None: as `cfg` says, where
     "auto" is "full"."""
     is_narrow = (head_precision or cfg.head_precision) == "bf16"
-    return MemoryLimits(cfg.head_stored_mib << 20, dtype=torch.bfloat16 if is_narrow else None)
+    stored = None if cfg.head_stored_mib is None else cfg.head_stored_mib << 20
+    return MemoryLimits(stored, dtype=torch.bfloat16 if is_narrow else None)
 
 
-def _make_margin(cfg: Config) -> Margin:
+def make_run_margin(cfg: Config) -> Margin:
     arguments = dict(cfg.margin_args)
     if cfg.interclass_filtering_threshold:
         if "interclass_filtering_threshold" in arguments:

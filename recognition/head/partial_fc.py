@@ -48,11 +48,18 @@ STORAGES: dict[str, Callable[[nn.Parameter, int], Storage]] = {
 class MemoryLimits:
     """How the head computes. None of these changes a result beyond rounding."""
 
-    stored_bytes: int = 16 << 20  # of results that the forward keeps for the backward
+    stored_bytes: int | None = None  # kept from the forward for the backward; None: by the device
     chunk_size: int | None = None  # classes of a chunk of the logits; None: from the cache
     dtype: torch.dtype | None = None  # of the GEMMs' inputs; sums and logits stay as the weight
     kernel: Kernel = plain_kernel  # or one of recognition/kernels
     cpu_library: CpuLibrary | None = None  # compiled, for the update of the rows
+
+    def stored_on(self, is_cuda: bool) -> int:
+        """Bytes of results that a head on this kind of device keeps. A chunk that is kept costs the
+        backward two GEMMs instead of three."""
+        if self.stored_bytes is not None:
+            return self.stored_bytes
+        return 1 << 30 if is_cuda else 16 << 20
 
 
 class PartialFC(nn.Module):
@@ -389,7 +396,7 @@ class PartialFC(nn.Module):
         stored_bytes = 0
         if torch.is_grad_enabled():
             self._micro_steps.add(rows)
-            stored_bytes = self.limits.stored_bytes
+            stored_bytes = self.limits.stored_on(self.device.type == "cuda")
         targets = Targets(
             to_device(chosen.owned, device),
             to_device(chosen.position, device),

@@ -229,9 +229,14 @@ def _trial(head: PartialFC, kernel: Kernel, num_rows: int) -> Callable:
     def step() -> None:
         rows = ClassRows(rows_of, index, None, pool)
         chunks = Chunks(
-            rows, targets, num_rows, head.chunk_size(num_rows), head.limits.stored_bytes, pool,
+            rows,
+            targets,
+            num_rows,
+            head.chunk_size(num_rows),
+            head.limits.stored_on(device.type == "cuda"),
+            pool,
             head.limits.dtype,
-        )  # fmt: skip
+        )
         cosines = chunks.target_cosines(x)
         reducer = kernel(chunks, Formula(head.margin.frozen(), batch))
         reducer.reduce(x)
