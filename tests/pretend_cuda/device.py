@@ -65,11 +65,11 @@ def touch(index: int) -> None:
         RECORDER.note(rec.FOREIGN, f"cuda:{index} is used by the process of cuda:{_home}")
 
 
-def launch(index: int) -> Actor:
-    """The stream that work on a device is given to by this thread."""
+def launch(index: int, is_kernel: bool = True) -> Actor:
+    """The stream that work on a device is given to by this thread. An allocation is no kernel."""
     touch(index)
     actor = current_stream(index).actor
-    RECORDER.launched += RECORDER.is_on
+    RECORDER.launched += RECORDER.is_on and is_kernel
     RECORDER.launch(actor)
     return actor
 

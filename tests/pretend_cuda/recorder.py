@@ -11,6 +11,7 @@ This file knows nothing of torch.
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Iterator
@@ -85,12 +86,18 @@ class Recorder:
 
     @contextmanager
     def watching(self) -> Iterator[list[Observation]]:
-        """The observations of the body; outside of it nothing is noted."""
+        """The observations of the body; outside of it nothing is noted.
+
+        The garbage of earlier bodies, which may have copies under way, is not collected in it.
+        """
         before, self.observations, self.launched, self.is_on = self.observations, [], 0, True
-        seen = self.observations
+        seen, collects = self.observations, gc.isenabled()
+        gc.disable()
         try:
             yield seen
         finally:
+            if collects:
+                gc.enable()
             self.observations, self.is_on = before, False
 
     # --- Actors ---

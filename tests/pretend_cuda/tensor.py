@@ -192,7 +192,7 @@ def dispatch(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     _note(func, args)
     is_view = schema.viewed is not None and not schema.written
     if not is_view:
-        stream = cuda.launch(index)
+        stream = cuda.launch(index, "empty" not in schema.name)
         written = [*_tensors(changed)]
         for tensor in ours:
             if not any(tensor is one for one in written):
@@ -245,7 +245,7 @@ def _of_host(func: Any, args: tuple, kwargs: dict[str, Any], tensors: list[Tenso
                 _on_host(tensors, [*_tensors(changed)], schema.name)
         return func(*args, **kwargs)
     index = _index_of(device)
-    cuda.launch(index)
+    cuda.launch(index, "empty" not in _schema(func).name)
     kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"} | {"device": "cpu"}
     return _wrapped(func(*args, **kwargs), index, None, _schema(func).name)
 
