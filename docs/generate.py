@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from data_tools.common import schema
+from launch.planner import scale_table
 from recognition.config import Config
 from recognition.losses.__main__ import markdown as losses_table
 
@@ -19,6 +20,8 @@ DOCS = Path(__file__).parent
 TABLES = {  # name of the marker -> (page, what makes the table)
     "keys": ("training.md", lambda: schema.markdown(Config)),
     "losses": ("losses.md", losses_table),
+    "memory": ("head.md", scale_table.memory),
+    "wire": ("head.md", scale_table.wire),
 }
 
 

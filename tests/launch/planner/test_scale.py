@@ -17,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from launch.planner import predict
 from recognition import config
+from recognition.backbones import make_backbone
 from recognition.distributed import collectives
 from recognition.head import PartialFC
 from recognition.head.multi_head import limits_of
@@ -121,3 +122,30 @@ def test_the_peak_is_the_planners(world, keys):
     standing = sum(t.numel() * t.element_size() for t in step.head.storage.tensors().values())
     peak = standing + _peak(profile)
     assert 0.99 <= peak / sum(predicted.values()) <= 1.06
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_peak_of_a_whole_step_is_the_planners(world):
+    """Backbone, head and both optimisers; of DistributedDataParallel, only what it adds to no
+    memory: gradients that are there before the step."""
+    keys = {"rec": "-", "network": "r18", "precision": "fp32", "batch_size": b, "embedding_size": D}
+    network = make_backbone("r18", D, {})
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # creates its state
+    images = torch.randn(b, 3, 112, 112)
+    with fake_group(world) as group:
+        step = Step(group, {})
+        step.rows.begin(0.1)
+        step.head.sink = None
+        with memory_profile() as profile:
+            optimizer.zero_grad(set_to_none=False)
+            step.x = network(images)
+            step.take()
+            optimizer.step()
+    weights = [*network.parameters()] * 3  # with gradients and momentum
+    tables = step.head.storage.tensors().values()
+    standing = sum(t.numel() * t.element_size() for t in (*weights, *tables))
+    predicted = predict.plan(config.make(keys), C, world, is_cuda=False).total
+    assert 0.99 <= (standing + _peak(profile)) / predicted <= 1.06
