@@ -22,6 +22,7 @@ from data_tools.shards import Shards
 from data_tools.union import Union
 from recognition.config import Config, of_head
 from recognition.head import PartialFC
+from recognition.head.chunked_softmax import plain_kernel
 from recognition.head.partial_fc import MemoryLimits
 from recognition.losses import Margin, make_margin
 
@@ -91,7 +92,8 @@ def limits_of(cfg: Config, head_precision: str | None = None) -> MemoryLimits:
     "auto" is "full"."""
     is_narrow = (head_precision or cfg.head_precision) == "bf16"
     stored = None if cfg.head_stored_mib is None else cfg.head_stored_mib << 20
-    return MemoryLimits(stored, dtype=torch.bfloat16 if is_narrow else None)
+    dtype = torch.bfloat16 if is_narrow else None
+    return MemoryLimits(stored, dtype=dtype, kernel=plain_kernel)  # until the run chooses
 
 
 def make_run_margin(cfg: Config) -> Margin:

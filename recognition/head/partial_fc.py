@@ -8,7 +8,7 @@ m targets: rows of the batch whose class is on this rank; k values of a class.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -51,7 +51,7 @@ class MemoryLimits:
     stored_bytes: int | None = None  # kept from the forward for the backward; None: by the device
     chunk_size: int | None = None  # classes of a chunk of the logits; None: from the cache
     dtype: torch.dtype | None = None  # of the GEMMs' inputs; sums and logits stay as the weight
-    kernel: Kernel = plain_kernel  # or one of recognition/kernels
+    kernel: Kernel | None = None  # None: the first forward takes plain, or on a CPU what pays
     cpu_library: CpuLibrary | None = None  # compiled, for the update of the rows
 
     def stored_on(self, is_cuda: bool) -> int:
@@ -185,6 +185,7 @@ class PartialFC(nn.Module):
                 "embeddings as local_features, or make the margin with features='epoch'"
             )
         with full_precision(local_x):
+            self._choose_kernel(len(local_x))
             x, labels = collectives.gather_batch(
                 local_x, local_labels, rows_per_rank, self.group, self.storage.like.dtype,
                 self.limits.dtype,
@@ -194,6 +195,20 @@ class PartialFC(nn.Module):
                 features = local_features.detach().to(self.storage.like.dtype)
                 features = collectives.gather_rows(features, rows_per_rank, self.group)
             return self._loss(x, labels, features)
+
+    def _choose_kernel(self, num_rows: int) -> None:
+        """At the first forward, on all ranks, unless the limits name one."""
+        if self.limits.kernel is None:
+            if self.device.type == "cpu":
+                from recognition.head.kernels.autotune import choose  # which imports this file
+
+                choose("auto", self, num_rows * self.group.size())
+            self.limits = replace(self.limits, kernel=self.limits.kernel or plain_kernel)
+
+    @property
+    def _kernel(self) -> Kernel:
+        assert self.limits.kernel is not None  # forward() chose one
+        return self.limits.kernel
 
     def _loss(self, x: Tensor, labels: Tensor, features: Tensor | None) -> Tensor:
         chunks, num_sampled = self._sample(labels)
@@ -227,7 +242,7 @@ class PartialFC(nn.Module):
         shared, reduced = reduced_logits(
             x, self.storage.parameter, class_values,
             [p for p in self.margin.parameters() if p.dim() == 0],
-            chunks, formula_of, self.limits.kernel, self.group,
+            chunks, formula_of, self._kernel, self.group,
         )  # fmt: skip
         batch = batch_of(shared)
         replaced = self.margin.target(batch)  # [B]
@@ -269,7 +284,7 @@ class PartialFC(nn.Module):
         """The formula after a first pass at the scale that the step began with, from which the
         margin chooses its own."""
         before = formula._replace(margin=self.margin.frozen(committed=True))
-        lse, _ = reduce_over_ranks(self.limits.kernel(chunks, before), before, x, self.group)
+        lse, _ = reduce_over_ranks(self._kernel(chunks, before), before, x, self.group)
         self.margin.rescale(lse, formula.batch, num_negatives)
         return formula._replace(margin=self.margin.frozen())
 

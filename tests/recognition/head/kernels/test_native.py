@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from recognition.head import PartialFC
+from recognition.head.chunked_softmax import plain_kernel
 from recognition.head.kernels import autotune, cpu_library
 from recognition.head.kernels.cpu_library import CpuLibrary, NotBuilt
 from recognition.head.kernels.native import native_kernel
@@ -318,3 +319,16 @@ def test_a_run_takes_it_says_so_and_keeps_it(shards_dir, tmp_path):
         torch.testing.assert_close(ends["native"][name], value, rtol=1e-7, atol=1e-9)
     said = json.loads((tmp_path / "native" / "config.json").read_text())
     assert said["head_forms"] == ["native"]
+
+
+def test_a_head_that_nobody_chose_a_form_for_takes_it_where_it_pays(monkeypatch):
+    """As in the loop of PartialFC's docstring; a form that the limits name stays."""
+    monkeypatch.setattr(autotune, "_WORTH_BUILDING", 300)
+    taken = {}
+    for num_classes, limits in ((300, MemoryLimits()), (299, MemoryLimits()),
+                                (300, MemoryLimits(kernel=plain_kernel))):  # fmt: skip
+        head = PartialFC(MARGINS["cosface"](), 16, num_classes, limits=limits)
+        head(torch.randn(8, 16), torch.arange(8)).backward()
+        taken[num_classes, limits.kernel] = head.limits.cpu_library is not None
+        assert head.limits.kernel is not None
+    assert taken == {(300, None): True, (299, None): False, (300, plain_kernel): False}
