@@ -5,8 +5,8 @@ there: LFW 96.17, CFP-FP 89.81, CPLFW 82.23, AgeDB-30 81.10, CALFW 82.55. The pa
 augmentation to close the gap between rendered and real faces, also blur, noise and warping, which
 have no key here; its schedule and rates could not be read. Here each of the three augmentations
 applies to half of the images, on AdaFace's schedule.
-Data: github.com/microsoft/DigiFace1M, for non-commercial research. The images are not aligned:
-`pack --align --detector` aligns them. About 8 GB on the disk after that, at 6 kB an image.
+Data: github.com/microsoft/DigiFace1M, for non-commercial research. `pack --align --detector` aligns
+the images as those of the evaluation are. About 8 GB on the disk, at 6 kB an image.
 """
 
 from launch.recipe_bases import FIVE_SETS, stepped
