@@ -10,4 +10,4 @@
 # this repository.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-exec "${PYTHON:-python3}" -m launch.bench.gpu "$@"
+exec "${PYTHON:-python3}" -m launch.bench.gpu.stages "$@"

@@ -14,7 +14,8 @@ import venv
 
 import pytest
 
-from launch.bench import device_check, gpu, head, largest, losses, sides
+from launch.bench import head, losses, sides
+from launch.bench.gpu import device_check, largest, stages
 from launch.planner import predict
 from recognition import config
 
@@ -27,7 +28,7 @@ MACHINE = [
 
 
 def python_part(name, seconds, code, **options):
-    return gpu.Part(name, seconds, ["-c", code], **options)
+    return stages.Part(name, seconds, ["-c", code], **options)
 
 
 def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path, capfd):
@@ -40,14 +41,14 @@ process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"
 open({str(child)!r}, "w").write(str(process.pid))
 time.sleep(600)
 """
-    results = gpu.Results(tmp_path / "gpu.json", rehearsal=False)
+    results = stages.Results(tmp_path / "gpu.json", rehearsal=False)
     parts = [
         python_part("broken", 60, "print('before'); raise SystemExit(3)"),
         python_part("endless", 5, endless),
         python_part("absent", 60, "", needs="no_such.module"),
         python_part("whole", 60, 'print(\'{"case": 2}\'); print("a line")'),
     ]
-    assert gpu._run_stage("1", parts, results, tmp_path, rehearse=False) == ["broken", "endless"]
+    assert stages._run_stage("1", parts, results, tmp_path, rehearse=False) == ["broken", "endless"]
     found = json.loads(results.path.read_text())["stages"]["1"]
     assert found["broken"]["exit"] == 3 and found["broken"]["log"] == "before"
     assert found["endless"]["results"] == [{"case": 1}]
@@ -72,30 +73,30 @@ def _lives(pid):
 
 
 def test_no_part_begins_when_the_time_of_its_stage_is_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "_STAGE_SECONDS", 5)
-    results = gpu.Results(tmp_path / "gpu.json", rehearsal=False)
-    assert gpu._run_stage("2", [python_part("late", 60, "")], results, tmp_path, False) == []
+    monkeypatch.setattr(stages, "_STAGE_SECONDS", 5)
+    results = stages.Results(tmp_path / "gpu.json", rehearsal=False)
+    assert stages._run_stage("2", [python_part("late", 60, "")], results, tmp_path, False) == []
     found = json.loads(results.path.read_text())["stages"]["2"]
     assert found == {"late": {"skipped": "the stage's time is over"}}
 
 
 def test_the_results_stay_small(tmp_path):
     """A part that prints without end leaves at most its last mebibyte."""
-    results = gpu.Results(tmp_path / "gpu.json", rehearsal=False)
+    results = stages.Results(tmp_path / "gpu.json", rehearsal=False)
     loud = "for _ in range(40_000): print('{\"a\": \"' + 90 * 'x' + '\"}'); print(99 * 'y')"
-    assert gpu._run_stage("1", [python_part("loud", 60, loud)], results, tmp_path, False) == []
-    parts = sum(map(len, gpu.stages(tmp_path, rehearse=False).values()))
+    assert stages._run_stage("1", [python_part("loud", 60, loud)], results, tmp_path, False) == []
+    parts = sum(map(len, stages.stages(tmp_path, rehearse=False).values()))
     assert 500_000 < results.path.stat().st_size < (16 << 20) / parts
 
 
 def test_each_stage_takes_five_minutes_and_the_first_parts_are_surely_reached(tmp_path):
-    for parts in gpu.stages(tmp_path, rehearse=False).values():
-        assert sum(part.seconds for part in parts[:4]) <= gpu._STAGE_SECONDS + 50
+    for parts in stages.stages(tmp_path, rehearse=False).values():
+        assert sum(part.seconds for part in parts[:4]) <= stages._STAGE_SECONDS + 50
 
 
 def test_the_commands_for_the_gpu_are_accepted(tmp_path):
     """Those of the real run, which no rehearsal types."""
-    parts = [part for stage in gpu.stages(tmp_path, rehearse=False).values() for part in stage]
+    parts = [part for stage in stages.stages(tmp_path, rehearse=False).values() for part in stage]
     checked = 0
     for name, *typed in (part.command for part in parts):
         if name.endswith("bench/head.py"):
@@ -168,7 +169,7 @@ def test_the_rehearsal_where_only_the_machines_packages_are(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["gpu.json"]
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]
-    for stage, parts in gpu.stages(tmp_path, rehearse=True).items():
+    for stage, parts in stages.stages(tmp_path, rehearse=True).items():
         for part in parts:
             if part.needs and "skipped" in found[stage][part.name]:
                 assert part.needs in ("pytest", "nvidia.dali")

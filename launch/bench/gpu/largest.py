@@ -1,6 +1,6 @@
 """How many classes fit one GPU: predicted by the planner, then found.
 
-    python -m launch.bench.largest [--batch 1024] [--sample-rate 0.1] [--embedding-size 512]
+    python -m launch.bench.gpu.largest [--batch 1024] [--sample-rate 0.1] [--embedding-size 512]
 
 The prediction is the largest head whose bytes (launch.planner.predict.head_bytes) the device has
 free. Heads of some shares of it are then built and stepped twice, each in a fresh process, the

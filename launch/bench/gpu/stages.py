@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from data_tools.common import files, text
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 _STAGE_SECONDS = 300
 _PATIENCE = 6  # a rehearsal's limits are so many times longer: it has to end, not to be quick
 _GRACE = 5  # seconds between the request to stop and the end
@@ -94,7 +94,7 @@ def stages(work: Path, rehearse: bool) -> dict[str, list[Part]]:
     return {
         "1": [
             Part("environment", 40, ["-m", "launch.bench.hardware", *rates]),
-            Part("numbers", 60, ["-m", "launch.bench.device_check"]),
+            Part("numbers", 60, ["-m", "launch.bench.gpu.device_check"]),
             Part("rivals", 100, [head, "--rivals", *beside]),
             Part("head", 150, [head, *suite]),
             Part("tests", 60, tests, "pytest"),
@@ -105,7 +105,7 @@ def stages(work: Path, rehearse: bool) -> dict[str, list[Part]]:
                               *packed]),
             training("r50", 50, arcface, [*r50, "val_targets="]),
             training("mbf", 90, demo, [*mbf, *heldout]),
-            Part("largest", 80, ["-m", "launch.bench.largest", *largest]),
+            Part("largest", 80, ["-m", "launch.bench.gpu.largest", *largest]),
             training("dali", 40, arcface, [*r50, "val_targets=", "loader=dali"], "nvidia.dali"),
             Part("loader", 40, ["launch/bench/loader.py", str(shards), *loader], "PIL"),
             Part("losses", 40, ["launch/bench/losses.py", *losses]),

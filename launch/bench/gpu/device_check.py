@@ -1,6 +1,6 @@
 """Is the head on a GPU right? The CPU's numbers in fp64, and no wait for the GPU within a step.
 
-    python -m launch.bench.device_check
+    python -m launch.bench.gpu.device_check
 
 Prints one JSON line a loss: the largest deviation of the loss and of both gradients from the
 CPU's, and what synchronised the host in a step, if anything did. Exit code 1 if a deviation exceeds
