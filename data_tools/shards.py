@@ -100,9 +100,12 @@ class Shards:
         """How many classes have no image and how many have one; reads labels only."""
         sizes = np.bincount(self.labels, minlength=self.num_classes)
         return ClassCounts(
-            self.num_images, self.num_classes, int((sizes == 0).sum()), int((sizes == 1).sum()),
+            self.num_images,
+            self.num_classes,
+            int((sizes == 0).sum()),
+            int((sizes == 1).sum()),
             self.unlisted,
-        )  # fmt: skip
+        )
 
     def unlisted_note(self) -> str:
         """A note on the records that the .idx does not list; "" if it lists all."""

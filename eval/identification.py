@@ -162,9 +162,13 @@ def cmc(searches: Sequence[Search], most: int = 50) -> NDArray[np.float64]:
 
 
 def legacy(
-    gallery: ArrayLike, gallery_ids: ArrayLike, probes: ArrayLike, probe_ids: ArrayLike,
-    ranks: Sequence[int] = RANKS, fars: Sequence[float] = FPIRS,
-) -> dict:  # fmt: skip
+    gallery: ArrayLike,
+    gallery_ids: ArrayLike,
+    probes: ArrayLike,
+    probe_ids: ArrayLike,
+    ranks: Sequence[int] = RANKS,
+    fars: Sequence[float] = FPIRS,
+) -> dict:
     """The old rule of InsightFace's ijb_1n.py on the joined galleries; its rate is not an FPIR.
 
     rankK: as in `evaluate`. recall_at_far[x]: share of probes whose mated score is above the
@@ -177,12 +181,16 @@ def legacy(
     probes, wanted = _templates("probes", probes, probe_ids)
     names, counts = np.unique(subjects, return_counts=True)
     if counts.max() > 1:
-        raise UserError(f"subject {names[counts > 1][0]} has several gallery templates: the old "
-                         "rule needs one per subject")  # fmt: skip
+        raise UserError(
+            f"subject {names[counts > 1][0]} has several gallery templates: the old "
+            "rule needs one per subject"
+        )
     absent = ~np.isin(wanted, names)
     if absent.any():
-        raise UserError(f"probe subject {wanted[absent][0]} is in no gallery: the old rule needs "
-                         "every probe mated")  # fmt: skip
+        raise UserError(
+            f"probe subject {wanted[absent][0]} is in no gallery: the old rule needs "
+            "every probe mated"
+        )
     found = search(gallery, subjects, probes, wanted)
     most = [int(np.ceil(x * len(probes))) for x in fars]
     keep = min(max(most), len(probes) * (len(gallery) - 1))

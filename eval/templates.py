@@ -59,8 +59,9 @@ def pool(
         part = spread @ x
         if not np.isfinite(part).all():
             bad = some[~(np.isfinite(x).all(axis=1) & np.isfinite(weight[start : start + CHUNK]))]
-            raise UserError(f"the feature or weight of image {bad[0] if len(bad) else some[0]} "
-                             "is not finite")  # fmt: skip
+            raise UserError(
+                f"the feature or weight of image {bad[0] if len(bad) else some[0]} is not finite"
+            )
         pooled[row[start] : row[start] + len(part)] += part
         progress(len(some))
     assert pooled is not None

@@ -21,9 +21,18 @@ from eval.roc import (
 )
 
 __all__ = [
-    "auc", "balanced_accuracy", "distances", "eer", "evaluate", "evaluate_distances",
-    "held_out_answers", "operating_points", "pair_distances", "roc", "tar_at_far",
-]  # fmt: skip
+    "auc",
+    "balanced_accuracy",
+    "distances",
+    "eer",
+    "evaluate",
+    "evaluate_distances",
+    "held_out_answers",
+    "operating_points",
+    "pair_distances",
+    "roc",
+    "tar_at_far",
+]
 
 Floats = NDArray[np.float64]
 

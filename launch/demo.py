@@ -43,9 +43,10 @@ def main() -> int:
         "--steps", type=int, metavar="N", help="optimiser steps, default: the recipe's"
     )
     parser.add_argument(
-        "--resize", action="store_true",
+        "--resize",
+        action="store_true",
         help="the faces of --data are aligned at another size than 112 x 112: resize them",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line, last")
     args = parser.parse_args()
     if args.steps is not None and args.steps < 1:
@@ -55,8 +56,10 @@ def main() -> int:
         _run_all(out, args.data, args.steps, args.resize)
         before, after = _accuracies(out / "run" / "metrics.jsonl")
     except subprocess.CalledProcessError as error:
-        print(f"\nerror: this command failed ({error.returncode}):\n  {_shown(error.cmd)}",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"\nerror: this command failed ({error.returncode}):\n  {_shown(error.cmd)}",
+            file=sys.stderr,
+        )
         return 1
     print(
         f"\nDone in {time.time() - began:.0f} s.\n"
@@ -82,33 +85,75 @@ def _run_all(out: Path, data: Path | None, steps: int | None, resize: bool) -> N
     python = [sys.executable, "-m"]
     faces, shards, run = out / "faces", out / "shards", out / "run"
     if data is None:
-        _step("draw faces", [
-            *python, "data_tools", "synthesize", str(faces),
-            "--identities", str(_IDENTITIES), "--images", str(_IMAGES), "--seed", "1",
-        ])  # fmt: skip
+        _step(
+            "draw faces",
+            [
+                *python,
+                "data_tools",
+                "synthesize",
+                str(faces),
+                "--identities",
+                str(_IDENTITIES),
+                "--images",
+                str(_IMAGES),
+                "--seed",
+                "1",
+            ],
+        )
     else:
         faces = data.resolve()
         if not files.is_dir(faces):
             raise NotADirectoryError(f"{data}: expected a directory of identities, each of images")
-    _step("pack them into shards, some people held out", [
-        *python, "data_tools", "pack", str(faces), str(shards), "--shards", "4",
-        "--hold-out", str(_num_held_out(faces)), "--pairs", str(_PAIRS),
-        *(["--resize"] if resize else []),
-    ])  # fmt: skip
+    _step(
+        "pack them into shards, some people held out",
+        [
+            *python,
+            "data_tools",
+            "pack",
+            str(faces),
+            str(shards),
+            "--shards",
+            "4",
+            "--hold-out",
+            str(_num_held_out(faces)),
+            "--pairs",
+            str(_PAIRS),
+            *(["--resize"] if resize else []),
+        ],
+    )
     processes = torch.cuda.device_count() or 2
-    _step(f"train on {processes} processes", [
-        *python, "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-        str(_ROOT / "launch" / "train.py"), str(_ROOT / "launch" / "configs" / "demo.py"),
-        f"rec={shards}", "val_targets=heldout", f"output={run}",
-        *([] if steps is None else [f"max_steps={steps}"]),
-    ])  # fmt: skip
-    _step("export to ONNX", [
-        sys.executable, str(_ROOT / "launch" / "export.py"), str(run), str(run / "model.onnx"),
-    ])  # fmt: skip
-    _step("evaluate the ONNX file and report", [
-        *python, "eval", "lfw", str(run / "model.onnx"), str(shards / "heldout.bin"),
-        "--report", str(run / "report.html"),
-    ])  # fmt: skip
+    _step(
+        f"train on {processes} processes",
+        [
+            *python,
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            str(_ROOT / "launch" / "train.py"),
+            str(_ROOT / "launch" / "configs" / "demo.py"),
+            f"rec={shards}",
+            "val_targets=heldout",
+            f"output={run}",
+            *([] if steps is None else [f"max_steps={steps}"]),
+        ],
+    )
+    _step(
+        "export to ONNX",
+        [sys.executable, str(_ROOT / "launch" / "export.py"), str(run), str(run / "model.onnx")],
+    )
+    _step(
+        "evaluate the ONNX file and report",
+        [
+            *python,
+            "eval",
+            "lfw",
+            str(run / "model.onnx"),
+            str(shards / "heldout.bin"),
+            "--report",
+            str(run / "report.html"),
+        ],
+    )
 
 
 def _num_held_out(faces: Path) -> int:

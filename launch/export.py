@@ -28,8 +28,19 @@ from recognition.weights.networks import TorchEmbedder
 
 NUM_EXAMPLES = 32
 MOST_PAIRS = 1000
-_RECIPE = ("margin", "margin_args", "sample_rate", "num_subcenters", "optimizer", "lr",
-           "schedule", "num_epochs", "max_steps", "init_from", "seed")  # fmt: skip
+_RECIPE = (
+    "margin",
+    "margin_args",
+    "sample_rate",
+    "num_subcenters",
+    "optimizer",
+    "lr",
+    "schedule",
+    "num_epochs",
+    "max_steps",
+    "init_from",
+    "seed",
+)
 
 DESCRIPTION = """\
 Write the network of a run as an ONNX file: input `input` float32 [batch, 3, 112, 112], RGB,
@@ -51,42 +62,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("out", metavar="OUT.onnx", type=Path, help="file to write")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="fp32",
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
         help="fp16 keeps nodes with large values in fp32; int8 has its ranges from "
         f"{NUM_CALIBRATION} images of the data set (default: fp32)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--data", metavar="DIR", help="shards to check and calibrate on (default: the run's)"
     )
     parser.add_argument(
-        "--pairs", metavar="FILE.bin", type=Path,
+        "--pairs",
+        metavar="FILE.bin",
+        type=Path,
         help="verification set (default: the run's first val_target, else any .bin of its data)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--resize", action="store_true",
+        "--resize",
+        action="store_true",
         help="the faces of both are aligned at another size than 112 x 112: resize them",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--max-pairs", type=int, default=MOST_PAIRS, metavar="N",
+        "--max-pairs",
+        type=int,
+        default=MOST_PAIRS,
+        metavar="N",
         help=f"spread over the set (default: {MOST_PAIRS}; 0: do not verify)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--max-drop", type=float, metavar="POINTS",
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
         help="of accuracy and of TAR that may be lost, in hundredths (default: "
         + ", ".join(f"{p} {x.accuracy_drop:g} and {x.tar_drop:g}" for p, x in LIMITS.items())
         + ")",
-    )  # fmt: skip
+    )
     baked = parser.add_argument_group("what the graph does beside the network")
     baked.add_argument(
-        "--normalise", action="store_true",
+        "--normalise",
+        action="store_true",
         help="take pixels 0..255; two nodes are named so that InsightFace's client sees it",
-    )  # fmt: skip
+    )
     baked.add_argument("--flip-sum", action="store_true", help="e(image) + e(mirror image)")
     baked.add_argument("--l2", action="store_true", help="embeddings of length 1")
     parser.add_argument(
-        "--data-licence", metavar="TEXT", default="not stated",
+        "--data-licence",
+        metavar="TEXT",
+        default="not stated",
         help="of the training images, for the metadata: a model may not be free where they are not",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line last")
     args = parser.parse_args(argv)
     with Console(stderr=True).status(f"exporting {args.run}") as status:
@@ -166,11 +190,15 @@ def export_run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         **_weights(str(found), Path(args.run), graph_options),
     }
     report = export_onnx(
-        module, args.out, metadata=metadata,
+        module,
+        args.out,
+        metadata=metadata,
         example_images=images_of(rec, NUM_EXAMPLES, 0.5, resize),
-        precision=args.precision, graph_options=graph_options, calibration_images=calibration,
+        precision=args.precision,
+        graph_options=graph_options,
+        calibration_images=calibration,
         verify=None if whole is None else verify,
-    )  # fmt: skip
+    )
     files.write_text(args.out.with_suffix(".export.json"), json.dumps(report, indent=1) + "\n")
     return report
 
@@ -190,9 +218,15 @@ def check(args: argparse.Namespace) -> None:
 
 
 def accuracy_lost(
-    pairs: PairSet, module: Any, path: Path, graph_options: GraphOptions, limits: ParityLimits,
-    max_drop: float | None, say: Callable[[str], None], resize: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    pairs: PairSet,
+    module: Any,
+    path: Path,
+    graph_options: GraphOptions,
+    limits: ParityLimits,
+    max_drop: float | None,
+    say: Callable[[str], None],
+    resize: bool = False,
+) -> dict[str, Any]:
     """eval.protocols.drop.compare of the network and its file. Raises: ExportError beyond the
     limits."""
     if pairs.issame.all() or not pairs.issame.any():

@@ -275,9 +275,13 @@ class Config:
 
 # Keys that a data set's own head may set; loss_weight is 1 if absent.
 HEAD_KEYS = (
-    "margin", "margin_args", "interclass_filtering_threshold", "sample_rate", "num_subcenters",
+    "margin",
+    "margin_args",
+    "interclass_filtering_threshold",
+    "sample_rate",
+    "num_subcenters",
     "loss_weight",
-)  # fmt: skip
+)
 
 # Two keys for the same thing: a recipe or a command line may set one of them.
 _ALTERNATIVES = [("batch_size", "global_batch_size"), ("max_steps", "num_epochs")]

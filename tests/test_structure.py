@@ -340,3 +340,8 @@ def names_since_2_11(source: ast.Module) -> set[str]:
             if isinstance(root, ast.Name) and root.id in bound:
                 found.add(node.attr)
     return found
+
+
+def test_the_formatter_lays_out_every_line_of_the_packages():
+    packages = [path for path in FILES if path.relative_to(ROOT).parts[0] != "tests"]
+    assert not [ids(p) for p in packages if "# fmt: skip" in p.read_text(encoding="utf-8")]

@@ -34,9 +34,15 @@ def write_sheet(
         y, x = n // columns * (_SIDE + _TEXT), n % columns * _SIDE
         sheet[y : y + _SIDE, x : x + _SIDE] = cv2.resize(face, (_SIDE, _SIDE))
         cv2.putText(
-            sheet, title[: _SIDE // 6], (x + 2, y + _SIDE + 10), cv2.FONT_HERSHEY_SIMPLEX, 0.32,
-            (0, 0, 0), 1, cv2.LINE_AA,
-        )  # fmt: skip
+            sheet,
+            title[: _SIDE // 6],
+            (x + 2, y + _SIDE + 10),
+            cv2.FONT_HERSHEY_SIMPLEX,
+            0.32,
+            (0, 0, 0),
+            1,
+            cv2.LINE_AA,
+        )
     png = cv2.imencode(".png", sheet[:, :, ::-1])[1].tobytes()
     files.write_bytes(path, png)
 

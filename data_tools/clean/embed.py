@@ -41,9 +41,13 @@ def embed(
     facts = {key: value for key, value in embedder.facts.items() if key != "path"}
     size = embedder(np.zeros((1, 112, 112, 3), np.uint8)).shape[1]
     index = {
-        "of": data.fingerprint, "images": len(data), "size": int(size), "block": block,
-        "network": facts, **({"resize": True} if resize else {}),
-    }  # fmt: skip
+        "of": data.fingerprint,
+        "images": len(data),
+        "size": int(size),
+        "block": block,
+        "network": facts,
+        **({"resize": True} if resize else {}),
+    }
     files.make_private(out)
     if files.is_file(out / features.INDEX):
         there = features.read_index(out)
@@ -130,6 +134,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         + (f", {count(resized, 'image')} resized" if args.resize else "")
     )
     return {
-        "path": str(args.out), "images": len(data), "made": made, "missing": missing,
+        "path": str(args.out),
+        "images": len(data),
+        "made": made,
+        "missing": missing,
         **({"resized": resized} if args.resize else {}),
-    }  # fmt: skip
+    }

@@ -136,7 +136,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f">= {args.same}), {count(len(splits), 'label')} that are two (cosine <= {args.different})"
     )
     return {
-        "relabel": str(args.out), "same": args.same, "different": args.different,
+        "relabel": str(args.out),
+        "same": args.same,
+        "different": args.different,
         "merge": [{"labels": [names[a], names[b]], "cosine": cos} for a, b, cos in pairs],
         "split": [{**split, "label": names[split["class"]]} for split in splits],
-    }  # fmt: skip
+    }

@@ -220,10 +220,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"{int((~test_readable).sum())}"
     )
     return {
-        "relabel": str(args.out), "images": len(hit), "identities": len(people), "found": counts,
+        "relabel": str(args.out),
+        "images": len(hit),
+        "identities": len(people),
+        "found": counts,
         "dropped": int(drop.sum()),
         "unreadable": [int((~readable).sum()), int((~test_readable).sum())],
-    }  # fmt: skip
+    }
 
 
 def _list_pairs(path: Path, found: list[_Found], train: Images, test: Images) -> None:

@@ -133,12 +133,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"classes with them; `python -m data_tools relabel {args.path} {args.out}` applies it"
     )
     return {
-        "relabel": str(args.out), "checkpoint": str(centres.path), "images": len(data),
-        "dropped": dropped, "classes": data.num_classes, "classes_left": left,
-        "num_subcenters": centres.num_subcenters, "threshold_degrees": args.threshold,
+        "relabel": str(args.out),
+        "checkpoint": str(centres.path),
+        "images": len(data),
+        "dropped": dropped,
+        "classes": data.num_classes,
+        "classes_left": left,
+        "num_subcenters": centres.num_subcenters,
+        "threshold_degrees": args.threshold,
         "voted_for_dominant": int(dominant.sum()),
         "angle_histogram_5_degrees": histogram,
-    }  # fmt: skip
+    }
 
 
 def _report(

@@ -38,7 +38,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"{data.num_classes} of {count(whole.num_classes, 'class', 'classes')}"
     )
     return {
-        "path": str(args.path), "in_force": files.is_file(place),
-        "images": data.num_images, "classes": data.num_classes,
-        "images_before": whole.num_images, "classes_before": whole.num_classes,
-    }  # fmt: skip
+        "path": str(args.path),
+        "in_force": files.is_file(place),
+        "images": data.num_images,
+        "classes": data.num_classes,
+        "images_before": whole.num_images,
+        "classes_before": whole.num_classes,
+    }

@@ -6,8 +6,10 @@ from pathlib import Path
 
 _AGAIN = "an error or login page was saved in its place: download the file again"
 _KINDS = (
-    (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer, not the file itself: fetch "
-     "it with `git lfs pull`"),
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`",
+    ),
     (b"\x1f\x8b", "compressed by gzip: unpack it with gunzip"),
     (b"BZh", "compressed by bzip2: unpack it with bunzip2"),
     (b"\xfd7zXZ\0", "compressed by xz: unpack it with unxz"),
@@ -22,7 +24,7 @@ _KINDS = (
     (b"\x0a\x23\xd7\xce", "a RecordIO file (.rec)"),
     (b"\x12\x01\0\0\0\0\0\0", "an MXNet parameter file (.params)"),
     (b"\x7fELF", "a program"),
-)  # fmt: skip
+)
 _IMAGES = ((b"\xff\xd8\xff", "a JPEG image"), (b"\x89PNG\r\n", "a PNG image"))
 _PICKLES = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 _HEAD = 1024  # bytes looked at

@@ -138,8 +138,9 @@ def _held_by_heartbeat(path: str, own: dict[str, Any], busy: str, why: OSError) 
         print(
             f"warning: {path}: this file system has no locks ({why.strerror}), and a lock file "
             f"cannot be made either ({error}): make sure that no other process writes here",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
         yield
         return
     ended = threading.Event()
@@ -196,8 +197,9 @@ def _refuse_heartbeat(path: str, busy: str) -> None:
             print(
                 f"{name}: waiting {STALE_SECONDS:.0f} s at most to see whether process "
                 f"{seen.get('pid')} on {seen.get('host')} is alive",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                file=sys.stderr,
+                flush=True,
+            )
         time.sleep(_POLL_SECONDS)
         now = _read(name)
         if now and now != seen and seen:
@@ -230,8 +232,9 @@ def _beat(path: str, descriptor: int, own: dict[str, Any], ended: threading.Even
                 print(
                     f"error: {path}: another process took this lock after it "
                     f"had seen no sign of this one for {STALE_SECONDS:.0f} s: this process ends",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(1)
 
 

@@ -21,8 +21,18 @@ from typing import NamedTuple
 from data_tools.common import content
 
 SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
-)  # fmt: skip
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".bmp",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+)
 HEAD = 64  # bytes that tell the kind
 SYNTHETIC = "synthetic.json"  # what `synthesize` notes beside its pictures
 
@@ -209,8 +219,10 @@ def _webp(encoded: bytes) -> _Found:
         (bits,) = struct.unpack_from("<I", encoded, 21)
         size = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     elif chunk == b"VP8X":
-        size = (int.from_bytes(encoded[24:27], "little") + 1,
-                int.from_bytes(encoded[27:30], "little") + 1)  # fmt: skip
+        size = (
+            int.from_bytes(encoded[24:27], "little") + 1,
+            int.from_bytes(encoded[27:30], "little") + 1,
+        )
     # The last byte may be padding that a writer has left out.
     if stated + 8 > len(encoded) + 1:
         return size, f"{stated + 8} stated"

@@ -97,9 +97,12 @@ def statistics(data: shards.Shards, images: list[int]) -> dict[str, Any]:
         light = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         grey += bool((np.ptp(image, axis=2) == 0).all())
         own = (
-            len(encoded), image.shape[1], light.mean(), light.std(),
+            len(encoded),
+            image.shape[1],
+            light.mean(),
+            light.std(),
             cv2.Laplacian(light, cv2.CV_64F).var(),
-        )  # fmt: skip
+        )
         for row, value in zip(values.values(), own, strict=True):
             row.append(float(value))
     facts: dict[str, Any] = {"sampled": len(images), "unreadable": unreadable, "kinds": kinds}

@@ -100,6 +100,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"{count(data.num_classes, 'class', 'classes')} ({args.layout})"
     )
     return {
-        "path": str(args.out), "layout": args.layout,
-        "images": len(data), "classes": data.num_classes,
-    }  # fmt: skip
+        "path": str(args.out),
+        "layout": args.layout,
+        "images": len(data),
+        "classes": data.num_classes,
+    }

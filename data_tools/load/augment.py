@@ -33,8 +33,12 @@ GREY = np.array([19595, 38470, 7471], np.int32)  # 2^16 x the weights of R, G, B
 
 # Interpolations a low resolution is made with, and enlarged with.
 INTERPOLATIONS = (
-    cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_AREA, cv2.INTER_CUBIC, cv2.INTER_LANCZOS4,
-)  # fmt: skip
+    cv2.INTER_NEAREST,
+    cv2.INTER_LINEAR,
+    cv2.INTER_AREA,
+    cv2.INTER_CUBIC,
+    cv2.INTER_LANCZOS4,
+)
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 TURNS = np.array(list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION))))  # [6, 3]
 

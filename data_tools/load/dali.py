@@ -196,13 +196,21 @@ def _numbers(draws: augment.Draws) -> np.ndarray:
     from nvidia.dali import types
 
     kinds = [  # in the order of augment.INTERPOLATIONS; the graph does the area itself
-        types.INTERP_NN, types.INTERP_LINEAR, _AREA, types.INTERP_CUBIC, types.INTERP_LANCZOS3,
-    ]  # fmt: skip
+        types.INTERP_NN,
+        types.INTERP_LINEAR,
+        _AREA,
+        types.INTERP_CUBIC,
+        types.INTERP_LANCZOS3,
+    ]
     columns = [
-        draws.crop[:, None], draws.box, draws.low_res[:, None], draws.side[:, None],
+        draws.crop[:, None],
+        draws.box,
+        draws.low_res[:, None],
+        draws.side[:, None],
         np.array([int(kind) for kind in kinds])[draws.interpolation],
-        draws.photometric[:, None], draws.turn,
-    ]  # fmt: skip
+        draws.photometric[:, None],
+        draws.turn,
+    ]
     return np.concatenate(columns, 1).astype(np.int32)
 
 
@@ -305,9 +313,13 @@ def _augmentation(size: int) -> Callable:
             place, extent = numbers[_BOX : _BOX + 2], numbers[_BOX + 2 : _BOX + 4]
             kept = fn.slice(images, start=place, shape=extent, axes=[0, 1])
             images = fn.slice(
-                kept, start=-place, shape=[size, size], axes=[0, 1],
-                out_of_bounds_policy="pad", fill_values=0,
-            )  # fmt: skip
+                kept,
+                start=-place,
+                shape=[size, size],
+                axes=[0, 1],
+                out_of_bounds_policy="pad",
+                fill_values=0,
+            )
         if numbers[_LOW_RES] > 0:
             full = numbers[_SIDE] * 0 + size
             small = resized(images, full, numbers[_KINDS], numbers[_SIDE])

@@ -212,9 +212,14 @@ class Order:
         return counts
 
     def stretches(
-        self, samples_seen: int, global_batch: int, accumulation: int, micro: int, world: int,
+        self,
+        samples_seen: int,
+        global_batch: int,
+        accumulation: int,
+        micro: int,
+        world: int,
         rank: int,
-    ) -> list[tuple[int, int]]:  # fmt: skip
+    ) -> list[tuple[int, int]]:
         """[start, stop) of each set's stream that one rank reads in one micro-step."""
         seen, after = self.count(samples_seen), self.count(samples_seen + global_batch)
         return [

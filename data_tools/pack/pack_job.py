@@ -286,12 +286,16 @@ class Packing:
             len(left),
             (
                 (
-                    self._images(some), class_of[self.source.labels[some]], directory, name,
-                    self.options.conversion(), self._journal,
+                    self._images(some),
+                    class_of[self.source.labels[some]],
+                    directory,
+                    name,
+                    self.options.conversion(),
+                    self._journal,
                 )
                 for name, some in left
             ),
-        )  # fmt: skip
+        )
         total = sum(len(some) for _, some in left)
         made = run_tasks(_write_one, tasks, self._workers, total, "images")
         finished |= {name: shard for (name, _), shard in zip(left, made, strict=True)}

@@ -200,11 +200,17 @@ class Sources:
         fields = Fields(self.image_column, self.label_column)
         opened = [
             open_source(
-                path, self.nested, self.root, self.relabel, self.identity_level, self.walk,
-                fields, self.labels,
+                path,
+                self.nested,
+                self.root,
+                self.relabel,
+                self.identity_level,
+                self.walk,
+                fields,
+                self.labels,
             )
             for path in self.paths
-        ]  # fmt: skip
+        ]
         return opened[0] if len(opened) == 1 else JoinedSource(opened, self.join)
 
     def __str__(self) -> str:

@@ -170,9 +170,14 @@ class ArchiveSource(Listing, ArchiveImages):
                     raise UserError(f"{path}: a line break in the name {entry.name!r}")
                 self._digest.update(entry.name + b"\0" + entry.stamp + b"\n")
                 values = (
-                    number, entry.at, entry.packed, entry.size, entry.method, entry.crc,
+                    number,
+                    entry.at,
+                    entry.packed,
+                    entry.size,
+                    entry.method,
+                    entry.crc,
                     self._numbers.setdefault(folder, len(self._numbers)),
-                )  # fmt: skip
+                )
                 for column, value in zip(self._found.values(), values, strict=True):
                     column.append(value)
                 yield entry.name
@@ -196,8 +201,14 @@ class ArchiveSource(Listing, ArchiveImages):
 
 
 _COLUMNS = {
-    "archive": "H", "at": "q", "packed": "q", "size": "q", "method": "H", "crc": "I", "folder": "i",
-}  # fmt: skip
+    "archive": "H",
+    "at": "q",
+    "packed": "q",
+    "size": "q",
+    "method": "H",
+    "crc": "I",
+    "folder": "i",
+}
 
 
 def _parents(name: bytes) -> Iterator[bytes]:
@@ -220,9 +231,16 @@ def _zip(path: Path) -> Iterator[Entry]:
         if name.endswith(b"/"):
             continue
         yield Entry(
-            name, found.header, found.packed, found.size, found.method, found.crc, fault,
-            b"%d %d" % (found.size, found.crc), b"\\" in found.name,
-        )  # fmt: skip
+            name,
+            found.header,
+            found.packed,
+            found.size,
+            found.method,
+            found.crc,
+            fault,
+            b"%d %d" % (found.size, found.crc),
+            b"\\" in found.name,
+        )
 
 
 def _head(path: Path, entry: Entry) -> bytes:
@@ -242,9 +260,15 @@ def tar_entries(path: Path) -> Iterator[Entry]:
                 name = os.fsencode(found.name.removeprefix("./"))
                 fault = None if found.isreg() and not found.sparse else "not a regular file"
                 yield Entry(
-                    name, found.offset_data, found.size, found.size, TAR, 0, fault,
+                    name,
+                    found.offset_data,
+                    found.size,
+                    found.size,
+                    TAR,
+                    0,
+                    fault,
                     b"%d %d" % (found.size, int(found.mtime)),
-                )  # fmt: skip
+                )
             _check_end(path, tar.offset)
     except tarfile.TarError as error:
         hint = content.hint(path, "a tar archive")

@@ -43,9 +43,14 @@ class DatabaseImages:
     """Images by their place in the file of a database."""
 
     def __init__(
-        self, file: Path, page_size: int, pickled: bool, names: Names, at: np.ndarray,
+        self,
+        file: Path,
+        page_size: int,
+        pickled: bool,
+        names: Names,
+        at: np.ndarray,
         sizes: np.ndarray,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._file, self._page_size, self._pickled = file, page_size, pickled
         self.names = names
         self._at, self._sizes = at, sizes  # int64 [n]; int32 [n]
@@ -84,9 +89,13 @@ class DatabaseImages:
 
     def select(self, indices: np.ndarray) -> "DatabaseImages":
         return DatabaseImages(
-            self._file, self._page_size, self._pickled, self.names.select(indices),
-            self._at[indices], self._sizes[indices],
-        )  # fmt: skip
+            self._file,
+            self._page_size,
+            self._pickled,
+            self.names.select(indices),
+            self._at[indices],
+            self._sizes[indices],
+        )
 
 
 class DatabaseSource(Listing, DatabaseImages):
@@ -109,9 +118,14 @@ class DatabaseSource(Listing, DatabaseImages):
                 self.notes.append(missing)
         self.sha256 = self._digest.hexdigest()
         DatabaseImages.__init__(
-            self, file, page_size, self._read is _from_pickle, names,
-            np.frombuffer(self._places, np.int64), np.frombuffer(self._lengths, np.int32),
-        )  # fmt: skip
+            self,
+            file,
+            page_size,
+            self._read is _from_pickle,
+            names,
+            np.frombuffer(self._places, np.int64),
+            np.frombuffer(self._lengths, np.int32),
+        )
         own = np.frombuffer(self._own, np.int64)
         plain = self._read is _from_image
         del self._places, self._lengths, self._own, self._digest

@@ -57,9 +57,15 @@ class ParquetImages:
     """Images by file and row; staged ones by their place in one file."""
 
     def __init__(
-        self, paths: list[Path], column: str, file_of: np.ndarray, rows: np.ndarray,
-        staged: Path | None = None, at: np.ndarray | None = None, sizes: np.ndarray | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        paths: list[Path],
+        column: str,
+        file_of: np.ndarray,
+        rows: np.ndarray,
+        staged: Path | None = None,
+        at: np.ndarray | None = None,
+        sizes: np.ndarray | None = None,
+    ) -> None:
         self._paths, self._column = paths, column
         self._file_of, self._rows = file_of, rows  # uint16, int32 [n]
         self._staged, self._at, self._sizes = staged, at, sizes  # int64 [n]
@@ -100,9 +106,14 @@ class ParquetImages:
     def select(self, indices: np.ndarray) -> "ParquetImages":
         at, sizes = self._at, self._sizes
         return ParquetImages(
-            self._paths, self._column, self._file_of[indices], self._rows[indices], self._staged,
-            None if at is None else at[indices], None if sizes is None else sizes[indices],
-        )  # fmt: skip
+            self._paths,
+            self._column,
+            self._file_of[indices],
+            self._rows[indices],
+            self._staged,
+            None if at is None else at[indices],
+            None if sizes is None else sizes[indices],
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": ((-1, -1), [])}
@@ -266,9 +277,11 @@ def _check_columns(path: Path, schema: Any, image: str, label: str) -> None:
                 f"by {flag}"
             )
     kind = schema.field(image).type
-    inner = kind.field("bytes").type if types.is_struct(kind) and kind.get_field_index(
-        "bytes"
-    ) >= 0 else kind  # fmt: skip
+    inner = (
+        kind.field("bytes").type
+        if types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        else kind
+    )
     if not (types.is_binary(inner) or types.is_large_binary(inner)):
         raise UserError(
             f"{path}: the column {image!r} is of type {kind}; expected encoded bytes or "

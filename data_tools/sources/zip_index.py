@@ -63,9 +63,24 @@ def _members(data: mmap.mmap, size: int) -> Iterator[Member]:
     at, count, shift = _directory(data, size)
     for number in range(count):
         (
-            magic, _, _, flags, method, _, _, crc, packed, unpacked, name_len, extra_len,
-            comment_len, _, _, _, header,
-        ) = _CENTRAL.unpack_from(data, at)  # fmt: skip
+            magic,
+            _,
+            _,
+            flags,
+            method,
+            _,
+            _,
+            crc,
+            packed,
+            unpacked,
+            name_len,
+            extra_len,
+            comment_len,
+            _,
+            _,
+            _,
+            header,
+        ) = _CENTRAL.unpack_from(data, at)
         if magic != b"PK\1\2":
             raise _Damaged(f"entry {number} of {count} is not where its directory says, byte {at}")
         start = at + _CENTRAL.size

@@ -67,8 +67,10 @@ class InputContract(NamedTuple):
         if self.color_order not in ORDERS or not numbers:
             raise UserError(f"{source} is not a valid input contract: {self.text()}")
         if (self.height, self.width) not in SIZES:
-            raise UserError(f"{source}: {self.height} x {self.width} images are not supported; use "
-                             "112 x 112 or 112 x 96")  # fmt: skip
+            raise UserError(
+                f"{source}: {self.height} x {self.width} images are not supported; use "
+                "112 x 112 or 112 x 96"
+            )
         return self
 
     def text(self) -> str:
@@ -112,6 +114,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     content = text.read_json(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must be a JSON object, such as "
-                         '{"color_order": "BGR", "mean": 127.5, "std": 128}')  # fmt: skip
+        raise UserError(
+            f"{path}: must be a JSON object, such as "
+            '{"color_order": "BGR", "mean": 127.5, "std": 128}'
+        )
     return content

@@ -134,8 +134,10 @@ class OnnxEmbedder:
         except Exception as error:  # ONNX Runtime's errors share no other base class
             raise _CannotRun(f"{where}: {one_line(error)[:400]}") from error
         if output.ndim < 2 or len(output) != len(x):
-            raise _CannotRun(f"{self.facts['path']}: {len(x)} images gave an output of shape "
-                             f"{list(output.shape)}, not [{len(x)}, D]")  # fmt: skip
+            raise _CannotRun(
+                f"{self.facts['path']}: {len(x)} images gave an output of shape "
+                f"{list(output.shape)}, not [{len(x)}, D]"
+            )
         return output.reshape(len(x), -1)
 
     def with_contract(self, contract: InputContract) -> "OnnxEmbedder":
@@ -169,15 +171,21 @@ _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def _stated(
-    path: str | Path, graph: onnx.GraphProto, entries: Mapping[str, str], known: list[int],
-    stated: dict[str, Any], source: str,
-) -> InputContract:  # fmt: skip
+    path: str | Path,
+    graph: onnx.GraphProto,
+    entries: Mapping[str, str],
+    known: list[int],
+    stated: dict[str, Any],
+    source: str,
+) -> InputContract:
     size = {"height": known[0], "width": known[1]}
     if "mean" in entries or "std" in entries:
         base = InputContract.from_metadata(entries)
         if (base.height, base.width) != tuple(known):
-            raise UserError(f"{path}: its metadata says {base.height} x {base.width} images, "
-                             f"but its input takes {known}")  # fmt: skip
+            raise UserError(
+                f"{path}: its metadata says {base.height} x {base.width} images, "
+                f"but its input takes {known}"
+            )
     else:
         base = _insightface_contract(graph).changed(size, f"the input of {path}")
     return base.changed(stated, source)

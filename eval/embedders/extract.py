@@ -132,9 +132,12 @@ def extract(
     if cache is None:
         if place.world > 1:
             raise UserError("several processes share embeddings by files: give --cache DIR")
-        blocks: list[Any] = [block for _, block in
-                             _compute(embedder, images, flip, range(num_blocks), batch_size,
-                                      threads, advance)]  # fmt: skip
+        blocks: list[Any] = [
+            block
+            for _, block in _compute(
+                embedder, images, flip, range(num_blocks), batch_size, threads, advance
+            )
+        ]
         return EmbeddingStore(blocks, len(images), flip)
     directory = _directory(cache, embedder, images, flip, place.rank == 0)
     paths = [directory / f"block-{number:07d}.npy" for number in range(num_blocks)]
@@ -215,9 +218,14 @@ def batches(
 
 
 def _compute(
-    embedder: "Embedder", images: ImageSet, flip: bool, numbers: Any, batch_size: int, threads: int,
+    embedder: "Embedder",
+    images: ImageSet,
+    flip: bool,
+    numbers: Any,
+    batch_size: int,
+    threads: int,
     advance: Advance,
-) -> Iterator[tuple[int, NDArray[np.float32]]]:  # fmt: skip
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield (number, [n, V, D]) of each block."""
 
     def prepare(pixels: NDArray[np.uint8]) -> list[Any]:

@@ -77,8 +77,9 @@ def with_slopes_per_channel(file: OnnxFile) -> OnnxFile | None:
     """
     model = ModelProto.FromString(file.model.SerializeToString())
     slopes = {x.name: x for x in model.graph.initializer if len(x.dims) == 1 and x.dims[0] > 1}
-    used = [node for node in model.graph.node if node.op_type == "PRelu"
-            and node.input[1] in slopes]  # fmt: skip
+    used = [
+        node for node in model.graph.node if node.op_type == "PRelu" and node.input[1] in slopes
+    ]
     ranks = _ranks(model)
     mended = {node.input[1] for node in used if ranks.get(node.input[0], 4) == 4}
     if not mended:
@@ -171,5 +172,8 @@ def _ranks(model: ModelProto) -> dict[str, int]:
     except Exception:  # the graph contradicts itself, so no shape is known
         known = model.graph
     values = (*known.value_info, *known.input)
-    return {x.name: len(x.type.tensor_type.shape.dim) for x in values
-            if x.type.tensor_type.HasField("shape")}  # fmt: skip
+    return {
+        x.name: len(x.type.tensor_type.shape.dim)
+        for x in values
+        if x.type.tensor_type.HasField("shape")
+    }

@@ -61,8 +61,7 @@ def run(args: argparse.Namespace) -> dict | None:
     pooled = []
     for one, faces in zip(features, tables, strict=True):
         if one is not None:
-            pooled.append(templates.normalised(
-                pairs_command.pool(one.matrix(), faces, args.norm)))  # fmt: skip
+            pooled.append(templates.normalised(pairs_command.pool(one.matrix(), faces, args.norm)))
     if not work.is_first:
         return None
     _warn_of_shared(work, tables[:-1], tables[-1])
@@ -99,10 +98,14 @@ def _paths(faces: text_tables.FaceTable) -> set[str]:
 
 
 def make_result(
-    protocol: str, name: str, work: session.Session, contract: dict[str, object],
-    searches: dict[str, identification.Search], ranks: tuple[int, ...] = identification.RANKS,
+    protocol: str,
+    name: str,
+    work: session.Session,
+    contract: dict[str, object],
+    searches: dict[str, identification.Search],
+    ranks: tuple[int, ...] = identification.RANKS,
     fpirs: tuple[float, ...] = identification.FPIRS,
-) -> Result:  # fmt: skip
+) -> Result:
     """The result of one set of probes: of each gallery, and of all where there are several."""
     each = {x: identification.summarise(found, ranks, fpirs) for x, found in searches.items()}
     metrics: dict[str, object] = {"galleries": plain(each)}

@@ -96,8 +96,9 @@ def read_faces(benchmark: Benchmark) -> TemplateFaces:
             template.append(int(tid))
             media.append(int(mid))
         except ValueError as error:
-            raise UserError(f"{of_faces}:{number}: {' '.join(fields)[:200]!r} is not 'name "
-                             "template media'") from error  # fmt: skip
+            raise UserError(
+                f"{of_faces}:{number}: {' '.join(fields)[:200]!r} is not 'name template media'"
+            ) from error
         names.append(name)
     points = np.empty((len(names), 5, 2), dtype=np.float32)
     score = np.empty(len(names))
@@ -107,8 +108,10 @@ def read_faces(benchmark: Benchmark) -> TemplateFaces:
         if row == len(names):
             raise UserError(f"{where}: a row more than the {len(names)} of {of_faces}")
         if fields[0] != names[row]:
-            raise UserError(f"{where}: {fields[0]} where {of_faces} has {names[row]}; the two "
-                             "lists must have the same rows")  # fmt: skip
+            raise UserError(
+                f"{where}: {fields[0]} where {of_faces} has {names[row]}; the two "
+                "lists must have the same rows"
+            )
         points[row] = five_points(fields[1:-1], where)
         score[row] = five_score(fields[-1], where)
         row += 1
@@ -118,8 +121,9 @@ def read_faces(benchmark: Benchmark) -> TemplateFaces:
     images = Files(benchmark.name, root, names, points)
     absent = [name for name in names if not files.is_file(root / name)]
     if absent:
-        raise FileNotFoundError(f"{root}: {len(absent)} of {len(names)} faces are absent, the "
-                                f"first {absent[0]}")  # fmt: skip
+        raise FileNotFoundError(
+            f"{root}: {len(absent)} of {len(names)} faces are absent, the first {absent[0]}"
+        )
     return TemplateFaces(images, np.array(template), np.array(media), score)
 
 
@@ -178,8 +182,9 @@ def read_subjects(path: Path, known: NDArray[np.int64]) -> Subjects:
             template.append(int(fields[0]))
             subject.append(int(fields[1]))
         except (ValueError, IndexError) as error:
-            raise UserError(f"{path}:{number}: {line[:200]!r} is not "
-                             "'template,subject,..'") from error  # fmt: skip
+            raise UserError(
+                f"{path}:{number}: {line[:200]!r} is not 'template,subject,..'"
+            ) from error
         if not _in(template[-1], known):
             raise UserError(f"{path}:{number}: template {template[-1]} has no face in the lists")
     if not template:

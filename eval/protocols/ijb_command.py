@@ -25,18 +25,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benchmark", choices=list(ijb.OFFICIAL), default="IJBC")
     parser.add_argument("--protocol", nargs="+", choices=PROTOCOLS, default=["1:1"])
     parser.add_argument(
-        "--no-norm", dest="norm", action="store_false",
+        "--no-norm",
+        dest="norm",
+        action="store_false",
         help="N0: L2-normalise each image's embedding; default N1: its norm weights it",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--no-detector", dest="detector", action="store_false",
+        "--no-detector",
+        dest="detector",
+        action="store_false",
         help="D0: ignore the detector's score; default D1: it weights each image",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--old-1n-rule", dest="old_rule", action="store_true",
+        "--old-1n-rule",
+        dest="old_rule",
+        action="store_true",
         help="for 1:N also give the numbers of ijb_1n.py, whose 'FPIR' is not an FPIR (InsightFace "
         "issue 1386)",
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace) -> dict | None:
@@ -99,10 +105,15 @@ def _sides(benchmark: ijb.Benchmark, known: np.ndarray) -> dict[str, ijb.Subject
 
 
 def _verify(
-    work: session.Session, benchmark: ijb.Benchmark,
-    faces: ijb.TemplateFaces, pairs: ijb.TemplatePairs,
-    ids: np.ndarray, pooled: np.ndarray, unit: np.ndarray, contract: dict[str, object],
-) -> Result:  # fmt: skip
+    work: session.Session,
+    benchmark: ijb.Benchmark,
+    faces: ijb.TemplateFaces,
+    pairs: ijb.TemplatePairs,
+    ids: np.ndarray,
+    pooled: np.ndarray,
+    unit: np.ndarray,
+    contract: dict[str, object],
+) -> Result:
     first, second = _rows(pairs, ids)
     scores = templates.pair_scores(unit, first, second)
     points = roc.curve(scores, pairs.issame)
@@ -125,9 +136,13 @@ def _verify(
         **work.pictures(faces.images, best[np.stack([first[hard], second[hard]], axis=1)]),
     }
     return results.make(
-        "ijb 1:1", benchmark.name, work.embedder.facts,
-        contract | {"far_rules": results.RULES}, metrics, arrays,
-    )  # fmt: skip
+        "ijb 1:1",
+        benchmark.name,
+        work.embedder.facts,
+        contract | {"far_rules": results.RULES},
+        metrics,
+        arrays,
+    )
 
 
 def _rows(pairs: ijb.TemplatePairs, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -139,19 +154,27 @@ def _curve(pairs: ijb.TemplatePairs, ids: np.ndarray, unit: np.ndarray) -> roc.C
 
 
 def _search(
-    work: session.Session, benchmark: ijb.Benchmark, sides: dict[str, ijb.Subjects],
-    ids: np.ndarray, unit: np.ndarray, contract: dict[str, object],
-) -> Result:  # fmt: skip
+    work: session.Session,
+    benchmark: ijb.Benchmark,
+    sides: dict[str, ijb.Subjects],
+    ids: np.ndarray,
+    unit: np.ndarray,
+    contract: dict[str, object],
+) -> Result:
     probes = sides["probes"]
     probe = unit[ijb.rows_of(probes.template, ids)]
     galleries = {key: side for key, side in sides.items() if key != "probes"}
     gallery = {key: unit[ijb.rows_of(side.template, ids)] for key, side in galleries.items()}
     result = identify_command.make_result(
-        "ijb 1:N", benchmark.name, work,
+        "ijb 1:N",
+        benchmark.name,
+        work,
         contract | {"tpir": identify_command.TPIR, "rank": identify_command.RANK},
-        {key: identification.search(gallery[key], side.subject, probe, probes.subject)
-         for key, side in galleries.items()},
-    )  # fmt: skip
+        {
+            key: identification.search(gallery[key], side.subject, probe, probes.subject)
+            for key, side in galleries.items()
+        },
+    )
     if work.args.old_rule:
         joined = np.concatenate([side.subject for side in galleries.values()])
         old = identification.legacy(

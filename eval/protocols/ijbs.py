@@ -42,9 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", type=Path)
     parser.add_argument("--faces", metavar="DIR", type=Path, required=True)
     parser.add_argument(
-        "--protocol", nargs="+", choices=list(PROTOCOLS), default=list(PROTOCOLS),
+        "--protocol",
+        nargs="+",
+        choices=list(PROTOCOLS),
+        default=list(PROTOCOLS),
         help="search surveillance probes in these galleries; default: all three",
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace) -> dict | None:
@@ -54,8 +57,13 @@ def run(args: argparse.Namespace) -> dict | None:
         UserError, OSError: a list is missing or malformed, or none of its faces exists.
     """
     lists = {name: read_protocol(args.directory, name) for name in args.protocol}
-    wanted = {(t.subject, file) for sides in lists.values() for side in sides.values()
-              for t in side for file in t.files}  # fmt: skip
+    wanted = {
+        (t.subject, file)
+        for sides in lists.values()
+        for side in sides.values()
+        for t in side
+        for file in t.files
+    }
     paths, owner = _faces(args.faces, wanted)
     work = session.Session(args)
     images = Files("IJB-S", args.faces, paths, resize=args.resize)
@@ -66,10 +74,12 @@ def run(args: argparse.Namespace) -> dict | None:
     rows = np.array([number[key] for key in owner])
     _, sums = templates.pool(features.matrix(), rows, np.arange(len(rows)))
     contract = work.contract(
-        images, template="sum of the raw embeddings of its faces, then L2-normalised; a zero "
-        "without any", score="dot product, float64", tpir=identify_command.TPIR,
+        images,
+        template="sum of the raw embeddings of its faces, then L2-normalised; a zero without any",
+        score="dot product, float64",
+        tpir=identify_command.TPIR,
         rank="share of mated probes whose subject comes up within K templates of both galleries",
-    )  # fmt: skip
+    )
     found = []
     for name, sides in lists.items():
         found.append(_search(work, name, sides, sums, number, contract))
@@ -98,8 +108,10 @@ def read_protocol(directory: Path, name: str) -> dict[str, list[Template]]:
         probes += [Template(subject, (fields[0],)) for subject in by_video[fields[0]]]
     sides = {"probes": probes}
     for key in ("g1", "g2"):
-        rows = [(fields[1], fields[2]) for _, fields in
-                _rows(directory / "galleries" / f"cs6_{gallery}_{key}.csv", 3)]  # fmt: skip
+        rows = [
+            (fields[1], fields[2])
+            for _, fields in _rows(directory / "galleries" / f"cs6_{gallery}_{key}.csv", 3)
+        ]
         if name == "booking":  # all images of a subject are one template
             grouped: dict[str, list[str]] = {}
             for subject, file in rows:
@@ -111,9 +123,13 @@ def read_protocol(directory: Path, name: str) -> dict[str, list[Template]]:
 
 
 def _search(
-    work: session.Session, name: str, sides: dict[str, list[Template]], sums: NDArray,
-    number: dict[tuple[str, str], int], contract: dict[str, object],
-) -> Result:  # fmt: skip
+    work: session.Session,
+    name: str,
+    sides: dict[str, list[Template]],
+    sums: NDArray,
+    number: dict[tuple[str, str], int],
+    contract: dict[str, object],
+) -> Result:
     vectors, empty = {}, {}
     for key, side in sides.items():
         x = np.zeros((len(side), sums.shape[1]))
@@ -145,8 +161,9 @@ def _search(
 
 def _rows(path: Path, width: int) -> Iterator[tuple[str, list[str]]]:
     if not files.is_file(path):
-        raise FileNotFoundError(f"{path} is missing; request IJB-S and its protocol from "
-                                "NIST (Kalka et al., BTAS 2018)")  # fmt: skip
+        raise FileNotFoundError(
+            f"{path} is missing; request IJB-S and its protocol from NIST (Kalka et al., BTAS 2018)"
+        )
     for number, line in numbered_lines(path):
         if number == 1:
             continue  # the header
@@ -160,8 +177,10 @@ def _faces(root: Path, wanted: set[tuple[str, str]]) -> tuple[list[str], list[tu
     """(paths below root, (subject, file of the protocol) of each) of all faces that are wanted."""
     if not files.is_dir(root):
         raise FileNotFoundError(f"{root}: the directory of aligned faces is missing")
-    stems = {(subject, os.path.splitext(file)[0].replace("/", "_")): (subject, file)
-             for subject, file in wanted}  # fmt: skip
+    stems = {
+        (subject, os.path.splitext(file)[0].replace("/", "_")): (subject, file)
+        for subject, file in wanted
+    }
     paths, owner = [], []
     for person in sorted(entry.name for entry in os.scandir(root) if entry.is_dir()):
         for name in filter(is_image_name, sorted(os.listdir(root / person))):
@@ -172,6 +191,8 @@ def _faces(root: Path, wanted: set[tuple[str, str]]) -> tuple[list[str], list[tu
                 paths.append(f"{person}/{name}")
                 owner.append(stems[person, stem])
     if not paths:
-        raise FileNotFoundError(f"{root} contains no face of the protocol; expected for example "
-                                "1/videos_5004_21750.jpg and 1/img_101146.jpg")  # fmt: skip
+        raise FileNotFoundError(
+            f"{root} contains no face of the protocol; expected for example "
+            "1/videos_5004_21750.jpg and 1/img_101146.jpg"
+        )
     return paths, owner

@@ -19,9 +19,12 @@ Forward = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # RGB [n, 112, 112
 
 
 def embed(
-    forward: Forward, encoded: Sequence[bytes], batch_size: int, where: str = "",
+    forward: Forward,
+    encoded: Sequence[bytes],
+    batch_size: int,
+    where: str = "",
     resize: bool = False,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(flip_sum [n, D], norms [n, 2]): e(image) + e(mirrored image), and the two norms, float64.
 
     One batch of images is decoded at a time, ahead of the network.

@@ -33,9 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     session.add_arguments(parser)
     parser.add_argument("sets", metavar="SET", nargs="+", help="see below")
     parser.add_argument(
-        "--no-contract-check", dest="check", action="store_false",
+        "--no-contract-check",
+        dest="check",
+        action="store_false",
         help="do not check whether a foreign network does better with another input contract",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--report",
         metavar="FILE.html",

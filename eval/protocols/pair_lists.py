@@ -187,8 +187,9 @@ def _calfw(path: Path, lines: list[tuple[int, list[str]]]) -> Iterable[Listed]:
     for (i, one), (j, other) in zip(lines[::2], lines[1::2], strict=True):
         for number, fields in ((i, one), (j, other)):
             if len(fields) != 2 or not fields[1].isdecimal():
-                raise UserError(f"{path}:{number}: {' '.join(fields)[:200]!r} is not "
-                                 "'image number'")  # fmt: skip
+                raise UserError(
+                    f"{path}:{number}: {' '.join(fields)[:200]!r} is not 'image number'"
+                )
         if (one[1] == "0") != (other[1] == "0"):
             raise UserError(f"{path}:{j}: the pair of lines {i} and {j} is both same and not")
         yield Listed(f"{path}:{i}", one[0], other[0], one[1] != "0")
@@ -211,8 +212,10 @@ def _cfp(split: Path) -> Iterable[Listed]:
                 if len(numbers) != 2 or not all(
                     x.strip() in table for x, table in zip(numbers, tables, strict=True)
                 ):
-                    raise UserError(f"{fold / name}:{i}: {line[:200]!r} is not 'i,j' of numbers "
-                                     f"in {protocol}/Pair_list_*.txt")  # fmt: skip
+                    raise UserError(
+                        f"{fold / name}:{i}: {line[:200]!r} is not 'i,j' of numbers "
+                        f"in {protocol}/Pair_list_*.txt"
+                    )
                 one, other = (t[x.strip()] for x, t in zip(numbers, tables, strict=True))
                 yield Listed(f"{fold / name}:{i}", one, other, same)
 

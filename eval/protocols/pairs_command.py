@@ -40,13 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags for aligning and pooling the images of a table."""
     parser.add_argument(
-        "--landmarks", metavar="FILE|DIR", type=Path,
+        "--landmarks",
+        metavar="FILE|DIR",
+        type=Path,
         help="align the images by these, as in `eval lfw`; default: they are aligned, 112 x 112",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--no-norm", dest="norm", action="store_false",
+        "--no-norm",
+        dest="norm",
+        action="store_false",
         help="L2-normalise each image's embedding before pooling; default: its norm weights it",
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace) -> dict | None:
@@ -61,8 +65,9 @@ def run(args: argparse.Namespace) -> dict | None:
             raise UserError(f"{table.where(row)}: same is {label!r}, neither 0 nor 1")
     issame = np.array(table.columns["same"]) == "1"
     if issame.all() or not issame.any():
-        raise UserError(f"{args.pairs} holds only same or only different pairs: verification "
-                         "needs both")  # fmt: skip
+        raise UserError(
+            f"{args.pairs} holds only same or only different pairs: verification needs both"
+        )
     if args.templates is not None:
         return _of_templates(args, table, issame)
     if len(issame) < 10:
@@ -92,10 +97,15 @@ def _of_images(
     )
     absent = [text for text in numbers if not files.is_file(base / text)]
     if absent:
-        row = next(i for i in range(len(issame)) if absent[0] in
-                   (table.columns["first"][i], table.columns["second"][i]))  # fmt: skip
-        raise FileNotFoundError(f"{table.where(row)}: no image {base / absent[0]}; "
-                                f"{len(absent)} of {len(numbers)} are absent")  # fmt: skip
+        row = next(
+            i
+            for i in range(len(issame))
+            if absent[0] in (table.columns["first"][i], table.columns["second"][i])
+        )
+        raise FileNotFoundError(
+            f"{table.where(row)}: no image {base / absent[0]}; "
+            f"{len(absent)} of {len(numbers)} are absent"
+        )
     paths = list(numbers)
     points = pair_lists.points_of(paths, args.landmarks)
     images = Files(args.pairs.stem, base, paths, points, args.resize)
@@ -128,8 +138,12 @@ def _of_templates(
     scores = templates.pair_scores(unit, sides[0], sides[1])
     points = roc.curve(scores, issame)
     quality = np.linalg.norm(pooled, axis=1)[np.stack(sides)].min(axis=0)
-    metrics = {"pairs": len(issame), "templates": len(unit), "images": len(faces.images),
-               **results.pair_metrics(points)}  # fmt: skip
+    metrics = {
+        "pairs": len(issame),
+        "templates": len(unit),
+        "images": len(faces.images),
+        **results.pair_metrics(points),
+    }
     if features.flip and not work.adds_mirror():
         alone = templates.normalised(pool(features.alone().matrix(), faces, args.norm))
         alone_scores = templates.pair_scores(alone, sides[0], sides[1])

@@ -59,8 +59,10 @@ def run(args: argparse.Namespace) -> dict | None:
         )
         missing += len(pairs.missing)
         if pairs.missing:
-            work.warn(f"{group}: {len(pairs.missing)} pairs left out, an image is absent; the "
-                      f"first: {pairs.missing[0]}")  # fmt: skip
+            work.warn(
+                f"{group}: {len(pairs.missing)} pairs left out, an image is absent; the "
+                f"first: {pairs.missing[0]}"
+            )
     result = _fairness(work, sets, distance, args.fmr)
     result.metrics["missing"] = missing
     work.save(result)
@@ -76,8 +78,7 @@ def _read(args: argparse.Namespace, group: str) -> pair_lists.ListedPairs:
     landmarks = None if args.aligned else lists / f"{group}_lmk.txt"
     for path in (lists / f"{group}_pairs.txt", landmarks):
         if path is not None and not files.is_file(path):
-            raise FileNotFoundError(f"{path} is missing; request RFW from "
-                                    "whdeng.cn/RFW")  # fmt: skip
+            raise FileNotFoundError(f"{path} is missing; request RFW from whdeng.cn/RFW")
     pairs = pair_lists.load_list(lists / f"{group}_pairs.txt", images, landmarks, args.resize)
     if pairs.issame.all() or not pairs.issame.any():
         raise UserError(f"{lists} holds only same or only different pairs: verification needs both")
@@ -96,8 +97,10 @@ def _fairness(
     points = roc.curve(together, issame)
     tar, far, threshold = (float(x[0]) for x in roc.points_on(points, [target]))
     if not np.isfinite(threshold):
-        raise UserError(f"no threshold has an FMR of {target:g} or less: the highest score is a "
-                         "different pair's; take a larger --fmr")  # fmt: skip
+        raise UserError(
+            f"no threshold has an FMR of {target:g} or less: the highest score is a "
+            "different pair's; take a larger --fmr"
+        )
     groups, arrays = {}, results.pair_arrays(points, together, issame)
     for group, pairs in sets.items():
         accepted = cosine[group] >= threshold
@@ -125,9 +128,11 @@ def _fairness(
         "fnmr_ratio": _ratio([part["fnmr"] for part in groups.values()]),
     }
     contract = work.contract(
-        next(iter(sets.values())).images, score="cosine of the L2-normalised embeddings",
-        accuracy=ACCURACY, fairness=SHARED,
-    )  # fmt: skip
+        next(iter(sets.values())).images,
+        score="cosine of the L2-normalised embeddings",
+        accuracy=ACCURACY,
+        fairness=SHARED,
+    )
     return results.make("rfw", "RFW", work.embedder.facts, contract, metrics, arrays)
 
 

@@ -137,8 +137,9 @@ def contract_warning(session: Session, pairs: ListedPairs) -> str:
     """
     from eval.embedders.images import Subset
 
-    chosen = np.concatenate([np.flatnonzero(kind)[:CHECKED] for kind in
-                             (pairs.issame, ~pairs.issame)])  # fmt: skip
+    chosen = np.concatenate(
+        [np.flatnonzero(kind)[:CHECKED] for kind in (pairs.issame, ~pairs.issame)]
+    )
     numbers, place = np.unique([pairs.first[chosen], pairs.second[chosen]], return_inverse=True)
     some = Subset(pairs.images, numbers.tolist(), "input contract")
     first, second = place.reshape(2, -1)

@@ -30,36 +30,51 @@ MODEL_HELP = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
-        "--batch-size", type=positive, default=64, metavar="N",
+        "--batch-size",
+        type=positive,
+        default=64,
+        metavar="N",
         help="images that the network processes at once; default %(default)s",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--threads", type=positive, default=0, metavar="N",
+        "--threads",
+        type=positive,
+        default=0,
+        metavar="N",
         help="threads that decode images ahead of the network; default: half the cores, at most 16",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--no-flip", dest="flip", action="store_false",
+        "--no-flip",
+        dest="flip",
+        action="store_false",
         help="embed the image alone; default: e(image) + e(mirror image)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--resize", action="store_true",
+        "--resize",
+        action="store_true",
         help="resize aligned faces (images without landmarks) that do not have the network's input "
         "size, and report how many; default: such an image is an error",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--cache", metavar="DIR|none", default=None,
+        "--cache",
+        metavar="DIR|none",
+        default=None,
         help="where embeddings are cached, by model, images and input contract; default: "
         "$ARCLINE_CACHE or ~/.cache/arcline/embeddings",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--results", metavar="DIR|none", type=Path,
+        "--results",
+        metavar="DIR|none",
+        type=Path,
         help="where to save the result for `report`; default: eval/ in the run directory that "
         "contains the model; results of other models are not saved",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--no-pictures", dest="pictures", action="store_false",
+        "--no-pictures",
+        dest="pictures",
+        action="store_false",
         help="do not save images of the hardest pairs with the result",
-    )  # fmt: skip
+    )
     group = parser.add_argument_group("the input contract of a foreign network (a run's is fixed)")
     group.add_argument("--color-order", choices=["RGB", "BGR"])
     group.add_argument(
@@ -67,10 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--std", type=float, metavar="X")
     group.add_argument(
-        "--contract", metavar="FILE.json", type=Path,
+        "--contract",
+        metavar="FILE.json",
+        type=Path,
         help='{"color_order": "BGR", "mean": 127.5, "std": 128}; default: NAME.contract.json '
         "beside the model, else its metadata, else InsightFace's RGB, 127.5, 127.5",
-    )  # fmt: skip
+    )
 
 
 def positive(text: str) -> int:
@@ -132,9 +149,12 @@ class Session:
             print(f"warning: {text}", file=sys.stderr)
 
     def features(
-        self, images: "ImageSet", flip: bool | None = None, embedder: "Embedder | None" = None,
+        self,
+        images: "ImageSet",
+        flip: bool | None = None,
+        embedder: "Embedder | None" = None,
         alone: bool = False,
-    ) -> "EmbeddingStore | None":  # fmt: skip
+    ) -> "EmbeddingStore | None":
         """The embeddings of a set, with a progress bar; None in every process but the first.
 
         embedder: replaces the session's. alone: this process computes all embeddings itself.
@@ -145,21 +165,30 @@ class Session:
         if self.args.resize and not alone:
             self.resized[images.name] = {"count": count, "of": len(images)}
             if count:
-                self.warn(f"{images.name}: {count} of {len(images)} images were not 112x112 and "
-                          "were resized (--resize)")  # fmt: skip
+                self.warn(
+                    f"{images.name}: {count} of {len(images)} images were not 112x112 and "
+                    "were resized (--resize)"
+                )
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("images"), TimeRemainingColumn(),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("images"),
+            TimeRemainingColumn(),
+        )
         console = Console(stderr=True)
         with Progress(*columns, console=console, disable=not self.is_first) as progress:
             task = progress.add_task(images.name, total=len(images))
             return extract(
-                embedder or self.embedder, images, self.args.flip if flip is None else flip,
-                self.cache, self.args.batch_size, self.args.threads,
+                embedder or self.embedder,
+                images,
+                self.args.flip if flip is None else flip,
+                self.cache,
+                self.args.batch_size,
+                self.args.threads,
                 ImagePlace() if alone else self.place,
                 lambda n: progress.advance(task, n),
-            )  # fmt: skip
+            )
 
     def contract(self, images: "ImageSet", **more: object) -> dict[str, object]:
         """The conditions under which the numbers hold; every result records them."""

@@ -62,20 +62,24 @@ def read(path: str | Path, names: Sequence[str], needed: Sequence[str]) -> Table
                 header = [field.lower() for field in fields]
                 unknown = [x for x in header if x not in names]
                 if unknown or len(set(header)) < len(header):
-                    raise UserError(f"{path}:{number}: columns {header}; known are "
-                                     f"{', '.join(names)}, each once")  # fmt: skip
+                    raise UserError(
+                        f"{path}:{number}: columns {header}; known are "
+                        f"{', '.join(names)}, each once"
+                    )
             else:
                 header = list(names[: len(fields)])
             absent = [name for name in needed if name not in header]
             if absent:
-                raise UserError(f"{path}:{number}: no column {', '.join(absent)}; there are "
-                                 f"{', '.join(header)}")  # fmt: skip
+                raise UserError(
+                    f"{path}:{number}: no column {', '.join(absent)}; there are {', '.join(header)}"
+                )
             columns = {name: [] for name in header}
             if known:
                 continue
         if len(fields) != len(header):
-            raise UserError(f"{path}:{number}: {len(fields)} fields where the first line has "
-                             f"{len(header)}")  # fmt: skip
+            raise UserError(
+                f"{path}:{number}: {len(fields)} fields where the first line has {len(header)}"
+            )
         lines.append(number)
         for name, field in zip(header, fields, strict=True):
             columns[name].append(field)
@@ -85,9 +89,12 @@ def read(path: str | Path, names: Sequence[str], needed: Sequence[str]) -> Table
 
 
 def read_faces(
-    path: str | Path, root: str | Path | None, landmarks: str | Path | None = None,
-    needed: Sequence[str] = ("image", "subject"), resize: bool = False,
-) -> FaceTable:  # fmt: skip
+    path: str | Path,
+    root: str | Path | None,
+    landmarks: str | Path | None = None,
+    needed: Sequence[str] = ("image", "subject"),
+    resize: bool = False,
+) -> FaceTable:
     """The faces of a table of image, subject, template, media, score and x1 .. y5.
 
     Paths are below `root`, by default the table's own directory. Without `template` each image is
@@ -143,8 +150,10 @@ def _subjects(table: Table, template: NDArray, names: list[str]) -> list[str]:
     subjects: list[str | None] = [None] * len(names)
     for row, (number, subject) in enumerate(zip(template, table.columns["subject"], strict=True)):
         if subjects[number] not in (None, subject):
-            raise UserError(f"{table.where(row)}: template {names[number]} is of subject "
-                             f"{subjects[number]} and of {subject}")  # fmt: skip
+            raise UserError(
+                f"{table.where(row)}: template {names[number]} is of subject "
+                f"{subjects[number]} and of {subject}"
+            )
         subjects[number] = subject
     return [str(subject) for subject in subjects]
 

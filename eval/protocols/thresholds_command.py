@@ -34,9 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", metavar="NAME", help="default: the set with the most different pairs"
     )
     parser.add_argument(
-        "--flip-sum", action="store_true",
+        "--flip-sum",
+        action="store_true",
         help="use scores of e(image) + e(mirror image), for launch/export.py --flip-sum",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--far",
         metavar="X",
@@ -61,27 +62,34 @@ def run(args: argparse.Namespace) -> dict:
         raise UserError(f"{args.run}: no results of pairs{f' of {args.set}' if args.set else ''}")
     chosen = max(found, key=lambda result: result.metrics["different"])
     chosen = _of_embedding(chosen, args.flip_sum)
-    points = [x for x in chosen.metrics["operating_points"] if x["resolved"]
-              and x["threshold"] is not None]  # fmt: skip
+    points = [
+        x
+        for x in chosen.metrics["operating_points"]
+        if x["resolved"] and x["threshold"] is not None
+    ]
     if args.far is not None:
         known = [point["far_target"] for point in points]
         absent = [x for x in args.far if x not in known]
         if absent:
-            raise UserError(f"{chosen.name} cannot show FAR {absent[0]:g}; it can "
-                             f"{', '.join(f'{x:g}' for x in known) or 'none'}")  # fmt: skip
+            raise UserError(
+                f"{chosen.name} cannot show FAR {absent[0]:g}; it can "
+                f"{', '.join(f'{x:g}' for x in known) or 'none'}"
+            )
         points = [point for point in points if point["far_target"] in args.far]
     if not points:
-        raise UserError(f"{chosen.name}: {chosen.metrics['different']} different pairs show no "
-                         "FAR")  # fmt: skip
+        raise UserError(f"{chosen.name}: {chosen.metrics['different']} different pairs show no FAR")
     content = {
         "set": f"{chosen.facts['protocol']}: {chosen.name}",
         "weights_sha256": weights_of(chosen.facts["model"]),
         "accept": "score >= threshold",
-        "contract": {key: value for key, value in chosen.facts["contract"].items()
-                     if isinstance(value, str)},
-        "points": [{key: point[key] for key in ("far_target", "threshold", "far", "tar")}
-                   for point in points],
-    }  # fmt: skip
+        "contract": {
+            key: value for key, value in chosen.facts["contract"].items() if isinstance(value, str)
+        },
+        "points": [
+            {key: point[key] for key in ("far_target", "threshold", "far", "tar")}
+            for point in points
+        ],
+    }
     path = args.run / FILE
     files.write_text(path, json.dumps(content, indent=1) + "\n")
     console = Console(stderr=args.json)
@@ -107,8 +115,10 @@ def _of_embedding(result: "Result", flip_sum: bool) -> "Result":
     alone = result.metrics.get("alone")
     if flip_sum or alone is None:
         again = "without --no-flip" if flip_sum else "again"
-        raise UserError(f"{result.name} was evaluated with {contract['flip']}: for thresholds of "
-                        f"{wanted} evaluate it {again}")  # fmt: skip
+        raise UserError(
+            f"{result.name} was evaluated with {contract['flip']}: for thresholds of "
+            f"{wanted} evaluate it {again}"
+        )
     metrics = result.metrics | {"operating_points": alone["operating_points"]}
     contract |= {"flip": ALONE}
     if "flags" in contract:  # IJB's, such as N1D1F1

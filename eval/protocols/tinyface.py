@@ -35,9 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="directory of aligned faces; default: the folders of Testing_Set",
     )
     parser.add_argument(
-        "--no-distractors", dest="distractors", action="store_false",
+        "--no-distractors",
+        dest="distractors",
+        action="store_false",
         help="leave the distractors out of the gallery, unlike the official protocol",
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace) -> dict | None:
@@ -55,13 +57,16 @@ def run(args: argparse.Namespace) -> dict | None:
     paths = [os.path.join(folder, name) for folder in FOLDERS for name in names[folder]]
     absent = [path for path in paths if not files.is_file(root / path)]
     if absent:
-        raise FileNotFoundError(f"{root}: {len(absent)} of {len(paths)} images are absent, the "
-                                f"first {absent[0]}")  # fmt: skip
+        raise FileNotFoundError(
+            f"{root}: {len(absent)} of {len(paths)} images are absent, the first {absent[0]}"
+        )
     work = session.Session(args)
     counts = {folder: len(names[folder]) for folder in FOLDERS}
     if counts != OFFICIAL:
-        work.warn(f"TinyFace has {OFFICIAL}; this copy has {counts}: its numbers are not "
-                  "comparable with published ones")  # fmt: skip
+        work.warn(
+            f"TinyFace has {OFFICIAL}; this copy has {counts}: its numbers are not "
+            "comparable with published ones"
+        )
     images = Files("TinyFace", root, paths, resize=args.resize)
     features = work.features(images)
     if features is None:
@@ -90,8 +95,9 @@ def read_ids(path: Path, kind: str) -> tuple[list[str], NDArray[np.int64]]:
     from scipy.io import loadmat  # no pickle: numbers, text, cells and structures
 
     if not files.is_file(path):
-        raise FileNotFoundError(f"{path}: not there; TinyFace comes with it, from "
-                                "qmul-tinyface.github.io")  # fmt: skip
+        raise FileNotFoundError(
+            f"{path}: not there; TinyFace comes with it, from qmul-tinyface.github.io"
+        )
     try:
         content = loadmat(str(path))
         names = [_text(cell) for cell in content[f"{kind}_set"].ravel()]

@@ -88,8 +88,10 @@ def lines(
 
 def roc(curves: Mapping[str, Curve], title: str = "ROC curves") -> str:
     """TAR over FAR on a log axis; curves: name -> (FAR, TAR). It starts at one false accept."""
-    positive = [(np.asarray(x)[np.asarray(x) > 0], np.asarray(y)[np.asarray(x) > 0])
-                for x, y in curves.values()]  # fmt: skip
+    positive = [
+        (np.asarray(x)[np.asarray(x) > 0], np.asarray(y)[np.asarray(x) > 0])
+        for x, y in curves.values()
+    ]
     finest = min((float(x[0]) for x, _ in positive if len(x)), default=0.5)
     lowest = min((float(y[0]) for _, y in positive if len(y)), default=0.0)
     limits = ((min(finest, 0.5), 1.0), (max(0.0, lowest - 0.05 * (1 - lowest) - 0.002), 1.002))

@@ -105,8 +105,9 @@ def _page(
         about = f"{name}: {facts.get('runtime', '')}, weights {str(facts.get('sha256', ''))[:12]}"
         yield f"<p>{escape(about)}</p>"
     yield f"<p>{when}</p></header>"
-    for warning in dict.fromkeys(w for r in models.values() for x in r for w in
-                                 x.facts.get("warnings", [])):  # fmt: skip
+    for warning in dict.fromkeys(
+        w for r in models.values() for x in r for w in x.facts.get("warnings", [])
+    ):
         yield f'<p class="warning">warning: {escape(warning)}</p>'
     for group in found:
         yield from sections.section(group)
@@ -130,8 +131,9 @@ def _markdown(
             yield f"{note}\n".replace("*", "\\*")
         for name, result in group.results.items():
             contract = result.facts["contract"]
-            listed = "; ".join(f"{key}: {value}" for key, value in contract.items()
-                               if isinstance(value, str))  # fmt: skip
+            listed = "; ".join(
+                f"{key}: {value}" for key, value in contract.items() if isinstance(value, str)
+            )
             yield f"Contract of {name}: {listed}.\n"
 
 

@@ -46,9 +46,11 @@ def run(args: argparse.Namespace) -> dict:
     Console(stderr=args.json).print(f"report: {out}", soft_wrap=True)
     return {
         "report": str(out),
-        "models": {name: [f"{r.facts['protocol']}: {r.name}" for r in found]
-                   for name, found in models.items()},
-    }  # fmt: skip
+        "models": {
+            name: [f"{r.facts['protocol']}: {r.name}" for r in found]
+            for name, found in models.items()
+        },
+    }
 
 
 def results_of(path: Path) -> Path:

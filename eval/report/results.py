@@ -190,8 +190,7 @@ def load_all(directory: str | Path) -> list[Result]:
         if not isinstance(facts, dict) or "protocol" not in facts:
             continue
         if facts.get("format") != FORMAT:
-            raise UserError(f"{path}: format {facts.get('format')!r}, not {FORMAT}; "
-                             "evaluate again")  # fmt: skip
+            raise UserError(f"{path}: format {facts.get('format')!r}, not {FORMAT}; evaluate again")
         arrays = _arrays_of(path, facts)
         del facts["arrays"]
         found.append(Result(facts, arrays))
@@ -227,11 +226,13 @@ def thinned(points: roc.Curve) -> tuple[NDArray, NDArray, NDArray]:
     else:
         counts = np.geomspace(1, points.num_different, CURVE_POINTS // 3)
         misses = points.num_same - np.geomspace(1, points.num_same, CURVE_POINTS // 3)
-        chosen = np.concatenate([
-            np.searchsorted(points.fp, counts, side="right") - 1,
-            np.searchsorted(points.tp, misses),
-            np.searchsorted(points.tp, np.linspace(0, points.num_same, CURVE_POINTS // 3)),
-        ])  # fmt: skip
+        chosen = np.concatenate(
+            [
+                np.searchsorted(points.fp, counts, side="right") - 1,
+                np.searchsorted(points.tp, misses),
+                np.searchsorted(points.tp, np.linspace(0, points.num_same, CURVE_POINTS // 3)),
+            ]
+        )
         chosen = np.unique(np.clip(chosen, 0, last))
     fp, tp, threshold = (np.asarray(part)[chosen] for part in points)
     return fp / points.num_different, tp / points.num_same, threshold.astype(np.float64)

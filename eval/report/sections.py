@@ -56,8 +56,10 @@ def tables_of(group: Group) -> list[tables.Table]:
     found: list[tables.Table] = []
     if "fold_accuracy" in some.metrics:
         heads = ["model", *tables.PAIR_HEADS[1:]] if several else tables.PAIR_HEADS
-        pairs = [tables.pair_row(model if several else group.name, result.metrics)
-                 for model, result in group.results.items()]  # fmt: skip
+        pairs = [
+            tables.pair_row(model if several else group.name, result.metrics)
+            for model, result in group.results.items()
+        ]
         found.append((title, heads, pairs))
     if several:
         found.append((f"{group.name}: TAR at FAR", *tables.far_comparison(group.results)))
@@ -118,8 +120,11 @@ def _curves(group: Group) -> Iterator[str]:
             edges, same, different = (result.arrays[k] for k in ("edges", "same", "different"))
             threshold = _threshold(result.metrics)
             yield figures.histogram(name, edges, same, different, threshold, kinds)
-    folds = {m: r.metrics["fold_accuracy"] for m, r in group.results.items()
-             if "fold_accuracy" in r.metrics}  # fmt: skip
+    folds = {
+        m: r.metrics["fold_accuracy"]
+        for m, r in group.results.items()
+        if "fold_accuracy" in r.metrics
+    }
     if folds:
         names = folds if len(folds) > 1 else {group.name: next(iter(folds.values()))}
         yield figures.folds(f"Folds, {title}", names)
@@ -132,8 +137,10 @@ def _curves(group: Group) -> Iterator[str]:
         yield figures.lines(f"Open-set search, {title}", searched, text, "x")
     rejected = {m: (a["rejected"], a["fnmr"]) for m, a in arrays.items() if "rejected" in a}
     if rejected:
-        text = ("share of pairs rejected, lowest feature norm first",
-                f"1 - TAR at the threshold of FAR {REJECT_FAR:g}")  # fmt: skip
+        text = (
+            "share of pairs rejected, lowest feature norm first",
+            f"1 - TAR at the threshold of FAR {REJECT_FAR:g}",
+        )
         yield figures.lines(f"Error versus reject, {title}", rejected, text)
     yield "</div>"
 

@@ -90,8 +90,9 @@ def far_comparison(found: Mapping[str, Result]) -> tuple[list[str], list[list[st
     rows = []
     for point in first.metrics["operating_points"]:
         x = point["far_target"]
-        cells = [percent(tar_at(r.metrics, x)[key]) for r in found.values()
-                 for key in rules.values()]  # fmt: skip
+        cells = [
+            percent(tar_at(r.metrics, x)[key]) for r in found.values() for key in rules.values()
+        ]
         rows.append([f"{x:g}" + ("" if point["resolved"] else "*"), *cells])
     return heads, rows
 
@@ -177,7 +178,14 @@ def fairness_table(result: Result) -> Table:
         ]
         for name, part in n["groups"].items()
     ]
-    rows.append(["all", f"{n['pairs']}", percent(n["accuracy_mean"]), percent(n["fmr"], 3),
-                 percent(n["fnmr"])])  # fmt: skip
+    rows.append(
+        [
+            "all",
+            f"{n['pairs']}",
+            percent(n["accuracy_mean"]),
+            percent(n["fmr"], 3),
+            percent(n["fnmr"]),
+        ]
+    )
     title = f"{result.name}: shared threshold {n['threshold']:.4f} at FMR {n['fmr_target']:g}"
     return title, ["group", "pairs", "accuracy", "FMR", "FNMR"], rows

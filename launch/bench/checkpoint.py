@@ -52,8 +52,9 @@ def dd(path: str, size: int) -> float:
     started = time.perf_counter()
     subprocess.run(
         ["dd", "if=/dev/zero", f"of={path}", "bs=16M", f"count={blocks}", "conv=fsync"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+    )
     seconds = time.perf_counter() - started
     os.unlink(path)
     return seconds * size / (blocks << 24)

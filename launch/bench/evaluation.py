@@ -22,9 +22,13 @@ FACES, TEMPLATES, PAIRS, SAME, DIM = 469_375, 23_124, 15_658_489, 19_557, 512
 PROBES, GALLERIES = 19_593, (1772, 1759)
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 TARGETS = {
-    "ijbc_seconds": 10.0, "ijbc_gib": 3.0, "ijbc_ratio": 8.0, "search_seconds": 3.0,
-    "ten_fold_ratio": 50.0, "extraction_share": 0.95,
-}  # fmt: skip
+    "ijbc_seconds": 10.0,
+    "ijbc_gib": 3.0,
+    "ijbc_ratio": 8.0,
+    "search_seconds": 3.0,
+    "ten_fold_ratio": 50.0,
+    "extraction_share": 0.95,
+}
 
 
 def main() -> None:
@@ -108,8 +112,13 @@ def _ijbc_ours(scale: float) -> dict[str, Any]:
     tars, strict = roc.tar_on(points, FARS), roc.tar_on(points, FARS, "strict")
     clock.append(time.perf_counter())
     parts = dict(zip(("pool", "scores", "rules"), np.diff(clock).tolist(), strict=True))
-    return {"seconds": clock[-1] - clock[0], "parts": parts, "gib": _peak_gib(),
-            "tars": tars, "strict": strict}  # fmt: skip
+    return {
+        "seconds": clock[-1] - clock[0],
+        "parts": parts,
+        "gib": _peak_gib(),
+        "tars": tars,
+        "strict": strict,
+    }
 
 
 def _ijbc_plain(scale: float) -> dict[str, Any]:
@@ -118,8 +127,12 @@ def _ijbc_plain(scale: float) -> dict[str, Any]:
     ids, pooled = plain_metrics.pool(features * score[:, None], template, media)
     values = plain_metrics.scores(ids, pooled, first, second)
     tars, strict = plain_metrics.tars(labels, values, FARS)
-    return {"seconds": time.perf_counter() - began, "gib": _peak_gib(), "tars": tars,
-            "strict": strict}  # fmt: skip
+    return {
+        "seconds": time.perf_counter() - began,
+        "gib": _peak_gib(),
+        "tars": tars,
+        "strict": strict,
+    }
 
 
 def _search(scale: float) -> dict[str, Any]:
@@ -149,8 +162,11 @@ def _search(scale: float) -> dict[str, Any]:
     for one, other in zip(ours, theirs, strict=True):
         assert one["rank1"] == other["rank1"] and one["tpir_at_fpir"][0.01] == other[0.01]
     median = statistics.median(seconds)
-    return {"search_seconds": median, "search_plain_seconds": of_plain,
-            "search_ratio": of_plain / median}  # fmt: skip
+    return {
+        "search_seconds": median,
+        "search_plain_seconds": of_plain,
+        "search_ratio": of_plain / median,
+    }
 
 
 def _ten_fold(scale: float) -> dict[str, Any]:
@@ -219,8 +235,11 @@ def _extraction(what: tuple[str, int]) -> dict[str, Any]:
         extract.extract(embedder, images, batch_size=64, place=extract.ImagePlace())
         rates.append(2 * num / (time.perf_counter() - began))
         shares.append(rates[-1] / bare)
-    return {"extraction_network": network, "extraction_share": statistics.median(shares),
-            "extraction_images_per_second": statistics.median(rates)}  # fmt: skip
+    return {
+        "extraction_network": network,
+        "extraction_share": statistics.median(shares),
+        "extraction_images_per_second": statistics.median(rates),
+    }
 
 
 if __name__ == "__main__":

@@ -23,9 +23,19 @@ import torch
 from data_tools.common import files
 
 _PACKAGES = (
-    "torch", "triton", "numpy", "opencv-python-headless", "onnx", "onnxruntime", "tensorboard",
-    "safetensors", "nvidia-dali-cuda130", "liger-kernel", "quack-kernels", "cut-cross-entropy",
-)  # fmt: skip
+    "torch",
+    "triton",
+    "numpy",
+    "opencv-python-headless",
+    "onnx",
+    "onnxruntime",
+    "tensorboard",
+    "safetensors",
+    "nvidia-dali-cuda130",
+    "liger-kernel",
+    "quack-kernels",
+    "cut-cross-entropy",
+)
 _REPEATS = 10
 
 

@@ -56,9 +56,21 @@ _RATIOS = ("time / rival", "time / floor", "peak / rival")
 _FUSED = ("compiled", "triton")
 _FORMS = ("plain", "native", *_FUSED)  # as config.py's head_kernel
 _OF_A_CASE = (
-    "classes", "batch", "embedding_size", "sample_rate", "dtype", "stored_mib",
-    "update_in_backward", "piece", "kernel", "forms", "storage", "alone", "plot", "rivals",
-)  # fmt: skip
+    "classes",
+    "batch",
+    "embedding_size",
+    "sample_rate",
+    "dtype",
+    "stored_mib",
+    "update_in_backward",
+    "piece",
+    "kernel",
+    "forms",
+    "storage",
+    "alone",
+    "plot",
+    "rivals",
+)
 SUITES = {
     "cpu": [
         Case(
@@ -104,14 +116,26 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if device == "cuda" and world > torch.cuda.device_count():
             raise UserError(f"--processes {world}: there are {torch.cuda.device_count()} GPUs")
-        cases = SUITES[args.suite] if args.suite else [
-            Case(
-                args.classes, args.batch, args.sample_rate, args.embedding_size, args.dtype,
-                stored_mib=args.stored_mib, update_in_backward=args.update_in_backward,
-                piece=args.piece, kernel=args.kernel, forms=tuple(args.forms), alone=args.alone,
-                storage=_storage(args, device, world),
-            )
-        ]  # fmt: skip
+        cases = (
+            SUITES[args.suite]
+            if args.suite
+            else [
+                Case(
+                    args.classes,
+                    args.batch,
+                    args.sample_rate,
+                    args.embedding_size,
+                    args.dtype,
+                    stored_mib=args.stored_mib,
+                    update_in_backward=args.update_in_backward,
+                    piece=args.piece,
+                    kernel=args.kernel,
+                    forms=tuple(args.forms),
+                    alone=args.alone,
+                    storage=_storage(args, device, world),
+                )
+            ]
+        )
         if args.plot:
             base = Measurement(cases[0], world, args.pairs, args.warmup, device)
             print(json.dumps({"ms": _plot(args.plot, base)}), flush=True)
@@ -171,8 +195,16 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 parser.error(f"--{name.replace('_', '-')} is of one case: leave out --suite")
     if args.plot and not args.plot.endswith((".svg", ".png")):
         parser.error(f"--plot {args.plot}: give a name that ends in .svg or .png")
-    least = {"classes": 1, "batch": 1, "embedding_size": 1, "stored_mib": 0, "piece": 1,
-             "processes": 1, "pairs": 1, "warmup": 0}  # fmt: skip
+    least = {
+        "classes": 1,
+        "batch": 1,
+        "embedding_size": 1,
+        "stored_mib": 0,
+        "piece": 1,
+        "processes": 1,
+        "pairs": 1,
+        "warmup": 0,
+    }
     for name, number in least.items():
         given = getattr(args, name)
         if given is not None and given < number:
@@ -244,8 +276,9 @@ def _plot(path: str, base: Measurement) -> dict[str, dict[float, float]]:
         return base._replace(case=case._replace(**changes))
 
     classes = [max(1, int(case.classes * 2.0**power)) for power in range(-2, 5)]
-    batches = [base.world * max(1, int(case.batch * 2.0**power) // base.world)
-               for power in range(-2, 3)]  # fmt: skip
+    batches = [
+        base.world * max(1, int(case.batch * 2.0**power) // base.world) for power in range(-2, 3)
+    ]
     lines: dict[str, dict[float, Measurement]] = {
         "classes": {c: cases(classes=c) for c in classes},
         "classes, r 0.1": {c: cases(classes=c, sample_rate=0.1) for c in classes},
@@ -314,17 +347,26 @@ def _report(workload: Measurement) -> dict[str, Any]:
             (report["median_ratio"], report.setdefault("met", {})),
             *((found, found.setdefault("met", {})) for found in report["forms"].values()),
         ]:
-            met |= {name: found[name] <= limit for name, limit in report["targets"].items()
-                    if name in found}  # fmt: skip
+            met |= {
+                name: found[name] <= limit
+                for name, limit in report["targets"].items()
+                if name in found
+            }
     return report
 
 
 def _described(case: Case, world: int) -> dict[str, Any]:
     return {
-        "W": world, "B": case.batch, "C": case.classes, "D": case.embedding_size,
-        "r": case.sample_rate, "dtype": case.dtype, "stored_mib": case.stored_mib,
-        "update_in_backward": case.update_in_backward, "kernel": case.kernel,
-    }  # fmt: skip
+        "W": world,
+        "B": case.batch,
+        "C": case.classes,
+        "D": case.embedding_size,
+        "r": case.sample_rate,
+        "dtype": case.dtype,
+        "stored_mib": case.stored_mib,
+        "update_in_backward": case.update_in_backward,
+        "kernel": case.kernel,
+    }
 
 
 def _origin(pairs: int, device: str) -> dict[str, Any]:
@@ -408,11 +450,14 @@ def _time(rank: int, device: torch.device, workload: Measurement) -> dict[str, A
             if i >= workload.warmup:
                 times[name].append(spent)
     return {
-        "peak": _beyond(before, ours, device), "seconds": times,
-        "piece": floor.size, "products": floor.num_products,
-        "threads": torch.get_num_threads(), "left_out": left_out,
+        "peak": _beyond(before, ours, device),
+        "seconds": times,
+        "piece": floor.size,
+        "products": floor.num_products,
+        "threads": torch.get_num_threads(),
+        "left_out": left_out,
         "taken": {name: side.form for name, side in sides.items() if isinstance(side, OurHead)},
-    }  # fmt: skip
+    }
 
 
 def _peaks(

@@ -51,11 +51,16 @@ from data_tools.load.loader import Loader, normalise
 _BATCH = 128  # images
 _WARM_UP = 10  # batches: more than any of them holds ready
 _RATIOS = [  # of rates, and the target
-    ("cpu", "bare", 0.85), ("cpu", "arcface", 2.5), ("cpu+normalise", "arcface", None),
-    ("dali", "cpu", 1.0), ("dali", "bare", None), ("dali", "dali_mxnet", None),
-    ("dali_normalised", "dali", None), ("cpu_augmented", "cpu", None),
+    ("cpu", "bare", 0.85),
+    ("cpu", "arcface", 2.5),
+    ("cpu+normalise", "arcface", None),
+    ("dali", "cpu", 1.0),
+    ("dali", "bare", None),
+    ("dali", "dali_mxnet", None),
+    ("dali_normalised", "dali", None),
+    ("cpu_augmented", "cpu", None),
     ("dali_augmented", "cpu_augmented", None),
-]  # fmt: skip
+]
 
 
 @cli.on_one_line()
@@ -147,9 +152,12 @@ def rates(data: shards.Shards, args: argparse.Namespace) -> dict:
         spent_on[f"{one} / {other}"] = _summary(pairs)
     medians = {name: round(statistics.median(values)) for name, values in found.items()}
     return {
-        "threads": threads, "rounds": rounds, "images_per_second": medians, "ratios": ratios,
+        "threads": threads,
+        "rounds": rounds,
+        "images_per_second": medians,
+        "ratios": ratios,
         "images_per_processor_second": spent_on,
-    }  # fmt: skip
+    }
 
 
 def _summary(values: list[float]) -> dict[str, float | None]:
@@ -262,11 +270,15 @@ def opened(images: int) -> dict:
         with open(root / "train.rec", "wb") as file:
             file.truncate(images * 8192)
         index = {
-            "format": shards.FORMAT, "version": shards.VERSION, "images": images,
-            "classes": classes, "image_size": [112, 112],
+            "format": shards.FORMAT,
+            "version": shards.VERSION,
+            "images": images,
+            "classes": classes,
+            "image_size": [112, 112],
             "shards": [{"name": "train", "images": images, "bytes": images * 8192}],
-            "labels": {"file": "labels.npy"}, "offsets": {"file": "offsets.npy"},
-        }  # fmt: skip
+            "labels": {"file": "labels.npy"},
+            "offsets": {"file": "offsets.npy"},
+        }
         (root / shards.INDEX).write_text(json.dumps(index))
         child = os.fork()
         if child == 0:  # a process of its own, so that what made the files does not count
@@ -291,12 +303,14 @@ def _open_and_draw(root: Path) -> int:
             data.locate(image)
     after = _memory()
     report = {
-        "open_seconds": round(seconds, 2), "target_seconds": 10,
+        "open_seconds": round(seconds, 2),
+        "target_seconds": 10,
         # Pages of the columns are shared by all processes of a node and can be dropped.
         "resident_mib": round(after["VmRSS"] - before["VmRSS"]),
         "of_it_private_mib": round(after["RssAnon"] - before["RssAnon"]),
-        "peak_mib": round(after["VmHWM"]), "target_mib": 1536,
-    }  # fmt: skip
+        "peak_mib": round(after["VmHWM"]),
+        "target_mib": 1536,
+    }
     (root / "report.json").write_text(json.dumps(report))
     return 0
 

@@ -191,9 +191,14 @@ class _Step:
         _, dtype = _DTYPES[args.dtype]
         self.here = here
         self.head = PartialFC(
-            make_margin(loss.margin, loss.arguments), args.embedding_size, args.classes,
-            args.sample_rate, group=here.group, seed=_SEED, class_counts=counts,
-        ).to(here.device, dtype)  # fmt: skip
+            make_margin(loss.margin, loss.arguments),
+            args.embedding_size,
+            args.classes,
+            args.sample_rate,
+            group=here.group,
+            seed=_SEED,
+            class_counts=counts,
+        ).to(here.device, dtype)
         self.optimizer = RowSGD(self.head)
 
     def __call__(self, x: Tensor, labels: Tensor) -> None:

@@ -59,8 +59,14 @@ def main() -> int:
     parser.add_argument("run", nargs="?", help="run directory or checkpoint")
     parser.add_argument("--network", choices=BACKBONES, help="instead of a run: at random")
     parser.add_argument("--data", help="shards (default: the run's)")
-    parser.add_argument("--people", metavar="DIR", type=Path, action="append", default=[],
-                        help="faces whose pairs show what is lost")  # fmt: skip
+    parser.add_argument(
+        "--people",
+        metavar="DIR",
+        type=Path,
+        action="append",
+        default=[],
+        help="faces whose pairs show what is lost",
+    )
     parser.add_argument("--repeat", type=int, default=9, metavar="N", help="of each (9)")
     args = parser.parse_args()
     if (args.run is None) == (args.network is None):
@@ -113,22 +119,32 @@ def measure(
         for precision in PRECISIONS:
             path = Path(directory) / f"{precision}.onnx"
             report = export_onnx(
-                module, path, metadata={}, precision=precision, example_images=examples,
-                calibration_images=images, limits=_NO_LIMIT,
-            )  # fmt: skip
+                module,
+                path,
+                metadata={},
+                precision=precision,
+                example_images=examples,
+                calibration_images=images,
+                limits=_NO_LIMIT,
+            )
             rows[precision] = {"bytes": report["bytes"], "cosine": report["cosine"]}
             if run is not None and pairs is not None:
                 found = drop.compare(
-                    TorchEmbedder(module, {"path": str(path)}, ""), OnnxEmbedder(path),
+                    TorchEmbedder(module, {"path": str(path)}, ""),
+                    OnnxEmbedder(path),
                     drop.thinned(verification_bin.load_bin(pairs), MOST_PAIRS),
-                )  # fmt: skip
+                )
                 rows["torch"] |= found["torch"] | {"far": found["far"]}
                 rows[precision] |= found["file"] | {"tar_drop": found["tar_drop"]}
             rows[precision]["people"] = [
-                drop.of_people(TorchEmbedder(module, {"path": str(path)}, ""), OnnxEmbedder(path),
-                               *_faces(folder), _FARS)
+                drop.of_people(
+                    TorchEmbedder(module, {"path": str(path)}, ""),
+                    OnnxEmbedder(path),
+                    *_faces(folder),
+                    _FARS,
+                )
                 for folder in people
-            ]  # fmt: skip
+            ]
             contenders[precision] = _session(path)
         for name, seconds in _in_turn(
             contenders, prepared(examples, GraphOptions()), repeat
@@ -139,12 +155,15 @@ def measure(
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         vnni = "avx512_vnni" in (text := file.read()) or "avx_vnni" in text
     return {
-        "network": config["network"], "threads": torch.get_num_threads(), "vnni": vnni,
-        "onnxruntime": onnxruntime.__version__, "rows": rows,
+        "network": config["network"],
+        "threads": torch.get_num_threads(),
+        "vnni": vnni,
+        "onnxruntime": onnxruntime.__version__,
+        "rows": rows,
         "int8_over_fp32": {
             n: rows["fp32"]["seconds"][n] / rows["int8"]["seconds"][n] for n in _BATCHES
         },
-    }  # fmt: skip
+    }
 
 
 def _faces(directory: Path) -> tuple[np.ndarray, np.ndarray]:

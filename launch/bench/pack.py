@@ -50,9 +50,12 @@ def timed(command: list, work: Path) -> tuple[float, float]:
     """Seconds of a command, one thread a process: on the clock, and of processors."""
     started, before = time.perf_counter(), os.times()
     subprocess.run(
-        list(map(str, command)), cwd=work, check=True, capture_output=True,
+        list(map(str, command)),
+        cwd=work,
+        check=True,
+        capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)},
-    )  # fmt: skip
+    )
     after = os.times()
     used = after.children_user + after.children_system
     return time.perf_counter() - started, used - before.children_user - before.children_system

@@ -57,10 +57,14 @@ class OurHead:
     def __init__(self, case: Case, device: torch.device, form: str | None = None) -> None:
         with _rows_drawn_on(device if case.storage == "device" else torch.device("cpu")):
             self.head = PartialFC(
-                make_margin(case.margin), case.embedding_size, case.classes, case.sample_rate,
-                seed=SEED, head_storage=case.storage,
+                make_margin(case.margin),
+                case.embedding_size,
+                case.classes,
+                case.sample_rate,
+                seed=SEED,
+                head_storage=case.storage,
                 limits=MemoryLimits(case.stored_mib << 20, case.piece, DTYPES[case.dtype]),
-            ).to(device)  # fmt: skip
+            ).to(device)
         form = form or case.kernel
         choice = choose(form, self.head, case.batch)
         if form not in ("auto", "plain") and choice.form == "plain":

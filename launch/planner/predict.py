@@ -209,9 +209,11 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--gpus {args.gpus}: 1 to {num_classes}, the number of classes")
     found = plan(cfg, num_classes, args.gpus)
     hints = advice(
-        cfg, args.gpus, (args.memory or math.inf) * _GB,
+        cfg,
+        args.gpus,
+        (args.memory or math.inf) * _GB,
         lambda one, gpus: plan(one, num_classes, gpus).total,
-    )  # fmt: skip
+    )
     report = _report(found, num_classes, args, hints)
     if num_images:
         pace = None
@@ -274,13 +276,17 @@ def _report(
         print(f"  {size / _GB:9.3f} GB  {part}")
     print(f"  {found.total / _GB:9.3f} GB  in all")
     sent = sum(found.wire.values())
-    print(f"sent in a step: {sent / _GB:.3f} GB, {1e3 * sent / args.bandwidth / _GB:.1f} ms at "
-          f"{args.bandwidth:g} GB/s")  # fmt: skip
+    print(
+        f"sent in a step: {sent / _GB:.3f} GB, {1e3 * sent / args.bandwidth / _GB:.1f} ms at "
+        f"{args.bandwidth:g} GB/s"
+    )
     for part, size in found.wire.items():
         print(f"  {size / 1e6:9.3f} MB  {part}")
     if found.host:
-        print(f"in the host's memory, for each GPU: {sum(found.host.values()) / _GB:.3f} GB; "
-              f"between the two in a step: {found.bus / _GB:.3f} GB")  # fmt: skip
+        print(
+            f"in the host's memory, for each GPU: {sum(found.host.values()) / _GB:.3f} GB; "
+            f"between the two in a step: {found.bus / _GB:.3f} GB"
+        )
     fits = None
     if args.memory is not None:
         fits = not hints
@@ -288,10 +294,17 @@ def _report(
         would = "" if fits else "; would fit with: " + "; or ".join(hints)
         print(f"{verdict} into {args.memory:g} GB{would}")
     return {
-        "classes": num_classes, "gpus": args.gpus, "bytes": found.gpu, "total": found.total,
-        "wire_bytes": found.wire, "wire_seconds": sent / args.bandwidth / _GB, "fits": fits,
-        "advice": hints, "host_bytes": found.host, "bus_bytes": found.bus,
-    }  # fmt: skip
+        "classes": num_classes,
+        "gpus": args.gpus,
+        "bytes": found.gpu,
+        "total": found.total,
+        "wire_bytes": found.wire,
+        "wire_seconds": sent / args.bandwidth / _GB,
+        "fits": fits,
+        "advice": hints,
+        "host_bytes": found.host,
+        "bus_bytes": found.bus,
+    }
 
 
 if __name__ == "__main__":

@@ -61,9 +61,13 @@ def _versions() -> dict[str, Any]:
         driver = file.read().strip()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "torch": torch.__version__, "cuda": torch.version.cuda if gpus else None, "driver": driver,
-        "gpus": gpus, "python": platform.python_version(), "code": _code(),
-    }  # fmt: skip
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if gpus else None,
+        "driver": driver,
+        "gpus": gpus,
+        "python": platform.python_version(),
+        "code": _code(),
+    }
 
 
 def _code() -> str:

@@ -35,8 +35,27 @@ from recognition.checkpoint.saver import Saver
 from recognition.checkpoint.writing import Keep
 
 __all__ = [
-    "PENDING", "Damaged", "HeadParts", "Keep", "Parts", "Saver", "all_rows", "copies",
-    "directory_of", "final_name", "find", "give_final_name", "load", "load_backbone", "load_state",
-    "mark_damaged", "named_damaged", "naming_predecessor", "newest", "optimizer_tensors",
-    "read_manifest", "row_files", "verify",
-]  # fmt: skip
+    "PENDING",
+    "Damaged",
+    "HeadParts",
+    "Keep",
+    "Parts",
+    "Saver",
+    "all_rows",
+    "copies",
+    "directory_of",
+    "final_name",
+    "find",
+    "give_final_name",
+    "load",
+    "load_backbone",
+    "load_state",
+    "mark_damaged",
+    "named_damaged",
+    "naming_predecessor",
+    "newest",
+    "optimizer_tensors",
+    "read_manifest",
+    "row_files",
+    "verify",
+]

@@ -61,10 +61,14 @@ class Agreement:
             "max_abs_error": max(self.max_abs_error.values()),
             "max_abs_error_by_batch": {str(n): e for n, e in self.max_abs_error.items()},
             "cosine": {
-                "min": least, "p1": one, "p10": ten, "median": half,
-                "mean": float(self.cosine.mean()), "count": len(self.cosine),
+                "min": least,
+                "p1": one,
+                "p10": ten,
+                "median": half,
+                "mean": float(self.cosine.mean()),
+                "count": len(self.cosine),
             },
-        }  # fmt: skip
+        }
 
     def check(self, limits: ParityLimits) -> None:
         """Raises: ExportError if the file is beyond the limits; it says by how much."""

@@ -188,10 +188,12 @@ def without_batch_norms(model: onnx.ModelProto) -> onnx.ModelProto:
             wide = values.astype(np.float32).reshape(-1, 1, 1)  # [C, 1, 1]
             model.graph.initializer.append(onnx.numpy_helper.from_array(wide, f"{name}_{constant}"))
         make = onnx.helper.make_node
-        model.graph.node.extend([
-            make("Mul", [node.input[0], f"{name}_factor"], [product], f"{name}_product"),
-            make("Add", [product, f"{name}_term"], [*node.output], f"{name}_sum"),
-        ])  # fmt: skip
+        model.graph.node.extend(
+            [
+                make("Mul", [node.input[0], f"{name}_factor"], [product], f"{name}_product"),
+                make("Add", [product, f"{name}_term"], [*node.output], f"{name}_sum"),
+            ]
+        )
     used = {name for node in model.graph.node for name in node.input}
     left = [tensor for tensor in model.graph.initializer if tensor.name in used]
     del model.graph.initializer[:]

@@ -140,9 +140,13 @@ class Chunks:
         self._column = targets.place % size  # int64 [m] of each target in its chunk
         self._chunks = list(self._cut(size))
         self.memory = ChunkMemory(
-            weight, num_rows, min(size, len(class_rows)) * self.num_subcenters,
-            len(self._chunks), stored_bytes, pool,
-        )  # fmt: skip
+            weight,
+            num_rows,
+            min(size, len(class_rows)) * self.num_subcenters,
+            len(self._chunks),
+            stored_bytes,
+            pool,
+        )
 
     def __iter__(self) -> Iterator[Chunk]:
         return iter(self._chunks)

@@ -187,9 +187,13 @@ class PartialFC(nn.Module):
         with full_precision(local_x):
             self._choose_kernel(len(local_x))
             x, labels = collectives.gather_batch(
-                local_x, local_labels, rows_per_rank, self.group, self.storage.like.dtype,
+                local_x,
+                local_labels,
+                rows_per_rank,
+                self.group,
+                self.storage.like.dtype,
                 self.limits.dtype,
-            )  # fmt: skip
+            )
             features = None
             if local_features is not None:
                 features = local_features.detach().to(self.storage.like.dtype)
@@ -240,10 +244,15 @@ class PartialFC(nn.Module):
             return formula
 
         shared, reduced = reduced_logits(
-            x, self.storage.parameter, class_values,
+            x,
+            self.storage.parameter,
+            class_values,
             [p for p in self.margin.parameters() if p.dim() == 0],
-            chunks, formula_of, self._kernel, self.group,
-        )  # fmt: skip
+            chunks,
+            formula_of,
+            self._kernel,
+            self.group,
+        )
         batch = batch_of(shared)
         replaced = self.margin.target(batch)  # [B]
         self._last = batch.cos_target.detach(), replaced.detach()

@@ -231,10 +231,17 @@ class RowSGD(_RowOptimizer):
 
     def _update_(self, grad: Tensor, lr: float, decay: float, **rows: Tensor) -> None:
         torch._fused_sgd_(  # what torch.optim.SGD(fused=True) calls: once through the memory
-            [rows["weight"]], [grad], [rows["momentum"]][: self.momentum != 0], weight_decay=decay,
-            momentum=self.momentum, lr=lr, dampening=0.0, nesterov=False, maximize=False,
+            [rows["weight"]],
+            [grad],
+            [rows["momentum"]][: self.momentum != 0],
+            weight_decay=decay,
+            momentum=self.momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
             is_first_step=False,
-        )  # fmt: skip
+        )
 
 
 class RowAdamW(_RowOptimizer):

@@ -102,9 +102,11 @@ def descend(
                 "length": length(x),
             }
             loss = (
-                parts["identity"] + settings.bn_weight * parts["bn"]
-                + settings.tv_weight * parts["tv"] + settings.l2_weight * parts["length"]
-            )  # fmt: skip
+                parts["identity"]
+                + settings.bn_weight * parts["bn"]
+                + settings.tv_weight * parts["tv"]
+                + settings.l2_weight * parts["length"]
+            )
             (gradient,) = torch.autograd.grad(loss, x)
             # Of a mean over b each image has 1/b: Adam does not see the factor, its eps would.
             x.grad = gradient * len(x)

@@ -30,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="PATH", help="shards, a .bin, or a folder <identity>/*.jpg"
     )
     parser.add_argument(
-        "--embeddings", metavar="FILE",
+        "--embeddings",
+        metavar="FILE",
         help="an .npy [N, D] or .npz; with --data, the embeddings of its images",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--far", type=float, nargs="+", default=[1e-2, 1e-3], metavar="X", help="(0.01 0.001)"
     )

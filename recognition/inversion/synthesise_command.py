@@ -28,19 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run", metavar="RUN", help="run or checkpoint directory, or a backbone file (open set)"
     )
     parser.add_argument(
-        "--embeddings", metavar="FILE",
+        "--embeddings",
+        metavar="FILE",
         help="open set: an .npy [N, D], or an .npz with embeddings and maybe labels",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--images", metavar="PATH",
+        "--images",
+        metavar="PATH",
         help="open set: the embeddings of these images; shards, a .bin or a folder. With "
         "--embeddings, the images that these belong to",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--data", metavar="PATH",
+        "--data",
+        metavar="PATH",
         help="closed set: the data that the run was trained on, to measure with; default: the path "
         "in its config",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--head", type=int, default=0, metavar="K", help="which of several heads (0)"
     )

@@ -44,9 +44,12 @@ def markdown() -> str:
         arguments = ", ".join(f"{k}={_value(v)}" for k, v in entry.arguments.items())
         arguments = arguments.replace("|", "\\|")
         cells = [
-            f"`{entry.name}`", entry.formula.replace("|", "\\|"), f"`{arguments}`",
-            "; ".join(entry.state) or "-", ", ".join(entry.gradients),
-        ]  # fmt: skip
+            f"`{entry.name}`",
+            entry.formula.replace("|", "\\|"),
+            f"`{arguments}`",
+            "; ".join(entry.state) or "-",
+            ", ".join(entry.gradients),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -98,22 +98,34 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
     parts = checkpoint.Parts(backbone, optimizer, head_parts, scaler, encoder)
     schedule = _make_schedule(plan.first(), len(data), runtime.world)
     state = TrainState(
-        cfg, runtime, data, order, val_sets, precision, model, parts,
+        cfg,
+        runtime,
+        data,
+        order,
+        val_sets,
+        precision,
+        model,
+        parts,
         schedule,
         FiniteGuard(runtime.group, runtime.device),
         facts={
-            "commit": commit(), "world": runtime.world, "precision": precision,
+            "commit": commit(),
+            "world": runtime.world,
+            "precision": precision,
             "head_precision": head_precision,
-            "num_classes": data.num_classes, "num_image": data.num_images,
-            "labels_crc32": labels_crc32, "data_sha256": hashes_of(data),
-            "first_batch": plan.first_batch, "first_rows": plan.first_rows,
+            "num_classes": data.num_classes,
+            "num_image": data.num_images,
+            "labels_crc32": labels_crc32,
+            "data_sha256": hashes_of(data),
+            "first_batch": plan.first_batch,
+            "first_rows": plan.first_rows,
             "head_forms": [choice.form for choice in choices],
         },
         messages=messages + [choice.said for choice in choices if choice.said],
         damaged=damaged,
         spikes=make_guard(cfg, runtime.group, runtime.device),
         skipped=skipped(cfg.output, None),
-    )  # fmt: skip
+    )
     if cfg.teacher is not None:
         state.teacher = distill.open_teacher(
             cfg.teacher, cfg.embedding_size, len(data), runtime.device, precision

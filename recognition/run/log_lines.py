@@ -189,8 +189,10 @@ def trace_steps(
             return
         trace.export_chrome_trace(path)
         written = True
-        say(f"profile: steps {first} to {last} of this start are in {path}, for ui.perfetto.dev "
-            "or chrome://tracing")  # fmt: skip
+        say(
+            f"profile: steps {first} to {last} of this start are in {path}, for ui.perfetto.dev "
+            "or chrome://tracing"
+        )
 
     first = _WAIT + _WARMUP + 1
     with profile(

@@ -170,8 +170,11 @@ def list_changes(saved: dict[str, Any], cfg: Config, facts: dict[str, Any], path
                 f"cannot resume from {path} with another {what}: images of the epoch would be "
                 "repeated or skipped. Start a new run with init_from= and another output"
             )
-    return [f"{key} {saved.get(key)} -> {now[key]}" for key in now
-            if key not in _FREE and saved.get(key) != now[key]]  # fmt: skip
+    return [
+        f"{key} {saved.get(key)} -> {now[key]}"
+        for key in now
+        if key not in _FREE and saved.get(key) != now[key]
+    ]
 
 
 # Keys that only a new run reads: at a resume another value would have no effect.

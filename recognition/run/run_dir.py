@@ -127,8 +127,12 @@ def commit() -> str | None:
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
-            cwd=_SOURCE_DIR, capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
+            cwd=_SOURCE_DIR,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return described.stdout.strip()

@@ -43,10 +43,24 @@ _WIDTHS = (64, 128, 256, 512)
 _WRAPPERS = ("module.", "model.", "net.", "backbone.", "network.", "student.")  # DDP, CVLface ...
 _ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile
 _INSIDE = (
-    "state_dict_backbone", "backbone_state_dict", "backbone", "state_dict", "model_state_dict",
-    "net_state_dict", "model_state", "net", "model", "network", "student", "module", "weights",
-    "params", "ema_state_dict", "ema", "model_ema",
-)  # fmt: skip
+    "state_dict_backbone",
+    "backbone_state_dict",
+    "backbone",
+    "state_dict",
+    "model_state_dict",
+    "net_state_dict",
+    "model_state",
+    "net",
+    "model",
+    "network",
+    "student",
+    "module",
+    "weights",
+    "params",
+    "ema_state_dict",
+    "ema",
+    "model_ema",
+)
 _SHOWN = 8  # keys of a file that an error lists
 
 
@@ -148,9 +162,11 @@ def dense(tensor: Tensor, where: str) -> Tensor:
     Raises: UserError naming `where` for a sparse, quantised, complex or absent one.
     """
     wrong = (
-        ("sparse", tensor.layout != torch.strided), ("quantised", tensor.is_quantized),
-        ("complex", tensor.is_complex()), ("without content", tensor.is_meta),
-    )  # fmt: skip
+        ("sparse", tensor.layout != torch.strided),
+        ("quantised", tensor.is_quantized),
+        ("complex", tensor.is_complex()),
+        ("without content", tensor.is_meta),
+    )
     if kinds := [kind for kind, applies in wrong if applies]:
         raise UserError(
             f"{where} is {' and '.join(kinds)}: weights are dense tensors of real numbers. Convert "
@@ -228,12 +244,24 @@ def _from_ir(state: dict[str, Tensor]) -> dict[str, Tensor]:
     widths = [len(weight) for weight in last if weight is not None and weight.ndim == 4]
     if len(widths) != len(numbers) or not set(widths) <= set(_WIDTHS):
         return state  # bottlenecks or others: load_state lists what does not fit
-    names = {"input_layer.0": "conv1", "input_layer.1": "bn1", "input_layer.2": "prelu",
-             "output_layer.0": "bn2", "output_layer.3": "fc",
-             "output_layer.4": "features"}  # fmt: skip
-    inside = {"res_layer.0": "bn1", "res_layer.1": "conv1", "res_layer.2": "bn2",
-              "res_layer.3": "prelu", "res_layer.4": "conv2", "res_layer.5": "bn3",
-              "shortcut_layer.0": "downsample.0", "shortcut_layer.1": "downsample.1"}  # fmt: skip
+    names = {
+        "input_layer.0": "conv1",
+        "input_layer.1": "bn1",
+        "input_layer.2": "prelu",
+        "output_layer.0": "bn2",
+        "output_layer.3": "fc",
+        "output_layer.4": "features",
+    }
+    inside = {
+        "res_layer.0": "bn1",
+        "res_layer.1": "conv1",
+        "res_layer.2": "bn2",
+        "res_layer.3": "prelu",
+        "res_layer.4": "conv2",
+        "res_layer.5": "bn3",
+        "shortcut_layer.0": "downsample.0",
+        "shortcut_layer.1": "downsample.1",
+    }
     ours: dict[str, Tensor] = {}
     for i, width, (stage, index) in zip(numbers, widths, _stage_of(widths), strict=True):
         names |= {f"body.{i}.{a}": f"layer{stage}.{index}.{b}" for a, b in inside.items()}
@@ -262,17 +290,31 @@ def _identity(at: str, width: int) -> dict[str, Tensor]:
 
 
 _MXNET_LEAVES = {
-    "gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_var": "running_var",
-    "weight": "weight", "bias": "bias",
-}  # fmt: skip
+    "gamma": "weight",
+    "beta": "bias",
+    "moving_mean": "running_mean",
+    "moving_var": "running_var",
+    "weight": "weight",
+    "bias": "bias",
+}
 _MXNET_NAMES = {
-    "conv0": "conv1", "bn0": "bn1", "relu0": "prelu", "bn1": "bn2", "pre_fc1": "fc",
+    "conv0": "conv1",
+    "bn0": "bn1",
+    "relu0": "prelu",
+    "bn1": "bn2",
+    "pre_fc1": "fc",
     "fc1": "features",
-}  # fmt: skip
+}
 _MXNET_UNIT = {
-    "bn1": "bn1", "conv1": "conv1", "bn2": "bn2", "relu1": "prelu", "conv2": "conv2", "bn3": "bn3",
-    "conv1sc": "downsample.0", "sc": "downsample.1",
-}  # fmt: skip
+    "bn1": "bn1",
+    "conv1": "conv1",
+    "bn2": "bn2",
+    "relu1": "prelu",
+    "conv2": "conv2",
+    "bn3": "bn3",
+    "conv1sc": "downsample.0",
+    "sc": "downsample.1",
+}
 
 
 def _from_mxnet(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
@@ -368,8 +410,9 @@ def _write(state: Mapping[str, Tensor], out: Path, facts: dict[str, str]) -> Non
     """Complete or not at all."""
     if not files.is_dir(out.parent):
         raise UserError(f"{out}: there is no directory {out.parent}, make it first")
-    tensors = {name: value.clone(memory_format=torch.contiguous_format)
-               for name, value in state.items()}  # fmt: skip
+    tensors = {
+        name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()
+    }
     files.write_bytes(out, safetensors.torch.save(tensors, facts))
 
 

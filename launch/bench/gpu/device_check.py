@@ -61,9 +61,13 @@ def _numbers(loss: Loss, rate: float, device: torch.device) -> tuple[list[Tensor
     x = torch.randn(_ROWS, _SIZE, generator=generator, dtype=torch.float64)
     labels = torch.randint(_CLASSES, (_ROWS,), generator=generator)
     head = PartialFC(
-        make_margin(loss.margin, loss.arguments), _SIZE, _CLASSES, rate, seed=1,
+        make_margin(loss.margin, loss.arguments),
+        _SIZE,
+        _CLASSES,
+        rate,
+        seed=1,
         class_counts=np.arange(_CLASSES) % 9 + 1,
-    ).to(device, torch.float64)  # fmt: skip
+    ).to(device, torch.float64)
     rows = RowSGD(head)
     local_x = x.to(device).requires_grad_()
     value = head(local_x, labels)

@@ -69,9 +69,13 @@ def _search(case: Case, device: str, free: int) -> dict[str, Any]:
 def _predicted(case: Case, device: str, free: int) -> int:
     """By bisection: the planner's bytes grow with the classes."""
     cfg = config.make(
-        {"rec": "-", "sample_rate": case.sample_rate, "embedding_size": case.embedding_size,
-         "head_stored_mib": case.stored_mib}
-    )  # fmt: skip
+        {
+            "rec": "-",
+            "sample_rate": case.sample_rate,
+            "embedding_size": case.embedding_size,
+            "head_stored_mib": case.stored_mib,
+        }
+    )
 
     def fits(classes: int) -> bool:
         sizes = head_bytes(cfg, classes, 1, case.batch, is_cuda=device == "cuda")

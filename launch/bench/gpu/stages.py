@@ -69,18 +69,32 @@ def stages(work: Path, rehearse: bool) -> dict[str, list[Part]]:
     else:
         rates = []
         beside = [
-            "--classes", "1000000", "--batch", "4096", "--dtype", "bf16", "--kernel", "auto",
-            "--forms", "compiled", "triton",
-        ]  # fmt: skip
+            "--classes",
+            "1000000",
+            "--batch",
+            "4096",
+            "--dtype",
+            "bf16",
+            "--kernel",
+            "auto",
+            "--forms",
+            "compiled",
+            "triton",
+        ]
         suite = ["--suite", "gpu", *one_process]
         largest = []
         faces = ["--identities", "1500", "--images", "20"]
         packed = ["--shards", "16", "--hold-out", "150", "--pairs", "3000"]
         r50 = ["batch_size=256", "max_steps=100", "log_every=20", "num_workers=14"]
         mbf = [
-            "network=mbf", "global_batch_size=512", "max_steps=800", "verify_every=800",
-            "checkpoint_every=800", "log_every=50", "num_workers=14",
-        ]  # fmt: skip
+            "network=mbf",
+            "global_batch_size=512",
+            "max_steps=800",
+            "verify_every=800",
+            "checkpoint_every=800",
+            "log_every=50",
+            "num_workers=14",
+        ]
         losses = ["--batch", "1024", "--seconds", "20"]
         loader = ["--threads", "14", "--rounds", "3", "--only", "bare", "cpu", "arcface"]
 
@@ -101,8 +115,9 @@ def stages(work: Path, rehearse: bool) -> dict[str, list[Part]]:
         ],
         "2": [
             Part("faces", 40, ["-m", "data_tools", "synthesize", str(work / "faces"), *faces]),
-            Part("pack", 30, ["-m", "data_tools", "pack", str(work / "faces"), str(shards),
-                              *packed]),
+            Part(
+                "pack", 30, ["-m", "data_tools", "pack", str(work / "faces"), str(shards), *packed]
+            ),
             training("r50", 50, arcface, [*r50, "val_targets="]),
             training("mbf", 90, demo, [*mbf, *heldout]),
             Part("largest", 80, ["-m", "launch.bench.gpu.largest", *largest]),
@@ -110,7 +125,7 @@ def stages(work: Path, rehearse: bool) -> dict[str, list[Part]]:
             Part("loader", 40, ["launch/bench/loader.py", str(shards), *loader], "PIL"),
             Part("losses", 40, ["launch/bench/losses.py", *losses]),
         ],
-    }  # fmt: skip
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -184,9 +199,14 @@ def _run(part: Part, seconds: float, work: Path, rehearse: bool) -> Iterator[dic
     log, began, seen = work / f"{part.name}.log", time.monotonic(), None
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            [sys.executable, *part.command], cwd=_ROOT, env=_environment(rehearse), stdout=file,
-            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, *part.command],
+            cwd=_ROOT,
+            env=_environment(rehearse),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     verdict: int | str | None = None
     try:
         while verdict is None:
@@ -223,9 +243,7 @@ def _environment(rehearse: bool) -> dict[str, str]:
     paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if rehearse:
-        environment |= {
-            "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"
-        }  # fmt: skip
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return environment
 
 

@@ -78,9 +78,15 @@ class CpuLibrary:
         """Rows of the table [*, D] into `out` [n, D], where there is one, and 1 / |w| of each into
         `inverse` [n], 1 where w is 0. index: int64 [n] rows; None: the first n."""
         self._read_rows(
-            self._at(table), _rows(index), inverse.shape[0], table.shape[1], *self._limits,
-            self._at(out), self._at(inverse), torch.get_num_threads(),
-        )  # fmt: skip
+            self._at(table),
+            _rows(index),
+            inverse.shape[0],
+            table.shape[1],
+            *self._limits,
+            self._at(out),
+            self._at(inverse),
+            torch.get_num_threads(),
+        )
 
     def leave_out(self, z: Tensor, row: Tensor, column: Tensor) -> None:
         """z[row, column] = -inf. z: [B, n]; row, column: int64 [m]."""
@@ -99,9 +105,13 @@ class CpuLibrary:
         is the sum over B of along * c * e: [n]. along: [B]."""
         radial = torch.empty_like(inverse)
         self._slopes(
-            self._at(z), self._at(inverse), self._at(along), *z.shape, self._at(radial),
+            self._at(z),
+            self._at(inverse),
+            self._at(along),
+            *z.shape,
+            self._at(radial),
             torch.get_num_threads(),
-        )  # fmt: skip
+        )
         return radial
 
     def sgd(
@@ -117,9 +127,17 @@ class CpuLibrary:
         """optim.RowSGD's update, in place."""
         velocity = tables["momentum"] if momentum != 0 else None
         self._sgd(
-            self._at(tables["weight"]), self._at(velocity), self._at(grad), self._at(radial),
-            _rows(index), *grad.shape, lr, momentum, decay, torch.get_num_threads(),
-        )  # fmt: skip
+            self._at(tables["weight"]),
+            self._at(velocity),
+            self._at(grad),
+            self._at(radial),
+            _rows(index),
+            *grad.shape,
+            lr,
+            momentum,
+            decay,
+            torch.get_num_threads(),
+        )
 
     def _at(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -178,9 +196,14 @@ def _built(real: str) -> ctypes.CDLL | str:
 def _compile(command: list[str]) -> str:
     """Run the compiler. What it complained of; "" if of nothing."""
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True, errors="replace", start_new_session=True,
-    )  # fmt: skip
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
         _, said = process.communicate(timeout=_SECONDS)
     except subprocess.TimeoutExpired:

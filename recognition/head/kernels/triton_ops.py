@@ -58,9 +58,15 @@ class TritonOperations:
         num, size = unit.shape
         options = row_options(size)
         _unit_rows[(triton.cdiv(num, options["ROWS"]),)](
-            weight, inverse if index is None else index, unit, inverse, num,
-            HAS_INDEX=index is not None, TINY=torch.finfo(weight.dtype).tiny, **options,
-        )  # fmt: skip
+            weight,
+            inverse if index is None else index,
+            unit,
+            inverse,
+            num,
+            HAS_INDEX=index is not None,
+            TINY=torch.finfo(weight.dtype).tiny,
+            **options,
+        )
 
     def masses(
         self, x: Tensor, unit: Tensor, own: Tensor, start: int, limit: float | None
@@ -69,9 +75,17 @@ class TritonOperations:
         wide = torch.promote_types(x.dtype, torch.float32)
         parts = x.new_empty(class_blocks, len(x), dtype=wide)
         _masses[(self._num_programs(x, unit),)](
-            x, unit, own, parts, len(x), len(unit), start, limit or 0.0,
-            HAS_LIMIT=limit is not None, **product_options(self.blocks, x),
-        )  # fmt: skip
+            x,
+            unit,
+            own,
+            parts,
+            len(x),
+            len(unit),
+            start,
+            limit or 0.0,
+            HAS_LIMIT=limit is not None,
+            **product_options(self.blocks, x),
+        )
         return parts.sum(0)
 
     def weights(
@@ -80,9 +94,19 @@ class TritonOperations:
         stride = triton.cdiv(len(unit), 64) * 64  # whole lines, which the GEMMs want
         weights = x.new_empty(len(x), stride)
         _weights[(self._num_programs(x, unit),)](
-            x, unit, own, base, weights, len(x), len(unit), start, stride, limit or 0.0,
-            HAS_LIMIT=limit is not None, **product_options(self.blocks, x),
-        )  # fmt: skip
+            x,
+            unit,
+            own,
+            base,
+            weights,
+            len(x),
+            len(unit),
+            start,
+            stride,
+            limit or 0.0,
+            HAS_LIMIT=limit is not None,
+            **product_options(self.blocks, x),
+        )
         return weights[:, : len(unit)]
 
     def project(
@@ -107,12 +131,16 @@ def row_options(size: int) -> dict[str, Any]:
 def product_options(blocks: TileSizes, x: Tensor) -> dict[str, Any]:
     precise = torch.get_float32_matmul_precision() == "highest"
     return {
-        "D": x.shape[1], "ROWS": blocks.rows, "CLASSES": blocks.classes,
-        "DEPTH": _LINE_BYTES // x.element_size(), "SUMS": _SUMS[x.dtype],
+        "D": x.shape[1],
+        "ROWS": blocks.rows,
+        "CLASSES": blocks.classes,
+        "DEPTH": _LINE_BYTES // x.element_size(),
+        "SUMS": _SUMS[x.dtype],
         "PRECISION": "ieee" if precise else "tf32",
         "WIDEN": INTERPRETED,  # whose product takes bf16's bits for integers
-        "num_warps": blocks.warps, "num_stages": blocks.stages,
-    }  # fmt: skip
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+    }
 
 
 # --- Programs -------------------------------------------------------------------------------------
@@ -120,10 +148,17 @@ def product_options(blocks: TileSizes, x: Tensor) -> dict[str, Any]:
 
 @triton.jit
 def _unit_rows(
-    weight, index, unit, inverse, num,
-    HAS_INDEX: tl.constexpr, TINY: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    weight,
+    index,
+    unit,
+    inverse,
+    num,
+    HAS_INDEX: tl.constexpr,
+    TINY: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < num)[:, None] & (column < D)[None, :]
@@ -140,9 +175,16 @@ def _unit_rows(
 
 @triton.jit
 def _project(
-    grad, weight, inverse, factor, out, num,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    grad,
+    weight,
+    inverse,
+    factor,
+    out,
+    num,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < num)[:, None] & (column < D)[None, :]
@@ -156,10 +198,18 @@ def _project(
 
 @triton.jit
 def _logits(
-    x, unit, num_rows, num,
-    D: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr,
-    SUMS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    x,
+    unit,
+    num_rows,
+    num,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     # z2 of this program's rows and classes, and which these are; programs that follow each other
     # have the same classes.
     row_blocks = tl.cdiv(num_rows, ROWS)
@@ -187,11 +237,23 @@ def _logits(
 
 @triton.jit
 def _masses(
-    x, unit, own, parts, num_rows, num, start, limit,
+    x,
+    unit,
+    own,
+    parts,
+    num_rows,
+    num,
+    start,
+    limit,
     HAS_LIMIT: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr,
-    SUMS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     z, row, column = _logits(
         x, unit, num_rows, num, D, ROWS, CLASSES, DEPTH, SUMS, PRECISION, WIDEN
     )
@@ -206,11 +268,25 @@ def _masses(
 
 @triton.jit
 def _weights(
-    x, unit, own, base, weights, num_rows, num, start, stride, limit,
+    x,
+    unit,
+    own,
+    base,
+    weights,
+    num_rows,
+    num,
+    start,
+    stride,
+    limit,
     HAS_LIMIT: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr,
-    SUMS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     z, row, column = _logits(
         x, unit, num_rows, num, D, ROWS, CLASSES, DEPTH, SUMS, PRECISION, WIDEN
     )
