@@ -38,6 +38,9 @@ class ImageSet(Protocol):
     def __getitem__(self, i: int) -> NDArray[np.uint8]:
         """RGB [112, 112, 3]; thread-safe. Raises: ValueError naming a broken image."""
 
+    def name_of(self, i: int) -> str:
+        """What a person calls image i: its path, or its number."""
+
     def digest(self) -> str:
         """sha256 of everything that determines the pixels."""
 
@@ -60,6 +63,9 @@ class Encoded:
 
     def __getitem__(self, i: int) -> NDArray[np.uint8]:
         return decode(self.encoded[i], SIZE, self._where(i), self._resize)
+
+    def name_of(self, i: int) -> str:
+        return f"image {i}"
 
     def digest(self) -> str:
         total = hashlib.sha256()
@@ -110,6 +116,9 @@ class Files:
             return template.warp(image, self.points[i], SIZE)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
+
+    def name_of(self, i: int) -> str:
+        return self.paths[i]
 
     def digest(self) -> str:
         total = hashlib.sha256()
@@ -164,6 +173,9 @@ class Subset:
 
     def __getitem__(self, i: int) -> NDArray[np.uint8]:
         return self.whole[self.numbers[i]]
+
+    def name_of(self, i: int) -> str:
+        return self.whole.name_of(self.numbers[i])
 
     def digest(self) -> str:
         chosen = np.asarray(self.numbers, dtype=np.int64).tobytes()

@@ -107,7 +107,7 @@ def table(rows: list[list[str]]) -> Table:
     """A table within 80 columns: only the names of sets wrap, never a number."""
     content = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     content.add_column("set", overflow="fold")
-    for heading in ("pairs", "accuracy", "TAR at\nFAR 0.1 %", "EER", "AUC", "XNorm"):
+    for heading in ("pairs", "accuracy", "TAR at\nFAR 0.001", "EER", "AUC", "XNorm"):
         content.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         content.add_row(*row)

@@ -219,13 +219,18 @@ class Session:
             self.saved.append(str(save(directory, result)))
 
     def pictures(self, images: "ImageSet", numbers: NDArray) -> dict[str, NDArray]:
-        """{"pictures": uint8 [.., 112, 112, 3]} of the images; {} under --no-pictures."""
+        """{"pictures": uint8 [.., 112, 112, 3], "picture_names": str [..]} of the images; {} under
+        --no-pictures."""
         import numpy as np
 
         if not self.args.pictures:
             return {}
         flat = np.stack([images[int(i)] for i in numbers.ravel()])
-        return {"pictures": flat.reshape(*numbers.shape, *flat.shape[1:])}
+        names = np.array([images.name_of(int(i)) for i in numbers.ravel()])
+        return {
+            "pictures": flat.reshape(*numbers.shape, *flat.shape[1:]),
+            "picture_names": names.reshape(numbers.shape),
+        }
 
     def output(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """What --json prints."""

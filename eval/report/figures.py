@@ -54,11 +54,11 @@ def lines(
     log: str = "",  # "x", "y" or "xy"
     step: bool = False,
     limits: tuple[tuple[float, float] | None, tuple[float, float] | None] = (None, None),
-    large: bool = False,
+    has_legend: bool = False,
 ) -> str:
     """Curves of shares, one for each model or set; the y axis in percent, log axes where said."""
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
-        figure, axes = _figure(*((6.6, 4.2) if large else (4.6, 2.8)))
+        figure, axes = _figure(4.6, 2.8)
         points = {name: np.asarray(curve, dtype=float) for name, curve in curves.items()}
         if "x" in log:
             points = {name: xy[:, xy[0] > 0] for name, xy in points.items()}
@@ -81,7 +81,7 @@ def lines(
         if "y" in log:
             axes.yaxis.set_minor_formatter(FuncFormatter(_percent))
             axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-        if len(curves) > 1 or large:
+        if len(curves) > 1 or has_legend:
             axes.legend(loc="best")
         return _svg(figure, title)
 
@@ -96,14 +96,14 @@ def roc(curves: Mapping[str, Curve], title: str = "ROC curves") -> str:
     lowest = min((float(y[0]) for _, y in positive if len(y)), default=0.0)
     limits = ((min(finest, 0.5), 1.0), (max(0.0, lowest - 0.05 * (1 - lowest) - 0.002), 1.002))
     text = ("FAR: different people accepted", "TAR: same person accepted")
-    return lines(title, curves, text, "x", True, limits, large=True)
+    return lines(title, curves, text, "x", True, limits, has_legend=True)
 
 
 def det(curves: Mapping[str, Curve], title: str = "DET curves") -> str:
     """1 - TAR over FAR, both axes log; curves: name -> (FAR, TAR)."""
     misses = {name: (x, 1 - np.asarray(y)) for name, (x, y) in curves.items()}
     text = ("FAR: different people accepted", "1 - TAR: same person rejected")
-    return lines(title, misses, text, "xy", True, large=True)
+    return lines(title, misses, text, "xy", True, has_legend=True)
 
 
 def cmc(curves: Mapping[str, Sequence[float] | NDArray], title: str = "CMC curves") -> str:

@@ -11,8 +11,10 @@ from data_tools.common import files, text
 from data_tools.common.errors import UserError
 from data_tools.common.text import read_json, read_text
 from eval.report import figures, sections, tables
+from eval.report.headline import headline
 from eval.report.page_style import HEAD, STYLE
 from eval.report.results import Result
+from eval.report.slider import SCRIPT
 
 
 def write(
@@ -104,26 +106,34 @@ def _page(
         facts = results[0].facts["model"] if results else {}
         about = f"{name}: {facts.get('runtime', '')}, weights {str(facts.get('sha256', ''))[:12]}"
         yield f"<p>{escape(about)}</p>"
-    yield f"<p>{when}</p></header>"
+    yield f"<p>{when}</p>"
+    if (first := headline(models)) is not None:
+        yield f'<p class="lead">{escape(first.sentence)}</p><dl class="numbers">'
+        for value, what in first.numbers:
+            yield f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd></div>"
+        yield "</dl>"
+    yield "</header>"
     for warning in dict.fromkeys(
         w for r in models.values() for x in r for w in x.facts.get("warnings", [])
     ):
         yield f'<p class="warning">warning: {escape(warning)}</p>'
-    for group in found:
-        yield from sections.section(group)
+    for number, group in enumerate(found):
+        yield from sections.section(group, number)
     training = list(_training(records))
     if training:
         yield '<h2>Training</h2><div class="grid">' + "\n".join(training) + "</div>"
     if config is not None:
         yield "<details><summary>Configuration of the run</summary>"
         yield f"<pre>{escape(json.dumps(config, indent=1))}</pre></details>"
-    yield "</body>\n</html>"
+    yield f"<script>{SCRIPT}</script></body>\n</html>"
 
 
 def _markdown(
     when: str, models: Mapping[str, Sequence[Result]], found: Sequence[sections.Group]
 ) -> Iterator[str]:
     yield f"## Evaluation of {_title(models)}\n\n{when}\n"
+    if (first := headline(models)) is not None:
+        yield f"{first.sentence}\n"
     for group in found:
         for title, heads, rows in sections.tables_of(group):
             yield tables.as_markdown(f"**{title}**", heads, rows)

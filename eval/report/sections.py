@@ -9,7 +9,9 @@ import cv2
 import numpy as np
 
 from eval.report import figures, tables
+from eval.report.headline import operating_point
 from eval.report.results import REJECT_FAR, Result
+from eval.report.slider import slider
 
 TITLES = {
     "lfw": "Pairs, ten folds",
@@ -78,8 +80,8 @@ def notes_of(group: Group) -> list[str]:
     return tables.pair_notes(metrics, [["", *row] for row in rows])
 
 
-def section(group: Group) -> Iterator[str]:
-    """The part of the page on a group."""
+def section(group: Group, number: int) -> Iterator[str]:
+    """The part of the page on a group. number: of the group in the page."""
     heading = f"{TITLES.get(group.protocol, group.protocol)}: {group.name}"
     yield f"<h2>{escape(heading)}</h2>"
     for title, heads, rows in tables_of(group):
@@ -88,8 +90,9 @@ def section(group: Group) -> Iterator[str]:
     for note in notes_of(group):
         yield f"<p>{escape(note)}</p>"
     yield from _curves(group)
-    for model, result in group.results.items():
-        yield from _pictures(model if len(group.results) > 1 else "", result)
+    for i, (model, result) in enumerate(group.results.items()):
+        name = model if len(group.results) > 1 else ""
+        yield from _pictures(name, result, f"{number}-{i}")
     for model, result in group.results.items():
         yield f"<details open><summary>Contract of {escape(model)}</summary><dl>"
         for what, how in _flat(result.facts["contract"]):
@@ -108,11 +111,11 @@ def _curves(group: Group) -> Iterator[str]:
         groups = result.metrics.get("groups", {})
         by_group = {g: (result.arrays[f"far {g}"], result.arrays[f"tar {g}"]) for g in groups}
         if by_group:
-            yield f'<div class="wide">{figures.roc(by_group, f"ROC of the groups, {model}")}</div>'
-    if roc:
-        yield f'<div class="wide">{figures.roc(roc, f"ROC, {title}")}</div>'
-        yield f'<div class="wide">{figures.det(roc, f"DET, {title}")}</div>'
+            yield f'<div class="grid">{figures.roc(by_group, f"ROC of the groups, {model}")}</div>'
     yield '<div class="grid">'
+    if roc:
+        yield figures.roc(roc, f"ROC, {title}")
+        yield figures.det(roc, f"DET, {title}")
     for model, result in group.results.items():
         if "edges" in result.arrays:
             name = f"{title}, {model}" if len(arrays) > 1 else title
@@ -152,17 +155,41 @@ def _threshold(metrics: Mapping[str, Any]) -> float | None:
     return 1 - float(np.mean(metrics["best_thresholds"])) / 2
 
 
-def _pictures(model: str, result: Result) -> Iterator[str]:
+def decision_threshold(metrics: Mapping[str, Any]) -> float | None:
+    """The score from which the report takes a pair as one person's: the folds' mean, else that of
+    the operating point in the headline; None: no score keeps that FAR."""
+    found = _threshold(metrics)
+    return found if found is not None else operating_point(metrics)["threshold"]
+
+
+def _pictures(model: str, result: Result, place: str) -> Iterator[str]:
+    """The slider, and the pairs that are decided wrongly at the report's threshold."""
+    if "operating_points" not in result.metrics or "threshold" not in result.arrays:
+        return
+    threshold = decision_threshold(result.metrics)
+    if threshold is None:
+        return
+    about = f", {model}" if model else ""
+    yield f"<h3>Another threshold, {escape(result.name + about)}</h3>"
+    yield slider(result, place, threshold)
     if "pictures" not in result.arrays:
         return
     pictures, scores, same = (result.arrays[x] for x in ("pictures", "hard_scores", "hard_same"))
-    about = f", {model}" if model else ""
+    names = result.arrays.get("picture_names", np.full(pictures.shape[:2], ""))
     for kind, title in ((False, "Hardest false accepts"), (True, "Hardest false rejects")):
-        yield f"<h3>{title}, {escape(result.name + about)}</h3>"
+        wrong = np.flatnonzero((same == kind) & ((scores < threshold) == kind))
+        yield f"<h3>{title}, {escape(result.name + about)} (threshold {threshold:.4f})</h3>"
+        if not len(wrong):
+            yield "<p>None.</p>"
         yield '<div class="faces">'
-        for i in np.flatnonzero(same == kind):
+        for i in wrong:
             faces = "".join(f'<img alt="" src="{_jpeg(face)}">' for face in pictures[i])
-            yield f"<figure>{faces}<figcaption>{scores[i]:.4f}</figcaption></figure>"
+            words = "<br>".join(escape(str(name)) for name in names[i] if name)
+            yield (
+                f'<figure data-set="{place}" data-score="{scores[i]:.9g}">{faces}<figcaption>'
+                f'{scores[i]:.4f}, <span class="side">{"rejected" if kind else "accepted"}</span>'
+                f"{'<br>' if words else ''}{words}</figcaption></figure>"
+            )
         yield "</div>"
 
 

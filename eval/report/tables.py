@@ -13,7 +13,7 @@ from eval.report.results import Result, is_uneven
 
 Table = tuple[str, list[str], list[list[str]]]
 
-PAIR_HEADS = ["set", "pairs", "accuracy", "TAR at FAR 0.1 %", "EER", "AUC", "XNorm"]
+PAIR_HEADS = ["set", "pairs", "accuracy", "TAR at FAR 0.001", "EER", "AUC", "XNorm"]
 NOTES = {
     "*": "Too few different pairs for this FAR: not one false accept is allowed.",
     "†": "Far more pairs of one kind: the same answer to all of them scores well.",

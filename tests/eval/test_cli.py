@@ -49,7 +49,7 @@ def test_the_table_fits_80_columns():
     console.print(table([tables.pair_row(name, number)]))
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
-    words = ("100.00 ± 0.00 %†", "100.00 %*", "13233", "50.00 %", "0.98765", "123.46", "FAR 0.1 %")
+    words = ("100.00 ± 0.00 %†", "100.00 %*", "13233", "50.00 %", "0.98765", "123.46", "FAR 0.001")
     for word in words:
         assert word in text, word
     assert name in text

@@ -13,8 +13,9 @@ import pytest
 
 from eval import __main__ as cli
 from eval import roc, verification
-from eval.report import figures, page_style, results
+from eval.report import figures, page_style, results, slider
 from eval.report import page as report
+from eval.report.headline import headline
 from tests.eval import official
 from tests.eval.embedders.test_embed import channel_means, make_run
 from tests.eval.made import run_directory
@@ -48,6 +49,7 @@ def result(name="lfw", num_pairs=400, noise=1.5, missing=(), seed=0, facts=FACTS
         "hard_scores": cosine[hard],
         "hard_same": issame[hard],
         "pictures": rng.integers(0, 256, (len(hard), 2, 112, 112, 3), dtype=np.uint8),
+        "picture_names": np.array([[f"{i}/<a>.jpg", f"{i}/b.jpg"] for i in hard]),
     }
     return results.make("lfw", name, facts, CONTRACT, metrics, arrays)
 
@@ -78,7 +80,7 @@ class Page(html.parser.HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "br", "img"):
+        if tag not in ("meta", "br", "img", "input"):
             self.open.append(tag)
         if tag == "tr":
             self.rows.append([])
@@ -90,7 +92,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_startendtag(self, tag, attrs):
         self.handle_starttag(tag, attrs)
-        if tag not in ("meta", "br", "img"):
+        if tag not in ("meta", "br", "img", "input"):
             self.open.pop()
 
     def handle_endtag(self, tag):
@@ -225,6 +227,13 @@ def test_a_thinned_curve_keeps_its_shape():
         )
 
 
+def wrong_pairs(found):
+    """How many of the hard pairs are decided wrongly at the report's threshold."""
+    threshold = 1 - np.mean(found.metrics["best_thresholds"]) / 2
+    accepted = found.arrays["hard_scores"] >= threshold
+    return int((accepted != found.arrays["hard_same"]).sum())
+
+
 def test_the_page_its_json_and_its_markdown(tmp_path):
     run = run_directory(tmp_path)
     found = [result(), result("age & <b>", 4000, 2.0, missing=("pairs.txt:3: no image A_0001",)),
@@ -233,7 +242,9 @@ def test_the_page_its_json_and_its_markdown(tmp_path):
     text = (run / "report.html").read_text()
     page = Page(text)
     assert all(value.startswith("data:image/jpeg;base64,") for value in page.outside)
-    assert len(page.outside) == 2 * 6 * 2  # two faces of six hard pairs of two sets
+    wrong = sum(map(wrong_pairs, found[:2]))
+    assert wrong and len(page.outside) == 2 * wrong  # two faces of each
+    assert text.count("/&lt;a&gt;.jpg<br>") == wrong
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]+"', "", text)
     content = json.loads((run / "report.json").read_text())
     facts = {x["name"]: x for x in content["models"]["runs/<demo>"]}
@@ -253,10 +264,46 @@ def test_the_page_its_json_and_its_markdown(tmp_path):
     assert text.count("<svg") == 2 * 5 + 3 + 4
     assert "Hardest false accepts, lfw" in text and "Hardest false rejects, lfw" in text
     assert "collinear points are dropped" in text  # the contract
+    assert "0.1 %" not in text.split("<svg")[0]  # a FAR is a share everywhere
+    sentence = f"right on {accuracy} of the 400 pairs of lfw"
+    assert sentence in " ".join(page.words)
     assert '"margin": "arcface"' in " ".join(page.words)
     markdown = (run / "report.md").read_text()
     assert f"| lfw | 400 | {accuracy} |" in markdown.replace("†", "")
     assert "Contract of runs/<demo>: input: RGB, 112 x 112; flip: e(image) alone." in markdown
+
+
+def test_the_headline_is_the_best_models_and_of_a_far_that_its_pairs_can_show():
+    good, bad = result(noise=0.5, num_pairs=4000), result(noise=3.0)
+    first = headline({"bad": [bad], "good": [good]})
+    assert first.sentence.startswith("good is right on ")
+    assert [what for _, what in first.numbers] == [
+        "accuracy", "TAR at FAR 0.001", "threshold of FAR 0.001"
+    ]  # fmt: skip
+    assert headline({"bad": [bad]}).numbers[1][1] == "TAR at FAR 0.01"  # 200 different pairs
+    found = headline({"m": [searched()]})
+    assert "finds the right person first for" in found.sentence and len(found.numbers) == 3
+    assert headline({}) is None and headline({"m": []}) is None
+
+
+def test_the_slider_has_points_of_the_roc_and_finds_pairs_that_change_sides(tmp_path):
+    found = result(num_pairs=4000, noise=1.2)
+    curve = slider.points(found)
+    assert 2 < len(curve) <= slider.POINTS and (np.diff(curve[:, 0]) > 0).all()
+    whole = {tuple(row) for row in zip(found.arrays["threshold"], found.arrays["far"],
+                                       1 - found.arrays["tar"], strict=True)}  # fmt: skip
+    assert {tuple(row) for row in curve} <= whole
+    assert (np.diff(curve[:, 1]) <= 0).all() and (np.diff(curve[:, 2]) >= 0).all()
+    report.write(tmp_path / "page.html", {"m": [found]})
+    text = (tmp_path / "page.html").read_text()
+    box = re.search(r'<div class="slider" data-set="0-0" data-threshold="([^"]+)"', text)
+    scores = [float(x) for x in re.findall(r'data-set="0-0" data-score="([^"]+)"', text)]
+    sides = re.findall(r'<span class="side">(\w+)</span>', text)
+    assert len(scores) == wrong_pairs(found) > 0
+    right = result(noise=0.5)  # whose hardest pairs are all right
+    report.write(tmp_path / "right.html", {"m": [right]})
+    assert wrong_pairs(right) == 0 and "<img" not in (tmp_path / "right.html").read_text()
+    assert sides == ["accepted" if x >= float(box[1]) else "rejected" for x in scores]
 
 
 def test_models_side_by_side(tmp_path):
@@ -413,6 +460,7 @@ def test_in_headless_chromium(tmp_path, bin_file, capsys):
         words = ["lfw", str(model), str(bin_file), "--results", str(tmp_path / name)]
         assert cli.main([*words, *(["--no-flip"] if name == "b" else [])]) == 0
         results.save(tmp_path / name, searched())
+    results.save(tmp_path / "a", result())  # with pairs that are decided wrongly
     page = tmp_path / "page.html"
     assert cli.main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(page)]) == 0
     text = page.read_text()
@@ -421,8 +469,18 @@ def test_in_headless_chromium(tmp_path, bin_file, capsys):
       const drawn = [...document.querySelectorAll('svg')].filter(x => x.getBBox().width > 50);
       const shown = [...document.images].filter(x => x.complete && x.naturalWidth === 112);
       const wide = document.documentElement.scrollWidth > innerWidth;
+      const before = document.querySelectorAll('.changed').length;
+      for (const range of document.querySelectorAll('.slider input')) {
+        range.value = 0;  // everything is accepted
+        range.dispatchEvent(new Event('input'));
+      }
+      const all = document.querySelectorAll('.side');
+      const sides = [...all].filter(x => x.textContent === 'accepted').length - all.length;
+      const lines = new Set([...document.querySelectorAll('.grid svg')].slice(0, 2).map(
+        x => Math.round(x.getBoundingClientRect().top))).size;
       document.title = JSON.stringify([drawn.length, document.querySelectorAll('table').length,
-        shown.length, document.images.length, wide]);
+        shown.length, document.images.length, wide, before, sides, lines,
+        [...document.querySelectorAll('.slider output')].map(x => x.textContent).join(' | ')]);
     })</script>"""
     (tmp_path / "probed.html").write_text(text.replace("</body>", probe + "</body>"))
     done = subprocess.run(
@@ -433,10 +491,12 @@ def test_in_headless_chromium(tmp_path, bin_file, capsys):
     )  # fmt: skip
     title = re.search(r"<title>(\[.*?\])</title>", done.stdout)
     assert title, done.stderr[-2000:]
-    svgs, num_tables, shown, images, wide = json.loads(title[1])
-    assert svgs == text.count("<svg") == 2 + 2 + 1 + 1 + (2 + 1 + 1)
-    assert num_tables == text.count("<table") == (1 + 1 + 2 * 2) + 1
-    assert shown == images == text.count("<img") == 2 * 2 * 24
-    assert not wide
+    svgs, num_tables, shown, images, wide, before, sides, lines, words = json.loads(title[1])
+    assert svgs == text.count("<svg") == 2 + 2 + 1 + 1 + (2 + 1 + 1) + 5
+    assert num_tables == text.count("<table") == (1 + 1 + 2 * 2) + 1 + 2
+    assert shown == images == text.count("<img") > 0
+    assert not wide and lines == 1  # two figures beside each other
+    # At the report's threshold no pair has changed sides; at the lowest, all are accepted.
+    assert before == sides == 0 and "FAR 1.00, FRR 0.00" in words and "change sides" in words
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert console == []
