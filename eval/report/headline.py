@@ -40,8 +40,8 @@ def _of_pairs(model: str, result: Result, metrics: Mapping[str, Any]) -> tuple[f
     point = operating_point(metrics)
     tar, far = tables.percent(point["tar"]), f"{point['far_target']:g}"
     at_far = (tar, f"TAR at FAR {far}")
-    decision = ("none" if point["threshold"] is None else f"{point['threshold']:.4f}",
-                f"threshold of FAR {far}")  # fmt: skip
+    threshold = "none" if point["threshold"] is None else f"{point['threshold']:.4f}"
+    decision = (threshold, f"threshold of FAR {far}")
     pairs = metrics["same"] + metrics["different"]
     if "accuracy_mean" in metrics:
         accuracy = f"{100 * metrics['accuracy_mean']:.2f} ± {100 * metrics['accuracy_std']:.2f} %"
