@@ -8,13 +8,28 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 VAL_TARGETS = ["lfw", "cfp_fp", "agedb_30"]
+# Classes and images of the sets as they are published, for the planner and as a check of `rec`;
+# another `rec=` on the command line puts its own in their place.
+_COUNTS = {
+    "data/casia": (10_572, 490_623),
+    "data/glint360k": (360_232, 17_091_657),
+    "data/ms1mv2": (85_742, 5_822_653),
+    "data/ms1mv3": (93_431, 5_179_510),
+    "data/webface12m": (617_970, 12_720_066),
+    "data/webface42m": (2_059_906, 42_474_557),
+}
 FIVE_SETS = [*VAL_TARGETS, "calfw", "cplfw"]  # the papers since AdaFace report all five
+
+
+def _set(rec: str) -> dict[str, object]:
+    num_classes, num_image = _COUNTS.get(rec, (None, None))
+    return {"rec": rec, "num_classes": num_classes, "num_image": num_image}
 
 
 def arcface_torch(rec: str, network: str) -> SimpleNamespace:
     """The published jobs of arcface_torch: 20 epochs, polynomial, 128 images on each of 8 GPUs."""
     return SimpleNamespace(
-        rec=rec,
+        **_set(rec),
         val_targets=VAL_TARGETS,
         network=network,
         global_batch_size=1024,
@@ -31,7 +46,7 @@ def stepped(rec: str, network: str, milestones: list[int], num_epochs: int) -> S
     whose rate most of them do not state; here it is 0.
     """
     return SimpleNamespace(
-        rec=rec,
+        **_set(rec),
         val_targets=VAL_TARGETS,
         network=network,
         global_batch_size=512,
@@ -60,7 +75,7 @@ def hsface(rec: str) -> SimpleNamespace:
 def webface_vit(network: str) -> SimpleNamespace:
     """arcface_torch's ViT jobs on WebFace42M: CosFace, AdamW, 384 images on each of 64 GPUs."""
     return SimpleNamespace(
-        rec="data/webface42m",
+        **_set("data/webface42m"),
         val_targets=VAL_TARGETS,
         network=network,
         network_args={"drop_path": 0.05},

@@ -335,6 +335,8 @@ def load(path: str, overrides: Sequence[str] = (), safe: bool = False) -> Config
     for pair in _ALTERNATIVES:
         if any(key in typed for key in pair):
             values = {key: value for key, value in values.items() if key not in pair}
+    if "rec" in typed:  # these describe the recipe's own data
+        values = {k: v for k, v in values.items() if k not in ("num_classes", "num_image")}
     for what in ("margin", "network"):
         args = f"{what}_args"
         if what in typed and typed[what] != values.get(what):

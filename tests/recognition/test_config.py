@@ -245,3 +245,14 @@ def test_a_json_recipe_that_is_none_is_a_users_error(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UserError, match=re.escape(str(path))):
         config.load(str(path))
+
+
+def test_the_counts_of_a_recipe_are_those_of_its_own_data(tmp_path):
+    """Another rec= on the command line has its own."""
+    recipe = "launch/configs/ms1mv2_r50_arcface.py"
+    own = config.load(recipe)
+    assert (own.num_classes, own.num_image) == (85_742, 5_822_653)
+    other = config.load(recipe, [f"rec={tmp_path}"])
+    assert (other.num_classes, other.num_image) == (None, None)
+    typed = config.load(recipe, [f"rec={tmp_path}", "num_classes=7"])
+    assert (typed.num_classes, typed.num_image) == (7, None)
