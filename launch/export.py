@@ -48,7 +48,7 @@ Write the network of a run as an ONNX file: input `input` float32 [batch, 3, 112
 takes its name only after ONNX Runtime has agreed with torch on batches of 1, 2, 7 and 32 images of
 the run's data set (seeded noise where that set is not on this machine), and after the pairs of a
 verification set have shown how much accuracy and TAR are lost; beyond the precision's limit nothing
-is left and the exit code is 1. What was measured stands in OUT.export.json beside the file and in
+is left and the exit code is 1. The measurements are in OUT.export.json, beside the file, and in
 its metadata, together with how to feed it and, where `python -m eval thresholds` has chosen them,
 the scores from which to accept."""
 

@@ -35,9 +35,9 @@ def check(cfg: config.Config, place: runtime.Runtime, seconds: float) -> links.F
     leaders = {facts["host"]: facts for facts in reversed(everybody)}
     hosts = list(reversed(leaders))  # in rank order
     found.numbers |= {"world": place.world, "machines": len(hosts)}
-    found.said.append(f"{place.world} processes on {len(hosts)} machines have met")
+    found.lines.append(f"{place.world} processes on {len(hosts)} machines have met")
     for host in hosts:
-        found.said.append(f"{host}: {machine.in_words(leaders[host])}")
+        found.lines.append(f"{host}: {machine.in_words(leaders[host])}")
         found.warnings += [f"{host}: {words}" for words in leaders[host]["warnings"]]
         found.errors += [f"{host}: {words}" for words in leaders[host]["errors"]]
     for what in ("torch", "cuda", "driver", "code", "gpus"):
@@ -60,7 +60,7 @@ def check(cfg: config.Config, place: runtime.Runtime, seconds: float) -> links.F
 def report(found: links.Findings, place: runtime.Runtime, everything: bool) -> None:
     """Rank 0 says it: all of it, or what is wrong alone."""
     if place.rank == 0:
-        for line in found.said if everything else []:
+        for line in found.lines if everything else []:
             print(f"preflight: {line}", flush=True)
         for line in found.warnings:
             print(f"preflight warning: {line}", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """What several recipes share. A recipe takes one of these and sets what differs.
 
-Schedules hold for the global batch that stands beside them.
+A schedule is meant for the global batch size beside it.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def find_face(image: np.ndarray, detector: str) -> tuple[np.ndarray, int]:
 
 @functools.cache
 def open_detector(path: str) -> Detector:
-    """The detector in an ONNX file. Raises: FileNotFoundError, ValueError if it is no such file."""
+    """The detector in an ONNX file. Raises: FileNotFoundError, ValueError if it is not one."""
     if not files.is_file(Path(path)):
         raise FileNotFoundError(f"--detector {path}: no such file")
     import onnx
@@ -133,7 +133,7 @@ class _Scrfd:
         (self._input,) = self._session.get_inputs()
         _, channels, *sides = self._input.shape
         if channels != 3 or len(sides) != 2:
-            raise UserError(f"the input {self._input.shape} is no [1, 3, h, w]")
+            raise UserError(f"the input {self._input.shape} is not [1, 3, h, w]")
         self._sides = [side if isinstance(side, int) else None for side in sides]  # None: any
 
     def __call__(self, image: np.ndarray) -> Detections:

@@ -53,7 +53,7 @@ def draw_pairs(labels: np.ndarray, num_pairs: int, seed: int) -> tuple[np.ndarra
     to each identity that has one left, so that large identities do not fill the set; the others
     join two identities drawn evenly. The result depends on (labels, num_pairs, seed) only.
 
-    Raises: ValueError if num_pairs is no multiple of 20, or more than there are, saying how many.
+    Raises: ValueError if num_pairs is not a multiple of 20, or more than can be made.
     """
     check_possible(labels, num_pairs)
     order = np.argsort(labels, kind="stable")

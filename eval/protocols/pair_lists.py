@@ -115,7 +115,7 @@ def load_list(
 
 
 def read_list(path: Path) -> tuple[str, list[Listed], tuple[str, ...]]:
-    """(name of the set, its pairs, what must be said of it) of a list in any of the formats."""
+    """(name of the set, its pairs, notes on how it was read) of a list in any of the formats."""
     if files.is_dir(path):
         return f"cfp_{path.name.lower()}", list(_cfp(path)), ()
     if path.suffix == ".mat":

@@ -101,7 +101,7 @@ def read_faces(
     a template of its own. Landmarks stand in the table or in a file or directory of their own.
 
     Raises:
-        ValueError: as `read`; a template of two subjects, a score that is no number, an image
+        ValueError: as `read`; a template of two subjects, a score that is not a number, an image
             without landmarks where others have some.
         FileNotFoundError: an image is absent; the message counts them.
     """

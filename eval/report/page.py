@@ -58,7 +58,7 @@ def write(
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that a killed run left unfinished is no record.
+    """The records of a metrics.jsonl; a last line that a killed run left unfinished is skipped.
 
     Raises:
         ValueError: a damaged line, by its number.

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 launch/bench/losses.py
     torchrun --nproc-per-node 2 launch/bench/losses.py --losses arcface,interface --check
 
-A head of each loss stands beside one of CosFace: same classes, same embeddings, half of them near
+A head of each loss is timed beside one of CosFace: same classes, same embeddings, half of them near
 their class and half anywhere, so that some rows have hard negatives and some have none. A step is
 forward, backward and the update of the class rows, and lasts as long as on the slowest rank. The
 two take turns, and in every other pair the loss goes first; the ratio is taken pair by pair, so
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _whole(text: str, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
 
 

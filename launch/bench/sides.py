@@ -68,7 +68,7 @@ class OurHead:
         form = form or case.kernel
         choice = choose(form, self.head, case.batch)
         if form not in ("auto", "plain") and choice.form == "plain":
-            raise Unavailable(choice.said)
+            raise Unavailable(choice.message)
         self.form = choice.form
         self.optimizer = RowSGD(self.head)
         self.in_backward = case.update_in_backward

@@ -9,7 +9,7 @@ from typing import Any
 
 from recognition.config import Config
 
-_PAIRS = 4  # of keys, at most as many as a person reads
+_PAIRS = 4  # pairs of keys to suggest at most
 
 
 def advice(

@@ -28,7 +28,7 @@ _FAR_BELOW = 0.3  # of the link: less than this is another network, or a broken 
 class Findings:
     """What one look found: lines to read, numbers for --json, and what is wrong."""
 
-    said: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -43,7 +43,7 @@ def clocks(found: Findings, place: runtime.Runtime, everybody: list[dict[str, An
         spreads.append((max(times) - min(times), times))
     spread, times = min(spreads)
     found.numbers["clock_spread_seconds"] = spread
-    found.said.append(f"clocks within {spread:.3f} s")
+    found.lines.append(f"clocks within {spread:.3f} s")
     if spread > _SKEW:
         middle = statistics.median(times)
         rank = max(range(place.world), key=lambda r: abs(times[r] - middle))
@@ -99,7 +99,7 @@ def network(
     # A ring moves 2 (W - 1) / W of the bytes over each process' link.
     bandwidth = bytes_sent * 2 * (place.world - 1) / place.world / took  # bytes/s
     found.numbers |= {"latency_seconds": latency, "bytes_per_second": bandwidth}
-    found.said.append(
+    found.lines.append(
         f"all-reduce: {latency * 1e6:.0f} us for one number, {bandwidth / 1e9:.2f} GB/s "
         f"({bandwidth * 8 / 1e9:.1f} Gb/s) with {bytes_sent >> 20} MiB"
     )

@@ -40,7 +40,7 @@ def make_heads(
     """The heads that `cfg` asks for, on the CPU in fp32. head_precision: as of limits_of().
 
     Raises:
-        ValueError: not as many as sets, or slow encoders that differ.
+        ValueError: the number of heads is not that of the sets, or their slow encoders differ.
         KeyError, TypeError, ValueError: a margin or its arguments, with the head's number.
     """
     counts = np.bincount(data.labels, minlength=data.num_classes)
@@ -100,7 +100,7 @@ def make_run_margin(cfg: Config) -> Margin:
     arguments = dict(cfg.margin_args)
     if cfg.interclass_filtering_threshold:
         if "interclass_filtering_threshold" in arguments:
-            raise UserError("interclass_filtering_threshold stands in margin_args too: keep one")
+            raise UserError("interclass_filtering_threshold is in margin_args too: keep one")
         arguments["interclass_filtering_threshold"] = cfg.interclass_filtering_threshold
     return make_margin(cfg.margin, arguments)
 

@@ -78,12 +78,12 @@ class PartialFC(nn.Module):
     saved. num_subcenters: K centres a class, of which the nearest to a row counts (sub-center
     ArcFace, ECCV 2020); classes are sampled whole. class_counts: int64 [C], the images of each
     class, for the margins that ask for them. head_storage: "host" keeps the rows and their
-    optimiser state in the host's memory, whatever the head is moved to, and on the device what a
-    step samples of them. limits: memory and precision of the computation.
+    optimiser state in the host's memory, even after head.to("cuda"); the device then holds only the
+    rows that a step samples. limits: memory and precision of the computation.
 
-    A margin's learned numbers get a .grad from the backward, each rank its part; the row optimiser
-    steps them too. Some margins (KappaFace) work at the end of an epoch of samples: whoever writes
-    a loop of his own calls head.end_epoch() there, on every rank.
+    A margin's learned numbers get a .grad from the backward, each rank its own part; the row
+    optimiser steps them too. Some margins (KappaFace) need a call at the end of each epoch: your
+    training loop must then call head.end_epoch() on every rank.
 
         head = PartialFC(MARGINS["adaface"](), 512, num_classes, sample_rate=0.2)
         rows = RowSGD(head)
@@ -311,7 +311,7 @@ class PartialFC(nn.Module):
     @property
     def sampled_grad(self) -> Tensor:
         sampled = self._micro_steps.sampled()
-        sampled.is_lent = True  # whoever asked may keep it
+        sampled.is_lent = True  # the caller may keep it
         return self._as_weight(sampled.gradient())
 
     @property

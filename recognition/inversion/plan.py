@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check_networks(args: argparse.Namespace) -> None:
     """Check --other and --fid now, because they are used only after hours of work.
 
-    Raises: ValueError, OSError: one of them is no network.
+    Raises: ValueError, OSError: one of them is not a network.
     """
     for flag, paths in (("--other", args.other), ("--fid", [args.fid] if args.fid else [])):
         for path in paths:
@@ -180,12 +180,12 @@ def choose(
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise UserError(f"--ids {text}: {part!r} is neither a number nor a range such as 0-9")
         if int(last) > int(known.max()):
-            raise UserError(f"--ids {text}: there is no {what} {last}, they go to {known.max()}")
+            raise UserError(f"--ids {text}: no {what} {last}: the last is {known.max()}")
         ids.extend(range(int(first), int(last) + 1))
     if len(set(ids)) < len(ids):
         raise UserError(f"--ids {text}: an id appears twice; a batch holds different identities")
     if absent := sorted(set(ids) - set(known.tolist())):
-        raise UserError(f"--ids {text}: there is no {what} {absent[0]}")
+        raise UserError(f"--ids {text}: no {what} {absent[0]}")
     return np.array(ids, dtype=np.int64)
 
 

@@ -74,8 +74,8 @@ def check_settings(out: Path, facts: Mapping[str, Any]) -> None:
         others = [n for n in files.names(out) if n not in ours and not partial.fullmatch(n)]
         if others:
             raise UserError(
-                f"{out} is no directory of an inversion, it holds {', '.join(others[:4])}: choose "
-                "another --out, an empty or a new one"
+                f"{out} is not the directory of an inversion: it holds {', '.join(others[:4])}; "
+                "choose another --out, an empty or a new one"
             )
         return
     known, asked = _flat(read_json(path)), _flat(json.loads(json.dumps(facts)))

@@ -121,7 +121,7 @@ def build(cfg: Config, runtime: Runtime) -> TrainState:
             "first_rows": plan.first_rows,
             "head_forms": [choice.form for choice in choices],
         },
-        messages=messages + [choice.said for choice in choices if choice.said],
+        messages=messages + [choice.message for choice in choices if choice.message],
         damaged=damaged,
         spikes=make_guard(cfg, runtime.group, runtime.device),
         skipped=skipped(cfg.output, None),

@@ -38,7 +38,7 @@ _WORTH_BUILDING = 4096  # sampled classes of a rank: of fewer, a step is a few m
 
 class KernelChoice(NamedTuple):
     form: str  # "plain", "native", "compiled" or "triton-<rows>x<classes>"
-    said: str  # one line for the log; "" where there is nothing to say
+    message: str  # one line for the log; "" if there is nothing to log
 
 
 def choose(wanted: str, head: PartialFC, num_rows: int, known: str = "") -> KernelChoice:
@@ -47,7 +47,7 @@ def choose(wanted: str, head: PartialFC, num_rows: int, known: str = "") -> Kern
 
     wanted: "auto": on a GPU the quickest of all by measurement, on a CPU "native" where there are
     many classes; or "plain", "native", "compiled" or "triton". num_rows: B. known: the form that
-    the run had before, if it goes on. What cannot be done falls back to "plain", and `said` says
+    the run had before, if it goes on. What cannot be done falls back to "plain", and `message` says
     why.
     """
     if wanted == "plain" or (wanted == "auto" and known == "plain"):

@@ -59,7 +59,7 @@ class CpuLibrary:
             try:
                 found = library[name]
             except AttributeError as error:
-                raise NotBuilt(f"what the compiler made is no such library: {error}") from error
+                raise NotBuilt(f"the compiled library cannot be used: {error}") from error
             found.argtypes, found.restype = [*types, _THREADS], None
             return found
 
@@ -176,7 +176,7 @@ def _built(real: str) -> ctypes.CDLL | str:
     except ValueError as error:
         return f"CC={named}: {error}"
     if not compiler[0]:
-        return "there is no C compiler: install gcc, or name one by CC"
+        return "no C compiler was found: install gcc, or name one in the variable CC"
     flags = _FLAGS + (_X86_FLAGS if platform.machine() == "x86_64" else [])
     try:
         # What is loaded stays when its file is gone.
@@ -214,5 +214,5 @@ def _compile(command: list[str]) -> str:
             process.wait()
     if process.returncode == 0:
         return ""
-    first = (said.strip() or "without a word").splitlines()[0]
+    first = (said.strip() or "no output").splitlines()[0]
     return f"{command[0]} ended with {process.returncode}: {first}; CC names another compiler"

@@ -139,5 +139,5 @@ def why_unsupported(margin: Margin) -> str | None:
     if type(margin).negatives is not Margin.negatives:
         return "it changes the logits of other classes"
     if margin.needs_lse or not isinstance(margin.scale, int | float):
-        return "its scale is no constant"
+        return "its scale is not constant"
     return None

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-MOST_EMBEDDING_SIZE = 4096  # a row stands in the registers of one program
+MOST_EMBEDDING_SIZE = 4096  # one program holds a row in its registers
 _ROW_NUMBERS = 4096  # numbers of the rows that such a program holds
 _LINE_BYTES = 128  # of a row or class that a step of the products' loop reads
 

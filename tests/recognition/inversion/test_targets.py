@@ -97,5 +97,5 @@ def test_mistakes_are_told(trained, tmp_path, shards_dir, capsys):
         assert told in capsys.readouterr().err, arguments
     assert not os.path.exists(out)
     assert program.main([run, "--out", run, "--ids", "0"]) == 1
-    assert "no directory of an inversion, it holds checkpoints" in capsys.readouterr().err
+    assert "is not the directory of an inversion: it holds checkpoints" in capsys.readouterr().err
     assert not os.path.exists(os.path.join(run, "images"))

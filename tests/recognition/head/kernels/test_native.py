@@ -262,13 +262,13 @@ def chosen(wanted, known="", worth=None, broken=(), compiler=None, dtype=torch.f
             "'/no such/cc' -O0 (CC names another): [Errno 2]",
         ),
         ("native", {"broken": (0, 1), "compiler": "true"}, "plain", "cannot open shared object"),
-        ("native", {"broken": (0, 1), "compiler": "cc -Dsgd=other"}, "plain", "no such library"),
+        ("native", {"broken": (0, 1), "compiler": "cc -Dsgd=other"}, "plain", "cannot be used"),
         ("native", {"broken": (0, 1), "compiler": " "}, "native", "native is taken"),
     ],
 )
 def test_a_form_is_taken_or_what_hinders_is_said(wanted, options, form, words):
     for found in ranks.run(2, functools.partial(chosen, wanted, **options)):
-        assert found.form == form and words in found.said and bool(found.said) is bool(words)
+        assert found.form == form and words in found.message and bool(found.message) is bool(words)
 
 
 def test_what_hangs_or_stammers_is_ended_and_leaves_nothing(tmp_path, monkeypatch):
@@ -303,7 +303,7 @@ def test_ranks_take_one_form():
     call = functools.partial(chosen, "native", broken=(1,), compiler="false")
     first, second = ranks.run(2, call)
     assert first.form == second.form == "plain"
-    assert "another rank cannot" in first.said and "false ended with 1" in second.said
+    assert "another rank cannot" in first.message and "false ended with 1" in second.message
 
 
 def test_a_run_takes_it_says_so_and_keeps_it(shards_dir, tmp_path):

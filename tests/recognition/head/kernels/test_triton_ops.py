@@ -153,14 +153,16 @@ def chosen(wanted, margin="cosface", num_subcenters=1, known="", size=16, **size
         ("triton", {}, "triton-128x128", "triton-128x128 is taken; of a step: triton-128x128 "),
         ("triton", {"margin": "curricularface"}, "plain", "it changes the logits of other"),
         ("triton", {"margin": "sphereface2"}, "plain", "one-vs-all"),
-        ("triton", {"margin": "adacos"}, "plain", "its scale is no constant"),
+        ("triton", {"margin": "adacos"}, "plain", "its scale is not constant"),
         ("triton", {"num_subcenters": 2}, "plain", "a class has several centres"),
         ("triton", {"size": 5000}, "plain", "embeddings are longer than 4096"),
     ],
 )
 def test_what_cannot_be_done_is_said(wanted, options, form, words):
-    for said in ranks.run(2, functools.partial(chosen, wanted, **options)):
-        assert said.form == form and words in said.said and bool(said.said) is bool(words)
+    for choice in ranks.run(2, functools.partial(chosen, wanted, **options)):
+        assert (
+            choice.form == form and words in choice.message and bool(choice.message) is bool(words)
+        )
 
 
 @interpreted
@@ -168,7 +170,7 @@ def test_ranks_that_can_do_different_things_agree_first():
     """Rank 1 has no Triton: no rank tries it or waits for an all-reduce of its figures."""
     here, there = ranks.run(2, chosen_without_triton_on_rank_1)
     assert here.form == there.form == "plain"
-    assert "not on this machine" in there.said and "not on this machine (rank 1)" in here.said
+    assert "not on this machine" in there.message and "not on this machine (rank 1)" in here.message
 
 
 def chosen_without_triton_on_rank_1():
