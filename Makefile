@@ -26,7 +26,7 @@ setup: .venv/.test  ## make .venv with everything that the product and its tests
 demo: .venv/.product  ## faces -> shards -> training -> ONNX -> evaluation -> report  (OUT=DIR, DATA=DIR)
 	$(BIN)/python -m launch.demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)")
 
-test: .venv/.test  ## the tests (within eight minutes on two cores)
+test: .venv/.test  ## the tests (about ten minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long and not peers"
 
 test-long: .venv/.test  ## what takes minutes each
