@@ -83,8 +83,8 @@ def leaves_negatives(margin: Margin) -> bool:
         (["--losses", "arcfase"], "did you mean arcface", 1),
         (["--losses", "arcface,spherefacer-v3"], "did you mean spherefacer-v2", 1),
         (["--sample-rate", "2"], "sample_rate=2.0", 1),
-        (["--pairs", "0"], "--pairs: '0' is no whole number", 2),
-        (["--warmup", "-1"], "--warmup: '-1' is no whole number", 2),
+        (["--pairs", "0"], "--pairs: '0' is not a whole number", 2),
+        (["--warmup", "-1"], "--warmup: '-1' is not a whole number", 2),
     ],
 )
 def test_a_mistake_is_said_and_an_exit_code(typed, words, code, capsys):

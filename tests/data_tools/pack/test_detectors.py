@@ -75,7 +75,7 @@ def test_what_is_no_face(tmp_path, score, points):
         ({"kinds": ((1,), (4,))}, r"6 \(an SCRFD without key points: take one of the _kps models"),
         ({"kinds": ((1,), (10,), (4,))}, r"\[3200, 10\] where \[n, 4\] is expected"),
         ({"before": (1, 1)}, r"\[1, 1, 3200, 1\] where \[n, 1\] is expected"),
-        ({"shape": (1, 320, 320, 3)}, r"the input \[1, 320, 320, 3\] is no \[1, 3, h, w\]"),
+        ({"shape": (1, 320, 320, 3)}, r"the input \[1, 320, 320, 3\] is not \[1, 3, h, w\]"),
         ({"shape": (1, 3, 640, 640)}, "3200 scores, .* the 80 x 80 places of stride 8"),
         ({"shape": (2, 3, 320, 320)}, "its 9 outputs are not those of Scrfd"),
     ],
